@@ -1,0 +1,116 @@
+"""The values that everything passes around: one layer's factors, and an adapter of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A low-rank matrix ``B @ A``: the effective update of one linear layer.
+
+    ``B`` is (out, rank) and ``A`` is (rank, in). The LoRA scale is already folded into
+    ``B``, so the product needs no further factor, ever.
+
+    Raises:
+        ValueError: a factor is not a matrix, the ranks differ, or dtypes differ.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        B, A = self.B, self.A
+        if B.ndim != 2 or A.ndim != 2:
+            raise ValueError(
+                f"Factors need two matrices, got B of shape {tuple(B.shape)} and A of "
+                f"shape {tuple(A.shape)}."
+            )
+        if B.shape[1] != A.shape[0]:
+            raise ValueError(
+                f"B is {tuple(B.shape)} (out, rank) and A is {tuple(A.shape)} (rank, in): "
+                f"their ranks, {B.shape[1]} and {A.shape[0]}, differ."
+            )
+        if B.dtype != A.dtype:
+            raise ValueError(f"B is {B.dtype} and A is {A.dtype}; give both one dtype.")
+
+    @property
+    def rank(self) -> int:
+        """The number of rank-one terms held, which bounds the product's rank."""
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (out, in) of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def to(self, target: torch.dtype | torch.device | str) -> Factors:
+        """The same factors in another dtype or on another device."""
+        return Factors(self.B.to(target), self.A.to(target))
+
+    def first(self, rank: int) -> Factors:
+        """The first ``rank`` terms; of an SVD in descending order, its best truncation.
+
+        Raises:
+            ValueError: there are fewer terms than asked for.
+        """
+        if not 0 <= rank <= self.rank:
+            raise ValueError(f"Cannot take {rank} terms of factors of rank {self.rank}.")
+        return Factors(self.B[:, :rank], self.A[:rank])
+
+    def padded(self, rank: int) -> Factors:
+        """The same product with zero terms appended up to ``rank``.
+
+        Raises:
+            ValueError: the factors already have more terms.
+        """
+        missing = rank - self.rank
+        if missing < 0:
+            raise ValueError(f"Cannot pad factors of rank {self.rank} to rank {rank}.")
+        return Factors(
+            torch.nn.functional.pad(self.B, (0, missing)),
+            torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter(Mapping[str, Factors]):
+    """Low-rank updates by module path, such as ``model.layers.0.self_attn.q_proj``.
+
+    Iteration is in the order of ``modules``. Ranks may differ from module to module.
+    ``modules`` may be any mapping: one that reads each module from a file when it is
+    asked for keeps a large adapter out of memory.
+    """
+
+    modules: Mapping[str, Factors]
+
+    def __getitem__(self, module: str) -> Factors:
+        return self.modules[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank held for each module."""
+        return {module: factors.rank for module, factors in self.items()}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(f.B.numel() + f.A.numel() for f in self.values())
+
+    def to(self, target: torch.dtype | torch.device | str) -> Adapter:
+        """The same adapter in another dtype or on another device."""
+        return Adapter({module: factors.to(target) for module, factors in self.items()})
+
+    def first(self, ranks: Mapping[str, int]) -> Adapter:
+        """Each module's first terms, as many as ``ranks`` names, fewer where it has fewer."""
+        return Adapter({m: f.first(min(ranks[m], f.rank)) for m, f in self.items()})
