@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +76,17 @@ class Factors:
             torch.nn.functional.pad(self.B, (0, missing)),
             torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
         )
+
+    def widened(self, rank: int, draw: np.random.Generator) -> Factors:
+        """The same product with *trainable* terms appended up to ``rank``.
+
+        New columns of ``B`` are zero and new rows of ``A`` have LoRA's standard start,
+        uniform in +-1/sqrt(in). Zeros on both sides would have no gradient, for ever. The
+        rows come from ``draw`` in order, so that fewer of them are a prefix of more.
+        """
+        B, bound = self.padded(rank).B, self.A.shape[1] ** -0.5
+        rows = draw.uniform(-bound, bound, size=(rank - self.rank, self.A.shape[1]))
+        return Factors(B, torch.cat([self.A, torch.from_numpy(rows).to(self.A)]))
 
 
 @dataclass(frozen=True, eq=False)

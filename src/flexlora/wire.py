@@ -1,0 +1,171 @@
+"""Adapters as bytes: what travels between server and client, and what it weighs.
+
+The form is safetensors with tensors ``<module>.A`` and ``<module>.B`` and one JSON header
+under the metadata key ``flexlora``. Nothing else is ever parsed from the network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from flexlora.adapter import Adapter, Factors
+from flexlora.method import Download, Upload
+
+FORMAT = 1
+
+
+def encode(adapter: Adapter, header: Mapping[str, Any], dtype: torch.dtype) -> bytes:
+    """The adapter and a JSON header as bytes; the same input always gives the same bytes."""
+    tensors = {}
+    for module, factors in adapter.items():
+        tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()
+        tensors[f"{module}.B"] = factors.B.detach().to(dtype).contiguous()
+    text = json.dumps({"format": FORMAT, **header}, sort_keys=True, allow_nan=False)
+    return safetensors.torch.save(tensors, metadata={"flexlora": text})
+
+
+def decode(data: bytes) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter, in the dtype it travelled in, and the header.
+
+    Raises:
+        ValueError: the bytes are not what ``encode`` makes.
+    """
+    header = _header(data[: 8 + _header_length(data)])
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:
+        raise ValueError(f"The bytes received are no adapter: {error}.") from error
+    halves = _halves(tensors, "the bytes received")
+    return (
+        Adapter({m: Factors(tensors[f"{m}.B"], tensors[f"{m}.A"]) for m in halves}),
+        header,
+    )
+
+
+@dataclass(frozen=True)
+class _Stored(Mapping[str, Factors]):
+    """Modules in a file, read one at a time; nothing stays in memory."""
+
+    path: Path
+    names: tuple[str, ...]
+
+    def __getitem__(self, module: str) -> Factors:
+        if module not in self.names:
+            raise KeyError(module)
+        with safetensors.safe_open(self.path, "pt") as file:
+            B, A = file.get_tensor(f"{module}.B"), file.get_tensor(f"{module}.A")
+        return Factors(B, A)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def open_file(path: Path) -> tuple[Adapter, dict[str, Any]]:
+    """As ``decode``, of a file whose modules are read when they are asked for."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            keys = list(file.keys())
+            text = (file.metadata() or {}).get("flexlora")
+    except Exception as error:
+        raise ValueError(f"{path} is no stored adapter: {error}.") from error
+    return Adapter(_Stored(path, tuple(_halves(keys, str(path))))), _checked(text)
+
+
+def encode_download(download: Download, dtype: torch.dtype) -> bytes:
+    """A download as bytes."""
+    return encode(download.adapter, {"kind": "download"}, dtype)
+
+
+def decode_download(data: bytes) -> Download:
+    """A download from bytes. Raises ValueError for anything else."""
+    adapter, header = decode(data)
+    _expect(header, "download")
+    return Download(adapter)
+
+
+def encode_upload(upload: Upload, dtype: torch.dtype) -> bytes:
+    """An upload as bytes."""
+    header = {
+        "kind": "upload",
+        "client": upload.client,
+        "round": upload.round,
+        "examples": upload.examples,
+        "facts": dict(upload.facts),
+    }
+    return encode(upload.adapter, header, dtype)
+
+
+def open_upload(path: Path) -> Upload:
+    """An upload from a file, its modules read when they are asked for.
+
+    Raises:
+        ValueError: the file is no upload, or a field of its header is ill-typed.
+    """
+    adapter, header = open_file(path)
+    _expect(header, "upload")
+    fields = {"client": str, "round": int, "examples": int, "facts": dict}
+    for name, kind in fields.items():
+        if type(header.get(name)) is not kind:
+            raise ValueError(
+                f"{path}: the upload's {name!r} is {header.get(name)!r}, not a {kind.__name__}."
+            )
+    facts = {str(key): float(value) for key, value in header["facts"].items()}
+    return Upload(header["client"], header["round"], adapter, header["examples"], facts)
+
+
+def _header_length(data: bytes) -> int:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError(
+            f"The {len(data)} bytes received are no adapter: their header is cut off."
+        )
+    return length
+
+
+def _header(head: bytes) -> dict[str, Any]:
+    try:
+        metadata = json.loads(head[8:])["__metadata__"]
+        text = metadata["flexlora"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError("The bytes received carry no flexlora header.") from error
+    return _checked(text)
+
+
+def _checked(text: str | None) -> dict[str, Any]:
+    header = json.loads(text) if isinstance(text, str) else None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(
+            f"The adapter's header is of format {(header or {}).get('format')!r}; this version "
+            f"reads format {FORMAT}. Run the same version of flexlora on both sides."
+        )
+    return header
+
+
+def _expect(header: Mapping[str, Any], kind: str) -> None:
+    if header.get("kind") != kind:
+        raise ValueError(f"Expected a {kind}, got a {header.get('kind')!r}.")
+
+
+def _halves(keys: Any, place: str) -> list[str]:
+    """The module names, given that every one has both its halves."""
+    names = set(keys)
+    modules = sorted({key[:-2] for key in names if key[-2:] in (".A", ".B")})
+    for module in modules:
+        for half in ("A", "B"):
+            if f"{module}.{half}" not in names:
+                raise ValueError(f"{place}: module {module!r} has no {half}.")
+    if len(names) != 2 * len(modules):
+        strange = sorted(key for key in names if key[-2:] not in (".A", ".B"))
+        raise ValueError(f"{place}: unknown tensor {strange[0]!r}.")
+    return modules

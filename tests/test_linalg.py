@@ -1,0 +1,181 @@
+import pytest
+import torch
+from conftest import random_factors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import best, product, relative_error, weighted_sum
+
+from flexlora.adapter import Factors
+from flexlora.linalg import SVD, LowRankSum, mean, norm
+
+settings.register_profile("flexlora", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("flexlora")
+
+
+@st.composite
+def sums(draw, least_terms=1):
+    """Weighted sums whose summed rank lies on either side of min(out, in)."""
+    out, in_ = draw(st.sampled_from([(11, 7), (7, 11), (29, 23), (5, 17), (2, 3), (1, 4)]))
+    ranks = draw(st.lists(st.integers(1, 9), min_size=least_terms, max_size=4))
+    weights = draw(st.lists(st.floats(0.05, 7), min_size=len(ranks), max_size=len(ranks)))
+    seed = draw(st.integers(0, 2**32 - 1))
+    terms = [random_factors(out, r, in_, seed + i) for i, r in enumerate(ranks)]
+    return LowRankSum.of(zip(weights, terms, strict=True))
+
+
+@given(sums())
+def test_stack_is_the_weighted_sum_of_products(total):
+    assert relative_error(product(total.stacked()), weighted_sum(total.terms)) < 1e-13
+
+
+@given(sums(), st.integers(1, 12))
+def test_truncation_is_eckart_young_optimal(total, rank):
+    want = best(weighted_sum(total.terms), rank)
+    got = product(total.svd(rank).factors(rank))
+    assert float((got - want).abs().max()) < 1e-9 * float(want.abs().max())
+
+
+@given(sums())
+def test_singular_values_are_those_of_the_dense_matrix(total):
+    dense = torch.linalg.svdvals(weighted_sum(total.terms))
+    S = total.svd().S
+    assert torch.allclose(S, dense[: len(S)], atol=1e-12 * float(dense[0]))
+    assert float(dense[len(S) :].abs().sum()) < 1e-9 * float(dense[0])
+
+
+@given(sums(), st.sampled_from(["left", "balanced"]))
+def test_both_splits_give_the_same_product(total, split):
+    factors = total.svd().factors(99, split)
+    assert relative_error(product(factors), weighted_sum(total.terms)) < 1e-12
+    if split == "left":
+        gram = factors.A @ factors.A.T
+        assert torch.allclose(gram, torch.eye(factors.rank, dtype=gram.dtype), atol=1e-10)
+
+
+@given(sums(), sums())
+def test_norm_and_inner_product_from_factors(total, other):
+    dense = weighted_sum(total.terms)
+    assert total.norm() == pytest.approx(float(torch.linalg.matrix_norm(dense)), rel=1e-12)
+    assert total.inner(total) == pytest.approx(total.norm() ** 2, rel=1e-12)
+    if other.shape == total.shape:
+        want = float((dense * weighted_sum(other.terms)).sum())
+        assert total.inner(other) == pytest.approx(want, rel=1e-9, abs=1e-9)
+        assert total.inner(other) == pytest.approx(other.inner(total), rel=1e-12, abs=1e-12)
+
+
+@given(sums(least_terms=2), st.randoms(use_true_random=False))
+def test_order_of_terms_is_irrelevant(total, random):
+    shuffled = list(total.terms)
+    random.shuffle(shuffled)
+    got = product(LowRankSum.of(shuffled).svd().factors(5))
+    assert relative_error(got, product(total.svd().factors(5))) < 1e-9
+
+
+@given(sums(), st.floats(-3, 3).filter(lambda x: abs(x) > 0.01))
+def test_scaling_and_difference_are_linear(total, factor):
+    assert total.scaled(factor).norm() == pytest.approx(abs(factor) * total.norm(), rel=1e-12)
+    assert (total - total).norm() < 1e-12 * total.norm()
+
+
+@given(sums(), st.integers(1, 10), st.floats(0.1, 1.0))
+def test_energy_is_the_share_of_the_squared_norm(total, rank, share):
+    svd = total.svd()
+    dense = weighted_sum(total.terms)
+    lost = relative_error(best(dense, rank), dense) ** 2
+    assert svd.energy(rank) == pytest.approx(1 - lost, abs=1e-10)
+    needed = svd.rank_for(share)
+    assert svd.energy(needed) >= share - 1e-12
+    assert needed == 1 or svd.energy(needed - 1) < share
+
+
+@given(sums(), st.integers(0, 5))
+def test_gauge_does_not_matter(total, seed):
+    """(B R, R^-1 A) is the same update, so it must give the same truncation."""
+
+    def turned(f):
+        R = torch.linalg.qr(random_factors(f.rank, f.rank, f.rank, seed).B)[0] + 0
+        return Factors(3 * f.B @ R, R.T @ f.A / 3)
+
+    other = LowRankSum.of((w, turned(f)) for w, f in total.terms)
+    assert (
+        relative_error(product(other.svd().factors(2)), product(total.svd().factors(2))) < 1e-8
+    )
+
+
+def test_mean_of_factors_differs_from_mean_of_products_by_the_covariance():
+    terms = [(13.0, random_factors(seed=1)), (17.0, random_factors(seed=2))]
+    p = [13 / 30, 17 / 30]
+    averaged = mean(terms)
+    covariance = sum(
+        w * (f.B - averaged.B) @ (f.A - averaged.A) for w, (_, f) in zip(p, terms, strict=True)
+    )
+    exact = weighted_sum([(w, f) for w, (_, f) in zip(p, terms, strict=True)])
+    assert torch.allclose(exact - product(averaged), covariance, atol=1e-12)
+    assert float(covariance.abs().max()) > 0.1
+
+
+def test_norm_survives_cancelling_terms():
+    """Two large rank-one parts that cancel: the Gram route in float32 reads zero here."""
+    small = random_factors(11, 1, 7, seed=3)
+    u, v = torch.ones(11, 1).double() * 1e8, torch.ones(1, 7).double()
+    hostile = Factors(torch.cat([u, -u, small.B], 1), torch.cat([v, v, small.A], 0))
+    assert norm(hostile) == pytest.approx(norm(small), rel=1e-6)
+
+
+def test_float32_reaches_the_optimum_to_1e_5():
+    terms = [(0.3, random_factors(61, 8, 53, 4)), (0.7, random_factors(61, 13, 53, 5))]
+    dense = weighted_sum(terms)
+    f32 = [(w, f.to(torch.float32)) for w, f in terms]
+    got = product(LowRankSum.of(f32).svd(6, dtype=torch.float32).factors(6))
+    lost, optimum = relative_error(got, dense), relative_error(best(dense, 6), dense)
+    assert lost == pytest.approx(optimum, rel=1e-5)
+
+
+def test_dense_matrix_is_never_made(monkeypatch):
+    """With a summed rank below min(out, in) no tensor of out x in elements appears."""
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for item in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(item, torch.Tensor):
+                    sizes.append(item.numel())
+            return result
+
+    total = LowRankSum.of(
+        [(0.4, random_factors(211, 5, 307, 1)), (0.6, random_factors(211, 3, 307, 2))]
+    )
+    with Watch():
+        total.svd(4).factors(4)
+        total.norm()
+        total.inner(total)
+    assert sizes and max(sizes) <= 16 * 307
+
+
+def test_zero_sum_truncates_to_zero():
+    zero = Factors(torch.zeros(11, 3), torch.ones(3, 7))
+    svd = LowRankSum.of([(1.0, zero)]).svd(2)
+    assert svd.energy(1) == 1.0 and svd.rank_for(0.5) == 1
+    assert float(product(svd.factors(2)).abs().max()) == 0
+
+
+def test_signs_are_fixed():
+    f = random_factors(seed=8)
+    svd, flipped = (LowRankSum.of([(w, f)]).svd() for w in (1.0, -1.0))
+    for s in (svd, flipped):
+        peaks = s.Vt.gather(1, s.Vt.abs().argmax(1, keepdim=True))
+        assert bool((peaks > 0).all())
+    assert torch.allclose(svd.Vt, flipped.Vt) and torch.allclose(svd.U, -flipped.U)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="at least one term"):
+        LowRankSum.of([])
+    with pytest.raises(ValueError, match="different shapes"):
+        LowRankSum.of([(1.0, random_factors(11, 2, 7)), (1.0, random_factors(7, 2, 11))])
+    with pytest.raises(ValueError, match=r"\(0, 1\], got 1.5"):
+        SVD(torch.eye(2), torch.ones(2), torch.eye(2)).rank_for(1.5)
+    broken = Factors(torch.full((11, 2), torch.nan), torch.ones(2, 7))
+    with pytest.raises(ValueError, match="NaN"):
+        LowRankSum.of([(1.0, broken)]).svd()
