@@ -1,12 +1,12 @@
 import pytest
 import torch
-from conftest import random_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import best, product, relative_error, weighted_sum
 
 from flexlora.adapter import Factors
 from flexlora.linalg import SVD, LowRankSum, mean, norm
+from ingredients import random_factors
+from oracle import best, product, relative_error, weighted_sum
 
 settings.register_profile("flexlora", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("flexlora")

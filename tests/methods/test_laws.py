@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import random_factors
-from oracle import product, relative_error, weighted_sum
 
 from flexlora import methods, wire
 from flexlora.adapter import Adapter, Factors
-from flexlora.method import Client, State, Upload
+from flexlora.method import Client, Upload
 from flexlora.seeds import rng
+from ingredients import random_factors
+from oracle import product, relative_error, weighted_sum
 
 SHAPES = {"model.q": (11, 7), "model.up": (13, 5)}
 EXAMPLES = [13, 17, 29]

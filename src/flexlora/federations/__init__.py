@@ -1,1 +1,1 @@
-""
+"""Where clients may be, one kind of place per file."""

@@ -1,1 +1,1 @@
-""
+"""The run report: the journal as tables, figures and one HTML page."""

@@ -1,1 +1,1 @@
-""
+"""Local training: the optimiser and the loop."""

@@ -1,0 +1,72 @@
+"""One client's turn: from a download to an upload, the same in simulation and for real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexlora import wire
+from flexlora.adapter import Adapter
+from flexlora.data.tokens import TokenStore
+from flexlora.method import Method, Upload
+from flexlora.model import Base
+from flexlora.seeds import rng
+from flexlora.training.loop import train
+from flexlora.training.optimizer import Training
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the server asks of one client in one round; ``download`` is as it travels."""
+
+    client: str
+    round: int
+    download: bytes
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a client's machine has: the base model, tokens, its rows, and the run's terms."""
+
+    base: Base
+    store: TokenStore
+    rows: Mapping[str, Sequence[int]]
+    method: Method
+    training: Training
+    wire_dtype: torch.dtype
+    seed: int
+
+
+def turn(job: Job, here: Workplace) -> bytes:
+    """Train on the client's own rows and return its upload as it travels.
+
+    All randomness is that of (seed, client, round). Precision is the wire's at both ends
+    and float32 in between.
+    """
+
+    def start() -> Adapter:
+        return wire.decode_download(job.download).adapter.to(torch.float32)
+
+    # The start is read again from its bytes at the end, not held in memory while training.
+    trained = train(
+        here.base,
+        start(),
+        here.store,
+        here.rows[job.client],
+        here.training,
+        rng(here.seed, "client", job.client, job.round),
+        job.round,
+        here.method.penalty,
+    )
+    facts = {
+        "tokens": trained.tokens,
+        "steps": trained.steps,
+        "loss_total": trained.loss_total,
+        "loss_tokens": trained.loss_tokens,
+        "seconds": trained.seconds,
+    }
+    returned = here.method.returns(start(), trained.adapter)
+    upload = Upload(job.client, job.round, returned, len(here.rows[job.client]), facts)
+    return wire.encode_upload(upload, here.wire_dtype)

@@ -1,0 +1,42 @@
+"""A corpus from data that Flower has partitioned, such as by ``flwr_datasets``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from flexlora.data.corpora.hub import arrow
+from flexlora.data.corpora.table import Columns, corpus_of
+from flexlora.data.corpus import Corpus
+
+
+class Federated(Protocol):
+    """What is needed of ``flwr_datasets.FederatedDataset``."""
+
+    def load_partition(self, partition_id: int) -> Any:
+        """The ``datasets.Dataset`` of one partition."""
+        ...
+
+
+def read(federated: Federated, partitions: int, columns: Columns) -> Corpus:
+    """Partition i is the client named ``str(i)``, for i below ``partitions``.
+
+    The partition decides who is a client, so ``columns.client`` is not read.
+
+    Raises:
+        ValueError: there are no partitions, a column is missing in one, or a value is null
+            or ill-typed.
+    """
+    if partitions < 1:
+        raise ValueError(f"Cannot read {partitions} partitions; ask for at least one.")
+    tables = []
+    for number in range(partitions):
+        table = arrow(federated.load_partition(number))
+        named = replace(columns, client=None).wanted().values()
+        table = table.select([name for name in table.column_names if name in named])
+        client = pa.repeat(str(number), table.num_rows)
+        tables.append(table.append_column("_client", client))
+    whole = pa.concat_tables(tables, promote_options="default")
+    return corpus_of(whole, replace(columns, client="_client"), "The federated dataset")

@@ -1,0 +1,71 @@
+"""A corpus from a dataset of the Hugging Face hub; needs the package ``datasets``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from flexlora.data.corpora.table import Columns, corpus_of
+from flexlora.data.corpus import SPLITS, Corpus
+
+
+def read(
+    name: str,
+    columns: Columns,
+    *,
+    subset: str | None = None,
+    revision: str | None = None,
+    splits: Mapping[str, str] | None = None,
+) -> Corpus:
+    """The dataset called ``name`` (or in a folder of that name), of a revision if given.
+
+    ``splits`` maps the hub's splits that are to be read to train, validation or test; by
+    default all are read and must be named so. With ``columns.split`` None the split is the
+    hub's if there is more than one, else none (see ``split_rows``). No code of the dataset
+    is run.
+
+    Raises:
+        ValueError: a split or column is missing or misnamed, or a value is null or ill-typed.
+        ImportError: the package ``datasets`` is not installed.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"Reading '{name}' from the hub needs the package 'datasets'; install it with "
+            "pip install 'flexlora[hub]'."
+        ) from error
+    held = load_dataset(name, name=subset, revision=revision)
+    place = f"The dataset '{name}'"
+    chosen = dict(splits) if splits is not None else {split: split for split in held}
+    _check_splits(chosen, list(held), place)
+    tables = []
+    for source, split in chosen.items():
+        table = arrow(held[source])
+        if columns.split is None and len(chosen) > 1:
+            table = table.append_column("_split", pa.repeat(split, table.num_rows))
+        tables.append(table)
+    if columns.split is None and len(chosen) > 1:
+        columns = replace(columns, split="_split")
+    whole = pa.concat_tables(tables, promote_options="default")
+    return corpus_of(whole, columns, place)
+
+
+def arrow(dataset: Any) -> pa.Table:
+    """The rows of a ``datasets.Dataset`` as an Arrow table, in the dataset's order."""
+    table: pa.Table = dataset.with_format("arrow")[:]
+    return table
+
+
+def _check_splits(chosen: Mapping[str, str], held: list[str], place: str) -> None:
+    for source, split in chosen.items():
+        if source not in held:
+            raise ValueError(f"{place} has no split '{source}'; it has {', '.join(held)}.")
+        if split not in SPLITS:
+            raise ValueError(
+                f"{place}: the split '{source}' would become '{split}', which is none of "
+                f"{', '.join(SPLITS)}; say which it is, as in splits = {{'{source}': 'test'}}."
+            )

@@ -1,0 +1,240 @@
+"""A corpus from one file: Parquet, JSON lines, a JSON array, or CSV."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from flexlora.data.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Under which name the source holds each column of a corpus; None where it has none.
+
+    Without ``instruction`` or ``input`` these are empty in every row. With ``messages`` the
+    rows are conversations, and instruction, input and output are not read. Without
+    ``client`` the rows are still to be partitioned, without ``split`` still to be split.
+    """
+
+    instruction: str | None = "instruction"
+    input: str | None = "input"
+    output: str | None = "output"
+    messages: str | None = None
+    client: str | None = "client"
+    category: str | None = "category"
+    split: str | None = "split"
+
+    def __post_init__(self) -> None:
+        if self.messages is None and self.output is None:
+            raise ValueError(
+                "Columns need an 'output' (the text to learn) or 'messages'; both are None."
+            )
+
+    def wanted(self) -> dict[str, str]:
+        """The corpus's name -> the source's name, of the columns to read."""
+        if self.messages is None:
+            unread: tuple[str, ...] = ()
+        else:
+            unread = ("instruction", "input", "output")
+        named = asdict(self).items()
+        return {name: source for name, source in named if source and name not in unread}
+
+    def sources(self) -> list[str]:
+        """The source's columns to read, each once, though two may come from one."""
+        return list(dict.fromkeys(self.wanted().values()))
+
+
+def read(
+    path: Path, columns: Columns | None = None, clients: Collection[str] | None = None
+) -> Corpus:
+    """The corpus in a ``.parquet``, ``.jsonl``, ``.json`` (lines or one array) or ``.csv``.
+
+    With ``clients`` only their rows are read; of a Parquet file sorted by client only the
+    parts that hold them.
+
+    Raises:
+        ValueError: the suffix is unknown, a column or a client is missing, or a value is
+            null or of the wrong type.
+    """
+    columns = columns or Columns()
+    kinds = {
+        ".parquet": _parquet,
+        ".jsonl": _json,
+        ".json": _json,
+        ".csv": _csv,
+    }
+    if path.suffix not in kinds:
+        raise ValueError(
+            f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'; name it "
+            f"{', '.join(kinds)}, whichever it is."
+        )
+    if not path.is_file():
+        raise ValueError(f"There is no file '{path}' to read a corpus from.")
+    if clients is not None and columns.client is None:
+        raise ValueError(
+            f"Cannot choose clients of '{path}': columns.client is None. Name the column."
+        )
+    asked = None if clients is None else {str(client) for client in clients}
+    table = kinds[path.suffix](path, columns, asked)
+    place = f"'{path}'" if asked is None else f"'{path}' (rows of {len(asked)} clients)"
+    corpus = corpus_of(table, columns, place)
+    missing = (asked or set()) - set(corpus.keys("client") if asked else ())
+    if missing:
+        raise ValueError(
+            f"'{path}' has no rows of {len(missing)} of the clients asked for, such as "
+            f"'{min(missing)}'; its column '{columns.client}' names the clients it has."
+        )
+    return corpus
+
+
+def corpus_of(table: pa.Table, columns: Columns, place: str) -> Corpus:
+    """The corpus in an Arrow table whose columns are named as ``columns`` says.
+
+    Raises:
+        ValueError: a column is missing, or a value is null or of the wrong type.
+    """
+    check_names(columns, table.column_names, place)
+    found: dict[str, pa.ChunkedArray | Sequence[str]] = {}
+    for name, source in columns.wanted().items():
+        found[name] = _text(name, source, table[source], place)
+    if columns.messages is None:
+        for name in ("instruction", "input"):
+            if name not in found:
+                found[name] = pa.chunked_array([pa.repeat("", table.num_rows)])
+    return Corpus.build(found, place)
+
+
+def check_names(columns: Columns, names: Sequence[str], place: str) -> None:
+    """Refuse a source that lacks a column.
+
+    Raises:
+        ValueError: with the column, those that there are, and the nearest of them.
+    """
+    for name, source in columns.wanted().items():
+        if source not in names:
+            near = difflib.get_close_matches(source, names, n=1)
+            guess = f"Did you mean '{near[0]}'? " if near else ""
+            raise ValueError(
+                f"{place} has no column '{source}' for the {name}; its columns are "
+                f"{', '.join(names)}. {guess}Set columns.{name} to the right name, or to "
+                "None if there is none."
+            )
+
+
+def _text(name: str, source: str, column: pa.ChunkedArray, place: str) -> Any:
+    """The column as text: numbers may name clients and categories, JSON may be nested."""
+    value = column.type
+    if pa.types.is_dictionary(value):
+        value = value.value_type
+    if pa.types.is_string(value) or pa.types.is_large_string(value):
+        return column
+    if name in ("client", "category") and pa.types.is_integer(value):
+        return column.cast(value).cast(pa.string())
+    if name == "messages" and (pa.types.is_list(value) or pa.types.is_large_list(value)):
+        return [None if row is None else _messages(row) for row in column.to_pylist()]
+    if pa.types.is_null(value):
+        return column.cast(pa.string())
+    raise ValueError(
+        f"Column '{source}' of {place} holds {value} where the {name} needs text; its first "
+        f"row is {column[0].as_py() if len(column) else None!r}. Convert it in the source."
+    )
+
+
+def _messages(row: Sequence[Any]) -> str:
+    """A conversation as JSON, without the keys that are null."""
+    kept = [
+        {key: value for key, value in message.items() if value is not None}
+        if isinstance(message, Mapping)
+        else message
+        for message in row
+    ]
+    return json.dumps(kept, ensure_ascii=False)
+
+
+def _parquet(path: Path, columns: Columns, clients: set[str] | None) -> pa.Table:
+    schema = pq.read_schema(path)
+    check_names(columns, schema.names, f"'{path}'")
+    chosen = None
+    if clients is not None:
+        field = pc.field(columns.client)
+        if pa.types.is_integer(schema.field(columns.client).type):
+            numbers = [int(client) for client in clients if client.lstrip("-").isdecimal()]
+            chosen = field.isin(pa.array(numbers, schema.field(columns.client).type))
+        else:
+            chosen = field.cast(pa.string()).isin(pa.array(sorted(clients), pa.string()))
+    return pq.read_table(path, columns=columns.sources(), filters=chosen)
+
+
+def _csv(path: Path, columns: Columns, clients: set[str] | None) -> pa.Table:
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    with pyarrow.csv.open_csv(path, parse_options=parse) as head:
+        check_names(columns, head.schema.names, f"'{path}'")
+    names = columns.sources()
+    convert = pyarrow.csv.ConvertOptions(
+        include_columns=names, column_types=dict.fromkeys(names, pa.large_string())
+    )
+    table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+    if clients is None:
+        return table
+    return table.filter(pc.is_in(table[columns.client], pa.array(sorted(clients))))
+
+
+def _json(path: Path, columns: Columns, clients: set[str] | None) -> pa.Table:
+    wanted = columns.wanted()
+    found: dict[str, list[str]] = {source: [] for source in wanted.values()}
+    for row, record in _records(path):
+        place = f"'{path}', row {row},"
+        if not isinstance(record, dict):
+            raise ValueError(f"{place} is {record!r:.60}, no JSON object of named columns.")
+        if clients is not None and str(record.get(columns.client)) not in clients:
+            continue
+        check_names(columns, list(record), place)
+        texts = {s: _json_text(n, s, record[s], place) for n, s in wanted.items()}
+        for source, text in texts.items():
+            found[source].append(text)
+    arrays = {source: pa.array(texts, pa.large_string()) for source, texts in found.items()}
+    return pa.table(arrays)
+
+
+def _json_text(name: str, source: str, value: Any, place: str) -> str:
+    if isinstance(value, str):
+        return value
+    if name in ("client", "category") and type(value) is int:
+        return str(value)
+    if name == "messages" and isinstance(value, list):
+        return _messages(value)
+    found = "null" if value is None else f"{value!r:.60}, a {type(value).__name__}"
+    raise ValueError(
+        f"{place} holds {found}, in the column '{source}', where the {name} needs text; "
+        "correct it in the source."
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """The records with their numbers, from 1: lines of JSON Lines, items of an array."""
+    with path.open(encoding="utf-8") as file:
+        start = file.read(256).lstrip()[:1]
+        file.seek(0)
+        if path.suffix == ".json" and start == "[":
+            yield from enumerate(_parsed(file.read(), f"'{path}'"), 1)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _parsed(line, f"Line {number} of '{path}'")
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is no JSON: {error}.") from error

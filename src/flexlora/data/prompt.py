@@ -1,0 +1,107 @@
+"""How an example becomes the text that a model reads and the text that it should write."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from flexlora.data.corpus import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = Callable[[Example], tuple[str, str]]
+"""An example -> the prompt's text and the response's, without the token that ends it."""
+
+NAMES: Final = ("alpaca", "chat", "plain")
+
+_TODAY: Final = "26 Jul 2024"
+
+_ALPACA_WITH_INPUT: Final = (
+    "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA: Final = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def named(name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt of that name, one of ``NAMES``; ``chat`` is written as the tokenizer's is.
+
+    Raises:
+        ValueError: the name is unknown, or the tokenizer has no chat template.
+    """
+    if name == "chat":
+        return chat(tokenizer)
+    prompts: dict[str, Prompt] = {"alpaca": alpaca, "plain": plain}
+    if name not in prompts:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        guess = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"There is no prompt '{name}'; there are {', '.join(NAMES)}.{guess}")
+    return prompts[name]
+
+
+def alpaca(example: Example) -> tuple[str, str]:
+    """The template of Stanford Alpaca and Alpaca-LoRA, for models without a chat template.
+
+    Raises:
+        ValueError: the example is a conversation.
+    """
+    _refuse_messages(example, "alpaca")
+    template = _ALPACA_WITH_INPUT if example.input else _ALPACA
+    prompt = template.format(instruction=example.instruction, input=example.input)
+    return prompt, example.output
+
+
+def plain(example: Example) -> tuple[str, str]:
+    """The instruction and the input, each ended by a new line, and nothing else.
+
+    Raises:
+        ValueError: the example is a conversation.
+    """
+    _refuse_messages(example, "plain")
+    parts = [part for part in (example.instruction, example.input) if part]
+    return "".join(f"{part}\n" for part in parts), example.output
+
+
+def chat(tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The tokenizer's chat template, up to where the assistant's turn begins.
+
+    The user says the instruction, a blank line and the input; of a conversation all but the
+    last message is the prompt. A template that takes a ``date_string`` (Llama 3) is given
+    26 July 2024, so that the same run reads the same text on every day; one that can only
+    read the clock writes the day on which the tokens are made.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"The tokenizer '{tokenizer.name_or_path}' has no chat template; use the prompt "
+            "'alpaca' or 'plain', or a tokenizer whose model was trained for chat."
+        )
+
+    def write(example: Example) -> tuple[str, str]:
+        if example.messages is None:
+            parts = [part for part in (example.instruction, example.input) if part]
+            messages = [{"role": "user", "content": "\n\n".join(parts)}]
+        else:
+            messages = list(example.messages[:-1])
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=_TODAY
+        )
+        return str(text), example.output
+
+    return write
+
+
+def _refuse_messages(example: Example, name: str) -> None:
+    if example.messages is not None:
+        raise ValueError(
+            f"The prompt '{name}' cannot write a conversation of {len(example.messages)} "
+            "messages; use the prompt 'chat', or a corpus of instruction, input and output."
+        )

@@ -1,0 +1,448 @@
+"""Examples as token ids: encoded once, kept on disk, laid in rows without padding."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexlora.data.corpus import Corpus, Example
+from flexlora.data.prompt import Prompt, named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT: Final = 1
+"""Raised when the files of a store, or what is written to them, change."""
+
+_ROWS_AT_ONCE: Final = 4096
+
+Int32s = np.ndarray[Any, np.dtype[np.int32]]
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """One example: the ids of the prompt, then of the response and the token that ends it."""
+
+    ids: Int32s
+    prompt_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def prompt(self) -> Int32s:
+        """The ids of the prompt."""
+        return self.ids[: self.prompt_tokens]
+
+    @property
+    def response(self) -> Int32s:
+        """The ids of the response."""
+        return self.ids[self.prompt_tokens :]
+
+
+def encode(
+    example: Example, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Tokens:
+    """The ids of one example, at most ``max_tokens``; see ``shorten``.
+
+    Prompt and response are tokenised apart, so that the border between them is exact and
+    the prompt is what the model reads when it generates. The prompt begins with the
+    tokenizer's BOS if the tokenizer sets one by itself and the text has none. The response
+    ends with the tokenizer's EOS.
+
+    Raises:
+        ValueError: the tokenizer has no EOS, or the prompt has no tokens.
+    """
+    ((prompt_ids, response_ids),) = _encode_all([example], prompt, tokenizer)
+    ids, prompt_tokens = shorten(prompt_ids, response_ids, max_tokens)
+    return Tokens(np.array(ids, np.int32), prompt_tokens)
+
+
+def shorten(
+    prompt: Sequence[int], response: Sequence[int], max_tokens: int
+) -> tuple[list[int], int]:
+    """Prompt and response in at most ``max_tokens`` ids, and how many are the prompt's.
+
+    The response is kept up to half of ``max_tokens``, or up to what the prompt leaves free;
+    what is cut off is its end, the closing EOS first, so that nothing teaches the model to
+    stop in the middle. The prompt then loses tokens from its middle: its head holds the
+    instruction, its tail the marker after which the response begins.
+
+    Raises:
+        ValueError: ``max_tokens`` is below 2, which leaves no room for both.
+    """
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens is {max_tokens}; prompt and response need at least 2.")
+    if len(prompt) + len(response) <= max_tokens:
+        return [*prompt, *response], len(prompt)
+    kept = response[: max(max_tokens // 2, max_tokens - len(prompt))]
+    room = min(max_tokens - len(kept), len(prompt))
+    tail = room // 2
+    head = room - tail
+    return [*prompt[:head], *prompt[len(prompt) - tail :], *kept], room
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """The tokens of a whole corpus, row by row, in flat arrays that may lie on the disk.
+
+    ``ids`` holds all rows one after the other, row i from ``offsets[i]`` to
+    ``offsets[i + 1]``; ``prompt_tokens[i]`` of them are the prompt's. ``cut`` is the number
+    of rows that were shortened. Four bytes a token.
+    """
+
+    ids: Int32s
+    offsets: Int64s
+    prompt_tokens: Int32s
+    cut: int
+
+    @classmethod
+    def build(
+        cls,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_name: str,
+        max_tokens: int,
+        cache: Path | None,
+    ) -> TokenStore:
+        """Encode the corpus, or open what an earlier call wrote into the folder ``cache``.
+
+        A cached store is found by a hash of the corpus's content, the tokenizer, the prompt
+        and ``max_tokens``. It is written to a temporary folder first and renamed when it is
+        complete, and memory-mapped from then on; without ``cache`` it is held in memory.
+        Rows are encoded by the thousand, so memory stays bounded either way.
+
+        Raises:
+            ValueError: the prompt is unknown or does not suit the corpus or tokenizer, the
+                tokenizer is not a fast one, a prompt has no tokens, or a cached store is
+                damaged.
+        """
+        prompt = named(prompt_name, tokenizer)
+        key = _key(corpus, tokenizer, prompt_name, max_tokens)
+        if cache is not None and (cache / key).exists():
+            return cls.open(cache / key)
+        rows = _rows(corpus, prompt, tokenizer, max_tokens)
+        if cache is not None:
+            _write(cache / key, rows)
+            return cls.open(cache / key)
+        ids, sizes = [np.empty(0, np.int32)], []
+        for part, size in rows:
+            ids.append(part)
+            sizes.append(size)
+        return cls(np.concatenate(ids), *_layout(sizes))
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenStore:
+        """The store in a folder that ``build`` has written, memory-mapped.
+
+        Raises:
+            ValueError: the folder holds no store of this format, or a damaged one.
+        """
+        try:
+            facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+            ids, offsets, prompt_tokens = (
+                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in ("ids", "offsets", "prompt_tokens")
+            )
+            whole = facts["format"] == FORMAT and facts["tokens"] == len(ids) == offsets[-1]
+            if (
+                not whole
+                or facts["rows"] != len(prompt_tokens)
+                or len(offsets) != facts["rows"] + 1
+            ):
+                raise ValueError(f"its files do not agree with facts.json, {facts}")
+            return cls(ids, offsets, prompt_tokens, int(facts["cut"]))
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"The token store in '{folder}' cannot be read ({error}); delete the folder "
+                "and it will be made again."
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    def __getitem__(self, row: int) -> Tokens:
+        if not 0 <= row < len(self):
+            raise IndexError(f"The store has no row {row}; its rows are 0 to {len(self) - 1}.")
+        span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return Tokens(self.ids[span], int(self.prompt_tokens[row]))
+
+    @property
+    def lengths(self) -> Int64s:
+        """The number of tokens of each row."""
+        return np.diff(self.offsets)
+
+    @property
+    def response_tokens(self) -> Int64s:
+        """The number of response tokens of each row, its closing EOS included."""
+        return self.lengths - self.prompt_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Several examples in one row of T tokens without padding, as a model takes them.
+
+    ``input_ids`` and ``position_ids`` are (1, T); positions begin at 0 for each example. An
+    example may attend to itself only; ``starts`` (examples + 1,) says where each begins, and
+    where the last one ends. The n places of the loss are ``loss_positions`` (n,) and the
+    tokens that should follow there ``labels`` (n,), never those of another example. All
+    are int64 on the CPU.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    starts: Tensor
+    loss_positions: Tensor
+    labels: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the pack holds, all of them real."""
+        return self.input_ids.shape[1]
+
+
+def steps(
+    lengths: Sequence[int] | Int64s,
+    indices: Sequence[int] | Int64s,
+    examples_per_step: int,
+    tokens_per_pack: int,
+    rng: np.random.Generator,
+) -> list[list[list[int]]]:
+    """One epoch over ``indices``: optimiser steps, each of packs, each of rows.
+
+    The rows are shuffled and cut into steps of ``examples_per_step``, of which the last may
+    be smaller. Within a step the longest row is placed first, each into the first pack with
+    room (first-fit decreasing), so that no pack has more than ``tokens_per_pack`` tokens
+    unless one row alone has. ``lengths`` is by row of the store.
+
+    Raises:
+        ValueError: a step or a pack would be empty by order.
+    """
+    if examples_per_step < 1 or tokens_per_pack < 1:
+        raise ValueError(
+            f"Steps of {examples_per_step} examples in packs of {tokens_per_pack} tokens hold "
+            "nothing; both must be at least 1."
+        )
+    sizes = np.asarray(lengths)
+    shuffled = rng.permutation(np.asarray(indices, np.int64))
+    cuts = range(examples_per_step, len(shuffled), examples_per_step)
+    parts = np.split(shuffled, list(cuts)) if len(shuffled) else []
+    return [_first_fit(sizes, part, tokens_per_pack) for part in parts]
+
+
+def pack(store: TokenStore, indices: Sequence[int], prompt_loss: bool = False) -> Pack:
+    """These rows of the store in one row of tokens, in this order.
+
+    The loss is over the response tokens; with ``prompt_loss`` over every token but each
+    example's first, which nothing precedes.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not len(indices):
+        raise ValueError("A pack of no examples has no tokens; give at least one row.")
+    examples = [store[int(index)] for index in indices]
+    starts = np.cumsum([0, *(len(tokens) for tokens in examples)])
+    ids = np.concatenate([tokens.ids for tokens in examples]).astype(np.int64)
+    positions = [np.arange(len(tokens)) for tokens in examples]
+    loss_positions = np.concatenate(
+        [
+            np.arange(start + (0 if prompt_loss else tokens.prompt_tokens - 1), end - 1)
+            for tokens, start, end in zip(examples, starts[:-1], starts[1:], strict=True)
+        ]
+    )
+    return Pack(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(np.concatenate(positions))[None],
+        starts=torch.from_numpy(starts),
+        loss_positions=torch.from_numpy(loss_positions),
+        labels=torch.from_numpy(ids[loss_positions + 1]),
+    )
+
+
+def _first_fit(sizes: Int64s, rows: Int64s, room: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    filled: list[int] = []
+    for row in rows[np.argsort(-sizes[rows], kind="stable")].tolist():
+        size = int(sizes[row])
+        for number, tokens in enumerate(filled):
+            if tokens + size <= room:
+                packs[number].append(row)
+                filled[number] += size
+                break
+        else:
+            packs.append([row])
+            filled.append(size)
+    return packs
+
+
+def _encode_all(
+    examples: Sequence[Example],
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    first: int = 0,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt ids and response ids of each example, not yet shortened; rows from ``first``."""
+    eos = _eos(tokenizer)
+    bos = _bos(tokenizer)
+    texts = [prompt(example) for example in examples]
+    prompts = _ids(tokenizer, [text for text, _ in texts])
+    responses = _ids(tokenizer, [text for _, text in texts])
+    pairs = zip(prompts, responses, strict=True)
+    for row, (prompt_ids, response_ids) in enumerate(pairs, first):
+        if bos and prompt_ids[:1] != bos:
+            prompt_ids = bos + prompt_ids
+        if not prompt_ids:
+            raise ValueError(
+                f"The prompt of row {row} has no tokens, so nothing precedes its response; "
+                "give it an instruction or an input."
+            )
+        yield prompt_ids, [*response_ids, eos]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError(
+            f"The tokenizer '{tokenizer.name_or_path}' names no token that ends a response; "
+            "set its eos_token."
+        )
+    return tokenizer.eos_token_id
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS if the tokenizer sets one before any text, else nothing."""
+    bos = tokenizer.bos_token_id
+    first = tokenizer("")["input_ids"][:1]
+    return [bos] if isinstance(bos, int) and first == [bos] else []
+
+
+def _rows(
+    corpus: Corpus, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Iterator[tuple[Int32s, Int64s]]:
+    """Chunks of the corpus: the ids of its rows, and (rows, 3) their lengths, prompt
+    lengths and whether they were cut.
+    """
+    for start in range(0, len(corpus), _ROWS_AT_ONCE):
+        examples = corpus.examples(range(start, min(start + _ROWS_AT_ONCE, len(corpus))))
+        ids: list[int] = []
+        sizes = []
+        for whole in _encode_all(examples, prompt, tokenizer, start):
+            kept, prompt_tokens = shorten(*whole, max_tokens)
+            ids += kept
+            sizes.append((len(kept), prompt_tokens, len(kept) < len(whole[0]) + len(whole[1])))
+        yield np.array(ids, np.int32), np.array(sizes, np.int64)
+
+
+def _layout(sizes: Sequence[Int64s]) -> tuple[Int64s, Int32s, int]:
+    """Offsets, prompt lengths and the number of rows cut, from what ``_rows`` gave."""
+    lengths, prompts, cut = np.concatenate([np.empty((0, 3), np.int64), *sizes]).T
+    return np.cumsum([0, *lengths.tolist()]), prompts.astype(np.int32), int(cut.sum())
+
+
+def _key(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, prompt_name: str, max_tokens: int
+) -> str:
+    """The name of the store: a hash of all that decides its content.
+
+    The prompt's own text is part of it, through what it writes for two examples.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"The tokenizer '{tokenizer.name_or_path}' is not a fast one; give a model "
+            "folder that has a tokenizer.json."
+        )
+    # Padding and truncation are what the last call left behind, not what the tokenizer is.
+    described = json.loads(backend.to_str())
+    described.update(padding=None, truncation=None)
+    prompt = named(prompt_name, tokenizer)
+    probes = [Example("Add.", "1 and 2", "3"), Example("Name a colour.", "", "Red")]
+    facts = {
+        "format": FORMAT,
+        "corpus": corpus.fingerprint(),
+        "tokenizer": described,
+        "chat_template": tokenizer.chat_template if prompt_name == "chat" else None,
+        "ends": [_bos(tokenizer), _eos(tokenizer)],
+        "prompt": [prompt_name, [prompt(probe) for probe in probes]],
+        "max_tokens": max_tokens,
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
+    """Write the store beside its place and rename it: it is there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        sizes = []
+        with (partial / "ids.npy").open("wb") as file:
+            body = _header(file, 0)
+            for ids, size in rows:
+                file.write(ids.tobytes())
+                sizes.append(size)
+            tokens = sum(int(size[:, 0].sum()) for size in sizes)
+            file.seek(0)
+            # NumPy pads the header so that the first axis can grow in place.
+            if _header(file, tokens) != body:
+                raise ValueError(f"The header of {tokens} tokens does not fit its place.")
+            _flush(file)
+        offsets, prompt_tokens, cut = _layout(sizes)
+        arrays: tuple[tuple[str, np.ndarray[Any, Any]], ...] = (
+            ("offsets", offsets),
+            ("prompt_tokens", prompt_tokens),
+        )
+        for name, array in arrays:
+            with (partial / f"{name}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                _flush(file)
+        facts = {"format": FORMAT, "rows": len(prompt_tokens), "tokens": tokens, "cut": cut}
+        with (partial / "facts.json").open("wb") as file:
+            file.write(json.dumps(facts).encode())
+            _flush(file)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process finished the same store first; its content is equal.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _header(file: IO[bytes], tokens: int) -> int:
+    """Write the header of an int32 array of this length; returns where its data begin."""
+    facts = {"descr": "<i4", "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(file, facts)
+    return file.tell()
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,165 @@
+"""What an evaluation is: questions of clients' test rows, and scores added up by client."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flexlora.data.corpus import Corpus, Example
+from flexlora.data.partition import by_key
+from flexlora.data.prompt import Prompt
+from flexlora.data.tokens import encode
+from flexlora.model import Base
+from flexlora.rouge import rouge_l
+from flexlora.seeds import rng
+from flexlora.tasks import generation, held_out_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How models are evaluated.
+
+    ``batch_tokens`` bounds the tokens that are in memory at once, padding and room for the
+    answers included; it changes speed, and results by rounding only (see
+    ``generation.answers``: in bfloat16 that can be seen). A longer prompt loses tokens from
+    its middle. The loss is of rows of at most ``max_prompt_tokens + max_new_tokens``.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+
+    max_new_tokens: int = 128
+    max_prompt_tokens: int = 896
+    batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        least = {"max_new_tokens": 1, "max_prompt_tokens": 2, "batch_tokens": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value < bound:
+                raise ValueError(f"evaluation.{name} is {value}; give at least {bound}.")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One test row of a client; ``seen`` if the client has a part in the training."""
+
+    client: str
+    category: str | None
+    seen: bool
+    example: Example
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of some questions as totals, so that they may be added.
+
+    ``rouge_l`` adds F-measures in 0..1, ``exact_match`` ones and zeros; the loss is in nats
+    over ``loss_tokens`` response tokens.
+    """
+
+    examples: int = 0
+    rouge_l: float = 0.0
+    exact_match: int = 0
+    loss_total: float = 0.0
+    loss_tokens: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Score(*(a + b for a, b in pairs))
+
+
+def pick(
+    corpus: Corpus,
+    clients: Iterable[str],
+    seen: bool,
+    rows_per_client: int | None,
+    seed: int,
+    split: str = "test",
+) -> list[Question]:
+    """At most ``rows_per_client`` rows of each client's split (all of them for None).
+
+    Questions are sorted by client, then by row. A client's draw depends on the seed, its
+    name and its own rows, on no other client; fewer rows are a part of more. A client
+    without a row in the split has no question. One pass over the corpus.
+
+    Raises:
+        ValueError: a client is none of the corpus's, or the corpus has no clients or splits.
+    """
+    if rows_per_client is not None and rows_per_client < 1:
+        raise ValueError(
+            f"Give at least one row per client (or none for all), not {rows_per_client}."
+        )
+    held = by_key(corpus.keys("client"))
+    inside = corpus.keys("split") == split
+    categories = corpus.keys("category") if "category" in corpus.columns else None
+    found = []
+    for client in sorted(set(clients)):
+        if client not in held:
+            raise ValueError(
+                f"Client {client!r} has no rows in the corpus of {len(held)} clients."
+            )
+        rows = held[client][inside[held[client]]]
+        drawn = rng(seed, "evaluation", client).permutation(rows)[:rows_per_client]
+        chosen = np.sort(drawn).tolist()
+        for row, example in zip(chosen, corpus.examples(chosen), strict=True):
+            category = None if categories is None else str(categories[row])
+            found.append(Question(client, category, seen, example))
+    return found
+
+
+def evaluate(
+    base: Base, questions: Sequence[Question], prompt: Prompt, settings: Evaluation
+) -> list[dict[str, Any]]:
+    """The scores of the model with the adapter it has now, as the journal's rows.
+
+    There is a row for each client (for each of its categories, where it has several), in
+    order of first appearance: ``client``, ``category``, ``seen`` and the fields of
+    ``Score``. Answers are generated from the prompt alone; the loss is of the outputs.
+
+    Raises:
+        ValueError: a loss is not finite, or prompts and answers exceed the model's context.
+    """
+    totals: dict[tuple[str, str | None, bool], Score] = {}
+    for question, score in zip(
+        questions, _scores(base, questions, prompt, settings), strict=True
+    ):
+        if not math.isfinite(score.loss_total):
+            raise ValueError(
+                f"The held-out loss of a row of client {question.client!r} is "
+                f"{score.loss_total}: the model or its adapter is out of bounds; lower "
+                "training.learning_rate, or give model.dtype 'float32'."
+            )
+        key = (question.client, question.category, question.seen)
+        totals[key] = totals.get(key, Score()) + score
+    return [
+        {"client": client, "category": category, "seen": seen, **dataclasses.asdict(score)}
+        for (client, category, seen), score in totals.items()
+    ]
+
+
+def _scores(
+    base: Base, questions: Sequence[Question], prompt: Prompt, settings: Evaluation
+) -> list[Score]:
+    """The score of each question."""
+    examples = [question.example for question in questions]
+    room = settings.max_prompt_tokens + settings.max_new_tokens
+    tokens = [encode(example, prompt, base.tokenizer, room) for example in examples]
+    losses = held_out_loss.losses(base, tokens, settings.batch_tokens)
+    read = generation.prompts(examples, prompt, base.tokenizer, settings.max_prompt_tokens)
+    answers = generation.answers(base, read, settings.max_new_tokens, settings.batch_tokens)
+    return [
+        Score(
+            examples=1,
+            rouge_l=rouge_l(example.output, answer),
+            exact_match=int(generation.exact_match(example.output, answer)),
+            loss_total=loss.total,
+            loss_tokens=loss.tokens,
+        )
+        for example, answer, loss in zip(examples, answers, losses, strict=True)
+    ]

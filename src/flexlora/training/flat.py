@@ -1,0 +1,72 @@
+"""An adapter's factors as parameters in one flat tensor, so that a step is one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from flexlora.adapter import Adapter, Factors
+
+Scale = Callable[[int], float]
+"""The LoRA scale as a function of a module's rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlatAdapter:
+    """Trainable factors by module, all lying in ``values``, their gradients in ``values.grad``.
+
+    Optimisers and clipping work on ``values`` alone, which is the same as working on every
+    factor and takes one call instead of hundreds; and long-lived buffers do not come to lie
+    between activations. The scale is taken out of ``B``: a client optimises
+    ``B / scale(rank)``, as PEFT's LoRA does. ``finish`` folds it in again.
+    """
+
+    values: Tensor
+    factors: Mapping[str, Factors]
+    scale: Scale
+
+    @classmethod
+    def of(cls, adapter: Adapter, scale: Scale, device: torch.device) -> FlatAdapter:
+        """A float32 copy of ``adapter`` on ``device``, with gradients of zero."""
+        values = torch.empty(adapter.parameters, device=device)
+        grads = torch.zeros_like(values)
+        factors, start = {}, 0
+        for module, f in adapter.items():
+            B, start = _leaf(values, grads, start, f.B.shape)
+            A, start = _leaf(values, grads, start, f.A.shape)
+            with torch.no_grad():
+                B.copy_(f.B).div_(scale(f.rank))
+                A.copy_(f.A)
+            factors[module] = Factors(B, A)
+        values.requires_grad_().grad = grads
+        return cls(values, factors, scale)
+
+    def folded(self) -> dict[str, Factors]:
+        """The effective factors, differentiable in the parameters."""
+        return {m: Factors(f.B * self.scale(f.rank), f.A) for m, f in self.factors.items()}
+
+    def finish(self) -> Adapter:
+        """The adapter that the parameters are now, on the CPU; the gradients are given up."""
+        for f in self.factors.values():
+            f.B.grad = f.A.grad = None
+        self.values.grad = None
+        with torch.no_grad():
+            return Adapter({m: f.to("cpu") for m, f in self.folded().items()})
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in place: the factors' gradients lie there too."""
+        assert self.values.grad is not None
+        self.values.grad.zero_()
+
+
+def _leaf(values: Tensor, grads: Tensor, start: int, shape: torch.Size) -> tuple[Tensor, int]:
+    """A leaf of this shape within ``values``, with its gradient within ``grads``."""
+    end = start + prod(shape)
+    # Detached: as a view of ``values`` its gradient would be one of the size of ``values``.
+    leaf = values[start:end].view(shape).detach().requires_grad_()
+    leaf.grad = grads[start:end].view(shape)
+    return leaf, end

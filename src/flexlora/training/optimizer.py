@@ -1,0 +1,77 @@
+"""How a client optimises: the optimiser, its schedule and its scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexlora.training.flat import Scale
+
+
+@dataclass(frozen=True)
+class Training:
+    """One client's local training.
+
+    ``batch_examples`` is the effective batch of an optimiser step; ``pack_tokens`` bounds the
+    tokens that are in memory at once and changes nothing else; a pack of more than
+    ``recompute_above`` tokens keeps one layer's activations and recomputes the others, for
+    about a third more time. The schedule runs within a
+    client's turn; ``round_decay`` multiplies the learning rate from round to round.
+    ``alpha`` is LoRA's: the scale is alpha / rank (``scaling = "rank"``), alpha / sqrt(rank)
+    (``"sqrt"``, rsLoRA) or alpha itself (``"none"``).
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 5e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 0
+    round_decay: float = 1.0
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    clip_norm: float = 1.0
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_examples: int = 16
+    pack_tokens: int = 1024
+    prompt_loss: bool = False
+    alpha: float = 16.0
+    scaling: Literal["rank", "sqrt", "none"] = "rank"
+    recompute_above: int | None = None
+
+    @property
+    def scale(self) -> Scale:
+        """The LoRA scale of a module, from its rank."""
+        powers = {"rank": 1.0, "sqrt": 0.5, "none": 0.0}
+        power, alpha = powers[self.scaling], self.alpha
+        return lambda rank: float(alpha / rank**power)
+
+    def rate(self, step: int, steps: int, round: int) -> float:
+        """The learning rate of a step (from 0) of ``steps`` in a round (from 1)."""
+        peak = self.learning_rate * self.round_decay ** (round - 1)
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(steps - self.warmup_steps, 1)
+        if self.schedule == "linear":
+            return peak * (1 - done)
+        if self.schedule == "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * done))
+        return peak
+
+    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """A fresh optimiser: moments are never carried from round to round."""
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(
+                parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+            )
+        return torch.optim.SGD(
+            parameters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )

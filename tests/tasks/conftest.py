@@ -1,0 +1,24 @@
+"""The tiny model, loaded once."""
+
+import pytest
+import torch
+
+from flexlora.adapter import Adapter
+from flexlora.model import Base, Source
+from tasks import tiny
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Base:
+    return Source(str(tiny.save(tmp_path_factory.mktemp("tiny")))).load()
+
+
+@pytest.fixture
+def adapter(base, factors) -> Adapter:
+    """A random update of every layer, large enough to change what the model writes."""
+    return Adapter(
+        {
+            module: factors(out, 3, in_, seed, torch.float32)
+            for seed, (module, (out, in_)) in enumerate(base.shapes.items())
+        }
+    )

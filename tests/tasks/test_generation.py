@@ -1,0 +1,155 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexlora.data.corpus import Example
+from flexlora.data.prompt import plain
+from flexlora.model import SEGMENTS
+from flexlora.tasks.generation import answers, batches, exact_match, prompts
+
+NEW = 17
+STOPS = (2, 3)
+LENGTHS = (3, 11, 1, 7, 29, 2, 5, 13, 19, 23, 37, 17)
+
+
+@pytest.fixture(scope="module")
+def questions():
+    draw = np.random.default_rng(1)
+    return [draw.integers(3, 15, size=length).astype(np.int32) for length in LENGTHS]
+
+
+def ids_written(base, prompt: np.ndarray, new: int = NEW) -> list[int]:
+    """One prompt without padding, cache or ``generate``: all of it again for each token."""
+    ids, written = torch.from_numpy(prompt.astype(np.int64))[None], []
+    with torch.no_grad():
+        while len(written) < new:
+            token = int(base.model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+            if token in STOPS:
+                break
+            written.append(token)
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    return written
+
+
+def written_alone(base, prompt: np.ndarray) -> str:
+    ids = ids_written(base, prompt)
+    return base.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_padded_batches_with_a_cache_write_what_each_prompt_gets_alone(base, questions):
+    assert base.model.config._attn_implementation == SEGMENTS
+    alone = [written_alone(base, prompt) for prompt in questions]
+    assert len(set(alone)) > len(alone) // 2
+    for batch_tokens in (1, 200, 10_000):
+        assert answers(base, questions, NEW, batch_tokens) == alone
+
+
+def test_some_answers_end_by_themselves_and_some_at_the_limit(base, questions):
+    lengths = [len(ids_written(base, prompt)) for prompt in questions]
+    assert min(lengths) < NEW == max(lengths)
+
+
+def test_answers_are_those_of_the_attached_adapter(base, adapter, questions):
+    without = answers(base, questions, NEW, 500)
+    with base.attached(adapter):
+        assert answers(base, questions, NEW, 500) == [
+            written_alone(base, prompt) for prompt in questions
+        ]
+        assert answers(base, questions, NEW, 500) != without
+    assert answers(base, questions, NEW, 500) == without
+
+
+def test_answers_stay_in_the_order_of_the_questions(base, questions):
+    forward = answers(base, questions, NEW, 300)
+    assert answers(base, questions[::-1], NEW, 300) == forward[::-1]
+    assert answers(base, [], NEW, 300) == []
+
+
+def test_a_batch_ends_with_its_longest_answer(base, questions, monkeypatch):
+    ended = [prompt for prompt in questions if len(ids_written(base, prompt)) < NEW - 2]
+    longest = max(len(ids_written(base, prompt)) for prompt in ended)
+    calls = []
+    forward = base.model.forward
+    monkeypatch.setattr(
+        base.model,
+        "forward",
+        lambda *a, **k: calls.append(k["input_ids"].shape) or forward(*a, **k),
+    )
+    answers(base, ended, NEW, 10_000)
+    assert len(calls) == longest + 1  # the end token has to be written, too
+    assert all(shape == (len(ended), 1) for shape in calls[1:])
+
+
+def test_published_settings_are_set_aside_and_put_back(base, questions):
+    published = base.model.generation_config
+    answers(base, questions[:2], NEW, 100)
+    assert base.model.generation_config is published
+    assert published.repetition_penalty == 3.0
+
+
+def test_nothing_is_logged(base, questions):
+    heard = []
+    handler = logging.Handler()
+    handler.emit = heard.append
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        answers(base, questions, NEW, 100)
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in heard] == []
+
+
+def test_beyond_the_models_context_is_refused(base, questions):
+    longest = max(LENGTHS)
+    assert len(answers(base, questions, 96 - longest, 4000)) == len(LENGTHS)
+    with pytest.raises(ValueError, match="37 tokens and 60 new ones exceed the 96 positions"):
+        answers(base, questions, 97 - longest, 4000)
+
+
+def test_the_prompt_has_no_trace_of_the_output(base):
+    long = Example("the cat sees", " ".join(["red"] * 40), "two")
+    read = prompts([long, Example("a dog", "", "one")], plain, base.tokenizer, 10)
+    other = prompts(
+        [Example(long.instruction, long.input, "blue " * 30), Example("a dog", "", "")],
+        plain,
+        base.tokenizer,
+        10,
+    )
+    assert [ids.tolist() for ids in read] == [ids.tolist() for ids in other]
+    assert base.tokenizer.decode(read[0]) == "the cat sees red red red red red red red"
+    assert base.tokenizer.decode(read[1]) == "a dog"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 50), max_size=40),
+    st.integers(1, 20),
+    st.integers(1, 400),
+)
+def test_batches_hold_every_prompt_once_within_the_budget(lengths, new, budget):
+    found = batches(lengths, new, budget)
+    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
+    for rows in found:
+        assert len(rows) == 1 or len(rows) * (max(lengths[r] for r in rows) + new) <= budget
+    in_order = [lengths[row] for rows in found for row in rows]
+    assert in_order == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "equal"),
+    [
+        ("Yes", "yes\n", True),
+        ("STRASSE", "straße", True),
+        (" no ", "no", True),
+        ("yes", "yes.", False),
+        ("a  b", "a b", False),
+        ("", " ", True),
+    ],
+)
+def test_exact_match(reference, answer, equal):
+    assert exact_match(reference, answer) is equal
