@@ -301,9 +301,7 @@ def _tensorrt_llm(facts: _Facts) -> Verdict:
     """One alpha, each tensor's own rank, and rsLoRA."""
     consumer = "TensorRT-LLM"
     alpha, rslora = facts.config["lora_alpha"], facts.config.get("use_rslora")
-    wrong = facts.misscaled(
-        lambda layer: alpha / (math.sqrt(layer.rank) if rslora else layer.rank)
-    )
+    wrong = facts.misscaled(lambda layer: alpha / (math.sqrt(layer.rank) if rslora else layer.rank))
     if wrong:
         why = f"it ignores alpha_pattern; {wrong}"
         return Verdict(consumer, "misreads", why, facts.rewrite())

@@ -66,6 +66,7 @@ def turn(job: Job, here: Workplace) -> bytes:
         "loss_total": trained.loss_total,
         "loss_tokens": trained.loss_tokens,
         "seconds": trained.seconds,
+        "bytes_down": len(job.download),
     }
     returned = here.method.returns(start(), trained.adapter)
     upload = Upload(job.client, job.round, returned, len(here.rows[job.client]), facts)

@@ -16,7 +16,7 @@ from torch import Tensor
 from flexlora.adapter import Factors
 
 Split = Literal["left", "balanced"]
-"""Where the singular values go: ``left`` B = U S, A = V'; ``balanced`` B = U sqrt(S), A = sqrt(S) V'."""
+"""Where the singular values go: ``left`` B = U S and A = V', ``balanced`` sqrt(S) to each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +135,8 @@ class LowRankSum:
 
         Two thin QR decompositions of the stacked factors and an SVD of the small product
         of their triangles: O((out + in) s^2 + s^3) for a summed rank s, against
-        O(out in min(out, in)) for the dense matrix. A side that s would not shorten is
-        left as it is, so that beyond min(out, in) this is the dense route.
+        O(out in min(out, in)) for the dense matrix, which is taken once s reaches
+        min(out, in) and is the smaller form.
 
         Raises:
             ValueError: a factor holds NaN or infinity.
@@ -144,7 +144,7 @@ class LowRankSum:
         stacked = self.stacked(dtype)
         if not (stacked.B.isfinite().all() and stacked.A.isfinite().all()):
             raise ValueError("Cannot decompose factors that hold NaN or infinity.")
-        left, right = _Side.of(stacked.B), _Side.of(stacked.A.T)
+        left, right = _sides(stacked)
         U, S, Vt = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
         kept = len(S) if rank is None else min(rank, len(S))
         U, V = left.expand(U[:, :kept]), right.expand(Vt[:kept].T)
@@ -158,13 +158,13 @@ class LowRankSum:
         digits, and all of them in float32.
         """
         stacked = self.stacked(torch.float64)
-        left, right = _Side.of(stacked.B), _Side.of(stacked.A.T)
+        left, right = _sides(stacked)
         return float(torch.linalg.matrix_norm(left.R @ right.R.T))
 
     def inner(self, other: LowRankSum) -> float:
         """The Frobenius inner product with another sum, by one QR of both, in float64."""
         both = (self + other).stacked(torch.float64)
-        left, right = _Side.of(both.B), _Side.of(both.A.T)
+        left, right = _sides(both)
         s = self.rank
         mine = left.R[:, :s] @ right.R[:, :s].T
         theirs = left.R[:, s:] @ right.R[:, s:].T
@@ -181,11 +181,8 @@ class _Side:
 
     @classmethod
     def of(cls, tall: Tensor) -> _Side:
-        rows, s = tall.shape
-        if s >= rows:
-            return cls(tall, rows, None)
         packed, tau = torch.geqrf(tall)
-        return cls(packed[:s].triu(), rows, (packed, tau))
+        return cls(packed[: tall.shape[1]].triu(), tall.shape[0], (packed, tau))
 
     def expand(self, small: Tensor) -> Tensor:
         """``Q @ small``."""
@@ -193,6 +190,14 @@ class _Side:
             return small
         tall = torch.nn.functional.pad(small, (0, 0, 0, self.rows - small.shape[0]))
         return torch.ormqr(*self.reflectors, tall)
+
+
+def _sides(stacked: Factors) -> tuple[_Side, _Side]:
+    """``B`` and ``A'`` as Q R, or as they are where that would not make them smaller."""
+    B, A_t = stacked.B, stacked.A.T
+    if stacked.rank >= min(stacked.shape):
+        return _Side(B, B.shape[0], None), _Side(A_t, A_t.shape[0], None)
+    return _Side.of(B), _Side.of(A_t)
 
 
 def _signs(V: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,11 @@ class Base:
         }
 
     @property
+    def published(self) -> str:
+        """The name under which others know the model."""
+        return smollm2.HUB if self.name == smollm2.NAME else self.name
+
+    @property
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.model.device
@@ -162,9 +168,7 @@ class Base:
             cast(Any, self.model).activation_checkpointing_disable()
             self.model.train(False)
 
-    def logits(
-        self, input_ids: Tensor, position_ids: Tensor, starts: Tensor, at: Tensor
-    ) -> Tensor:
+    def logits(self, input_ids: Tensor, position_ids: Tensor, starts: Tensor, at: Tensor) -> Tensor:
         """The logits (len(at), vocabulary) at positions ``at`` of one row of examples.
 
         ``starts`` (examples + 1,) bounds the examples in the row. The head runs on the
@@ -219,6 +223,8 @@ class Source:
     head. ``quantize`` loads the weights in 4 bits (bitsandbytes, CUDA).
     """
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
     name: str
     dtype: str = "float32"
     device: str = "cpu"
@@ -246,6 +252,7 @@ class Source:
             )
             options["device_map"] = {"": self.device}
         _register_segments()
+        transformers.utils.logging.disable_progress_bar()
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
@@ -293,15 +300,9 @@ def _place(model: nn.Module, targets: Collection[str] | None) -> dict[str, LoRAL
     missing = set(targets or ()) - {path.rsplit(".", 1)[-1] for path in found}
     if missing or not found:
         names = sorted(
-            {
-                p.rsplit(".", 1)[-1]
-                for p, m in model.named_modules()
-                if isinstance(m, nn.Linear)
-            }
+            {p.rsplit(".", 1)[-1] for p, m in model.named_modules() if isinstance(m, nn.Linear)}
         )
-        raise ValueError(
-            f"No linear layer is called {sorted(missing)}; the model has {names}."
-        )
+        raise ValueError(f"No linear layer is called {sorted(missing)}; the model has {names}.")
     layers = {}
     for path, linear in found.items():
         parent, _, name = path.rpartition(".")
@@ -330,9 +331,7 @@ def _check_device(device: str, quantize: str) -> None:
 def _register_segments() -> None:
     """Make our attention known to transformers by its name."""
     transformers.AttentionInterface.register(SEGMENTS, _segment_attention)
-    transformers.AttentionMaskInterface.register(
-        SEGMENTS, transformers.masking_utils.sdpa_mask
-    )
+    transformers.AttentionMaskInterface.register(SEGMENTS, transformers.masking_utils.sdpa_mask)
 
 
 def _segment_attention(
@@ -367,7 +366,7 @@ def _segment_attention(
     window = options.get("sliding_window")
     unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
     if unsupported or (
-        window and max(b - a for a, b in zip(edges, edges[1:], strict=False)) > window
+        window and max(b - a for a, b in itertools.pairwise(edges)) > window
     ):
         raise ValueError(
             f"This model's attention uses {unsupported or 'a sliding window'}, which the default "
@@ -383,6 +382,6 @@ def _segment_attention(
             scale=scaling,
             enable_gqa=True,
         )
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None

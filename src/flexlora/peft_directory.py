@@ -49,8 +49,7 @@ _HEADER_BYTES = 32 << 20
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
 _CONVERT = (
-    "convert it with PEFT on a machine you trust, "
-    "save_pretrained(..., safe_serialization=True)"
+    "convert it with PEFT on a machine you trust, save_pretrained(..., safe_serialization=True)"
 )
 
 _VARIANTS = {
@@ -170,8 +169,7 @@ class StoredFactors(Mapping[str, Factors]):
             with self.weights.open("rb") as file:
                 if _stamp(os.fstat(file.fileno())) != self.stamp:
                     raise ValueError(
-                        f"{self.weights} has changed since it was opened; read the adapter "
-                        f"again."
+                        f"{self.weights} has changed since it was opened; read the adapter again."
                     )
                 A, B = (_values(file, span, self.weights) for span in (layer.A, layer.B))
         except OSError as error:
@@ -326,9 +324,7 @@ def _refuse_variants(config: Mapping[str, Any], path: Path) -> None:
     init = config.get("init_lora_weights", True)
     init = init.lower() if isinstance(init, str) else init
     # `in` alone would take 1 for True.
-    if not any(
-        init is known or (isinstance(known, str) and init == known) for known in _INITS
-    ):
+    if not any(init is known or (isinstance(known, str) and init == known) for known in _INITS):
         remedy = (
             "train a LoRA with another init_lora_weights"
             if init == "loftq"
@@ -361,8 +357,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> _Settings:
     for pattern, rank in (settings.rank_pattern or {}).items():
         if rank <= 0:
             raise ValueError(
-                f"{path}: rank_pattern gives {_short(pattern)} the rank {rank}; give it 1 or "
-                f"more."
+                f"{path}: rank_pattern gives {_short(pattern)} the rank {rank}; give it 1 or more."
             )
     return settings
 
@@ -469,9 +464,7 @@ def _strange_key(key: str, path: Path) -> ValueError:
     if "lora_magnitude_vector" in key:
         return Unsupported(f"{path}: {_short(key)} belongs to DoRA, not to B @ A; {plain}.")
     if "lora_embedding_" in key:
-        return Unsupported(
-            f"{path}: {_short(key)} adapts an embedding, not a matrix; {plain}."
-        )
+        return Unsupported(f"{path}: {_short(key)} adapts an embedding, not a matrix; {plain}.")
     if key.endswith(".bias"):
         return Unsupported(f"{path}: {_short(key)} is a trained bias, not B @ A; {plain}.")
     if key.startswith(_PREFIX) and named:
@@ -599,9 +592,7 @@ def matched(
     compiled = [(_compiled(pattern, place), value) for pattern, value in patterns.items()]
     longest = max((len(module) for module in modules), default=0)
     dots = max((module.count(".") for module in modules), default=0)
-    steps = sum(
-        _STEPS_PER_MATCH + (dots + 2) * _ways(pattern, longest) for pattern in patterns
-    )
+    steps = sum(_STEPS_PER_MATCH + (dots + 2) * _ways(pattern, longest) for pattern in patterns)
     if steps * len(modules) > _PATTERN_STEPS:
         raise ValueError(
             f"{place} could take too long to match its {len(patterns)} patterns with "
@@ -624,8 +615,7 @@ def _compiled(pattern: str, place: str) -> re.Pattern[str]:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{place}: {_short(pattern)} is no regular expression ({_short(error)}); "
-            f"correct it."
+            f"{place}: {_short(pattern)} is no regular expression ({_short(error)}); correct it."
         ) from error
 
 
@@ -861,9 +851,7 @@ def _card(base_model: str | None, task_type: str | None, metadata: Mapping[str, 
         ) from error
     for line in lines:
         if not line.isprintable():
-            raise ValueError(
-                f"{_short(line)} has characters that cannot be printed; remove them."
-            )
+            raise ValueError(f"{_short(line)} has characters that cannot be printed; remove them.")
     base = f" for `{base_model}`" if base_model else ""
     return "\n".join(
         [

@@ -109,9 +109,7 @@ def assign(
     for place, names in (("ranks.distribution", shares), ("ranks.clients", explicit.values())):
         for name in names:
             if name not in types:
-                raise ValueError(
-                    f"{place} names the type {name!r}; the types are {list(types)}."
-                )
+                raise ValueError(f"{place} names the type {name!r}; the types are {list(types)}.")
     known = set(clients)
     for client in explicit:
         if client not in known:

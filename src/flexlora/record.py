@@ -15,7 +15,8 @@ Event = dict[str, Any]
 """One line of the journal; its kind stands under ``event``. The kinds and their fields:
 
 ``start``       version, config, hardware, versions, clients, unseen_clients, modules,
-                rank_types {name: clients}, trainable {name: parameters}, resumed (bool)
+                rank_types {name: clients}, ranks {name: [ranks in use]},
+                trainable {name: parameters}, resumed (bool)
 ``client``      round, client, rank_type, examples, tokens (real ones, trained on), steps,
                 loss_total, loss_tokens (their quotient is the mean training loss),
                 seconds, bytes_up, bytes_down
@@ -49,17 +50,19 @@ class Record:
         """How long the journal is now; a checkpoint remembers it."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def append(self, event: str, **fields: Any) -> None:
-        """Write one event and make sure that it is on the disk.
+    def append(self, event: str, **fields: Any) -> Event:
+        """Write one event, make sure that it is on the disk, and return it.
 
         Raises:
             ValueError: a field holds NaN or infinity, which JSON cannot say.
         """
-        line = json.dumps({"event": event, **fields}, allow_nan=False)
+        entry: Event = {"event": event, **fields}
+        line = json.dumps(entry, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as journal:
             journal.write(line + "\n")
             journal.flush()
             os.fsync(journal.fileno())
+        return entry
 
     def rewind(self, length_bytes: int) -> None:
         """Forget what was written after the journal had this length."""

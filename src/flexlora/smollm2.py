@@ -66,9 +66,7 @@ def _convert(file: Path, target: Path) -> None:
     )
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(str(file.parent), **options).save_pretrained(
-        target
-    )
+    transformers.AutoTokenizer.from_pretrained(str(file.parent), **options).save_pretrained(target)
 
 
 def _from_hub() -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class Evaluation:
     Raises:
         ValueError: a number is too small.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     max_new_tokens: int = 128
     max_prompt_tokens: int = 896
@@ -101,9 +103,7 @@ def pick(
     found = []
     for client in sorted(set(clients)):
         if client not in held:
-            raise ValueError(
-                f"Client {client!r} has no rows in the corpus of {len(held)} clients."
-            )
+            raise ValueError(f"Client {client!r} has no rows in the corpus of {len(held)} clients.")
         rows = held[client][inside[held[client]]]
         drawn = rng(seed, "evaluation", client).permutation(rows)[:rows_per_client]
         chosen = np.sort(drawn).tolist()
@@ -126,9 +126,7 @@ def evaluate(
         ValueError: a loss is not finite, or prompts and answers exceed the model's context.
     """
     totals: dict[tuple[str, str | None, bool], Score] = {}
-    for question, score in zip(
-        questions, _scores(base, questions, prompt, settings), strict=True
-    ):
+    for question, score in zip(questions, _scores(base, questions, prompt, settings), strict=True):
         if not math.isfinite(score.loss_total):
             raise ValueError(
                 f"The held-out loss of a row of client {question.client!r} is "

@@ -127,9 +127,7 @@ def open_upload(path: Path) -> Upload:
 def _header_length(data: bytes) -> int:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
-        raise ValueError(
-            f"The {len(data)} bytes received are no adapter: their header is cut off."
-        )
+        raise ValueError(f"The {len(data)} bytes received are no adapter: their header is cut off.")
     return length
 
 

@@ -240,9 +240,7 @@ def _strings(name: str, values: Sequence[str], place: str) -> list[str]:
     for row, value in enumerate(values, 1):
         if not isinstance(value, str):
             found = "null" if value is None else f"{value!r}, a {type(value).__name__}"
-            raise ValueError(
-                f"Column '{name}' of {place} needs text, but row {row} holds {found}."
-            )
+            raise ValueError(f"Column '{name}' of {place} needs text, but row {row} holds {found}.")
     return list(values)
 
 
@@ -291,9 +289,7 @@ def _hash_text(digest: hashlib.blake2b, chunks: Sequence[pa.LargeStringArray]) -
     for chunk in chunks:
         if len(chunk):
             _, offsets, data = chunk.buffers()
-            ends = np.frombuffer(offsets, np.int64)[
-                chunk.offset : chunk.offset + len(chunk) + 1
-            ]
+            ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
             digest.update(np.diff(ends).tobytes())
             spans.append((data, ends[0], ends[-1]))
     for data, start, stop in spans:

@@ -131,9 +131,7 @@ def spectrum(rows: Sequence[SpectrumRow]) -> go.Figure:
         )
     if len(rows) > 8:
         _round_scale(figure, rounds)
-    return figure.update_yaxes(
-        type="log", exponentformat="power", dtick=1, tickfont={"size": 10}
-    )
+    return figure.update_yaxes(type="log", exponentformat="power", dtick=1, tickfont={"size": 10})
 
 
 def energy(rows: Sequence[EnergyRow]) -> go.Figure:
@@ -333,9 +331,7 @@ def _figure(x_title: str, y_title: str, height: int = HEIGHT) -> go.Figure:
 def _named_x(figure: go.Figure, names: Sequence[str]) -> go.Figure:
     """Name the places 0, 1, 2, ...: names as places would merge those that are cut alike."""
     labels = [shown(name, 24) for name in names]
-    return figure.update_xaxes(
-        tickvals=list(range(len(names))), ticktext=labels, showgrid=False
-    )
+    return figure.update_xaxes(tickvals=list(range(len(names))), ticktext=labels, showgrid=False)
 
 
 def _by_round(rounds: set[int], y_title: str) -> go.Figure:

@@ -115,9 +115,7 @@ def toml(config: Mapping[str, Any]) -> str:
 def _gained(metric: Metric, first: EvaluationRow | None, last: EvaluationRow) -> str:
     after = last.score(metric)
     before = first.score(metric) if first else None
-    where = (
-        f"on {_many(last.clients, f'{last.group} client')} ({_many(last.examples, 'example')})"
-    )
+    where = f"on {_many(last.clients, f'{last.group} client')} ({_many(last.examples, 'example')})"
     unit = " %" if metric.unit == "%" else f" {metric.unit}"
     if after is None or before is None:
         return (
@@ -169,9 +167,7 @@ def _course(facts: RunFacts, events: Sequence[Event]) -> str:
     """What was out of the ordinary: an early stop, a resume, lost clients."""
     said = []
     if not facts.finished:
-        said.append(
-            f"The run is not finished: {_many(facts.rounds_done, 'round')} are complete."
-        )
+        said.append(f"The run is not finished: {_many(facts.rounds_done, 'round')} are complete.")
     if facts.resumed:
         said.append(f"It was resumed {_many(facts.resumed, 'time')}.")
     if facts.lost:
@@ -182,9 +178,7 @@ def _course(facts: RunFacts, events: Sequence[Event]) -> str:
 
 def _scores(rows: Sequence[EvaluationRow]) -> str:
     if not rows:
-        return _section(
-            "Scores", _absent("No evaluation was recorded, so there are no scores.")
-        )
+        return _section("Scores", _absent("No evaluation was recorded, so there are no scores."))
     by_adapter: dict[tuple[int, str], dict[str, EvaluationRow]] = {}
     for row in rows:
         by_adapter.setdefault((row.round, row.adapter), {})[row.group] = row
@@ -324,9 +318,7 @@ def _categories(events: Sequence[Event], rows: Sequence[EvaluationRow]) -> str:
             ]
             for r in found
         ]
-        summary = (
-            f"{_many(len(found), 'category', 'categories')} of {group} clients as a table"
-        )
+        summary = f"{_many(len(found), 'category', 'categories')} of {group} clients as a table"
         listed += _details(summary, _table(head, cells, names={0}))
     if not drawn:
         absent = "There are no scores by category from before and after training."
@@ -396,9 +388,9 @@ def _footer(facts: RunFacts) -> str:
 
 def _figure(figure: go.Figure, caption: str) -> str:
     """A figure under an id made of its content: plotly would draw one at random."""
-    name = hashlib.sha256(
-        f"{caption}\0{figure.to_json()}".encode(errors="replace")
-    ).hexdigest()[:12]
+    name = hashlib.sha256(f"{caption}\0{figure.to_json()}".encode(errors="replace")).hexdigest()[
+        :12
+    ]
     drawn = plotly.io.to_html(
         figure,
         full_html=False,
@@ -521,9 +513,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(v) for v in value if v is not None)}]"
     if isinstance(value, Mapping):
-        pairs = (
-            f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None
-        )
+        pairs = (f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, float):
         return repr(value)

@@ -273,9 +273,7 @@ def training_table(events: Sequence[Event]) -> list[TrainingRow]:
     rows = [TrainingRow(r, None, _loss([event])) for r, event in sorted(rounds.items())]
     types = sorted({name for _, name in turns}, key=_natural)
     for name in types:
-        rows += [
-            TrainingRow(r, name, _loss(turns[r, name])) for r in rounds if (r, name) in turns
-        ]
+        rows += [TrainingRow(r, name, _loss(turns[r, name])) for r in rounds if (r, name) in turns]
     return rows
 
 
@@ -345,12 +343,9 @@ def category_table(events: Sequence[Event], group: str) -> list[CategoryRow]:
     first, last = before_and_after(rows, group)
     if metric is None or first is None or last is None:
         return []
-    evaluations = {
-        (e["round"], str(e.get("adapter", "global"))): e for e in _evaluations(events)
-    }
+    evaluations = {(e["round"], str(e.get("adapter", "global"))): e for e in _evaluations(events)}
     before, after = (
-        _by_category(_group(evaluations[row.round, row.adapter], group))
-        for row in (first, last)
+        _by_category(_group(evaluations[row.round, row.adapter], group)) for row in (first, last)
     )
     found = []
     for category in before.keys() & after.keys():
@@ -377,9 +372,7 @@ def traffic_table(events: Iterable[Event]) -> list[TrafficRow]:
 def time_table(events: Iterable[Event]) -> list[TimeRow]:
     """The seconds of each finished round that measured both its whole and its aggregation."""
     return [
-        TimeRow(
-            round_, event["seconds"] - event["aggregate_seconds"], event["aggregate_seconds"]
-        )
+        TimeRow(round_, event["seconds"] - event["aggregate_seconds"], event["aggregate_seconds"])
         for round_, event in sorted(_rounds(events).items())
         if event.get("seconds") is not None and event.get("aggregate_seconds") is not None
     ]

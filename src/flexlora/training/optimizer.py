@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Training:
     ``alpha`` is LoRA's: the scale is alpha / rank (``scaling = "rank"``), alpha / sqrt(rank)
     (``"sqrt"``, rsLoRA) or alpha itself (``"none"``).
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 5e-4

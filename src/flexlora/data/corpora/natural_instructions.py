@@ -87,9 +87,7 @@ def _definition(task: dict[str, Any], path: Path) -> str:
     definition = task["Definition"]
     parts = [definition] if isinstance(definition, str) else definition
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(
-            f"'{path}': 'Definition' is {definition!r:.60}, no text or list of it."
-        )
+        raise ValueError(f"'{path}': 'Definition' is {definition!r:.60}, no text or list of it.")
     return "\n".join(parts)
 
 

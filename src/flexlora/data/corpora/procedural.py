@@ -101,9 +101,7 @@ _FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         "simple_equations": Family(
             "algebra", "Solve the equation. Answer with the value of the unknown."
         ),
-        "number_sequence": Family(
-            "algebra", "Continue the sequence. Answer with the next number."
-        ),
+        "number_sequence": Family("algebra", "Continue the sequence. Answer with the next number."),
         "simple_geometry": Family(
             "geometry", "Find the missing angle of the polygon. Answer with a number."
         ),
@@ -116,9 +114,7 @@ _FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             part="last",
             config={"max_animals": 4, "max_instances": 9},
         ),
-        "aiw": Family(
-            "word problems", "Answer the question about these people with a number."
-        ),
+        "aiw": Family("word problems", "Answer the question about these people with a number."),
         "spell_backward": Family(
             "strings", "Spell the word backward. Answer with the reversed word."
         ),
@@ -194,9 +190,7 @@ _FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         "calendar_arithmetic": Family(
             "time", "Answer the question about the calendar with one word or number."
         ),
-        "time_intervals": Family(
-            "time", "Find how long it took. Answer in the format asked for."
-        ),
+        "time_intervals": Family("time", "Find how long it took. Answer in the format asked for."),
     }
 )
 
@@ -224,9 +218,7 @@ def generate(
         ImportError: the package ``reasoning_gym`` is not installed.
     """
     if examples < 1:
-        raise ValueError(
-            f"Cannot generate {examples} examples a family; ask for at least one."
-        )
+        raise ValueError(f"Cannot generate {examples} examples a family; ask for at least one.")
     columns: dict[str, list[str]] = {
         name: [] for name in ("client", "category", "instruction", "input", "output")
     }

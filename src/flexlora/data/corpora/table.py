@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +25,8 @@ class Columns:
     rows are conversations, and instruction, input and output are not read. Without
     ``client`` the rows are still to be partitioned, without ``split`` still to be split.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     instruction: str | None = "instruction"
     input: str | None = "input"

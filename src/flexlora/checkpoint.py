@@ -1,0 +1,82 @@
+"""What a run needs to go on after it was stopped anywhere, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexlora import wire
+from flexlora.method import State
+
+POINTER = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a round (0: before the first), and how long the journal was then.
+
+    The state's adapters are read from the disk module by module.
+    """
+
+    round: int
+    journal_bytes: int
+    state: State
+
+
+def save(folder: Path, round: int, journal_bytes: int, state: State) -> Checkpoint:
+    """Write a checkpoint of the run in ``folder``, then forget the one before.
+
+    The pointer file is replaced last and atomically: a crash leaves the old checkpoint or
+    the new one.
+    """
+    name = f"state-{round:05d}"
+    draft = folder / f".{name}.partial"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for adapter, modules in state.adapters.items():
+        data = wire.encode(modules, {"kind": "state"}, torch.float32)
+        write(draft / f"{adapter}.safetensors", data)
+    write(draft / "facts.json", json.dumps(dict(state.facts)).encode())
+    shutil.rmtree(folder / name, ignore_errors=True)
+    draft.rename(folder / name)
+    pointer = {"round": round, "journal_bytes": journal_bytes, "state": name}
+    write(folder / POINTER, json.dumps(pointer).encode())
+    for old in folder.glob("state-*"):
+        if old.name != name:
+            shutil.rmtree(old)
+    return load(folder)
+
+
+def load(folder: Path) -> Checkpoint:
+    """The last checkpoint of the run in ``folder``.
+
+    Raises:
+        ValueError: there is none, or its files are damaged.
+    """
+    try:
+        pointer = json.loads((folder / POINTER).read_text(encoding="utf-8"))
+        state = folder / pointer["state"]
+        facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
+        adapters = {file.stem: wire.open_file(file)[0] for file in state.glob("*.safetensors")}
+        return Checkpoint(pointer["round"], pointer["journal_bytes"], State(adapters, facts))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"There is no run to resume in {folder}: {error.filename} is missing."
+        ) from error
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"The checkpoint in {folder} is damaged: {error}.") from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file atomically: beside its place, to the disk, then renamed."""
+    draft = path.with_name(f".{path.name}.partial")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

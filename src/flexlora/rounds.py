@@ -1,0 +1,255 @@
+"""The loop: pick, hand out, exchange, aggregate, record, evaluate."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexlora import checkpoint, peft_directory, sampling, validate, wire
+from flexlora.adapter import Adapter
+from flexlora.checkpoint import Checkpoint
+from flexlora.client import Job
+from flexlora.experiment import Ready
+from flexlora.federation import Federation, Lost
+from flexlora.federations.simulated import Simulated
+from flexlora.linalg import LowRankSum, norm
+from flexlora.method import State, Upload
+from flexlora.record import Event, Record
+from flexlora.seeds import rng
+from flexlora.task import evaluate
+
+SPECTRA = 6
+"""Of how many modules the journal keeps all singular values; of the others, block shares."""
+
+
+def run(
+    ready: Ready, folder: Path, federation: Federation | None = None, resume: bool = False
+) -> Iterator[Event]:
+    """Run the federation in ``folder``, yielding every event as it enters the journal.
+
+    A run can be stopped anywhere, also by a kill, and goes on with ``resume`` from its last
+    checkpoint and the uploads received since; the adapters are then the same to the bit.
+
+    Raises:
+        ValueError: there is nothing to resume, or an upload is not acceptable.
+    """
+    started = time.perf_counter()
+    record = Record(folder)
+    federation = federation or Simulated(ready.workplace)
+    experiment = ready.experiment
+    if resume:
+        point = checkpoint.load(folder)
+        record.rewind(point.journal_bytes)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        point = checkpoint.save(folder, 0, 0, ready.method.start(ready.fresh()))
+    yield record.append("start", **_start_facts(ready, resume))
+    if point.round == 0 and experiment.evaluation.base:
+        yield from _evaluated(record, ready, 0, "base", None)
+    for number in range(point.round + 1, experiment.federation.rounds + 1):
+        point = yield from _round(record, ready, federation, number, point)
+    yield record.append(
+        "finish",
+        rounds=point.round,
+        seconds=time.perf_counter() - started,
+        adapter=str(adapter_folder(folder, point.round)),
+    )
+
+
+def _round(
+    record: Record, ready: Ready, federation: Federation, number: int, point: Checkpoint
+) -> Generator[Event, None, Checkpoint]:
+    """One round, from the picking of its clients to the checkpoint after it."""
+    started, folder = time.perf_counter(), record.folder
+    draw = rng(ready.experiment.seed, "cohort", number)
+    cohort = sampling.cohort(list(ready.clients), ready.cohort_size, draw)
+    spool = folder / f"uploads-{number:05d}"
+    spool.mkdir(exist_ok=True)
+    uploads: dict[str, Upload] = {}
+    for found in _received(ready, federation, number, cohort, point.state, spool):
+        if isinstance(found, Lost):
+            yield record.append("lost", round=number, client=found.client, reason=found.reason)
+        else:
+            uploads[found.client] = found
+            yield record.append("client", **_facts_of(found, ready))
+    if not uploads:
+        raise ValueError(f"No client of round {number} returned a usable upload: {cohort}.")
+    aggregating = time.perf_counter()
+    in_order = [uploads[client] for client in cohort if client in uploads]
+    state = ready.method.aggregate(point.state, in_order)
+    adapter = ready.method.update(state)
+    seconds = time.perf_counter() - aggregating
+    _export(ready, adapter, adapter_folder(folder, number))
+    yield record.append(
+        "round",
+        round=number,
+        cohort=cohort,
+        received=len(uploads),
+        **_totals([_facts_of(upload, ready) for upload in in_order]),
+        seconds=time.perf_counter() - started,
+        aggregate_seconds=seconds,
+        update_norm=math.sqrt(sum(norm(f) ** 2 for f in adapter.values())),
+    )
+    yield record.append("spectrum", round=number, **_spectrum(ready, adapter, state))
+    yield from _evaluations(record, ready, number, adapter)
+    point = checkpoint.save(folder, number, record.bytes, state)
+    shutil.rmtree(spool)
+    if ready.experiment.run.keep_adapters == "last" and number > 1:
+        shutil.rmtree(adapter_folder(folder, number - 1).parent, ignore_errors=True)
+    return point
+
+
+def _received(
+    ready: Ready,
+    federation: Federation,
+    number: int,
+    cohort: list[str],
+    state: State,
+    spool: Path,
+) -> Iterator[Upload | Lost]:
+    """The round's uploads: those already on the disk, then those of the others as they come.
+
+    Every upload is written to the disk before it is looked at, so that none is trained
+    twice after a crash and none is held in memory.
+    """
+    place = {id: spool / f"{index:07d}.safetensors" for index, id in enumerate(ready.clients)}
+    waiting = []
+    for id in cohort:
+        if place[id].exists():
+            yield _checked(ready, id, number, place[id])
+        else:
+            waiting.append(id)
+
+    def draw(module: str) -> np.random.Generator:
+        return rng(ready.experiment.seed, "handout", number, module)
+
+    def job(id: str) -> Job:
+        download = ready.method.handout(state, ready.clients[id], draw)
+        return Job(id, number, wire.encode_download(download, ready.workplace.wire_dtype))
+
+    for reply in federation.exchange(job(id) for id in waiting):
+        if isinstance(reply, Lost):
+            yield reply
+        else:
+            checkpoint.write(place[reply.client], reply.data)
+            yield _checked(ready, reply.client, number, place[reply.client])
+
+
+def _checked(ready: Ready, id: str, number: int, path: Path) -> Upload | Lost:
+    """The upload in a file, if it is what was asked for; a client that sent else is lost."""
+    try:
+        upload = wire.open_upload(path)
+        validate.upload(upload, ready.clients[id], number, ready.base.shapes)
+    except ValueError as error:
+        path.unlink()
+        return Lost(id, str(error))
+    return replace(upload, facts={**upload.facts, "bytes_up": path.stat().st_size})
+
+
+def _facts_of(upload: Upload, ready: Ready) -> dict[str, Any]:
+    whole = {"tokens", "steps", "loss_tokens", "bytes_up", "bytes_down"}
+    facts = {k: int(v) if k in whole else v for k, v in upload.facts.items()}
+    return {
+        "round": upload.round,
+        "client": upload.client,
+        "rank_type": ready.clients[upload.client].rank_type,
+        "examples": upload.examples,
+        **facts,
+    }
+
+
+def _totals(clients: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = ("examples", "tokens", "loss_total", "loss_tokens", "bytes_up", "bytes_down")
+    return {key: sum(client[key] for client in clients) for key in keys}
+
+
+def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
+    """How the global adapter's energy lies in the blocks between the clients' ranks.
+
+    The last block is what the aggregate held beyond the largest rank, and so lost.
+    """
+    levels = sorted({rank for c in ready.clients.values() for rank in set(c.ranks.values())})
+    lost = state.facts.get("lost_energy", {})
+    shown = set(list(adapter)[:: max(len(adapter) // SPECTRA + 1, 1)])
+    energy, values = {}, {}
+    for module, factors in adapter.items():
+        S = LowRankSum.of([(1.0, factors)]).svd(0).S
+        kept = 1 - lost.get(module, 0.0)
+        squares = (S.square() / S.square().sum().clamp_min(1e-300) * kept).tolist()
+        edges = [0, *levels, len(squares)]
+        blocks = [sum(squares[a:b]) for a, b in itertools.pairwise(edges)]
+        energy[module] = [*blocks[:-1], blocks[-1] + 1 - kept]
+        if module in shown:
+            values[module] = [float(f"{value:.5g}") for value in S.tolist()]
+    return {"rank_levels": levels, "energy": energy, "values": values}
+
+
+def _evaluations(record: Record, ready: Ready, number: int, adapter: Adapter) -> Iterator[Event]:
+    """The global adapter when it is its turn; at the end also cut to each rank type."""
+    how, last = ready.experiment.evaluation, number == ready.experiment.federation.rounds
+    if last or (how.every and number % how.every == 0):
+        yield from _evaluated(record, ready, number, "global", adapter)
+    if last and how.truncated:
+        used = {client.rank_type: client.ranks for client in ready.clients.values()}
+        for name in ready.ranks.types:
+            if name in used and used[name] != ready.largest:
+                cut = adapter.first(used[name])
+                yield from _evaluated(record, ready, number, name, cut)
+
+
+def _evaluated(
+    record: Record, ready: Ready, number: int, name: str, adapter: Adapter | None
+) -> Iterator[Event]:
+    if not ready.questions:
+        return
+    started = time.perf_counter()
+    with ready.base.attached(adapter) if adapter else nullcontext():
+        rows = evaluate(ready.base, ready.questions, ready.prompt, ready.experiment.evaluation)
+    seconds = time.perf_counter() - started
+    yield record.append("evaluation", round=number, adapter=name, seconds=seconds, clients=rows)
+
+
+def adapter_folder(folder: Path, number: int) -> Path:
+    """Where the global adapter of a round lies."""
+    return folder / "rounds" / f"{number:05d}" / "adapter"
+
+
+def _export(ready: Ready, adapter: Adapter, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    peft_directory.write(adapter, target, base_model=ready.base.published, replace=True)
+
+
+def _start_facts(ready: Ready, resume: bool) -> dict[str, Any]:
+    types = {client.rank_type: client.ranks for client in ready.clients.values()}
+    shapes = ready.base.shapes
+    return {
+        "version": metadata.version("flexlora"),
+        "config": ready.experiment.model_dump(mode="json"),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {ready.base.device}, "
+        f"{torch.get_num_threads()} threads",
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+        | {"python": platform.python_version()},
+        "clients": len(ready.clients),
+        "unseen_clients": len(ready.unseen),
+        "modules": len(shapes),
+        "rank_types": {k: v for k, v in ready.ranks.histogram.items() if k in types},
+        "ranks": {name: sorted(set(ranks.values())) for name, ranks in types.items()},
+        "trainable": {
+            name: sum(rank * sum(shapes[m]) for m, rank in ranks.items())
+            for name, ranks in types.items()
+        },
+        "resumed": resume,
+    }
