@@ -15,7 +15,7 @@ from flexlora.record import Record, mean_scores
 from flexlora.rouge import rouge_l
 from flexlora.task import Evaluation, Question, Score, evaluate, pick
 from flexlora.tasks import generation, held_out_loss
-from tasks import tiny
+import tiny
 
 SETTINGS = Evaluation(max_new_tokens=7, max_prompt_tokens=23, batch_tokens=100)
 

@@ -43,7 +43,7 @@ class Data(BaseModel):
     max_tokens: int = Field(512, ge=8)
     clients: int | None = Field(None, ge=1)
     unseen_clients: int = Field(0, ge=0)
-    partition: Partition = Partition()
+    partition: Partition = Field(default_factory=Partition)  # type: ignore[arg-type]
     share: float = Field(0.1, gt=0, le=1)
     families: tuple[str, ...] | None = None
     examples: int = Field(80, ge=10)
@@ -112,7 +112,7 @@ class Experiment(BaseModel):
     training: Training = Training()
     federation: Rounds
     evaluation: Evaluating = Evaluating()
-    run: Run = Run()
+    run: Run = Field(default_factory=Run)  # type: ignore[arg-type]
 
     def options(self) -> dict[str, Any]:
         """The method's hyper-parameters."""
@@ -226,7 +226,7 @@ def _keys(path: Sequence[str]) -> list[str]:
     section: Any = Experiment
     for part in path:
         if isinstance(section, type) and issubclass(section, BaseModel):
-            annotation = section.model_fields[part].annotation
+            annotation: Any = section.model_fields[part].annotation
         elif is_dataclass(section):
             annotation = next((f.type for f in fields(section) if f.name == part), None)
         else:

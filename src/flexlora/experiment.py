@@ -69,10 +69,11 @@ class Ready:
         return max(int((federation.fraction or 0) * len(self.clients)), 1)
 
 
-def prepare(experiment: Experiment, corpus: Corpus | None = None) -> Ready:
+def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = True) -> Ready:
     """Read the data, load the model and assign the ranks; any fault is found here.
 
-    ``corpus`` replaces the one that the config names.
+    ``corpus`` replaces the one that the config names. Without ``train`` nothing is tokenised
+    for training.
 
     Raises:
         ValueError: the data, the model or the combination of choices cannot be used.
@@ -93,7 +94,8 @@ def prepare(experiment: Experiment, corpus: Corpus | None = None) -> Ready:
     }
     data = experiment.data
     cache = Path(data.cache) if data.cache else smollm2.cache() / "tokens"
-    store = TokenStore.build(corpus, base.tokenizer, data.prompt, data.max_tokens, cache)
+    encoded = corpus if train else corpus.select([])
+    store = TokenStore.build(encoded, base.tokenizer, data.prompt, data.max_tokens, cache)
     workplace = Workplace(
         base=base,
         store=store,
@@ -170,13 +172,13 @@ def _held_out(corpus: Corpus, most: int | None, unseen: int, seed: int) -> tuple
         corpus = corpus.select(np.isin(owners, kept))
     if unseen >= len(kept):
         raise ValueError(
-            f"data.unseen_clients is {unseen}, but the data has {len(kept)} clients; some must train."
+            f"data.unseen_clients is {unseen} of {len(kept)} clients; some must train."
         )
     order = rng(seed, "unseen").permutation(len(kept))[:unseen]
     return corpus, [kept[i] for i in sorted(order)]
 
 
-def _partition(corpus: Corpus, inside: np.ndarray, experiment: Experiment) -> partition.Partition:  # type: ignore[type-arg]
+def _partition(corpus: Corpus, inside: np.ndarray, experiment: Experiment) -> partition.Partition:
     """Positions within ``inside`` by training client."""
     how, draw = experiment.data.partition, rng(experiment.seed, "partition")
     clients = how.clients or 1

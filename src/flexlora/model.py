@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexlora import smollm2
-from flexlora.adapter import Adapter, Factors
+from flexlora.adapter import Factors
 from flexlora.training.flat import FlatAdapter, Scale
 
 SEGMENTS = "flexlora_segments"
@@ -112,7 +112,7 @@ class Base:
         return self.model.device
 
     @contextmanager
-    def attached(self, adapter: Adapter) -> Iterator[None]:
+    def attached(self, adapter: Mapping[str, Factors]) -> Iterator[None]:
         """The model with this adapter, for evaluation; without it again afterwards.
 
         Raises:
@@ -252,7 +252,7 @@ class Source:
             )
             options["device_map"] = {"": self.device}
         _register_segments()
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
@@ -365,9 +365,7 @@ def _segment_attention(
     edges = bounds.tolist()
     window = options.get("sliding_window")
     unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
-    if unsupported or (
-        window and max(b - a for a, b in itertools.pairwise(edges)) > window
-    ):
+    if unsupported or (window and max(b - a for a, b in itertools.pairwise(edges)) > window):
         raise ValueError(
             f"This model's attention uses {unsupported or 'a sliding window'}, which the default "
             "attention of examples in one row cannot do; set model.attention to 'eager'."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Record:
                     yield event
 
 
-def mean_scores(clients: list[Mapping[str, Any]]) -> dict[str, float]:
+def mean_scores(clients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Example-weighted means of an evaluation's rows: totals are added, then divided once.
 
     ``rouge_l`` and ``exact_match`` are in percent, ``loss`` in nats a token.

@@ -5,7 +5,7 @@ import torch
 
 from flexlora.adapter import Adapter
 from flexlora.model import Base, Source
-from tasks import tiny
+import tiny
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,240 @@
+"""The command line: thin calls into the library, nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flexlora import config, demo, experiment, methods, peft_directory, progress, rounds
+from flexlora.check import check as inspect
+from flexlora.checkpoint import POINTER, write
+from flexlora.merge import merge as merge_adapters
+from flexlora.merge import parse_rank
+from flexlora.record import Event, mean_scores
+from flexlora.report import page
+from flexlora.task import evaluate
+
+app = typer.Typer(
+    help="Federated LoRA fine-tuning of language models by clients of unequal means.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. federation.rounds=3."),
+]
+
+
+def main() -> None:
+    """Run the command line; a fault that the user can mend is one message and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def run(
+    path: Annotated[Path | None, typer.Argument(metavar="CONFIG.toml")] = None,
+    changes: Changes = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the run is kept.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with a run that was stopped.")
+    ] = None,
+) -> None:
+    """Run a federation, or go on with one."""
+    if resume is not None:
+        if path is not None or changes or folder is not None:
+            raise ValueError("--resume takes the folder of a run and nothing else.")
+        _run(_stored(resume), resume, resume=True)
+        return
+    if path is None:
+        raise ValueError("Give a CONFIG.toml, or --resume DIR.")
+    settings = config.load(path, changes or ())
+    target = folder or Path(settings.run.folder or f"runs/{path.stem}")
+    _refuse_existing(target)
+    _run(settings, target)
+
+
+@app.command("demo")
+def show_demo(
+    folder: Annotated[Path | None, typer.Option(help="Where the two runs are kept.")] = None,
+) -> None:
+    """Compare mixed ranks with rank 8 everywhere on a small real model, offline."""
+    console = Console()
+    target = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    table = Table(title="Procedural tasks, one family of tasks per client")
+    for heading in ("", "Rouge-L", "exact match", "loss", "Rouge-L", "exact match", "loss"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row("", "seen clients", "", "", "unseen clients", "", "")
+    found: list[tuple[str, list[Event], Path]] = []
+    for number, arm in enumerate(demo.ARMS):
+        place = target / arm.replace(" ", "-")
+        console.print(f"\n{arm}", style="bold")
+        settings = demo.experiment(arm, str(place), evaluate_base=number == 0)
+        found.append((arm, _run(settings, place), place))
+    table.add_row("before", *_demo_cells(found[0][1], "base"))
+    for arm, events, _ in found:
+        table.add_row(arm, *_demo_cells(events, "global"))
+    console.print()
+    console.print(table)
+    for arm, events, place in found:
+        console.print(f"{arm}: adapter {events[-1]['adapter']}, report {place / page.PAGE}")
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(metavar="DIR...")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The merged adapter.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="3,1,2", help="Relative weights; equal by default.")
+    ] = None,
+    rank: Annotated[
+        str, typer.Option(help="A number, an energy share such as 0.99, or max (no loss).")
+    ] = "max",
+    base: Annotated[str | None, typer.Option(help="The base model's name in the result.")] = None,
+) -> None:
+    """Merge PEFT adapters of any ranks and scales; no base model is loaded."""
+    kept = merge_adapters(adapters, out, _numbers(weights), parse_rank(rank), base)
+    table = Table("module", "summed rank", "rank", "energy kept", box=None)
+    for facts in kept:
+        table.add_row(
+            facts.module, str(facts.summed_rank), str(facts.rank), f"{100 * facts.energy:.4f} %"
+        )
+    Console().print(table)
+    lowest = min(kept, key=lambda facts: facts.energy)
+    print(f"least energy kept: {100 * lowest.energy:.4f} % in {lowest.module}")
+    print(f"written: {out}")
+
+
+@app.command("eval")
+def evaluate_adapter(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG.toml")],
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A PEFT adapter; without it, the base.")
+    ] = None,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Scores as JSON.")] = None,
+) -> None:
+    """Evaluate an adapter by generation on a config's test rows."""
+    settings = config.load(path, changes or ())
+    loaded = peft_directory.read(adapter).adapter if adapter else None
+    ready = experiment.prepare(settings, train=False)
+    with ready.base.attached(loaded or {}):
+        rows = evaluate(ready.base, ready.questions, ready.prompt, settings.evaluation)
+    if out:
+        write(out, json.dumps(rows, indent=1).encode())
+    _print_scores(rows)
+
+
+@app.command()
+def check(adapter: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Say what is in a PEFT adapter and which programs would misread it."""
+    report = inspect(adapter)
+    for line in report.lines():
+        print(line)
+    if not report.alike:
+        raise typer.Exit(1)
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods with their papers and properties."""
+    table = Table("name", "method", "paper", "aggregate", "mixed ranks", "options", box=None)
+    for name in methods.names():
+        kind = methods.kind(name)
+        options = ", ".join(f"{key} = {value!r}" for key, value in vars(methods.make(name)).items())
+        exact = "exact" if kind.exact else "inexact"
+        table.add_row(
+            name, kind.title, kind.paper, exact, "yes" if kind.mixed_ranks else "no", options
+        )
+    Console().print(table)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write a run's report.html anew from its journal."""
+    print(page.write(folder))
+
+
+def _run(settings: config.Experiment, folder: Path, resume: bool = False) -> list[Event]:
+    """Run and watch a federation; say how to go on if it is stopped."""
+    console = Console()
+    console.print("reading data and model", style="dim")
+    ready = experiment.prepare(settings)
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.json", settings.model_dump_json(indent=1).encode())
+    turns = settings.federation.rounds * min(ready.cohort_size, len(ready.clients))
+    try:
+        events = progress.show(rounds.run(ready, folder, resume=resume), console, turns)
+    except KeyboardInterrupt:
+        page.write(folder)
+        print(f"\nstopped; go on with: flexlora run --resume {folder}", file=sys.stderr)
+        raise SystemExit(130) from None
+    console.print(
+        f"adapter: {events[-1]['adapter']}\nreport:  {page.write(folder)}", soft_wrap=True
+    )
+    return events
+
+
+def _stored(folder: Path) -> config.Experiment:
+    """The experiment that a run was started with."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"There is no run to resume in {folder}: it has no config.json.")
+    return config.parse(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def _refuse_existing(folder: Path) -> None:
+    if (folder / POINTER).exists():
+        raise ValueError(
+            f"{folder} already holds a run; go on with: flexlora run --resume {folder}, or give "
+            "another --folder."
+        )
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights takes numbers such as 3,1,2, not {text!r}.") from None
+
+
+def _demo_cells(events: list[Event], adapter: str) -> list[str]:
+    cells = []
+    for seen in (True, False):
+        mean = demo.scores(events, adapter, seen)
+        cells += [f"{mean['rouge_l']:.1f}", f"{mean['exact_match']:.1f} %", f"{mean['loss']:.3f}"]
+    return cells
+
+
+def _print_scores(rows: list[dict[str, Any]]) -> None:
+    table = Table("", "clients", "rows", "Rouge-L", "exact match", "loss", box=None)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault("seen clients" if row["seen"] else "unseen clients", []).append(row)
+        groups.setdefault(f"  {row['category'] or 'no category'}", []).append(row)
+    for name in sorted(groups, key=lambda name: (name.startswith(" "), name)):
+        mean = mean_scores(groups[name])
+        table.add_row(
+            name,
+            str(len({row["client"] for row in groups[name]})),
+            f"{mean['examples']:.0f}",
+            f"{mean['rouge_l']:.1f}",
+            f"{mean['exact_match']:.1f} %",
+            f"{mean['loss']:.3f}",
+        )
+    Console().print(table)
