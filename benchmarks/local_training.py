@@ -10,6 +10,7 @@ Trainer takes the rows in our order, and its losses are compared with ours.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import statistics
 import sys
@@ -62,7 +63,7 @@ class Work:
         return [
             row
             for packs in plan
-            for row in sorted(sum(packs, []), key=lambda row: -int(lengths[row]))
+            for row in sorted(itertools.chain(*packs), key=lambda row: -int(lengths[row]))
         ]
 
     def features(self, rows: Sequence[int]) -> list[Feature]:
@@ -83,9 +84,9 @@ class Padding:
     real: int = field(default=0)
     places: int = field(default=0)
 
-    def __call__(self, features: list[Feature]) -> Mapping[str, Tensor]:
+    def __call__(self, features: list[Feature]) -> dict[str, Tensor]:
         """One micro-batch, padded to its longest row."""
-        batch: Mapping[str, Tensor] = self.collate(features)
+        batch: dict[str, Tensor] = self.collate(features)
         self.real += int(batch["attention_mask"].sum())
         self.places += batch["input_ids"].numel()
         return batch
@@ -120,7 +121,8 @@ def ours(base: Base, work: Work) -> Turn:
     done = train(base, work.start, work.store, work.rows, work.settings, rng(work.seed, "order"))
     seconds = time.perf_counter() - started
     loss = done.loss_total / done.loss_tokens
-    return Turn(seconds, done.tokens, done.tokens, [loss], done.adapter)
+    adapter = Adapter({m: Factors(f.B.detach(), f.A.detach()) for m, f in done.adapter.items()})
+    return Turn(seconds, done.tokens, done.tokens, [loss], adapter)
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Peft:
         trainer = transformers.Trainer(
             model=self.model,
             args=how,
-            train_dataset=work.features(rows),  # type: ignore[arg-type]
+            train_dataset=work.features(rows),
             data_collator=collate,
             callbacks=[],
         )
@@ -238,9 +240,7 @@ def compared(ours_: Callable[[Work], Turn], theirs: Callable[[Work], Turn], work
         for start in range(0, len(order), batch)
     ]
     weighted = sum(n * loss for n, loss in zip(counts, other.losses, strict=True)) / sum(counts)
-    short = replace(
-        work, rows=order[:batch], settings=replace(work.settings, max_steps=1), seed=work.seed
-    )
+    short = replace(work, rows=order[:batch], settings=replace(work.settings, max_steps=1))
     gaps = [
         LowRankSum.of([(1.0, mine.adapter[m]), (-1.0, other.adapter[m])]).norm()
         / norm(other.adapter[m])
@@ -346,10 +346,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="3 steps, once; no claim on speed")
+    parser.add_argument("--quick", action="store_true", help="2 steps, once; no claim on speed")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.repeats = min(options.steps, 3), 1
+        options.steps, options.repeats = min(options.steps, 2), 1
     for micro in options.micro_batch:
         if options.batch % micro:
             parser.error(f"--batch {options.batch} is no multiple of --micro-batch {micro}.")
@@ -372,9 +372,7 @@ def main() -> int:
             )
         found = contest(contestants, work, options.repeats)
         micro = options.micro_batch[0]
-        pairs = compared(
-            contestants["ours"], lambda w: other.turn(w, micro, "sequential"), work
-        )
+        pairs = compared(contestants["ours"], lambda w: other.turn(w, micro, "sequential"), work)
     speeds = found["median_tokens_per_second"]
     ratio = speeds["ours"] / max(v for name, v in speeds.items() if name != "ours")
     first = pairs["first_step_loss"]

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[1] / "../shared/data/natural-instructions"
@@ -79,7 +78,6 @@ def setting(threads: int) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2),
         "os": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
-        "blas": "mkl" if torch.backends.mkl.is_available() else "other",
     }
 
 

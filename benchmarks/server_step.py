@@ -130,17 +130,15 @@ def error(got: Factors, optimum: Factors) -> float:
     return difference.norm() / norm(optimum)
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The largest tensor that any operation returns, and how many SVDs are taken."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
         self.svds = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and look at what it returns."""
         result = func(*args, **(kwargs or {}))
         self.svds += "linalg_svd" in str(func)
@@ -218,8 +216,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
                 turns[name].append(found)
                 print(f"{case.title}: {name} {found['seconds']:.3f} s", file=sys.stderr)
     median = {
-        name: statistics.median(turn["seconds"] for turn in found)
-        for name, found in turns.items()
+        name: statistics.median(turn["seconds"] for turn in found) for name, found in turns.items()
     }
     return {
         "case": asdict(case),
@@ -260,9 +257,7 @@ def tables_of(cases: Sequence[dict[str, Any]]) -> list[Table]:
             seconds = found["median_seconds"][name]
             memory = statistics.median(turn["peak_increase_mib"] for turn in turns)
             peak = statistics.median(turn["peak_rss_mib"] for turn in turns)
-            rows.append(
-                [found["title"], name, len(turns), seconds, base / seconds, memory, peak]
-            )
+            rows.append([found["title"], name, len(turns), seconds, base / seconds, memory, peak])
             if "errors" in turns[0]:
                 by_rank = ", ".join(f"{r}: {e:.1e}" for r, e in turns[0]["errors"].items())
                 errors.append([found["title"], name, by_rank])

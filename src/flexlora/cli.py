@@ -150,15 +150,12 @@ def check(adapter: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
 @app.command("methods")
 def list_methods() -> None:
     """List the methods with their papers and properties."""
-    table = Table("name", "method", "paper", "aggregate", "mixed ranks", "options", box=None)
     for name in methods.names():
-        kind = methods.kind(name)
-        options = ", ".join(f"{key} = {value!r}" for key, value in vars(methods.make(name)).items())
-        exact = "exact" if kind.exact else "inexact"
-        table.add_row(
-            name, kind.title, kind.paper, exact, "yes" if kind.mixed_ranks else "no", options
-        )
-    Console().print(table)
+        kind, values = methods.kind(name), vars(methods.make(name))
+        options = ", ".join(f"{key}={value!r}" for key, value in values.items()) or "none"
+        exact, mixed = "exact" if kind.exact else "inexact", "yes" if kind.mixed_ranks else "no"
+        print(f"{name}: {kind.title} ({kind.paper})")
+        print(f"    aggregate {exact}; mixed ranks: {mixed}; options: {options}")
 
 
 @app.command()
@@ -182,9 +179,8 @@ def _run(settings: config.Experiment, folder: Path, resume: bool = False) -> lis
         page.write(folder)
         print(f"\nstopped; go on with: flexlora run --resume {folder}", file=sys.stderr)
         raise SystemExit(130) from None
-    console.print(
-        f"adapter: {events[-1]['adapter']}\nreport:  {page.write(folder)}", soft_wrap=True
-    )
+    console.print(f"adapter: {events[-1]['adapter']}", soft_wrap=True)
+    console.print(f"report:  {page.write(folder)}", soft_wrap=True)
     return events
 
 

@@ -101,9 +101,7 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
-        raise ValueError(
-            f"There are {count} adapters but {len(weights)} weights; give one for each."
-        )
+        raise ValueError(f"Give a weight for each of {count} adapters, not {len(weights)}.")
     for weight in weights:
         if not 0 < weight < float("inf"):
             raise ValueError(f"Weights must be positive and finite, got {weight}.")

