@@ -336,9 +336,9 @@ def tables_of(found: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[Table]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="rows; default: sample.parquet")
-    parser.add_argument("--steps", type=int, default=24, help="optimiser steps of a turn")
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps of a turn")
     parser.add_argument("--batch", type=int, default=16, help="the effective batch")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--pack-tokens", type=int, default=Training().pack_tokens)
     parser.add_argument("--rank", type=int, default=30)
     parser.add_argument("--alpha", type=int, default=16)

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[1] / "../shared/data/natural-instructions"
 

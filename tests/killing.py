@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
-
 from flexlora import checkpoint, experiment, peft_directory, rounds, wire
 from flexlora.client import Job
 from flexlora.experiment import Ready
@@ -90,13 +89,13 @@ def half_a_folder(whole, partial: Path, directory: Path) -> None:
 POINTS: dict[str, Callable[[], int | None]] = {
     "after-2-turns-of-round-2": lambda: 6,
     "before-any-turn": lambda: 1,
-    "half-an-upload": lambda: at_call(checkpoint, "write", 3 + 7, half_a_file),
+    "half-an-upload": lambda: at_call(checkpoint, "write", 3 + 7 + 3, half_a_file),
     "half-a-line-of-the-journal": lambda: at_call(Record, "append", 2 + 4 + 2 + 3, half_a_line),
     "in-aggregate": lambda: at_call(FlexLoRA, "aggregate", 2, nothing),
     "after-aggregate": lambda: at_call(FlexLoRA, "aggregate", 2, all_of_it),
     "half-an-export": lambda: at_call(peft_directory, "_move", 2, half_a_folder),
     "before-the-checkpoint": lambda: at_call(checkpoint, "save", 3, nothing),
-    "half-a-checkpoint": lambda: at_call(wire, "encode", 1 + 4 * 4 + 1, nothing),
+    "half-a-checkpoint": lambda: at_call(wire, "encode", 1 + 9 + 9, nothing),
     "after-the-checkpoint": lambda: at_call(checkpoint, "save", 3, all_of_it),
     "in-evaluation": lambda: at_call(rounds, "evaluate", 2, nothing),
     "after-the-last-evaluation": lambda: at_call(rounds, "evaluate", 5, all_of_it),

@@ -72,8 +72,7 @@ def test_largest_norm(tmp_path):
     }
     report = check(store(tmp_path, {Q0: 3, Q1: 3, V1: 3}, big, r=3))
     expected = 2 * torch.linalg.norm(
-        big[f"base_model.model.{Q1}.lora_B.weight"]
-        @ big[f"base_model.model.{Q1}.lora_A.weight"]
+        big[f"base_model.model.{Q1}.lora_B.weight"] @ big[f"base_model.model.{Q1}.lora_A.weight"]
     )
     assert report.largest[0] == Q1
     assert report.largest[1] == pytest.approx(float(expected), rel=1e-5)
@@ -155,9 +154,7 @@ def test_llama_cpp_needs_the_base_model(tmp_path):
 def test_warns_of_untrained_modules(tmp_path):
     zero = {f"base_model.model.{Q1}.lora_B.weight": torch.zeros(11, 2)}
     report = check(store(tmp_path / "one", {Q0: 2, Q1: 2, V1: 2}, zero))
-    assert report.warnings[0].startswith(
-        f"1 of 3 modules have an update of zero, such as {Q1}"
-    )
+    assert report.warnings[0].startswith(f"1 of 3 modules have an update of zero, such as {Q1}")
     report = check(store(tmp_path / "all", {Q1: 2}, zero))
     assert report.warnings[0].startswith("the update is zero everywhere")
 

@@ -1,11 +1,11 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from flexlora import client, experiment, methods, wire
-from flexlora.adapter import Adapter
+from flexlora.adapter import Adapter, Factors
 from flexlora.client import Job
 from flexlora.method import Download
 from flexlora.seeds import rng
@@ -28,11 +28,12 @@ def job(ready):
 
 
 def opened(data: bytes, tmp_path):
-    """The upload, read at once."""
+    """The upload, copied: what is read from a file changes when the file is written again."""
     path = tmp_path / "upload"
     path.write_bytes(data)
     upload = wire.open_upload(path)
-    return dataclasses.replace(upload, adapter=Adapter(dict(upload.adapter)))
+    copies = {m: Factors(f.B.clone(), f.A.clone()) for m, f in upload.adapter.items()}
+    return dataclasses.replace(upload, adapter=Adapter(copies))
 
 
 def test_a_turn_trains_the_download_on_the_clients_own_rows(ready, job, tmp_path):

@@ -97,9 +97,7 @@ def test_gauge_does_not_matter(total, seed):
         return Factors(3 * f.B @ R, R.T @ f.A / 3)
 
     other = LowRankSum.of((w, turned(f)) for w, f in total.terms)
-    assert (
-        relative_error(product(other.svd().factors(2)), product(total.svd().factors(2))) < 1e-8
-    )
+    assert relative_error(product(other.svd().factors(2)), product(total.svd().factors(2))) < 1e-8
 
 
 def test_mean_of_factors_differs_from_mean_of_products_by_the_covariance():

@@ -2,11 +2,11 @@ import copy
 import re
 
 import pytest
-import tiny
 import torch
 import transformers
 from torch import nn
 
+import tiny
 from flexlora.adapter import Adapter, Factors
 from flexlora.data.tokens import Tokens, TokenStore, pack
 from flexlora.model import SEGMENTS, Base, LoRALinear, Source, kind

@@ -323,9 +323,7 @@ def test_refuses_values_that_are_not_finite(tmp_path, half, value):
     tensors = tensors_of({Q0: 2})
     tensors[key(Q0, half)][1, 1] = value
     stored = read(store(tmp_path, tensors))
-    with pytest.raises(
-        ValueError, match=f"{WEIGHTS}: '.*lora_{half}.weight' holds NaN or inf"
-    ):
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: '.*lora_{half}.weight' holds NaN or inf"):
         stored.adapter[Q0]
 
 
@@ -556,9 +554,7 @@ def test_refuses_ranks_to_write(tmp_path, adapter, rank, message):
 
 def test_refuses_more_than_vllm_has(tmp_path):
     with pytest.raises(ValueError, match="rank 513, and vLLM goes up to 512"):
-        write(
-            {Q0: Factors(torch.ones(2, 513), torch.ones(513, 3))}, tmp_path / "x", rank="vllm"
-        )
+        write({Q0: Factors(torch.ones(2, 513), torch.ones(513, 3))}, tmp_path / "x", rank="vllm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -667,9 +663,7 @@ def test_reading_then_writing_keeps_every_product(tmp_path_factory, ranks, alpha
     names = [f"h.{layer}.q_proj" for layer in range(len(ranks))]
     tensors = tensors_of(dict(zip(names, ranks, strict=True)))
     pattern = {f"h\\.{layer}\\..*": rank for layer, rank in enumerate(ranks)}
-    store(
-        folder / "in", tensors, r=9, rank_pattern=pattern, lora_alpha=alpha, use_rslora=rslora
-    )
+    store(folder / "in", tensors, r=9, rank_pattern=pattern, lora_alpha=alpha, use_rslora=rslora)
     before = read(folder / "in")
     write(before.adapter, folder / "out", rank="vllm")
     after = read(folder / "out")
@@ -702,9 +696,7 @@ def test_peft_merges_what_we_write(tmp_path, adapter, rank):
     model = llama()
     before = weights(model)
     write(adapter, tmp_path / "out", "some/base", rank=rank)
-    merged = weights(
-        peft.PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload()
-    )
+    merged = weights(peft.PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload())
     changed = set()
     for name, value in merged.items():
         delta = value - before[name]

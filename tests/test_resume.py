@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import killing
 import pytest
 
+import killing
 from flexlora.peft_directory import WEIGHTS
 from flexlora.record import Record
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-EVERYWHERE = [str(number) for number in range(1, 500, 7)]
+EVERYWHERE = [str(number) for number in range(1, 220, 7)]
 """Numbers of changes of files, up to more than a run makes."""
 
 
@@ -44,7 +44,7 @@ def untimed(folder: Path) -> list[dict]:
 
     Also without the bytes up: see test_wire's test of the clock.
     """
-    left_out = ("seconds", "aggregate_seconds", "bytes_up", "adapter_path")
+    left_out = ("seconds", "aggregate_seconds", "bytes_up")
     events = [event for event in Record(folder).events() if event["event"] != "start"]
     for event in events:
         if event["event"] == "finish":
@@ -94,7 +94,9 @@ def test_uploads_on_the_disk_are_not_trained_again(killed, point):
     assert len(whole) == 12
     # A turn of which no whole upload was written is the one that may be trained twice.
     repeated = set(before) & set(after)
-    assert len(repeated) == (point in ("after-2-turns-of-round-2", "before-any-turn", "half-an-upload"))
+    assert len(repeated) == (
+        point in ("after-2-turns-of-round-2", "before-any-turn", "half-an-upload")
+    )
     assert repeated <= {before[-1]}
     assert sorted({*before, *after}) == sorted(whole)
 
@@ -111,7 +113,8 @@ def test_a_run_may_be_killed_before_any_change_of_a_file(tmp_path):
     outcome = run(tmp_path, EVERYWHERE)
     assert outcome.pop("whole") == ["finished"]
     survived = [point for point in EVERYWHERE if outcome[point] == ["finished"]]
-    assert survived and len(survived) < len(EVERYWHERE) // 2
+    assert EVERYWHERE[-1] in survived
+    assert len(survived) < len(EVERYWHERE) // 2
     for point in EVERYWHERE:
         if point not in survived:
             assert outcome[point] == ["killed", "finished"], point

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from flexlora.data.corpus import Corpus, Example
 from flexlora.data.prompt import plain
 from flexlora.data.tokens import encode
@@ -15,7 +16,6 @@ from flexlora.record import Record, mean_scores
 from flexlora.rouge import rouge_l
 from flexlora.task import Evaluation, Question, Score, evaluate, pick
 from flexlora.tasks import generation, held_out_loss
-import tiny
 
 SETTINGS = Evaluation(max_new_tokens=7, max_prompt_tokens=23, batch_tokens=100)
 
@@ -50,11 +50,7 @@ def questions(base):
 def table(clients: dict[str, int], splits: tuple[str, ...] = ("test", "train")) -> Corpus:
     """So many rows of each client in each split; every row is named in its output."""
     rows = [
-        (c, s, f"{c}{s}{i}")
-        for i in range(9)
-        for c, n in clients.items()
-        for s in splits
-        if i < n
+        (c, s, f"{c}{s}{i}") for i in range(9) for c, n in clients.items() for s in splits if i < n
     ]
     columns = zip(*rows, strict=True)
     client, split, output = (list(column) for column in columns)
@@ -80,9 +76,7 @@ def test_rows_add_up_what_each_question_scores(base, questions):
         ("anna", "ask", True, 1),
     ]
     for row in rows:
-        own = [
-            q for q in questions if (q.client, q.category) == (row["client"], row["category"])
-        ]
+        own = [q for q in questions if (q.client, q.category) == (row["client"], row["category"])]
         examples = [q.example for q in own]
         read = generation.prompts(examples, plain, base.tokenizer, 23)
         written = generation.answers(base, read, 7, 1)
@@ -110,9 +104,7 @@ def test_no_questions_no_rows(base):
 
 
 def test_a_loss_that_is_not_finite_is_an_error(base, questions, monkeypatch):
-    broken = [
-        held_out_loss.Loss(1.0 if n != 3 else math.nan, 2) for n in range(len(questions))
-    ]
+    broken = [held_out_loss.Loss(1.0 if n != 3 else math.nan, 2) for n in range(len(questions))]
     monkeypatch.setattr(held_out_loss, "losses", lambda *_: broken)
     with pytest.raises(ValueError, match="loss of a row of client 'carl' is nan"):
         evaluate(base, questions, plain, SETTINGS)
@@ -148,9 +140,7 @@ def test_a_clients_questions_depend_on_no_other_client(sizes, most, seed, random
     assert Counter(q.client for q in picked) == {c: min(most, n) for c, n in sizes.items()}
     assert len({q.example.output for q in picked}) == len(picked)
     alone = table({names[0]: sizes[names[0]]})
-    assert pick(alone, names[:1], True, most, seed) == [
-        q for q in picked if q.client == names[0]
-    ]
+    assert pick(alone, names[:1], True, most, seed) == [q for q in picked if q.client == names[0]]
     fewer = pick(corpus, names, True, max(1, most - 1), seed)
     assert {q.example.output for q in fewer} <= {q.example.output for q in picked}
 

@@ -1,14 +1,16 @@
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 
+import ingredients
 from flexlora import validate
 from flexlora.adapter import Adapter, Factors
 from flexlora.method import Client, Upload
-from ingredients import random_factors
 
+random_factors = functools.partial(ingredients.random_factors, dtype=torch.float32)
 SHAPES = {"model.q": (11, 7), "model.up": (13, 5)}
 CLIENT = Client("anna", {"model.q": 3, "model.up": 2}, "small", 17)
 GOOD = Upload(
@@ -16,8 +18,8 @@ GOOD = Upload(
     4,
     Adapter(
         {
-            "model.q": random_factors(11, 3, 7, dtype=torch.float32),
-            "model.up": random_factors(13, 2, 5, dtype=torch.float32),
+            "model.q": random_factors(11, 3, 7),
+            "model.up": random_factors(13, 2, 5),
         }
     ),
     17,

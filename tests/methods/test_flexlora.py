@@ -44,9 +44,7 @@ def test_without_gradients_the_tail_decays_by_the_share_that_holds_it(split):
     """From unit singular values, the block of rank h has (N_h / N)^t after t rounds."""
     clients = [client(0, 2, 13), client(1, 3, 17), client(2, 5, 29)]
     whole, method = 59, FlexLoRA(split=split)
-    state = method.start(
-        Adapter({M: Factors(orthonormal(OUT, 5, 1), orthonormal(IN, 5, 2).T)})
-    )
+    state = method.start(Adapter({M: Factors(orthonormal(OUT, 5, 1), orthonormal(IN, 5, 2).T)}))
     for t in range(1, 5):
         uploads = [upload(c, method.handout(state, c, draw).adapter[M]) for c in clients]
         state = method.aggregate(state, uploads)
@@ -110,7 +108,9 @@ def test_both_splits_hold_the_same_update():
 def test_weights_may_be_uniform():
     uploads = [upload(client(i, 7, 3**i), random_factors(OUT, 3, IN, i)) for i in range(3)]
     got = FlexLoRA(weights="uniform").aggregate(start(7), uploads).adapters["global"][M]
-    assert relative_error(product(got), weighted_sum([(1 / 3, u.adapter[M]) for u in uploads])) < 1e-12
+    assert (
+        relative_error(product(got), weighted_sum([(1 / 3, u.adapter[M]) for u in uploads])) < 1e-12
+    )
 
 
 def test_single_precision_is_that_and_not_less():
@@ -150,9 +150,7 @@ def test_the_aggregate_replaces_the_last_one():
     method = FlexLoRA()
     uploads = [upload(client(0, 3, 5), random_factors(OUT, 3, IN, 1))]
     one, other = (method.aggregate(start_, uploads) for start_ in (start(3), start(5)))
-    assert relative_error(
-        product(method.update(one)[M]), product(method.update(other)[M])
-    ) < 1e-12
+    assert relative_error(product(method.update(one)[M]), product(method.update(other)[M])) < 1e-12
 
 
 def test_the_server_keeps_the_largest_rank_and_forgets_none(tmp_path):

@@ -100,7 +100,9 @@ def test_a_client_prunes_itself_where_the_tail_shrank_and_only_there(by, pruned)
 
 def test_the_tails_of_all_layers_count_together():
     start = adapter({Q: 6, UP: 3}, 1)
-    one = Adapter({Q: shrunk(start, {Q: 4, UP: 2}, 0.1)[Q], UP: shrunk(start, {Q: 4, UP: 2}, 1.05)[UP]})
+    one = Adapter(
+        {Q: shrunk(start, {Q: 4, UP: 2}, 0.1)[Q], UP: shrunk(start, {Q: 4, UP: 2}, 1.05)[UP]}
+    )
     assert HetLoRA(keep=0.7).returns(start, one).ranks == {Q: 4, UP: 2}
 
 
@@ -156,8 +158,14 @@ def test_weights_are_the_shares_of_the_products_norms():
     method = HetLoRA()
     got = method.aggregate(method.start(adapter({Q: 6, UP: 4}, 77)), uploads).adapters["global"]
     for m, rank in ((Q, 6), (UP, 4)):
-        B = sum(n / sum(norms) * u.adapter[m].padded(rank).B for n, u in zip(norms, uploads, strict=True))
-        A = sum(n / sum(norms) * u.adapter[m].padded(rank).A for n, u in zip(norms, uploads, strict=True))
+        B = sum(
+            n / sum(norms) * u.adapter[m].padded(rank).B
+            for n, u in zip(norms, uploads, strict=True)
+        )
+        A = sum(
+            n / sum(norms) * u.adapter[m].padded(rank).A
+            for n, u in zip(norms, uploads, strict=True)
+        )
         torch.testing.assert_close(got[m].B, B)
         torch.testing.assert_close(got[m].A, A)
 

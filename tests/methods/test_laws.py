@@ -56,8 +56,7 @@ def clients(method):
 @pytest.fixture
 def uploads(clients):
     return [
-        Upload(c.id, 1, adapter(c.ranks, 10 * i + 1), c.examples)
-        for i, c in enumerate(clients)
+        Upload(c.id, 1, adapter(c.ranks, 10 * i + 1), c.examples) for i, c in enumerate(clients)
     ]
 
 
@@ -177,9 +176,7 @@ def test_inputs_are_not_mutated(method, state, clients, uploads):
     after = (products(state.adapters["global"]), [products(u.adapter) for u in uploads])
     assert all(torch.equal(before[0][m], after[0][m]) for m in SHAPES)
     assert all(
-        torch.equal(x[m], y[m])
-        for x, y in zip(before[1], after[1], strict=True)
-        for m in SHAPES
+        torch.equal(x[m], y[m]) for x, y in zip(before[1], after[1], strict=True) for m in SHAPES
     )
 
 

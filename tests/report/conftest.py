@@ -23,9 +23,7 @@ KINDS = (
 )
 
 
-def journal(
-    clients: int = 12, rounds: int = 6, categories: int = 40, seed: int = 5
-) -> list[Event]:
+def journal(clients: int = 12, rounds: int = 6, categories: int = 40, seed: int = 5) -> list[Event]:
     """The events of a whole run, with one lost turn in every third round."""
     draw = rng(seed, "journal")
     names = [f"client-{i}" for i in range(clients)]
@@ -47,7 +45,7 @@ def _start(names: list[str], types: list[str], seed: int) -> Event:
         "version": "0.1.0",
         "config": {
             "seed": seed,
-            "rounds": 6,
+            "federation": {"rounds": 6},
             "model": {"name": "tiny/llama-135m", "dtype": "float32", "revision": None},
             "method": {"name": "flexlora", "split": "us"},
             "data": {"corpus": "natural_instructions", "longest_tokens": 512},

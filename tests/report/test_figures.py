@@ -73,9 +73,7 @@ def test_stacked_energy_reaches_a_hundred_percent(make_journal: Make):
 def test_categories_keep_their_height_and_order():
     def drawn(count: int) -> go.Figure:
         rows = [
-            tables.CategoryRow(
-                f"task number {n} of a long name", "seen", 3, 1.0, 9.0 - n / 9, 0
-            )
+            tables.CategoryRow(f"task number {n} of a long name", "seen", 3, 1.0, 9.0 - n / 9, 0)
             for n in range(count)
         ]
         return figures.categories(rows, tables.METRICS[0])

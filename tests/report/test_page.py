@@ -114,9 +114,7 @@ def test_no_text_of_the_journal_becomes_markup(make_journal: Make):
     assert not re.search(r"(<|\\u003c)(/|\\u002f)?(script|img)", drawn)
 
 
-def test_half_a_surrogate_pair_in_a_name_does_no_harm(
-    make_journal: Make, write_journal: Write
-):
+def test_half_a_surrogate_pair_in_a_name_does_no_harm(make_journal: Make, write_journal: Write):
     events = make_journal(rounds=2)
     for event in events:
         if event["event"] in ("client", "lost"):
@@ -167,9 +165,7 @@ def test_a_page_without_one_kind_of_event(make_journal: Make, kind: str, sentenc
 def test_without_evaluation_the_training_loss_is_the_outcome(make_journal: Make):
     events = [e for e in make_journal() if e["event"] != "evaluation"]
     said = words(page.render(events))
-    assert re.search(
-        r"Training loss went from 2\.\d+ nats per token in round 1 to 1\.\d+", said
-    )
+    assert re.search(r"Training loss went from 2\.\d+ nats per token in round 1 to 1\.\d+", said)
 
 
 def test_without_unseen_clients_the_seen_ones_speak(make_journal: Make):

@@ -68,12 +68,8 @@ def test_a_metric_not_measured_is_none_and_the_next_one_leads():
     st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=1, max_size=6),
     st.integers(0, 5),
 )
-def test_moving_a_client_into_two_rows_changes_no_mean(
-    sizes: list[tuple[int, float]], place: int
-):
-    clients = [
-        scored(str(i), True, n, n * share, 7 * n, n) for i, (n, share) in enumerate(sizes)
-    ]
+def test_moving_a_client_into_two_rows_changes_no_mean(sizes: list[tuple[int, float]], place: int):
+    clients = [scored(str(i), True, n, n * share, 7 * n, n) for i, (n, share) in enumerate(sizes)]
     place %= len(clients)
     half = {
         k: v / 2 if isinstance(v, int | float) and k != "seen" else v
@@ -159,9 +155,7 @@ def test_energy_is_meaned_over_modules_and_cumulated_over_blocks():
 def test_spectra_stand_by_module_and_then_by_round(make_journal: Make):
     rows = tables.spectrum_table(make_journal(rounds=3))
     modules = ["model.layers.1.attn.q_proj"] * 3 + ["model.layers.1.mlp.up"] * 3
-    assert [(r.module, r.round) for r in rows] == list(
-        zip(modules, [1, 2, 3] * 2, strict=True)
-    )
+    assert [(r.module, r.round) for r in rows] == list(zip(modules, [1, 2, 3] * 2, strict=True))
 
 
 def test_categories_are_sorted_by_gain_and_leave_out_what_one_side_lacks():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+import tiny
 from flexlora.adapter import Adapter
 from flexlora.model import Base, Source
-import tiny
 
 
 @pytest.fixture(scope="session")

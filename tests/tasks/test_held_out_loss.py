@@ -44,9 +44,7 @@ def test_losses_are_those_of_the_attached_adapter(base, adapter, examples):
 def test_packs_are_as_full_as_the_order_allows(base, examples, monkeypatch):
     rows = []
     logits = base.logits
-    monkeypatch.setattr(
-        base, "logits", lambda ids, *a: rows.append(ids.shape) or logits(ids, *a)
-    )
+    monkeypatch.setattr(base, "logits", lambda ids, *a: rows.append(ids.shape) or logits(ids, *a))
     losses(base, examples, 20)
     assert rows == [(1, 20), (1, 8), (1, 21), (1, 15)]
 

@@ -7,11 +7,11 @@ import warnings
 import numpy as np
 import peft
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 import transformers
 
+import tiny
 from flexlora.adapter import Adapter, Factors
 from flexlora.data.tokens import Tokens, TokenStore, pack, steps
 from flexlora.model import Base, Source, kind
@@ -213,13 +213,13 @@ def test_recomputing_does_recompute(base, store, monkeypatch):
     calls = []
     layer = base.model.model.layers[0].mlp
     forward = type(layer).forward
-    monkeypatch.setattr(
-        type(layer), "forward", lambda self, x: calls.append(1) or forward(self, x)
-    )
+    monkeypatch.setattr(type(layer), "forward", lambda self, x: calls.append(1) or forward(self, x))
     how = settings(max_steps=1, pack_tokens=1000)
     train(base, of_rank(base, 2), store, ROWS, how, draw())
     plain = len(calls)
-    train(base, of_rank(base, 2), store, ROWS, settings(**vars(how) | {"recompute_above": 0}), draw())
+    train(
+        base, of_rank(base, 2), store, ROWS, settings(**vars(how) | {"recompute_above": 0}), draw()
+    )
     assert len(calls) - plain == 2 * plain
 
 
@@ -240,9 +240,7 @@ def test_the_loss_of_a_pack_is_that_of_its_examples_alone(base, store, prompt_lo
             ids = torch.from_numpy(store[row].ids.astype(np.int64))
             first = 1 if prompt_loss else store[row].prompt_tokens
             logits = base.model(input_ids=ids[None], use_cache=False).logits[0].double()
-            total += float(
-                F.cross_entropy(logits[first - 1 : -1], ids[first:], reduction="sum")
-            )
+            total += float(F.cross_entropy(logits[first - 1 : -1], ids[first:], reduction="sum"))
         got = float(pack_loss(base, pack(store, ROWS, prompt_loss)))
     assert got == pytest.approx(total, rel=1e-5)
 
@@ -303,7 +301,9 @@ def test_the_base_is_left_as_it_was_to_the_bit(base, store):
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None and not p.requires_grad for p in base.model.parameters())
-    assert all(torch.equal(adapter[m].B, B) and torch.equal(adapter[m].A, A) for m, (B, A) in held.items())
+    assert all(
+        torch.equal(adapter[m].B, B) and torch.equal(adapter[m].A, A) for m, (B, A) in held.items()
+    )
 
 
 def test_a_penalty_is_added_at_every_step(base, store):

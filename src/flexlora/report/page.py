@@ -141,7 +141,7 @@ def _header(facts: RunFacts, events: Sequence[Event], rows: Sequence[EvaluationR
     entries = {
         "Method": facts.method,
         "Base model": facts.base_model,
-        "Rank types": ", ".join(f"{t.name} ({_many(t.clients, 'client')})" for t in types),
+        "Rank types": ", ".join(_type_name(t) for t in types),
         "Clients": _client_count(facts),
         "Rounds finished": rounds,
         "Adapted modules": facts.modules,
@@ -161,6 +161,11 @@ def _header(facts: RunFacts, events: Sequence[Event], rows: Sequence[EvaluationR
         f'<p class="outcome">{_text(outcome(facts, events, rows))}</p>'
         f"{_course(facts, events)}<dl>{facts_list}</dl></header>"
     )
+
+
+def _type_name(row: tables.RankTypeRow) -> str:
+    ranks = f" of rank {' and '.join(map(str, row.ranks))}" if row.ranks else ""
+    return f"{row.name} ({_many(row.clients, 'client')}{ranks})"
 
 
 def _course(facts: RunFacts, events: Sequence[Event]) -> str:

@@ -96,6 +96,7 @@ class RankTypeRow:
     name: str
     clients: int
     trainable: int | None
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,14 +186,12 @@ def run_facts(events: Sequence[Event]) -> RunFacts:
     config = start.get("config") or {}
     return RunFacts(
         version=start.get("version"),
-        method=_setting(config, "method.name", "method"),
-        base_model=_setting(
-            config, "model.name", "model.path", "model.base", "model", "base_model", "base"
-        ),
-        seed=_setting(config, "seed", "run.seed"),
+        method=_setting(config, "method.name"),
+        base_model=_setting(config, "model.name"),
+        seed=_setting(config, "seed"),
         clients=_count(start.get("clients")),
         unseen_clients=_count(start.get("unseen_clients")),
-        rounds_planned=_setting(config, "rounds", "run.rounds", "rounds.count"),
+        rounds_planned=_setting(config, "federation.rounds"),
         rounds_done=len(_rounds(events)),
         modules=_count(start.get("modules")),
         hardware=start.get("hardware"),
@@ -280,9 +279,9 @@ def training_table(events: Sequence[Event]) -> list[TrainingRow]:
 def rank_type_table(events: Sequence[Event]) -> list[RankTypeRow]:
     """The rank types in use, as the run's start names them."""
     start = next(iter(reversed(_of(events, "start"))), {})
-    trainable = start.get("trainable") or {}
+    trainable, ranks = start.get("trainable") or {}, start.get("ranks") or {}
     return [
-        RankTypeRow(name, clients, trainable.get(name))
+        RankTypeRow(name, clients, trainable.get(name), tuple(ranks.get(name) or ()))
         for name, clients in (start.get("rank_types") or {}).items()
     ]
 
@@ -479,15 +478,12 @@ def _blocks(levels: Sequence[int]) -> list[str]:
     return [*inner, f"{starts[-1]} and beyond"]
 
 
-def _setting(config: Mapping[str, Any], *paths: str) -> Any:
-    """The first of these dotted paths that leads to a plain value."""
-    for path in paths:
-        value: Any = config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if isinstance(value, str | int | float):
-            return value
-    return None
+def _setting(config: Mapping[str, Any], path: str) -> Any:
+    """The plain value at a dotted path, None where there is none."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str | int | float) else None
 
 
 def _count(value: Any) -> int | None:

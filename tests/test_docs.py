@@ -1,0 +1,63 @@
+"""Documentation that can fail: the map, the exports, the README's commands and links."""
+
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import flexlora
+from flexlora import cli, config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_map_names_every_module_and_folder():
+    for info in pkgutil.iter_modules(flexlora.__path__):
+        if not info.name.startswith("_"):
+            assert re.search(rf"\b{info.name}\b", flexlora.__doc__), info.name
+    named = set(re.findall(r"\bdata\.(\w+)", flexlora.__doc__))
+    held = {info.name for info in pkgutil.iter_modules([f"{flexlora.__path__[0]}/data"])}
+    assert named == held
+
+
+def test_exports_exist():
+    assert all(hasattr(flexlora, name) for name in flexlora.__all__)
+
+
+def test_links_and_configs_of_the_readme_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for target in re.findall(r"configs/[\w-]+\.toml", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_config_of_the_readme_is_valid(tmp_path):
+    example = re.search(r"```toml\n(.*?)```", README, re.DOTALL)[1]
+    path = tmp_path / "config.toml"
+    path.write_text(example)
+    assert config.load(path).data.columns.client == "hospital"
+
+
+def commands():
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("flexlora ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_the_options_of_the_readme_are_those_of_the_command(line):
+    command, *rest = shlex.split(line)[1:]
+    known = typer.main.get_command(cli.app).commands[command].params
+    options = {option for parameter in known for option in parameter.opts}
+    for option in (word for word in rest if word.startswith("--")):
+        assert option in options, option
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
