@@ -5,13 +5,13 @@ the plural holds its kinds, one per file.
 
     a client's rows      data.corpus, data.corpora, data.partition    rows, dealt to clients
     tokens               data.prompt, data.tokens                     encoded once, packed in rows
-    who takes part       sampling, ranks                              cohort; the rank of each client
+    who takes part       sampling, ranks                              cohort; each client's rank
     what a client gets   method, methods                              state -> Download
     local training       client, model, training                      Download -> trained Adapter
     upload               wire, validate                               Upload <-> bytes, checked
     aggregate            linalg                                       uploads -> state, in low rank
     evaluate             task, tasks, rouge                           generation, Rouge-L, loss
-    report               record, report                               journal -> tables, figures, page
+    report               record, report                               journal -> tables, page
     the loop             rounds, federation, federations              pick, exchange, aggregate
 
 Beside the path: adapter (the values passed around), seeds (randomness with an address), config and

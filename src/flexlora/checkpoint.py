@@ -20,15 +20,19 @@ POINTER = "checkpoint.json"
 class Checkpoint:
     """The state after a round (0: before the first), and how long the journal was then.
 
-    The state's adapters are read from the disk module by module.
+    ``identity`` is that of the experiment. The state's adapters are read from the disk module
+    by module.
     """
 
     round: int
     journal_bytes: int
     state: State
+    identity: str = ""
 
 
-def save(folder: Path, round: int, journal_bytes: int, state: State) -> Checkpoint:
+def save(
+    folder: Path, round: int, journal_bytes: int, state: State, identity: str = ""
+) -> Checkpoint:
     """Write a checkpoint of the run in ``folder``, then forget the one before.
 
     The pointer file is replaced last and atomically: a crash leaves the old checkpoint or
@@ -44,7 +48,13 @@ def save(folder: Path, round: int, journal_bytes: int, state: State) -> Checkpoi
     write(draft / "facts.json", json.dumps(dict(state.facts)).encode())
     shutil.rmtree(folder / name, ignore_errors=True)
     draft.rename(folder / name)
-    pointer = {"round": round, "journal_bytes": journal_bytes, "state": name}
+    pointer = {
+        "round": round,
+        "journal_bytes": journal_bytes,
+        "identity": identity,
+        "state": name,
+        "adapters": sorted(state.adapters),
+    }
     write(folder / POINTER, json.dumps(pointer).encode())
     for old in folder.glob("state-*"):
         if old.name != name:
@@ -62,13 +72,16 @@ def load(folder: Path) -> Checkpoint:
         pointer = json.loads((folder / POINTER).read_text(encoding="utf-8"))
         state = folder / pointer["state"]
         facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
-        adapters = {file.stem: wire.open_file(file)[0] for file in state.glob("*.safetensors")}
-        return Checkpoint(pointer["round"], pointer["journal_bytes"], State(adapters, facts))
+        adapters = {
+            name: wire.open_file(state / f"{name}.safetensors")[0] for name in pointer["adapters"]
+        }
+        known = State(adapters, facts)
+        return Checkpoint(pointer["round"], pointer["journal_bytes"], known, pointer["identity"])
     except FileNotFoundError as error:
         raise ValueError(
             f"There is no run to resume in {folder}: {error.filename} is missing."
         ) from error
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"The checkpoint in {folder} is damaged: {error}.") from error
 
 

@@ -16,6 +16,9 @@ from flexlora.seeds import rng
 from flexlora.training.loop import train
 from flexlora.training.optimizer import Training
 
+FACTS = ("tokens", "steps", "loss_total", "loss_tokens", "seconds", "bytes_down")
+"""What a turn tells the journal: totals, in tokens, steps, nats, seconds and bytes."""
+
 
 @dataclass(frozen=True)
 class Job:

@@ -6,10 +6,11 @@ import difflib
 import json
 import re
 import tomllib
+import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,6 +19,11 @@ from flexlora.data.corpora.table import Columns
 from flexlora.model import Source
 from flexlora.task import Evaluation
 from flexlora.training.optimizer import Training
+
+Lines = Mapping[tuple[str, ...], int]
+"""The line on which each key of a file stands."""
+
+Section = TypeVar("Section", bound=BaseModel)
 
 CLOSED = ConfigDict(extra="forbid", frozen=True)
 
@@ -79,18 +85,6 @@ class Rounds(BaseModel):
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-@dataclass(frozen=True)
-class Evaluating(Evaluation):
-    """What is evaluated: which clients, how many rows of each, after which rounds."""
-
-    every: int = 0
-    base: bool = True
-    truncated: bool = True
-    seen_clients: int = 16
-    unseen_clients: int = 16
-    rows_per_client: int = 4
-
-
 class Run(BaseModel):
     """Where the run lies, and on how many threads it computes."""
 
@@ -111,7 +105,7 @@ class Experiment(BaseModel):
     method: dict[str, Any] = {"name": "flexlora"}
     training: Training = Training()
     federation: Rounds
-    evaluation: Evaluating = Evaluating()
+    evaluation: Evaluation = Evaluation()
     run: Run = Field(default_factory=Run)  # type: ignore[arg-type]
 
     def options(self) -> dict[str, Any]:
@@ -144,23 +138,19 @@ def load(path: Path, changes: Sequence[str] = ()) -> Experiment:
     return parse(content, str(path), _lines(text))
 
 
-def parse(
-    content: Mapping[str, Any], place: str, lines: Mapping[tuple[str, ...], int] | None = None
-) -> Experiment:
+def parse(content: Mapping[str, Any], place: str, lines: Lines | None = None) -> Experiment:
     """The experiment that a nested table describes.
 
     Raises:
         ConfigError: a key is unknown or ill-typed; names all such keys, with their lines.
     """
+    experiment = _validated(Experiment, content, place, lines or {})
     try:
-        content = _without_empty_columns(content)
-        # As JSON, in which lists may become tuples though types are strict.
-        experiment = Experiment.model_validate_json(json.dumps(content, default=str), strict=True)
-    except ValidationError as error:
-        faults = [_sentence(fault, content, place, lines or {}) for fault in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(faults))) from error
-    try:
-        methods.make(str(experiment.method.get("name")), experiment.options())
+        if "name" not in experiment.method:
+            raise ValueError(
+                f"'method.name' is missing; it is one of {', '.join(methods.names())}."
+            )
+        methods.make(str(experiment.method["name"]), experiment.options())
         if isinstance(experiment.ranks.distribution, str):
             ranks.distribution(experiment.ranks.distribution)
     except (ValueError, TypeError) as error:
@@ -169,8 +159,55 @@ def parse(
     return experiment
 
 
-def _without_empty_columns(content: Mapping[str, Any]) -> dict[str, Any]:
-    """TOML has no null: a column named "" is one that the data does not have."""
+def _rank_faults(rank: Ranks) -> list[str]:
+    """What in a choice of ranks excludes each other, or is missing."""
+    faults = []
+    if rank.rank is not None and (rank.types or rank.clients):
+        faults.append("ranks.rank is for all clients; leave out ranks.types and ranks.clients")
+    given = [name for name in ("rank", "distribution", "table") if getattr(rank, name) is not None]
+    if len(given) > 1 or (not given and not rank.clients):
+        faults.append(
+            f"give one of ranks.rank, ranks.distribution and ranks.table, or ranks.clients "
+            f"(given: {given or 'none'})"
+        )
+    return faults
+
+
+def rank_table(path: Path, clients: Mapping[str, str]) -> Ranks:
+    """The ranks in a TOML file of their own, checked as the config's; ``clients`` are added.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown or ill-typed.
+    """
+    content = _without_empty_names({"ranks": ranks.read_table(path)})
+    table = {**content["ranks"], "clients": {**clients, **content["ranks"].get("clients", {})}}
+    if "table" in table:
+        raise ConfigError(f"{path}: 'table' has no place in a rank table.")
+    # Checked as a config's section, so that a key is named by its place in the file.
+    found = _validated(Ranks, table, str(path), {})
+    if faults := _rank_faults(found):
+        raise ConfigError(f"{path}: {'; '.join(faults)}.")
+    return found
+
+
+def _validated(
+    kind: type[Section], content: Mapping[str, Any], place: str, lines: Lines
+) -> Section:
+    """A section from its table; all faults at once, each a sentence."""
+    content = _without_empty_names(content)
+    try:
+        # As JSON, in which lists may become tuples though types are strict.
+        return kind.model_validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        faults = [_sentence(kind, fault, place, lines) for fault in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(faults))) from error
+
+
+def _without_empty_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has no null: a column or a rank distribution named "" is one that is not there."""
+    ranks = content.get("ranks")
+    if isinstance(ranks, dict):
+        content = {**content, "ranks": {k: v for k, v in ranks.items() if v != ""}}
     data = content.get("data")
     columns = data.get("columns") if isinstance(data, dict) else None
     if not isinstance(columns, dict):
@@ -189,26 +226,19 @@ def _cross_check(experiment: Experiment, place: str) -> None:
         faults.append(f"data.format {data.format!r} needs data.path")
     if data.partition.kind in ("iid", "dirichlet", "shards") and data.partition.clients is None:
         faults.append(f"data.partition.kind {data.partition.kind!r} needs data.partition.clients")
-    given = [name for name in ("rank", "distribution", "table") if getattr(rank, name) is not None]
-    if len(given) > 1 or (not given and not rank.clients):
-        faults.append(
-            f"give one of ranks.rank, ranks.distribution and ranks.table, or ranks.clients "
-            f"(given: {given or 'none'})"
-        )
+    faults += _rank_faults(rank)
     if faults:
         raise ConfigError(f"{place}: {'; '.join(faults)}.")
 
 
-def _sentence(
-    fault: Any, content: Mapping[str, Any], place: str, lines: Mapping[tuple[str, ...], int]
-) -> str:
+def _sentence(kind: type[BaseModel], fault: Any, place: str, lines: Lines) -> str:
     """One of pydantic's faults as a sentence with its line and the nearest valid key."""
     path = tuple(str(part) for part in fault["loc"])
     key = ".".join(path)
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     where = f"{place}, line {line}" if line else place
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys(path[:-1])
+        known = _keys(kind, path[:-1])
         near = difflib.get_close_matches(path[-1], known, 1, 0.5)
         hint = f" Did you mean {'.'.join((*path[:-1], near[0]))!r}?" if near else ""
         return f"{where}: unknown key {key!r}.{hint} Valid here: {', '.join(known)}."
@@ -221,16 +251,21 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:].rstrip(".")
 
 
-def _keys(path: Sequence[str]) -> list[str]:
+def _keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
     """The valid keys of the section at ``path``."""
-    section: Any = Experiment
+    section: Any = kind
     for part in path:
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+            continue
         if isinstance(section, type) and issubclass(section, BaseModel):
             annotation: Any = section.model_fields[part].annotation
         elif is_dataclass(section):
             annotation = next((f.type for f in fields(section) if f.name == part), None)
         else:
             return []
+        if get_origin(annotation) in (types.UnionType, Union):
+            annotation = next(a for a in get_args(annotation) if a is not types.NoneType)
         section = annotation
     if isinstance(section, type) and issubclass(section, BaseModel):
         return list(section.model_fields)

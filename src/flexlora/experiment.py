@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from flexlora import methods, smollm2
 from flexlora.adapter import Adapter, Factors
 from flexlora.client import Workplace
-from flexlora.config import Experiment, Ranks
+from flexlora.config import Experiment, Ranks, rank_table
 from flexlora.data import partition
 from flexlora.data.corpora import hub, natural_instructions, procedural, table
 from flexlora.data.corpus import Corpus, split_rows
@@ -21,7 +20,7 @@ from flexlora.data.prompt import Prompt, named
 from flexlora.data.tokens import TokenStore
 from flexlora.method import Client, Method
 from flexlora.model import Base
-from flexlora.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution, read_table
+from flexlora.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution
 from flexlora.seeds import rng
 from flexlora.task import Question, pick
 
@@ -66,7 +65,7 @@ class Ready:
         federation = self.experiment.federation
         if federation.cohort is not None:
             return federation.cohort
-        return max(int((federation.fraction or 0) * len(self.clients)), 1)
+        return max(int((federation.fraction or 0) * len(self.clients) + 1e-9), 1)
 
 
 def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = True) -> Ready:
@@ -113,7 +112,7 @@ def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = 
         ranks=assignment,
         unseen=unseen,
         workplace=workplace,
-        questions=_questions(corpus, unseen, experiment),
+        questions=_questions(corpus, rows, unseen, experiment),
         prompt=named(data.prompt, base.tokenizer),
     )
 
@@ -135,9 +134,9 @@ def _dealt(corpus: Corpus, experiment: Experiment) -> tuple[list[str], Corpus, R
     """The clients held out, the corpus with clients and splits, and each client's rows."""
     data, seed = experiment.data, experiment.seed
     natural = "client" in corpus.columns
-    if not natural and (data.partition.kind == "natural" or data.unseen_clients):
+    if not natural and (data.partition.kind == "natural" or data.unseen_clients or data.clients):
         raise ValueError(
-            "The data has no client column, so data.partition.kind 'natural' and "
+            "The data has no client column, so data.partition.kind 'natural', data.clients and "
             "data.unseen_clients do not apply; give data.columns.client or another partition."
         )
     unseen: list[str] = []
@@ -199,13 +198,7 @@ def _partition(corpus: Corpus, inside: np.ndarray, experiment: Experiment) -> pa
 def _ranks(settings: Ranks, clients: list[str], seed: int) -> Assignment:
     """Every client's rank type, from one of the ways to say it."""
     if settings.table is not None:
-        content = read_table(Path(settings.table))
-        try:
-            settings = Ranks.model_validate({"clients": settings.clients, **content})
-        except ValidationError as error:
-            fault = error.errors()[0]
-            key = ".".join(str(part) for part in fault["loc"])
-            raise ValueError(f"{settings.table}: {key!r}: {fault['msg']}.") from error
+        settings = rank_table(Path(settings.table), settings.clients)
     if settings.rank is not None:
         name = f"rank{settings.rank}"
         uniform = {name: RankType(settings.rank, settings.rank)}
@@ -230,12 +223,16 @@ def _check_ranks(method: Method, assignment: Assignment) -> None:
         )
 
 
-def _questions(corpus: Corpus, unseen: list[str], experiment: Experiment) -> list[Question]:
+def _questions(
+    corpus: Corpus, rows: Rows, unseen: list[str], experiment: Experiment
+) -> list[Question]:
     """The test rows of some clients that train and of some that never do."""
     how, seed = experiment.evaluation, experiment.seed
-    tested = set(corpus.keys("client")[corpus.keys("split") == "test"])
+    owners = corpus.keys("client")
+    tested = set(owners[corpus.keys("split") == "test"])
+    trained = set(owners[np.concatenate([np.asarray(held) for held in rows.values()])])
     groups = [
-        (True, sorted(tested - set(unseen)), how.seen_clients),
+        (True, sorted(tested & trained), how.seen_clients),
         (False, sorted(tested & set(unseen)), how.unseen_clients),
     ]
     found = []

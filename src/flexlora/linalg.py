@@ -222,4 +222,4 @@ def mean(weighted: Sequence[tuple[float, Factors]]) -> Factors:
     total = sum(weight for weight, _ in weighted)
     B = torch.stack([weight * f.B.double() for weight, f in weighted]).sum(0) / total
     A = torch.stack([weight * f.A.double() for weight, f in weighted]).sum(0) / total
-    return Factors(B, A).to(weighted[0][1].B.dtype)
+    return Factors(B, A)

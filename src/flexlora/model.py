@@ -7,12 +7,14 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexlora import smollm2
@@ -21,6 +23,9 @@ from flexlora.training.flat import FlatAdapter, Scale
 
 SEGMENTS = "flexlora_segments"
 """Our attention over several examples laid in one row: each example attends to itself only."""
+
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class LoRALinear(nn.Module):
@@ -88,10 +93,10 @@ class Base:
         targets: Collection[str] | None = None,
     ) -> None:
         self.model = model.requires_grad_(False)
-        self.model.train(False)
         self.tokenizer = tokenizer
         self.name = name
         self._layers = _place(model, targets)
+        self.model.train(False)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -158,15 +163,17 @@ class Base:
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if not layers:
             raise ValueError(f"{self.name} cannot recompute; unset training.recompute_above.")
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
         # Of the layers alone, not of what is in them: training mode would turn dropout on.
+        # And not through the model's own switch, which leaves a hook on the embeddings.
+        recompute = partial(checkpoint, use_reentrant=False)
         for layer in layers:
-            layer.training = True
+            cast(Any, layer)._gradient_checkpointing_func = recompute
+            layer.gradient_checkpointing = layer.training = True
         try:
             yield
         finally:
-            cast(Any, self.model).activation_checkpointing_disable()
-            self.model.train(False)
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, starts: Tensor, at: Tensor) -> Tensor:
         """The logits (len(at), vocabulary) at positions ``at`` of one row of examples.
@@ -226,9 +233,9 @@ class Source:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: str
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
-    quantize: str = "none"
+    quantize: Literal["none", "4bit"] = "none"
     attention: str = SEGMENTS
     targets: tuple[str, ...] | None = None
 
@@ -239,6 +246,8 @@ class Source:
             ValueError: it cannot be had, or not on this machine in this form.
         """
         _check_device(self.device, self.quantize)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model.dtype is {self.dtype!r}; give one of {', '.join(DTYPES)}.")
         path = smollm2.folder() if self.name == smollm2.NAME else self.name
         options: dict[str, Any] = {
             "dtype": getattr(torch, self.dtype),
@@ -312,6 +321,14 @@ def _place(model: nn.Module, targets: Collection[str] | None) -> dict[str, LoRAL
 
 
 def _check_device(device: str, quantize: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "none"
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        raise ValueError(f"model.device is {device!r}; give 'cpu', 'cuda' or 'cuda:0'.")
+    if quantize not in ("none", "4bit"):
+        raise ValueError(f"model.quantize is {quantize!r}; give 'none' or '4bit'.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"model.device is {device!r}, but this machine has no CUDA device; set 'cpu'."

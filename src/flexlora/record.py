@@ -66,7 +66,7 @@ class Record:
 
     def rewind(self, length_bytes: int) -> None:
         """Forget what was written after the journal had this length."""
-        if self.path.exists():
+        if self.bytes > length_bytes:
             os.truncate(self.path, length_bytes)
 
     def events(self, *kinds: str) -> Iterator[Event]:

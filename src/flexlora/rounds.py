@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import os
 import platform
@@ -21,7 +23,8 @@ import torch
 from flexlora import checkpoint, peft_directory, sampling, validate, wire
 from flexlora.adapter import Adapter
 from flexlora.checkpoint import Checkpoint
-from flexlora.client import Job
+from flexlora.client import FACTS, Job
+from flexlora.config import Experiment
 from flexlora.experiment import Ready
 from flexlora.federation import Federation, Lost
 from flexlora.federations.simulated import Simulated
@@ -44,18 +47,29 @@ def run(
     checkpoint and the uploads received since; the adapters are then the same to the bit.
 
     Raises:
-        ValueError: there is nothing to resume, or an upload is not acceptable.
+        ValueError: there is nothing to resume or it was another experiment, the folder holds
+            a run already, or nobody returned a usable upload in a round.
     """
     started = time.perf_counter()
     record = Record(folder)
     federation = federation or Simulated(ready.workplace)
     experiment = ready.experiment
+    identity = _identity(experiment)
     if resume:
         point = checkpoint.load(folder)
+        if point.identity != identity:
+            raise ValueError(
+                f"The run in {folder} was started with another config; only federation.rounds "
+                "and the run section may change when it goes on."
+            )
+        _sweep(folder, point)
         record.rewind(point.journal_bytes)
+    elif (folder / checkpoint.POINTER).exists():
+        raise ValueError(f"{folder} already holds a run; resume it, or give another folder.")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        point = checkpoint.save(folder, 0, 0, ready.method.start(ready.fresh()))
+        start = ready.method.start(ready.fresh())
+        point = checkpoint.save(folder, 0, 0, start, identity)
     yield record.append("start", **_start_facts(ready, resume))
     if point.round == 0 and experiment.evaluation.base:
         yield from _evaluated(record, ready, 0, "base", None)
@@ -105,11 +119,27 @@ def _round(
     )
     yield record.append("spectrum", round=number, **_spectrum(ready, adapter, state))
     yield from _evaluations(record, ready, number, adapter)
-    point = checkpoint.save(folder, number, record.bytes, state)
+    point = checkpoint.save(folder, number, record.bytes, state, point.identity)
     shutil.rmtree(spool)
     if ready.experiment.run.keep_adapters == "last" and number > 1:
         shutil.rmtree(adapter_folder(folder, number - 1).parent, ignore_errors=True)
     return point
+
+
+def _identity(experiment: Experiment) -> str:
+    """A hash of all settings that a resumed run must share with its beginning."""
+    settings = experiment.model_dump(mode="json", exclude={"run": True, "federation": {"rounds"}})
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sweep(folder: Path, point: Checkpoint) -> None:
+    """Remove what a kill left behind: uploads of finished rounds, files half-written."""
+    for spool in folder.glob("uploads-*"):
+        if int(spool.name.removeprefix("uploads-")) <= point.round:
+            shutil.rmtree(spool)
+    for partial in [*folder.glob(".*.partial"), *folder.glob("rounds/*/.*.partial*")]:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def _received(
@@ -140,19 +170,33 @@ def _received(
         download = ready.method.handout(state, ready.clients[id], draw)
         return Job(id, number, wire.encode_download(download, ready.workplace.wire_dtype))
 
-    for reply in federation.exchange(job(id) for id in waiting):
+    for reply in federation.exchange(job(id) for id in tuple(waiting)):
+        if reply.client not in waiting:
+            continue  # a second answer, or one from somebody not asked
+        waiting.remove(reply.client)
         if isinstance(reply, Lost):
             yield reply
         else:
             checkpoint.write(place[reply.client], reply.data)
             yield _checked(ready, reply.client, number, place[reply.client])
+    for id in waiting:
+        yield Lost(id, "It did not answer.")
 
 
 def _checked(ready: Ready, id: str, number: int, path: Path) -> Upload | Lost:
     """The upload in a file, if it is what was asked for; a client that sent else is lost."""
     try:
-        upload = wire.open_upload(path)
-        validate.upload(upload, ready.clients[id], number, ready.base.shapes)
+        client, upload = ready.clients[id], wire.open_upload(path)
+        validate.upload(
+            upload,
+            client,
+            number,
+            ready.base.shapes,
+            most_examples=client.examples,
+            whole_rank=not ready.method.mixed_ranks,
+        )
+        if missing := [name for name in FACTS if name not in upload.facts]:
+            raise ValueError(f"The upload of client {id!r} does not say its {missing}.")
     except ValueError as error:
         path.unlink()
         return Lost(id, str(error))
@@ -160,8 +204,7 @@ def _checked(ready: Ready, id: str, number: int, path: Path) -> Upload | Lost:
 
 
 def _facts_of(upload: Upload, ready: Ready) -> dict[str, Any]:
-    whole = {"tokens", "steps", "loss_tokens", "bytes_up", "bytes_down"}
-    facts = {k: int(v) if k in whole else v for k, v in upload.facts.items()}
+    facts = {name: upload.facts[name] for name in (*FACTS, "bytes_up")}
     return {
         "round": upload.round,
         "client": upload.client,

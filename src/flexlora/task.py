@@ -22,7 +22,12 @@ from flexlora.tasks import generation, held_out_loss
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How models are evaluated.
+    """What is evaluated and how.
+
+    The global adapter is evaluated after every ``every`` rounds (0: only after the last),
+    then also cut to each rank type (``truncated``), and the base model before the first
+    (``base``), on ``rows_per_client`` test rows of so many clients that train and of so many
+    that never do.
 
     ``batch_tokens`` bounds the tokens that are in memory at once, padding and room for the
     answers included; it changes speed, and results by rounding only (see
@@ -35,12 +40,19 @@ class Evaluation:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
+    every: int = 0
+    base: bool = True
+    truncated: bool = True
+    seen_clients: int = 16
+    unseen_clients: int = 16
+    rows_per_client: int = 4
     max_new_tokens: int = 128
     max_prompt_tokens: int = 896
     batch_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        least = {"max_new_tokens": 1, "max_prompt_tokens": 2, "batch_tokens": 1}
+        least = {"every": 0, "seen_clients": 0, "unseen_clients": 0, "rows_per_client": 1}
+        least |= {"max_new_tokens": 1, "max_prompt_tokens": 2, "batch_tokens": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value < bound:

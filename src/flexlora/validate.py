@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from flexlora.method import Client, Upload
+
+TRAVELS = (torch.float32, torch.bfloat16, torch.float16)
+"""The kinds of numbers that adapters travel in."""
 
 
 def upload(
@@ -13,12 +18,13 @@ def upload(
     round: int,
     shapes: Mapping[str, tuple[int, int]],
     most_examples: int | None = None,
+    whole_rank: bool = False,
 ) -> None:
     """Refuse an upload that is not what ``client`` was asked for in this round.
 
     It must name this client and round, hold exactly the modules of ``shapes`` (out, in), none
-    above the client's rank, all finite, and count at least one example. Reads every tensor
-    once.
+    above the client's rank (with ``whole_rank`` exactly of it), all finite and of a kind
+    that travels, and count at least one example. Reads every tensor once.
 
     Raises:
         ValueError: with the module and the value that is wrong.
@@ -41,7 +47,10 @@ def upload(
             raise ValueError(
                 f"{place}: module {module!r} is {factors.shape} (out, in), not {shapes[module]}."
             )
-        if not 1 <= factors.rank <= client.ranks[module]:
+        if factors.B.dtype not in TRAVELS:
+            raise ValueError(f"{place}: module {module!r} is {factors.B.dtype}, not of {TRAVELS}.")
+        least = client.ranks[module] if whole_rank else 1
+        if not least <= factors.rank <= client.ranks[module]:
             raise ValueError(
                 f"{place}: module {module!r} has rank {factors.rank}; this client's rank "
                 f"is {client.ranks[module]}."

@@ -20,6 +20,9 @@ from flexlora.adapter import Adapter, Factors
 from flexlora.method import Download, Upload
 
 FORMAT = 1
+NUMBER_CHARACTERS = 25
+"""What every fact takes in a header: a clock's digits must not change a message's length."""
+LARGEST_FACT = 1e15
 
 
 def encode(adapter: Adapter, header: Mapping[str, Any], dtype: torch.dtype) -> bytes:
@@ -29,6 +32,8 @@ def encode(adapter: Adapter, header: Mapping[str, Any], dtype: torch.dtype) -> b
         tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()
         tensors[f"{module}.B"] = factors.B.detach().to(dtype).contiguous()
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True, allow_nan=False)
+    facts = header.get("facts", {}).values()
+    text += " " * sum(NUMBER_CHARACTERS - len(json.dumps(value)) for value in facts)
     return safetensors.torch.save(tensors, metadata={"flexlora": text})
 
 
@@ -120,7 +125,10 @@ def open_upload(path: Path) -> Upload:
             raise ValueError(
                 f"{path}: the upload's {name!r} is {header.get(name)!r}, not a {kind.__name__}."
             )
-    facts = {str(key): float(value) for key, value in header["facts"].items()}
+    for name, value in header["facts"].items():
+        if type(value) not in (int, float) or not abs(value) <= LARGEST_FACT:
+            raise ValueError(f"{path}: the upload's fact {name[:40]!r} is no usable number.")
+    facts = header["facts"]
     return Upload(header["client"], header["round"], adapter, header["examples"], facts)
 
 
@@ -135,13 +143,16 @@ def _header(head: bytes) -> dict[str, Any]:
     try:
         metadata = json.loads(head[8:])["__metadata__"]
         text = metadata["flexlora"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("The bytes received carry no flexlora header.") from error
     return _checked(text)
 
 
 def _checked(text: str | None) -> dict[str, Any]:
-    header = json.loads(text) if isinstance(text, str) else None
+    try:
+        header = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError("The adapter's flexlora header is no JSON.") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(
             f"The adapter's header is of format {(header or {}).get('format')!r}; this version "

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from flexlora.method import Method
 
@@ -56,4 +59,12 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
                 f"Method {name!r} has no option {option!r}.{hint} "
                 f"It has: {', '.join(fields) or 'none'}."
             )
-    return cls(**options)
+    try:
+        made: Method = TypeAdapter(cls).validate_json(json.dumps(options), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        option = ".".join(str(part) for part in fault["loc"]) or "options"
+        raise ValueError(
+            f"Method {name!r}, option {option!r} is {fault['input']!r}: {fault['msg']}."
+        ) from error
+    return made

@@ -29,8 +29,10 @@ class FedIT(Method):
             {
                 "global": Adapter(
                     {
-                        module: linalg.mean([(u.examples, u.adapter[module]) for u in uploads])
-                        for module in state.adapters["global"]
+                        module: linalg.mean([(u.examples, u.adapter[module]) for u in uploads]).to(
+                            last.B.dtype
+                        )
+                        for module, last in state.adapters["global"].items()
                     }
                 )
             },

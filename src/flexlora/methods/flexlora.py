@@ -41,6 +41,7 @@ class FlexLoRA(Method):
         """The mean of products as an SVD, module by module; O((out + in) s^2) for summed rank s."""
         by_examples = self.weights == "examples"
         weights = shares([u.examples if by_examples else 1 for u in uploads])
+        known = state.adapters["global"]
         modules: dict[str, Factors] = {}
         lost: dict[str, float] = {}
         for module, rank in state.facts["ranks"].items():
@@ -48,7 +49,6 @@ class FlexLoRA(Method):
                 (p, u.adapter[module]) for p, u in zip(weights, uploads, strict=True)
             )
             svd = total.svd(rank, getattr(torch, self.precision))
-            stored = total.terms[0][1].B.dtype
-            modules[module] = svd.factors(rank, self.split).to(stored)
+            modules[module] = svd.factors(rank, self.split).to(known[module].B.dtype)
             lost[module] = 1 - svd.energy(rank)
         return State({"global": Adapter(modules)}, {**state.facts, "lost_energy": lost})

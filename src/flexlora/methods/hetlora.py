@@ -40,6 +40,14 @@ class HetLoRA(Method):
     decay: float = 0.01
     smallest_rank: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is a share of the rank in (0, 1], got {self.keep}.")
+        if not 0 <= self.decay < math.inf:
+            raise ValueError(f"decay is finite and not negative, got {self.decay}.")
+        if self.smallest_rank < 1:
+            raise ValueError(f"smallest_rank is at least 1, got {self.smallest_rank}.")
+
     def handout(self, state: State, client: Client, draw: Draw) -> Download:
         """The first terms of the global factors, at the rank that the client has pruned to."""
         pruned = state.facts.get("pruned", {}).get(client.id, {})

@@ -55,7 +55,12 @@ class FlatAdapter:
             f.B.grad = f.A.grad = None
         self.values.grad = None
         with torch.no_grad():
-            return Adapter({m: f.to("cpu") for m, f in self.folded().items()})
+            return Adapter(
+                {
+                    m: Factors(f.B.cpu(), f.A.detach().clone().cpu())
+                    for m, f in self.folded().items()
+                }
+            )
 
     def zero_grad(self) -> None:
         """Set all gradients to zero, in place: the factors' gradients lie there too."""

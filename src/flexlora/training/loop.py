@@ -72,6 +72,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(flat.values, settings.clip_norm)
             optimizer.step()
             flat.zero_grad()
+    if not flat.values.isfinite().all():
+        raise ValueError(_out_of_bounds("The adapter is not finite", len(plan), settings))
     del optimizer  # its moments
     return Trained(
         adapter=flat.finish(),
@@ -110,11 +112,15 @@ def _step(
             (loss / count).backward()  # type: ignore[no-untyped-call]
         summed += float(loss.detach())
     if not math.isfinite(summed):
-        raise ValueError(
-            f"The training loss is {summed} at step {index + 1}; lower training.learning_rate "
-            f"(now {settings.learning_rate}) or training.alpha (now {settings.alpha})."
-        )
+        raise ValueError(_out_of_bounds(f"The training loss is {summed}", index + 1, settings))
     return np.array([summed, count, sum(row.tokens for row in laid)])
+
+
+def _out_of_bounds(what: str, step: int, settings: Training) -> str:
+    return (
+        f"{what} at step {step}; lower training.learning_rate (now {settings.learning_rate}) or "
+        f"training.alpha (now {settings.alpha})."
+    )
 
 
 def pack_loss(base: Base, row: Pack) -> Tensor:
