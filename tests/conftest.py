@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from ingredients import random_factors
 
 torch.set_num_threads(1)

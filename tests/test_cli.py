@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from ingredients import random_factors
 
 from flexlora import cli, peft_directory
 from flexlora.adapter import Adapter
+from ingredients import random_factors
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -2,13 +2,13 @@ import json
 
 import pytest
 import torch
-from ingredients import random_factors
-from oracle import best, product, relative_error, weighted_sum
 from safetensors.torch import save_file
 
 from flexlora import peft_directory
 from flexlora.adapter import Adapter
 from flexlora.merge import merge, parse_rank
+from ingredients import random_factors
+from oracle import best, product, relative_error, weighted_sum
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (11, 7), "model.layers.0.mlp.up_proj": (13, 5)}
 Q, UP = SHAPES

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -23,4 +26,18 @@ class Simulated:
             except Exception as error:
                 error.add_note(f"In the turn of client {job.client!r} in round {job.round}.")
                 raise
+            _give_back_memory()
             yield Reply(job.client, data)
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system, where the C library can (glibc).
+
+    A client of rank 200 leaves holes of some 0.5 GiB between buffers still in use, which
+    the next client, of other sizes, would not fill.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -72,11 +72,12 @@ def train(
             torch.nn.utils.clip_grad_norm_(flat.values, settings.clip_norm)
             optimizer.step()
             flat.zero_grad()
-    if not flat.values.isfinite().all():
+    optimizer.state.clear()  # the moments: an optimiser is in a cycle and outlives its name
+    trained = flat.finish()
+    if not all(f.B.isfinite().all() and f.A.isfinite().all() for f in trained.values()):
         raise ValueError(_out_of_bounds("The adapter is not finite", len(plan), settings))
-    del optimizer  # its moments
     return Trained(
-        adapter=flat.finish(),
+        adapter=trained,
         steps=len(plan),
         examples=sum(len(indices) for packs in plan for indices in packs),
         tokens=int(total[2]),
