@@ -93,7 +93,7 @@ POINTS: dict[str, Callable[[], int | None]] = {
     "half-a-line-of-the-journal": lambda: at_call(Record, "append", 2 + 4 + 2 + 3, half_a_line),
     "in-aggregate": lambda: at_call(FlexLoRA, "aggregate", 2, nothing),
     "after-aggregate": lambda: at_call(FlexLoRA, "aggregate", 2, all_of_it),
-    "half-an-export": lambda: at_call(peft_directory, "_move", 2, half_a_folder),
+    "half-an-export": lambda: at_call(peft_directory.writing, "_move", 2, half_a_folder),
     "before-the-checkpoint": lambda: at_call(checkpoint, "save", 3, nothing),
     "half-a-checkpoint": lambda: at_call(wire, "encode", 1 + 9 + 9, nothing),
     "after-the-checkpoint": lambda: at_call(checkpoint, "save", 3, all_of_it),

@@ -609,7 +609,7 @@ def test_a_failure_leaves_the_old_adapter(tmp_path, adapter, monkeypatch):
     def full(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("flexlora.peft_directory.save_file", full)
+    monkeypatch.setattr("flexlora.peft_directory.writing.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         write(Adapter({Q0: adapter[Q0]}), tmp_path / "out", replace=True)
     assert len(read(tmp_path / "out").adapter) == 3
