@@ -8,13 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexlora import config, demo, experiment, methods, peft_directory, progress, rounds
+from flexlora import checkpoint, config, demo, experiment, methods, peft_directory, progress, rounds
 from flexlora.check import check as inspect
-from flexlora.checkpoint import POINTER, write
 from flexlora.merge import merge as merge_adapters
 from flexlora.merge import parse_rank
 from flexlora.record import Event, mean_scores
@@ -133,7 +133,7 @@ def evaluate_adapter(
     with ready.base.attached(loaded or {}):
         rows = evaluate(ready.base, ready.questions, ready.prompt, settings.evaluation)
     if out:
-        write(out, json.dumps(rows, indent=1).encode())
+        checkpoint.write(out, json.dumps(rows, indent=1).encode())
     _print_scores(rows)
 
 
@@ -171,8 +171,10 @@ def _run(settings: config.Experiment, folder: Path, resume: bool = False) -> lis
     ready = experiment.prepare(settings)
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "config.json", settings.model_dump_json(indent=1).encode())
-    turns = settings.federation.rounds * min(ready.cohort_size, len(ready.clients))
+        stored = _pinned(settings).model_dump_json(indent=1)
+        checkpoint.write(folder / "config.json", stored.encode())
+    done = checkpoint.load(folder).round if resume else 0
+    turns = (settings.federation.rounds - done) * min(ready.cohort_size, len(ready.clients))
     try:
         events = progress.show(rounds.run(ready, folder, resume=resume), console, turns)
     except KeyboardInterrupt:
@@ -184,6 +186,12 @@ def _run(settings: config.Experiment, folder: Path, resume: bool = False) -> lis
     return events
 
 
+def _pinned(settings: config.Experiment) -> config.Experiment:
+    """The settings with the number of threads in use: other numbers round otherwise."""
+    pinned = settings.run.model_copy(update={"threads": torch.get_num_threads()})
+    return settings.model_copy(update={"run": pinned})
+
+
 def _stored(folder: Path) -> config.Experiment:
     """The experiment that a run was started with."""
     path = folder / "config.json"
@@ -193,7 +201,7 @@ def _stored(folder: Path) -> config.Experiment:
 
 
 def _refuse_existing(folder: Path) -> None:
-    if (folder / POINTER).exists():
+    if (folder / checkpoint.POINTER).exists():
         raise ValueError(
             f"{folder} already holds a run; go on with: flexlora run --resume {folder}, or give "
             "another --folder."

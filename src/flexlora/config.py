@@ -120,7 +120,7 @@ class ConfigError(ValueError):
 def load(path: Path, changes: Sequence[str] = ()) -> Experiment:
     """The experiment in a TOML file, with ``a.b=value`` changes applied.
 
-    Paths in the file are relative to it.
+    ``data.path`` and ``ranks.table`` are relative to the file, other paths to the working folder.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or ill-typed.

@@ -113,6 +113,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def parse_json(data: bytes) -> Any:
     """JSON from strangers: no key twice, no NaN or infinity. Raises ValueError."""
+
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
