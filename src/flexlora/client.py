@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,11 +23,27 @@ FACTS = ("tokens", "steps", "loss_total", "loss_tokens", "seconds", "bytes_down"
 
 @dataclass(frozen=True)
 class Job:
-    """What the server asks of one client in one round; ``download`` is as it travels."""
+    """What the server asks of one client in one round.
+
+    ``download`` is as it travels, or the file that holds it: then the adapter is read module
+    by module, and is in memory once, as the parameters in training.
+    """
 
     client: str
     round: int
-    download: bytes
+    download: bytes | Path
+
+    @property
+    def bytes_down(self) -> int:
+        """What the download weighs."""
+        held = self.download
+        return held.stat().st_size if isinstance(held, Path) else len(held)
+
+    def start(self) -> Adapter:
+        """What the client starts from, in the numbers that it travelled in."""
+        if isinstance(self.download, Path):
+            return wire.open_download(self.download).adapter
+        return wire.decode_download(self.download).adapter
 
 
 @dataclass(frozen=True)
@@ -48,14 +65,10 @@ def turn(job: Job, here: Workplace) -> bytes:
     All randomness is that of (seed, client, round). Precision is the wire's at both ends
     and float32 in between.
     """
-
-    def start() -> Adapter:
-        return wire.decode_download(job.download).adapter.to(torch.float32)
-
-    # The start is read again from its bytes at the end, not held in memory while training.
+    # The start is read again at the end, not held in memory while training.
     trained = train(
         here.base,
-        start(),
+        job.start(),
         here.store,
         here.rows[job.client],
         here.training,
@@ -69,8 +82,8 @@ def turn(job: Job, here: Workplace) -> bytes:
         "loss_total": trained.loss_total,
         "loss_tokens": trained.loss_tokens,
         "seconds": trained.seconds,
-        "bytes_down": len(job.download),
+        "bytes_down": job.bytes_down,
     }
-    returned = here.method.returns(start(), trained.adapter)
+    returned = here.method.returns(job.start().to(torch.float32), trained.adapter)
     upload = Upload(job.client, job.round, returned, len(here.rows[job.client]), facts)
     return wire.encode_upload(upload, here.wire_dtype)

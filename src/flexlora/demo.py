@@ -32,7 +32,7 @@ def experiment(arm: str, folder: str, evaluate_base: bool) -> Experiment:
         "training": {
             "learning_rate": 2e-3,
             "schedule": "constant",
-            "batch_examples": 6,
+            "batch_examples": 4,
             "max_steps": 2,
             "pack_tokens": 512,
         },

@@ -68,8 +68,8 @@ def run(
         raise ValueError(f"{folder} already holds a run; resume it, or give another folder.")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        start = ready.method.start(ready.fresh())
-        point = checkpoint.save(folder, 0, 0, start, identity)
+        # No name for the first state: it would stay in memory as long as the run.
+        point = checkpoint.save(folder, 0, 0, ready.method.start(ready.fresh()), identity)
     yield record.append("start", **_start_facts(ready, resume))
     if point.round == 0 and experiment.evaluation.base:
         yield from _evaluated(record, ready, 0, "base", None)

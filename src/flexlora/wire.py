@@ -99,6 +99,13 @@ def decode_download(data: bytes) -> Download:
     return Download(adapter)
 
 
+def open_download(path: Path) -> Download:
+    """A download from a file, its modules read when they are asked for."""
+    adapter, header = open_file(path)
+    _expect(header, "download")
+    return Download(adapter)
+
+
 def encode_upload(upload: Upload, dtype: torch.dtype) -> bytes:
     """An upload as bytes."""
     header = {
