@@ -36,7 +36,7 @@ def experiment(arm: str, folder: str, evaluate_base: bool) -> Experiment:
             "max_steps": 2,
             "pack_tokens": 512,
         },
-        "federation": {"rounds": 3, "cohort": 8},
+        "federation": {"rounds": 3, "cohort": 6},
         "evaluation": {
             "base": evaluate_base,
             "truncated": False,
