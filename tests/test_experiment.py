@@ -1,13 +1,17 @@
 import dataclasses
+import tracemalloc
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import tiny
 from flexlora import experiment
+from flexlora.data.corpora import table
 from flexlora.data.corpus import Corpus
 from flexlora.experiment import prepare
+from flexlora.rounds import run
 
 
 @pytest.fixture(scope="module")
@@ -288,3 +292,67 @@ def test_data_without_a_training_row_is_refused(ready):
 def test_threads_are_set(ready):
     ready(run={"threads": 1})
     assert torch.get_num_threads() == 1
+
+
+def written(path, clients: int, rows: int = 10):
+    """A federation in a file: all clients the same, so that only their number differs."""
+    one = tiny.corpus(1, rows).table
+    names = np.repeat([f"client-{i:05d}" for i in range(clients)], rows)
+    whole = Corpus(one.take(np.tile(np.arange(rows), clients))).with_column(
+        "client", names.tolist()
+    )
+    pq.write_table(whole.table, path)
+    return path
+
+
+def test_a_source_is_read_once(folder, tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.parquet", 7)
+    settings = tiny.settings(folder, data={"path": str(path), "clients": 5, "unseen_clients": 2})
+    first = prepare(settings)
+    monkeypatch.setattr(table, "read", lambda *given: pytest.fail("The source was read again."))
+    again = prepare(settings)
+    assert list(again.clients) == list(first.clients) and len(first.clients) == 3
+    assert again.unseen == first.unseen
+    assert again.questions == first.questions
+    for id in first.clients:
+        assert again.workplace.rows[id].tolist() == first.workplace.rows[id].tolist()
+
+
+def test_a_source_gives_what_its_corpus_gives(folder, tmp_path):
+    path = written(tmp_path / "rows.parquet", 7)
+    settings = tiny.settings(folder, data={"path": str(path), "clients": 5, "unseen_clients": 2})
+    mapped, read = prepare(settings), prepare(settings, table.read(path))
+    assert dict(mapped.clients) == dict(read.clients)
+    assert mapped.questions == read.questions
+    assert np.array_equal(mapped.workplace.store.ids, read.workplace.store.ids)
+
+
+def test_a_source_that_is_not_there_is_named(folder, tmp_path):
+    settings = tiny.settings(folder, data={"path": str(tmp_path / "rows.parquet")})
+    with pytest.raises(ValueError, match=r"There is no file '.*rows\.parquet'"):
+        prepare(settings)
+
+
+def test_a_client_more_costs_little(folder, tmp_path):
+    """Bytes for each further client of eight training rows: preparing, prepared, in a round.
+
+    Its name, its two places and its rank type take 145, its rows 64. A round's own are those
+    of a list of all clients at most.
+    """
+    bytes = {}
+    for clients in (200, 2000):
+        path = written(tmp_path / f"{clients}.parquet", clients)
+        settings = tiny.settings(
+            folder, data={"path": str(path)}, federation={"rounds": 1, "cohort": 3}
+        )
+        prepare(settings)
+        tracemalloc.start()
+        ready = prepare(settings)
+        held, preparing = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        assert len(list(run(ready, tmp_path / str(clients)))) > 3
+        _, in_round = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        bytes[clients] = np.array([preparing, held, in_round - held])
+    more = (bytes[2000] - bytes[200]) / 1800
+    assert (more < [650, 250, 40]).all(), more

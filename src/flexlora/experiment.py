@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from flexlora import methods, smollm2
@@ -14,7 +17,7 @@ from flexlora.adapter import Adapter, Factors
 from flexlora.client import Workplace
 from flexlora.config import Experiment, Ranks, rank_table
 from flexlora.data import partition
-from flexlora.data.corpora import hub, natural_instructions, procedural, table
+from flexlora.data.corpora import hub, mapped, natural_instructions, procedural, table
 from flexlora.data.corpus import Corpus, split_rows
 from flexlora.data.prompt import Prompt, named
 from flexlora.data.tokens import TokenStore
@@ -24,7 +27,28 @@ from flexlora.ranks import PAPER_TYPES, Assignment, RankType, assign, distributi
 from flexlora.seeds import rng
 from flexlora.task import Question, pick
 
-Rows = Mapping[str, Sequence[int]]
+
+@dataclass(frozen=True)
+class Clients(Mapping[str, Client]):
+    """The clients that train; each is made when it is asked for, from what it differs in.
+
+    ``rows`` has each client's training rows, ``types`` its rank type, ``ranks`` each type's
+    rank by module.
+    """
+
+    rows: Mapping[str, Sequence[int]]
+    types: Mapping[str, str]
+    ranks: Mapping[str, Mapping[str, int]]
+
+    def __getitem__(self, id: str) -> Client:
+        examples, kind = len(self.rows[id]), self.types[id]
+        return Client(id, self.ranks[kind], kind, examples)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -44,8 +68,12 @@ class Ready:
     @property
     def largest(self) -> dict[str, int]:
         """The largest rank of any client, by module."""
-        types = {self.ranks.of[id]: client.ranks for id, client in self.clients.items()}
-        return {m: max(ranks[m] for ranks in types.values()) for m in self.base.shapes}
+        return {m: max(r[m] for r in self.ranks_in_use.values()) for m in self.base.shapes}
+
+    @cached_property
+    def ranks_in_use(self) -> dict[str, Mapping[str, int]]:
+        """The ranks by module of every rank type that a client has."""
+        return {client.rank_type: client.ranks for client in self.clients.values()}
 
     def fresh(self) -> Adapter:
         """The adapter before training: the largest ranks, ``B`` zero, ``A`` LoRA's start."""
@@ -79,7 +107,9 @@ def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = 
     """
     torch.set_num_threads(experiment.run.threads or torch.get_num_threads())
     method = methods.make(str(experiment.method["name"]), experiment.options())
-    corpus = _corpus(experiment) if corpus is None else corpus
+    data = experiment.data
+    cache = Path(data.cache) if data.cache else smollm2.cache() / "tokens"
+    corpus = _corpus(experiment, cache) if corpus is None else _chosen(corpus, experiment)
     unseen, corpus, rows = _dealt(corpus, experiment)
     # Ranks and refusals come before the model: they are quick to check.
     assignment = _ranks(experiment.ranks, list(rows), experiment.seed)
@@ -87,12 +117,6 @@ def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = 
     base = experiment.model.load()
     modules = list(base.shapes)
     by_type = {name: kind.by_module(modules) for name, kind in assignment.types.items()}
-    clients = {
-        id: Client(id, by_type[assignment.of[id]], assignment.of[id], len(held))
-        for id, held in rows.items()
-    }
-    data = experiment.data
-    cache = Path(data.cache) if data.cache else smollm2.cache() / "tokens"
     encoded = corpus if train else corpus.select([])
     store = TokenStore.build(encoded, base.tokenizer, data.prompt, data.max_tokens, cache)
     workplace = Workplace(
@@ -108,7 +132,7 @@ def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = 
         experiment=experiment,
         base=base,
         method=method,
-        clients=clients,
+        clients=Clients(rows, assignment.of, by_type),
         ranks=assignment,
         unseen=unseen,
         workplace=workplace,
@@ -117,20 +141,46 @@ def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = 
     )
 
 
-def _corpus(experiment: Experiment) -> Corpus:
+def _corpus(experiment: Experiment, cache: Path) -> Corpus:
+    """The rows of the clients that the config chooses, from the disk wherever they can be."""
     data, seed = experiment.data, experiment.seed
     if data.format == "procedural":
         families = data.families or procedural.FAMILIES
-        return procedural.generate(families, examples=data.examples, seed=seed)
-    path = str(data.path)
-    if data.format == "natural-instructions":
-        return natural_instructions.read(Path(path), share=data.share, seed=seed)
+        made = procedural.generate(families, examples=data.examples, seed=seed)
+        return _chosen(made, experiment)
     if data.format == "hub":
-        return hub.read(path, data.columns)
-    return table.read(Path(path), data.columns)
+        return _chosen(hub.read(str(data.path), data.columns), experiment)
+    path = Path(str(data.path))
+    # All that decides which rows are read, apart from the files.
+    settings: dict[str, Any] = {"clients": data.clients and [data.clients, seed]}
+    if data.format == "natural-instructions":
+        sources = sorted(path.glob("task*.json"))
+        settings |= {"format": data.format, "share": data.share, "seed": seed}
+        make = partial(natural_instructions.read, path, share=data.share, seed=seed)
+    else:
+        sources = [path] if path.is_file() else []
+        settings |= {"format": path.suffix, "columns": asdict(data.columns)}
+        make = partial(table.read, path, data.columns)
+    if not sources:
+        return _chosen(make(), experiment)  # which says what is missing
+    return mapped.kept(cache, sources, settings, lambda: _chosen(make(), experiment))
 
 
-def _dealt(corpus: Corpus, experiment: Experiment) -> tuple[list[str], Corpus, Rows]:
+def _chosen(corpus: Corpus, experiment: Experiment) -> Corpus:
+    """The corpus of at most so many clients as the config asks for."""
+    most = experiment.data.clients
+    if most is None or "client" not in corpus.columns:
+        return corpus
+    codes, owners = corpus.codes("client")
+    if most >= len(owners):
+        return corpus
+    everybody = sorted(owners)
+    drawn = rng(experiment.seed, "clients").choice(len(everybody), most, replace=False)
+    kept = {everybody[i] for i in drawn}
+    return corpus.select(np.array([owner in kept for owner in owners])[codes])
+
+
+def _dealt(corpus: Corpus, experiment: Experiment) -> tuple[list[str], Corpus, partition.Partition]:
     """The clients held out, the corpus with clients and splits, and each client's rows."""
     data, seed = experiment.data, experiment.seed
     natural = "client" in corpus.columns
@@ -139,42 +189,38 @@ def _dealt(corpus: Corpus, experiment: Experiment) -> tuple[list[str], Corpus, R
             "The data has no client column, so data.partition.kind 'natural', data.clients and "
             "data.unseen_clients do not apply; give data.columns.client or another partition."
         )
-    unseen: list[str] = []
-    if natural:
-        corpus, unseen = _held_out(corpus, data.clients, data.unseen_clients, seed)
-    outside = np.isin(corpus.keys("client"), unseen) if unseen else np.zeros(len(corpus), bool)
-    inside = np.flatnonzero(~outside)
-    dealt = {id: inside[held] for id, held in _partition(corpus, inside, experiment).items()}
+    unseen, inside = _held_out(corpus, experiment) if natural else ([], np.arange(len(corpus)))
+    dealt = _partition(corpus, inside, experiment).within(inside)
     if not natural:
-        owner = np.empty(len(corpus), object)
-        for id, held in dealt.items():
-            owner[held] = id
-        corpus = corpus.with_column("client", owner.tolist())
+        owner = np.empty(len(corpus), np.int32)
+        owner[dealt.rows] = np.repeat(np.arange(len(dealt)), dealt.sizes)
+        owners = pa.DictionaryArray.from_arrays(owner, pa.array(list(dealt), pa.string()))
+        corpus = corpus.with_column("client", owners)
     if "split" not in corpus.columns:
         corpus = split_rows(corpus, seed)
-    training = corpus.keys("split") == "train"
-    rows = {id: held[training[held]] for id, held in dealt.items()}
-    rows = {id: held for id, held in rows.items() if len(held)}
+    rows = dealt.where(_in_split(corpus, "train"))
     if not rows:
         raise ValueError("No client has a training row; look at the data's split column.")
     return unseen, corpus, rows
 
 
-def _held_out(corpus: Corpus, most: int | None, unseen: int, seed: int) -> tuple[Corpus, list[str]]:
-    """The corpus of at most so many clients, and which of them never train."""
-    owners = corpus.keys("client")
-    everybody = sorted(set(owners))
-    kept = everybody
-    if most is not None and most < len(everybody):
-        chosen = rng(seed, "clients").choice(len(everybody), most, replace=False)
-        kept = [everybody[i] for i in sorted(chosen)]
-        corpus = corpus.select(np.isin(owners, kept))
+def _in_split(corpus: Corpus, split: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    codes, splits = corpus.codes("split")
+    return np.array([name == split for name in splits], np.bool_)[codes]
+
+
+def _held_out(corpus: Corpus, experiment: Experiment) -> tuple[list[str], np.ndarray]:
+    """The clients that never train, and the rows of the others."""
+    codes, owners = corpus.codes("client")
+    kept, unseen = sorted(owners), experiment.data.unseen_clients
     if unseen >= len(kept):
         raise ValueError(
             f"data.unseen_clients is {unseen} of {len(kept)} clients; some must train."
         )
-    order = rng(seed, "unseen").permutation(len(kept))[:unseen]
-    return corpus, [kept[i] for i in sorted(order)]
+    order = rng(experiment.seed, "unseen").permutation(len(kept))[:unseen]
+    names = [kept[i] for i in sorted(order)]
+    never = set(names)
+    return names, np.flatnonzero(np.array([owner not in never for owner in owners])[codes])
 
 
 def _partition(corpus: Corpus, inside: np.ndarray, experiment: Experiment) -> partition.Partition:
@@ -184,7 +230,8 @@ def _partition(corpus: Corpus, inside: np.ndarray, experiment: Experiment) -> pa
     if how.kind == "iid":
         return partition.iid(len(inside), clients, draw)
     if how.kind == "natural":
-        return partition.by_key(corpus.keys("client")[inside])
+        codes, owners = corpus.codes("client")
+        return partition.by_code(codes[inside], owners)
     if "category" not in corpus.columns:
         raise ValueError(f"data.partition.kind {how.kind!r} needs data.columns.category.")
     labels = corpus.keys("category")[inside]
@@ -224,13 +271,14 @@ def _check_ranks(method: Method, assignment: Assignment) -> None:
 
 
 def _questions(
-    corpus: Corpus, rows: Rows, unseen: list[str], experiment: Experiment
+    corpus: Corpus, rows: partition.Partition, unseen: list[str], experiment: Experiment
 ) -> list[Question]:
     """The test rows of some clients that train and of some that never do."""
     how, seed = experiment.evaluation, experiment.seed
-    owners = corpus.keys("client")
-    tested = set(owners[corpus.keys("split") == "test"])
-    trained = set(owners[np.concatenate([np.asarray(held) for held in rows.values()])])
+    codes, owners = corpus.codes("client")
+    test = _in_split(corpus, "test")
+    tested = {owners[code] for code in np.unique(codes[test])}
+    trained = {owners[code] for code in np.unique(codes[rows.rows])}
     groups = [
         (True, sorted(tested & trained), how.seen_clients),
         (False, sorted(tested & set(unseen)), how.unseen_clients),
@@ -238,7 +286,9 @@ def _questions(
     found = []
     for seen, clients, count in groups:
         draw = rng(seed, "evaluated", "seen" if seen else "unseen")
-        chosen = [clients[i] for i in draw.permutation(len(clients))[:count]]
+        chosen = {clients[i] for i in draw.permutation(len(clients))[:count]}
         if chosen:
-            found += pick(corpus, chosen, seen, how.rows_per_client, seed)
+            # Of a large corpus only these few rows are looked at.
+            theirs = test & np.array([owner in chosen for owner in owners])[codes]
+            found += pick(corpus.select(theirs), chosen, seen, how.rows_per_client, seed)
     return found

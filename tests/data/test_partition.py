@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexlora.data.partition import by_key, dirichlet, iid, shards
+from flexlora.data.partition import Partition, by_code, by_key, dirichlet, iid, shards
 
 LABELS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=60)
 
@@ -31,6 +31,40 @@ def test_by_key_gathers_the_rows_of_each_key(keys):
     assert list(parts) == list(dict.fromkeys(keys))
     for key, rows in parts.items():
         assert rows.tolist() == [row for row, k in enumerate(keys) if k == key]
+
+
+def test_by_code_leaves_out_names_without_rows():
+    parts = by_code(np.array([4, 1, 4, 2, 1, 4]), ["v", "w", "x", "y", "z"])
+    assert {client: rows.tolist() for client, rows in parts.items()} == {
+        "w": [1, 4],
+        "x": [3],
+        "z": [0, 2, 5],
+    }
+    assert not by_code(np.array([], int), ["v"])
+
+
+@given(LABELS, st.data())
+@settings(deadline=None)
+def test_a_partition_of_a_part_and_by_a_mask(labels, data):
+    """Against the rows of each client one by one."""
+    parts = by_key(labels)
+    rows = np.sort(draw(7).permutation(3 * len(labels))[: len(labels)])
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
+    whole = np.zeros(3 * len(labels), bool)
+    whole[rows] = mask
+    found = parts.within(rows).where(whole)
+    slow = {client: [row for row in rows[held] if whole[row]] for client, held in parts.items()}
+    assert {c: held.tolist() for c, held in found.items()} == {c: h for c, h in slow.items() if h}
+    assert found.sizes.tolist() == [len(held) for held in slow.values() if held]
+
+
+def test_a_partition_is_a_mapping_of_views():
+    parts = Partition.of(["b", "a"], np.array([3, 2]), np.array([0, 2, 5, 1, 7]))
+    assert list(parts) == ["b", "a"] and len(parts) == 2
+    assert parts["a"].base is parts.rows
+    assert "c" not in parts
+    with pytest.raises(KeyError, match="c"):
+        parts["c"]
 
 
 @given(st.integers(1, 71), st.data())

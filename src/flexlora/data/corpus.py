@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,9 @@ _TEXT_TYPE: Final = pa.large_string()
 
 Message = dict[str, str]
 """One turn of a conversation: its ``role`` and its ``content``."""
+
+Column: TypeAlias = pa.ChunkedArray | pa.Array | Sequence[str]
+Codes = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,15 @@ class Corpus:
     instruction a client at the size of their inputs and outputs. No value is null. Make one
     with ``Corpus.build`` or a reader of ``flexlora.data.corpora``.
 
+    ``digests`` are hashes of columns known beforehand, by name, so that ``fingerprint`` need
+    not read them again; see ``flexlora.data.corpora.mapped``.
+
     Raises:
         ValueError: the table is not of that form.
     """
 
     table: pa.Table
+    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         names = set(self.table.column_names)
@@ -62,20 +69,16 @@ class Corpus:
                 f"A corpus holds either 'messages' or 'instruction', 'input' and 'output'; "
                 f"this table's columns are {', '.join(self.table.column_names)}."
             )
-        for field in self.table.schema:
+        for held in self.table.schema:
             wanted = {**dict.fromkeys(KEYS, _KEY_TYPE), **dict.fromkeys(TEXTS, _TEXT_TYPE)}
-            if field.type != wanted.get(field.name):
+            if held.type != wanted.get(held.name):
                 raise ValueError(
-                    f"Column '{field.name}' of type {field.type} is none of a corpus; make "
+                    f"Column '{held.name}' of type {held.type} is none of a corpus; make "
                     f"the corpus with Corpus.build, which takes {', '.join(wanted)}."
                 )
 
     @classmethod
-    def build(
-        cls,
-        columns: Mapping[str, pa.ChunkedArray | pa.Array | Sequence[str]],
-        place: str = "the corpus",
-    ) -> Corpus:
+    def build(cls, columns: Mapping[str, Column], place: str = "the corpus") -> Corpus:
         """A corpus of these columns, each a sequence of strings or an Arrow array of them.
 
         ``place`` is where the rows came from and stands in the errors; rows count from 1.
@@ -84,15 +87,7 @@ class Corpus:
             ValueError: a value is null, a split has a name unknown, a conversation does not
                 end with the assistant, or the columns are not those of a corpus.
         """
-        arrays = {name: _encoded(name, values, place) for name, values in columns.items()}
-        lengths = {name: len(array) for name, array in arrays.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"The columns of {place} differ in length: {lengths}.")
-        if "split" in arrays:
-            _check_splits(arrays["split"], place)
-        if "messages" in arrays:
-            _check_conversations(arrays["messages"], place)
-        return cls(pa.table(arrays).unify_dictionaries().combine_chunks())
+        return cls(_table({n: _encoded(n, values, place) for n, values in columns.items()}, place))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -125,9 +120,39 @@ class Corpus:
         Raises:
             ValueError: the corpus has no such column, or it does not repeat.
         """
-        codes, values = self._codes(column)
-        keys: np.ndarray[Any, np.dtype[np.object_]] = values[codes]
+        codes, values = self.codes(column)
+        shared = np.empty(len(values), object)
+        shared[:] = values
+        keys: np.ndarray[Any, np.dtype[np.object_]] = shared[codes]
         return keys
+
+    def codes(self, column: str) -> tuple[Codes, list[str]]:
+        """A repetitive column as a number for every row, and the values so numbered.
+
+        The values are those that occur, in order of first appearance. Four bytes a row.
+
+        Raises:
+            ValueError: the corpus has no such column, or it does not repeat.
+        """
+        if column not in KEYS or column not in self.columns:
+            raise ValueError(
+                f"The corpus has no key column '{column}'; it has "
+                f"{', '.join(n for n in self.columns if n in KEYS) or 'none'}. Name the "
+                "source's column when reading, or set it with Corpus.with_column."
+            )
+        chunks = self.table[column].unify_dictionaries().chunks
+        if not chunks:
+            return np.empty(0, np.int32), []
+        held = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks]
+        codes = np.concatenate(held) if len(held) > 1 else held[0]
+        values = chunks[0].dictionary
+        # Written backwards, so that what remains of each value is its first row.
+        first = np.full(len(values), len(codes))
+        first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
+        used = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
+        renamed = np.zeros(len(values), np.int32)
+        renamed[used] = np.arange(len(used), dtype=np.int32)
+        return renamed[codes], values.take(pa.array(used)).to_pylist()
 
     def select(self, rows: np.ndarray[Any, Any] | Sequence[int] | Sequence[bool]) -> Corpus:
         """The corpus of these rows: indices, or a mask with one truth value for each row."""
@@ -141,47 +166,36 @@ class Corpus:
         taken = self.table.take(pa.array(chosen.astype(np.int64)))
         return Corpus(taken.unify_dictionaries().combine_chunks())
 
-    def with_column(self, column: str, values: Sequence[str]) -> Corpus:
+    def with_column(self, column: str, values: Column) -> Corpus:
         """The corpus with this column set or replaced, such as the clients of a partition."""
+        added = _encoded(column, values, "the corpus")
         held = {name: self.table[name] for name in self.columns}
-        return Corpus.build({**held, column: values})
+        known = {name: digest for name, digest in self.digests.items() if name != column}
+        return Corpus(_table({**held, column: added}, "the corpus"), known)
 
     def fingerprint(self) -> str:
         """A hash of the content: equal rows in equal order, however they are stored.
 
-        Cost: one pass over the bytes, about half a second for half a million rows.
+        Cost: one pass over the bytes of the columns without a known digest, about half a
+        second for half a million rows.
         """
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self.columns):
-            digest.update(f"{name}:{len(self)}:".encode())
-            if name in KEYS:
-                codes, values = self._codes(name)
-                used, first = np.unique(codes, return_index=True)
-                by_appearance = used[np.argsort(first)]
-                renamed = np.zeros(len(values), np.int32)
-                renamed[by_appearance] = np.arange(len(used), dtype=np.int32)
-                digest.update(renamed[codes].tobytes())
-                _hash_text(digest, [pa.array(values[by_appearance].tolist(), _TEXT_TYPE)])
-            else:
-                _hash_text(digest, self.table[name].chunks)
+            digest.update(f"{name}:{len(self)}:{self.digest(name)}".encode())
         return digest.hexdigest()
 
-    def _codes(
-        self, column: str
-    ) -> tuple[np.ndarray[Any, np.dtype[np.int32]], np.ndarray[Any, np.dtype[np.object_]]]:
-        if column not in KEYS or column not in self.columns:
-            raise ValueError(
-                f"The corpus has no key column '{column}'; it has "
-                f"{', '.join(n for n in self.columns if n in KEYS) or 'none'}. Name the "
-                "source's column when reading, or set it with Corpus.with_column."
-            )
-        chunks = self.table[column].unify_dictionaries().chunks
-        if not chunks:
-            return np.empty(0, np.int32), np.empty(0, object)
-        codes = np.concatenate([c.indices.to_numpy(zero_copy_only=False) for c in chunks])
-        values = np.empty(len(chunks[0].dictionary), object)
-        values[:] = chunks[0].dictionary.to_pylist()
-        return codes, values
+    def digest(self, column: str) -> str:
+        """A hash of one column's values in their order."""
+        if column in self.digests:
+            return self.digests[column]
+        digest = hashlib.blake2b(digest_size=16)
+        if column in KEYS:
+            codes, values = self.codes(column)
+            digest.update(codes.tobytes())
+            _hash_text(digest, [pa.array(values, _TEXT_TYPE)])
+        else:
+            _hash_text(digest, self.table[column].chunks)
+        return digest.hexdigest()
 
 
 def split_rows(corpus: Corpus, seed: int) -> Corpus:
@@ -199,22 +213,36 @@ def split_rows(corpus: Corpus, seed: int) -> Corpus:
             "The corpus has a 'split' column already; read it with columns.split = None to "
             "draw new splits."
         )
-    codes, clients = corpus._codes("client")
-    splits = np.full(len(corpus), "train", object)
+    codes, clients = corpus.codes("client")
+    splits = np.zeros(len(corpus), np.int32)
     order = np.argsort(codes, kind="stable")
     bounds = np.searchsorted(codes[order], np.arange(len(clients) + 1))
     for client, start, stop in zip(clients, bounds[:-1], bounds[1:], strict=True):
         rows = rng(seed, "split", client).permutation(order[start:stop])
         tenth = (len(rows) + 5) // 10
-        splits[rows[:tenth]] = "validation"
-        splits[rows[tenth : 2 * tenth]] = "test"
-    return corpus.with_column("split", splits.tolist())
+        splits[rows[:tenth]] = SPLITS.index("validation")
+        splits[rows[tenth : 2 * tenth]] = SPLITS.index("test")
+    return corpus.with_column("split", pa.DictionaryArray.from_arrays(splits, list(SPLITS)))
 
 
-def _encoded(
-    name: str, values: pa.ChunkedArray | pa.Array | Sequence[str], place: str
-) -> pa.ChunkedArray:
+def _table(arrays: Mapping[str, pa.ChunkedArray], place: str) -> pa.Table:
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"The columns of {place} differ in length: {lengths}.")
+    return pa.table(dict(arrays)).unify_dictionaries().combine_chunks()
+
+
+def _encoded(name: str, values: Column, place: str) -> pa.ChunkedArray:
     """The values in the column's type, or a ValueError with the first row at fault."""
+    column = _typed(name, values, place)
+    if name == "split":
+        _check_splits(column, place)
+    if name == "messages":
+        _check_conversations(column, place)
+    return column
+
+
+def _typed(name: str, values: Column, place: str) -> pa.ChunkedArray:
     if isinstance(values, pa.ChunkedArray):
         column = values
     elif isinstance(values, pa.Array):

@@ -2,18 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-Partition = dict[str, np.ndarray[Any, np.dtype[np.int64]]]
-"""The rows of each client, ascending. Every row has one client, every client has a row
-(but for ``dirichlet`` with ``minimum=0``)."""
+from flexlora.data.corpus import Codes
+
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 Keys = Sequence[str] | np.ndarray[Any, Any]
 """One key a row, such as ``corpus.keys("category")``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Partition(Mapping[str, Any]):
+    """The rows of each client, ascending: a mapping from its name to a view.
+
+    Every row has one client, every client has a row (but for ``dirichlet`` with
+    ``minimum=0``). The rows of all lie in one array, client ``i``'s from ``bounds[i]`` to
+    ``bounds[i + 1]``, and ``places`` has the number of each client: a client costs its name
+    and some 100 bytes, a row 8.
+    """
+
+    places: Mapping[str, int]
+    rows: Int64s
+    bounds: Int64s
+
+    @classmethod
+    def of(cls, clients: Sequence[str], sizes: Int64s, rows: Int64s) -> Partition:
+        """The partition in which the clients hold so many rows each, one after the other."""
+        places = {client: place for place, client in enumerate(clients)}
+        return cls(places, rows, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+    def __getitem__(self, client: str) -> Int64s:
+        place = self.places[client]
+        return self.rows[self.bounds[place] : self.bounds[place + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def sizes(self) -> Int64s:
+        """How many rows each client has, in the order of the clients."""
+        return np.diff(self.bounds)
+
+    def within(self, rows: Int64s) -> Partition:
+        """The same partition of a part of a larger corpus: row i stands for ``rows[i]``."""
+        return Partition(self.places, rows[self.rows], self.bounds)
+
+    def where(self, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> Partition:
+        """The rows that the mask (one truth value for each row) is true for.
+
+        A client without any is left out.
+        """
+        chosen = mask[self.rows]
+        before = np.concatenate([[0], np.cumsum(chosen)])
+        sizes = np.diff(before[self.bounds])
+        clients = [client for client, size in zip(self.places, sizes, strict=True) if size]
+        return Partition.of(clients, sizes[sizes > 0], self.rows[chosen])
 
 
 def by_key(keys: Keys) -> Partition:
@@ -22,10 +74,17 @@ def by_key(keys: Keys) -> Partition:
     Of a corpus's ``client`` column this is the federation that the source describes; of its
     ``category`` column every client holds one category.
     """
-    codes, names = _codes(keys)
-    order = np.argsort(codes, kind="stable")
-    bounds = np.cumsum(np.bincount(codes, minlength=len(names)))[:-1]
-    return dict(zip(names, np.split(order, bounds), strict=True)) if names else {}
+    return by_code(*_codes(keys))
+
+
+def by_code(codes: Codes | Int64s, names: Sequence[str]) -> Partition:
+    """As ``by_key``, of keys that are numbered: row i has the key ``names[codes[i]]``.
+
+    In the order of ``names``; a name without a row is left out.
+    """
+    sizes = np.bincount(codes, minlength=len(names))
+    clients = [name for name, size in zip(names, sizes, strict=True) if size]
+    return Partition.of(clients, sizes[sizes > 0], np.argsort(codes, kind="stable"))
 
 
 def iid(rows: int, clients: int, rng: np.random.Generator) -> Partition:
@@ -87,15 +146,17 @@ def shards(
     return _named([np.concatenate([cut[shard] for shard in hand]) for hand in hands])
 
 
-def _codes(keys: Keys) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[str]]:
+def _codes(keys: Keys) -> tuple[Int64s, list[str]]:
     """A number for each row's key, and the keys in order of first appearance."""
     encoded = pa.array(keys, pa.string()).dictionary_encode()
     codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     return codes, encoded.dictionary.to_pylist()
 
 
-def _named(parts: Sequence[np.ndarray[Any, np.dtype[np.int64]]]) -> Partition:
-    return {str(client): np.sort(rows) for client, rows in enumerate(parts)}
+def _named(parts: Sequence[Int64s]) -> Partition:
+    clients = [str(client) for client in range(len(parts))]
+    sizes = np.array([len(rows) for rows in parts], np.int64)
+    return Partition.of(clients, sizes, np.concatenate([np.sort(rows) for rows in parts]))
 
 
 def _proportions(
