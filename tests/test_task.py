@@ -1,9 +1,10 @@
 import math
 from collections import Counter
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,9 @@ from flexlora.data.tokens import encode
 from flexlora.model import Source
 from flexlora.record import Record, mean_scores
 from flexlora.rouge import rouge_l
-from flexlora.task import Evaluation, Question, Score, evaluate, pick
-from flexlora.tasks import generation, held_out_loss
+from flexlora.task import Evaluation, Question, Score, evaluate, evaluate_each, pick
+from flexlora.tasks import generation, held_out_loss, vllm_engine
+from ingredients import random_factors
 
 SETTINGS = Evaluation(max_new_tokens=7, max_prompt_tokens=23, batch_tokens=100)
 
@@ -101,6 +103,56 @@ def test_the_journal_takes_the_rows_and_means_can_be_had(base, questions, tmp_pa
 
 def test_no_questions_no_rows(base):
     assert evaluate(base, [], plain, SETTINGS) == []
+    assert evaluate_each(base, [{}, {}], [], plain, SETTINGS) == [[], []]
+
+
+def updates(base, rank: int) -> dict:
+    return {
+        module: random_factors(out, rank, in_, seed, torch.float32)
+        for seed, (module, (out, in_)) in enumerate(base.shapes.items())
+    }
+
+
+def test_adapters_evaluated_at_once_score_as_one_at_a_time(base, questions):
+    whole = updates(base, 5)
+    adapters = [whole, *({m: f.first(rank) for m, f in whole.items()} for rank in (1, 3))]
+    expected = []
+    for adapter in adapters:
+        with base.attached(adapter):
+            expected.append(evaluate(base, questions, plain, SETTINGS))
+    found = evaluate_each(base, adapters, questions, plain, SETTINGS)
+    assert found == expected
+    assert len({row[0]["loss_total"] for row in found}) == 3
+    assert evaluate_each(base, [{}], questions, plain, SETTINGS) == [
+        evaluate(base, questions, plain, SETTINGS)
+    ]
+
+
+def test_the_model_has_no_adapter_afterwards(base, questions):
+    before = evaluate(base, questions, plain, SETTINGS)
+    evaluate_each(base, [updates(base, 2), updates(base, 3)], questions, plain, SETTINGS)
+    assert evaluate(base, questions, plain, SETTINGS) == before
+
+
+def test_another_engine_is_given_adapters_and_prompts(base, questions, monkeypatch):
+    adapters = [updates(base, 2), updates(base, 3)]
+    asked = []
+
+    def stand_in(*given):
+        asked.append(given)
+        return [[q.example.output for q in questions], ["nothing"] * len(questions)]
+
+    monkeypatch.setattr(vllm_engine, "answers_of_each", stand_in)
+    other = replace(SETTINGS, engine="vllm")
+    found = evaluate_each(base, adapters, questions, plain, other)
+    ((_, given, read, new),) = asked
+    assert (given, len(read), new) == (adapters, len(questions), 7)
+    assert [sum(row["exact_match"] for row in rows) for rows in found] == [len(questions), 0]
+    own = evaluate_each(base, adapters, questions, plain, SETTINGS)
+    for ours, theirs in zip(own, found, strict=True):
+        assert [r["loss_total"] for r in ours] == [r["loss_total"] for r in theirs]
+    with pytest.raises(ValueError, match="'vllm' does not see the adapter in the model; give"):
+        evaluate(base, questions, plain, other)
 
 
 def test_a_loss_that_is_not_finite_is_an_error(base, questions, monkeypatch):
@@ -188,3 +240,5 @@ def test_clients_and_numbers_that_cannot_be_are_refused():
         pick(Corpus(corpus.table.drop_columns(["split"])), ["a"], True, 1, 0)
     with pytest.raises(ValueError, match="max_prompt_tokens is 1; give at least 2"):
         Evaluation(max_prompt_tokens=1)
+    with pytest.raises(ValueError, match=r"engine is 'vlm'; give one of own, vllm\."):
+        Evaluation(engine="vlm")

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flexlora import checkpoint, config, demo, experiment, methods, peft_directory, progress, rounds
+from flexlora.adapter import Adapter
 from flexlora.check import check as inspect
 from flexlora.merge import merge as merge_adapters
 from flexlora.merge import parse_rank
 from flexlora.record import Event, mean_scores
 from flexlora.report import page
-from flexlora.task import evaluate
+from flexlora.task import evaluate_each
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning of language models by clients of unequal means.",
@@ -130,8 +131,9 @@ def evaluate_adapter(
     settings = config.load(path, changes or ())
     loaded = peft_directory.read(adapter).adapter if adapter else None
     ready = experiment.prepare(settings, train=False)
-    with ready.base.attached(loaded or {}):
-        rows = evaluate(ready.base, ready.questions, ready.prompt, settings.evaluation)
+    (rows,) = evaluate_each(
+        ready.base, [loaded or Adapter({})], ready.questions, ready.prompt, settings.evaluation
+    )
     if out:
         checkpoint.write(out, json.dumps(rows, indent=1).encode())
     _print_scores(rows)

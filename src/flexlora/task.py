@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 
+from flexlora.adapter import Factors
 from flexlora.data.corpus import Corpus, Example
 from flexlora.data.partition import by_key
 from flexlora.data.prompt import Prompt
-from flexlora.data.tokens import encode
+from flexlora.data.tokens import Int32s, encode
 from flexlora.model import Base
 from flexlora.rouge import rouge_l
 from flexlora.seeds import rng
-from flexlora.tasks import generation, held_out_loss
+from flexlora.tasks import generation, held_out_loss, vllm_engine
+
+ENGINES: Final = ("own", "vllm")
+"""What can write the answers."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,15 @@ class Evaluation:
     (``base``), on ``rows_per_client`` test rows of so many clients that train and of so many
     that never do.
 
-    ``batch_tokens`` bounds the tokens that are in memory at once, padding and room for the
-    answers included; it changes speed, and results by rounding only (see
-    ``generation.answers``: in bfloat16 that can be seen). A longer prompt loses tokens from
-    its middle. The loss is of rows of at most ``max_prompt_tokens + max_new_tokens``.
+    ``batch_tokens`` bounds the tokens that are in memory at once, of all adapters together
+    and with room for the answers; it changes speed, and results by rounding only (see
+    ``generation.answers_of_each``: in bfloat16 that can be seen). A longer prompt loses
+    tokens from its middle. The loss is of rows of at most ``max_prompt_tokens +
+    max_new_tokens``. Answers are written by our own ``engine`` or by ``vllm``, which loads
+    the base model a second time; the loss is our own either way.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: a number is too small, or there is no such engine.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -49,6 +55,7 @@ class Evaluation:
     max_new_tokens: int = 128
     max_prompt_tokens: int = 896
     batch_tokens: int = 8192
+    engine: Literal["own", "vllm"] = "own"
 
     def __post_init__(self) -> None:
         least = {"every": 0, "seen_clients": 0, "unseen_clients": 0, "rows_per_client": 1}
@@ -57,6 +64,10 @@ class Evaluation:
             value = getattr(self, name)
             if value < bound:
                 raise ValueError(f"evaluation.{name} is {value}; give at least {bound}.")
+        if self.engine not in ENGINES:
+            raise ValueError(
+                f"evaluation.engine is {self.engine!r}; give one of {', '.join(ENGINES)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -135,10 +146,93 @@ def evaluate(
     ``Score``. Answers are generated from the prompt alone; the loss is of the outputs.
 
     Raises:
-        ValueError: a loss is not finite, or prompts and answers exceed the model's context.
+        ValueError: a loss is not finite, prompts and answers exceed the model's context, or
+            the engine is not our own: another one has to be given the adapter itself.
     """
+    if settings.engine != "own":
+        raise ValueError(
+            f"evaluation.engine {settings.engine!r} does not see the adapter in the model; give "
+            "the adapter to evaluate_each, or set evaluation.engine to 'own'."
+        )
+    read = _read(base, questions, prompt, settings)
+    answers = generation.answers(base, read, settings.max_new_tokens, settings.batch_tokens)
+    return _rows(questions, _scores(base, questions, answers, prompt, settings))
+
+
+def evaluate_each(
+    base: Base,
+    adapters: Sequence[Mapping[str, Factors]],
+    questions: Sequence[Question],
+    prompt: Prompt,
+    settings: Evaluation,
+) -> list[list[dict[str, Any]]]:
+    """The scores of the model with each adapter, as ``evaluate`` has them.
+
+    An adapter without modules is the base model's. All adapters answer at once, side by side
+    in every batch; the loss is adapter by adapter.
+
+    Raises:
+        ValueError: as ``evaluate``; or the engine is not there or cannot take the adapters.
+    """
+    answers = _answers(base, adapters, _read(base, questions, prompt, settings), settings)
+    found = []
+    for adapter, written in zip(adapters, answers, strict=True):
+        with base.attached(adapter):
+            scores = _scores(base, questions, written, prompt, settings)
+        found.append(_rows(questions, scores))
+    return found
+
+
+def _read(
+    base: Base, questions: Sequence[Question], prompt: Prompt, settings: Evaluation
+) -> list[Int32s]:
+    """The ids that the model reads of each question."""
+    examples = [question.example for question in questions]
+    return generation.prompts(examples, prompt, base.tokenizer, settings.max_prompt_tokens)
+
+
+def _answers(
+    base: Base,
+    adapters: Sequence[Mapping[str, Factors]],
+    read: Sequence[Int32s],
+    settings: Evaluation,
+) -> list[list[str]]:
+    """The answers of each adapter to each question."""
+    new = settings.max_new_tokens
+    if settings.engine == "vllm":
+        return vllm_engine.answers_of_each(base, adapters, read, new)
+    with base.attached(*adapters):
+        return generation.answers_of_each(base, len(adapters), read, new, settings.batch_tokens)
+
+
+def _scores(
+    base: Base,
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    prompt: Prompt,
+    settings: Evaluation,
+) -> list[Score]:
+    """The score of each question; the loss is of the model with the adapter it has now."""
+    examples = [question.example for question in questions]
+    room = settings.max_prompt_tokens + settings.max_new_tokens
+    tokens = [encode(example, prompt, base.tokenizer, room) for example in examples]
+    losses = held_out_loss.losses(base, tokens, settings.batch_tokens)
+    return [
+        Score(
+            examples=1,
+            rouge_l=rouge_l(example.output, answer),
+            exact_match=int(generation.exact_match(example.output, answer)),
+            loss_total=loss.total,
+            loss_tokens=loss.tokens,
+        )
+        for example, answer, loss in zip(examples, answers, losses, strict=True)
+    ]
+
+
+def _rows(questions: Sequence[Question], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Scores added up by client and category."""
     totals: dict[tuple[str, str | None, bool], Score] = {}
-    for question, score in zip(questions, _scores(base, questions, prompt, settings), strict=True):
+    for question, score in zip(questions, scores, strict=True):
         if not math.isfinite(score.loss_total):
             raise ValueError(
                 f"The held-out loss of a row of client {question.client!r} is "
@@ -150,26 +244,4 @@ def evaluate(
     return [
         {"client": client, "category": category, "seen": seen, **dataclasses.asdict(score)}
         for (client, category, seen), score in totals.items()
-    ]
-
-
-def _scores(
-    base: Base, questions: Sequence[Question], prompt: Prompt, settings: Evaluation
-) -> list[Score]:
-    """The score of each question."""
-    examples = [question.example for question in questions]
-    room = settings.max_prompt_tokens + settings.max_new_tokens
-    tokens = [encode(example, prompt, base.tokenizer, room) for example in examples]
-    losses = held_out_loss.losses(base, tokens, settings.batch_tokens)
-    read = generation.prompts(examples, prompt, base.tokenizer, settings.max_prompt_tokens)
-    answers = generation.answers(base, read, settings.max_new_tokens, settings.batch_tokens)
-    return [
-        Score(
-            examples=1,
-            rouge_l=rouge_l(example.output, answer),
-            exact_match=int(generation.exact_match(example.output, answer)),
-            loss_total=loss.total,
-            loss_tokens=loss.tokens,
-        )
-        for example, answer, loss in zip(examples, answers, losses, strict=True)
     ]

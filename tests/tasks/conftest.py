@@ -1,5 +1,6 @@
 """The tiny model, loaded once."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,3 +23,10 @@ def adapter(base, factors) -> Adapter:
             for seed, (module, (out, in_)) in enumerate(base.shapes.items())
         }
     )
+
+
+@pytest.fixture
+def prompts_of_words() -> list[np.ndarray]:
+    """Prompts of several lengths, none like another."""
+    draw = np.random.default_rng(6)
+    return [draw.integers(3, 15, size=size).astype(np.int32) for size in (5, 2, 13, 7)]

@@ -3,13 +3,13 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+import tiny
 from flexlora.data.corpus import Example
 from flexlora.data.prompt import plain
-from flexlora.model import SEGMENTS
-from flexlora.tasks.generation import answers, batches, exact_match, prompts
+from flexlora.layers import attention
+from flexlora.model import Source
+from flexlora.tasks.generation import answers, answers_of_each, exact_match, prompts
 
 NEW = 17
 STOPS = (2, 3)
@@ -40,8 +40,8 @@ def written_alone(base, prompt: np.ndarray) -> str:
     return base.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def test_padded_batches_with_a_cache_write_what_each_prompt_gets_alone(base, questions):
-    assert base.model.config._attn_implementation == SEGMENTS
+def test_prompts_together_get_what_each_gets_alone(base, questions):
+    assert base.model.config._attn_implementation == attention.NAME
     alone = [written_alone(base, prompt) for prompt in questions]
     assert len(set(alone)) > len(alone) // 2
     for batch_tokens in (1, 200, 10_000):
@@ -69,19 +69,14 @@ def test_answers_stay_in_the_order_of_the_questions(base, questions):
     assert answers(base, [], NEW, 300) == []
 
 
-def test_a_batch_ends_with_its_longest_answer(base, questions, monkeypatch):
-    ended = [prompt for prompt in questions if len(ids_written(base, prompt)) < NEW - 2]
-    longest = max(len(ids_written(base, prompt)) for prompt in ended)
-    calls = []
-    forward = base.model.forward
-    monkeypatch.setattr(
-        base.model,
-        "forward",
-        lambda *a, **k: calls.append(k["input_ids"].shape) or forward(*a, **k),
-    )
-    answers(base, ended, NEW, 10_000)
-    assert len(calls) == longest + 1  # the end token has to be written, too
-    assert all(shape == (len(ended), 1) for shape in calls[1:])
+def test_another_attention_writes_the_same(tmp_path, questions, base, adapter):
+    other = Source(str(tiny.save(tmp_path)), attention="eager").load()
+    assert answers(other, questions, NEW, 200) == answers(base, questions, NEW, 200)
+    half = {module: f.first(2) for module, f in adapter.items()}
+    with base.attached(adapter, half), other.attached(adapter, half):
+        expected = answers_of_each(base, 2, questions, NEW, 400)
+        assert answers_of_each(other, 2, questions, NEW, 400) == expected
+    assert other.model.config._attn_implementation == "eager"
 
 
 def test_published_settings_are_set_aside_and_put_back(base, questions):
@@ -123,21 +118,6 @@ def test_the_prompt_has_no_trace_of_the_output(base):
     assert [ids.tolist() for ids in read] == [ids.tolist() for ids in other]
     assert base.tokenizer.decode(read[0]) == "the cat sees red red red red red red red"
     assert base.tokenizer.decode(read[1]) == "a dog"
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.integers(1, 50), max_size=40),
-    st.integers(1, 20),
-    st.integers(1, 400),
-)
-def test_batches_hold_every_prompt_once_within_the_budget(lengths, new, budget):
-    found = batches(lengths, new, budget)
-    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
-    for rows in found:
-        assert len(rows) == 1 or len(rows) * (max(lengths[r] for r in rows) + new) <= budget
-    in_order = [lengths[row] for rows in found for row in rows]
-    assert in_order == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,14 @@ def test_losses_are_those_of_the_attached_adapter(base, adapter, examples):
     assert all(abs(a - b) > 1e-3 for a, b in zip(found, without, strict=True))
 
 
-def test_packs_are_as_full_as_the_order_allows(base, examples, monkeypatch):
+def test_packs_hold_every_token_once_within_their_room(base, examples, monkeypatch):
     rows = []
     logits = base.logits
-    monkeypatch.setattr(base, "logits", lambda ids, *a: rows.append(ids.shape) or logits(ids, *a))
+    monkeypatch.setattr(base, "logits", lambda row, *a: rows.append(row.tokens) or logits(row, *a))
     losses(base, examples, 20)
-    assert rows == [(1, 20), (1, 8), (1, 21), (1, 15)]
+    assert sum(rows) == sum(map(sum, SIZES))
+    assert [tokens for tokens in rows if tokens > 20] == [19 + 2]
+    assert len(rows) < len(SIZES)
 
 
 def test_no_examples_no_losses(base):
