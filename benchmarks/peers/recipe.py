@@ -1,0 +1,107 @@
+"""What a client of a peer works with: the task in a folder, the PEFT model, padded batches.
+
+It runs in the peers' own environments and knows nothing of flexlora. Both peers get their
+rows as token ids, so that neither pays for tokenising.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+IGNORED = -100
+"""The label that transformers' losses leave out."""
+
+Feature = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The task that every contestant is given.
+
+    ``facts`` is ``work.json``: the model's folder, the hyper-parameters, the rows as token
+    ids, and for each round and client the rows in the order of its steps. The factors that
+    all start from are in ``start.safetensors``, under PEFT's keys.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def clients(self) -> int:
+        """How many clients there are, all of them in every round."""
+        return len(self.facts["plan"][0])
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds there are."""
+        return len(self.facts["plan"])
+
+    def start(self) -> dict[str, Tensor]:
+        """The factors before the first round."""
+        return load_file(self.folder / "start.safetensors")
+
+    def features(self, round: int, client: int) -> list[Feature]:
+        """A client's rows in a round (from 0), with the loss on the response alone."""
+        found = []
+        for row in self.facts["plan"][round][client]:
+            ids, prompt = self.facts["rows"][row]["ids"], self.facts["rows"][row]["prompt"]
+            labels = [IGNORED] * prompt + ids[prompt:]
+            found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+        return found
+
+
+@functools.cache
+def read(folder: str) -> Work:
+    """The task in a folder, read once in each process."""
+    path = Path(folder)
+    return Work(path, json.loads((path / "work.json").read_text(encoding="utf-8")))
+
+
+def adapted(work: Work) -> PeftModel:
+    """The base model from its files in float32, with LoRA on every linear layer but the head."""
+    facts = work.facts
+    base = transformers.AutoModelForCausalLM.from_pretrained(facts["model"], dtype=torch.float32)
+    base.config.use_cache = False  # keys and values are kept for generation, else for nothing
+    how = LoraConfig(
+        r=facts["rank"],
+        lora_alpha=facts["alpha"],
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, how)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def collate(features: Sequence[Feature]) -> dict[str, Tensor]:
+    """A batch of rows, padded on the right to the longest of them."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return {
+        name: torch.tensor([f[name] + [fill] * (longest - len(f[name])) for f in features])
+        for name, fill in fills.items()
+    }
+
+
+def loss_tokens(features: Sequence[Feature]) -> int:
+    """How many tokens of these rows have a loss."""
+    return sum(label != IGNORED for feature in features for label in feature["labels"])
+
+
+def finish(out: Path, round_seconds: Sequence[float], totals: dict[str, float]) -> None:
+    """Leave the result behind, beside ``adapter.safetensors``; ``totals`` are over all rounds."""
+    result = {"round_seconds": list(round_seconds), **totals}
+    (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
