@@ -1,9 +1,10 @@
-"""The server's step, factored against dense: time, memory and error at LLaMA-7B's shapes.
+"""The server's step against the dense one and PEFT's: time, memory and error, at real shapes.
 
 The dense route is that of the paper's reference implementation: add up ``p_k B_k A_k`` one
-client after another in float32, take the full SVD of the sum, cut it to each rank. Ours is
-``LowRankSum.of(...).svd(largest rank)`` and ``factors(rank)``. Every measurement is a fresh
-process on the same seeded data, and contestants alternate.
+client after another in float32, take the full SVD of the sum, cut it to each rank. PEFT's is
+``add_weighted_adapter(combination_type="svd")``. Ours is ``decompose``, exact and bounded.
+Every measurement is a fresh process on the same seeded data, and contestants alternate.
+Then whole rounds go through ``FlexLoRA.aggregate`` with uploads on the disk.
 """
 
 from __future__ import annotations
@@ -14,120 +15,100 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from result import Claim, Table, finish, setting, status_kib
+from server_contestants import (
+    Case,
+    Cuts,
+    Weighted,
+    bounded,
+    dense,
+    federation,
+    ours,
+    peft_bytes,
+)
+from server_round import measure_round, round_jobs, round_title, write_uploads
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexlora.adapter import Factors
+from flexlora.decompositions import TOLERANCE
 from flexlora.linalg import LowRankSum, norm
-from flexlora.seeds import rng
 
-CONTESTANTS = ("ours-float32", "ours-float64", "dense-float32")
-SPEEDUP = {20: 10.0, 80: 25.0}
-"""The claimed ratio of times, by the number of clients."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One module's shape and one federation's ranks, equal shares of each."""
-
-    out: int
-    in_: int
-    clients: int
-    ranks: tuple[int, ...]
-
-    @property
-    def client_ranks(self) -> list[int]:
-        """The rank of every client."""
-        return list(self.ranks) * (self.clients // len(self.ranks))
-
-    @property
-    def distinct(self) -> list[int]:
-        """The ranks that the aggregate is cut to."""
-        return sorted(set(self.ranks))
-
-    @property
-    def title(self) -> str:
-        """Its name in the tables."""
-        ranks = "/".join(map(str, self.ranks))
-        return f"{self.out}x{self.in_}, {self.clients} clients of rank {ranks}"
-
+ROUTES = {"exact": ours, "bounded": bounded, "dense": dense}
+OURS = ("exact-float32", "exact-float64", "bounded-float32", "bounded-float64")
+PEERS = ("dense-float32", "peft-float32")
+MIXED = (8, 30, 30, 200)
 
 FULL = [
-    Case(out, in_, clients, ranks)
-    for out, in_ in ((4096, 4096), (4096, 11008))
-    for clients, ranks in ((20, (8, 30, 30, 200)), (80, (8,)))
+    Case(4096, 4096, 20, MIXED),
+    Case(4096, 4096, 80, (8,)),
+    Case(4096, 11008, 20, MIXED),
+    Case(4096, 11008, 80, (8,)),
+    Case(4096, 4096, 20, MIXED, "flat"),
+    Case(576, 576, 10, (8,)),
+    Case(1536, 576, 20, MIXED),
+    Case(1536, 576, 200, (8, 30)),
+    Case(8192, 28672, 20, MIXED),
+    Case(8192, 28672, 80, (8,)),
 ]
 QUICK = [
     Case(512, in_, clients, ranks)
     for in_ in (512, 1376)
     for clients, ranks in ((20, (2, 4, 4, 24)), (80, (2,)))
-]
-VALIDATION = Case(1536, 1792, 20, (8, 30, 30, 200))
+] + [Case(512, 512, 20, (2, 4, 4, 24), "flat")]
+VALIDATION = Case(1536, 1792, 20, MIXED)
 QUICK_VALIDATION = Case(384, 448, 20, (2, 4, 4, 24))
 """Where a dense SVD in float64 is affordable and the summed rank still below the shape."""
 
-
-def federation(case: Case, seed: int) -> list[tuple[float, Factors]]:
-    """Weighted factors of all clients, float32: a shared signal and noise of their own.
-
-    All share the leading directions of one signal, whose spectrum falls as i^-0.7, and a
-    client of rank r holds the first r of them; its noise has the same spectrum at three
-    tenths of the size. An orthogonal turn (B R, R' A) hides the alignment, as training does.
-    Weights are numbers of examples, 16 to 520, as in Natural Instructions.
-    """
-    draw = rng(seed, "factors", case.out, case.in_, case.clients)
-    top = max(case.ranks)
-
-    def gaussian(rows: int, columns: int, scale: float) -> Tensor:
-        return torch.from_numpy(draw.standard_normal((rows, columns)) * scale)
-
-    root = torch.arange(1, top + 1, dtype=torch.float64) ** -0.35
-    U, V = gaussian(case.out, top, case.out**-0.5), gaussian(case.in_, top, case.in_**-0.5)
-    examples = draw.integers(16, 521, case.clients)
-    weighted = []
-    for share, rank in zip(examples / examples.sum(), case.client_ranks, strict=True):
-        B = (U[:, :rank] + gaussian(case.out, rank, 0.3 * case.out**-0.5)) * root[:rank]
-        A = (V[:, :rank] + gaussian(case.in_, rank, 0.3 * case.in_**-0.5)) * root[:rank]
-        turn = torch.linalg.qr(gaussian(rank, rank, 1.0)).Q
-        weighted.append((float(share), Factors((B @ turn).float(), (A @ turn).float().T)))
-    return weighted
+SPEEDUPS = {
+    (FULL[0], "exact-float32"): 12.0,
+    (FULL[0], "bounded-float32"): 36.0,
+    (FULL[1], "exact-float32"): 25.0,
+    (FULL[2], "exact-float32"): 12.0,
+    (FULL[3], "exact-float32"): 100.0,
+    (FULL[3], "bounded-float32"): 100.0,
+}
+"""The claimed ratio of the dense route's time to ours."""
+ROUND_SECONDS = 60.0
+MANY_CLIENTS_MIB = 2e9 / 2**20
 
 
-def ours(
-    weighted: list[tuple[float, Factors]], ranks: Sequence[int], dtype: torch.dtype
-) -> dict[int, Factors]:
-    """One factored SVD, then a cut to each rank."""
-    svd = LowRankSum.of(weighted).svd(max(ranks), dtype)
-    return {rank: svd.factors(rank) for rank in ranks}
-
-
-def dense(
-    weighted: list[tuple[float, Factors]], ranks: Sequence[int], dtype: torch.dtype
-) -> dict[int, Factors]:
-    """The full matrix and its full SVD, as the reference implementation takes them."""
-    first = weighted[0][1]
-    W = torch.zeros(first.shape, dtype=dtype)
-    for share, factors in weighted:
-        W += share * (factors.B.to(dtype) @ factors.A.to(dtype))
-    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-    return {rank: Factors(U[:, :rank] * S[:rank], Vt[:rank]) for rank in ranks}
-
-
-Route = Callable[[list[tuple[float, Factors]], Sequence[int], torch.dtype], dict[int, Factors]]
+def left_out(case: Case, contestant: str) -> str | None:
+    """Why a peer is not measured at this case, if it is not."""
+    if contestant in OURS:
+        return None
+    hours = 40 * case.out * case.in_ * min(case.out, case.in_) / 180e9 / 3600
+    if hours > 0.05:
+        return f"left out: about {hours:.2f} hours a turn, estimated from its flops"
+    if contestant.startswith("peft") and peft_bytes(case) > 12 * 2**30:
+        return f"left out: it would hold {peft_bytes(case) / 2**30:.0f} GiB of dense matrices"
+    return None
 
 
 def error(got: Factors, optimum: Factors) -> float:
     """``|got - optimum| / |optimum|`` of the products in Frobenius norm, by QR in float64."""
     difference = LowRankSum.of([(1.0, got.to(torch.float64)), (-1.0, optimum)])
     return difference.norm() / norm(optimum)
+
+
+def errors(case: Case, weighted: Weighted, cuts: Cuts) -> dict[str, Any]:
+    """By rank: the distance from the float64 optimum, and the error above its error."""
+    svd = LowRankSum.of(weighted).svd(max(case.ranks))
+    distance, excess = {}, {}
+    for rank, factors in cuts.factors.items():
+        distance[rank] = error(factors, svd.factors(rank))
+        least = float(svd.S[rank:].square().sum().sqrt())
+        rest = LowRankSum.of([*weighted, (-1.0, factors)])
+        excess[rank] = rest.norm() / least - 1
+    return {"errors": distance, "true_excess": excess}
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -148,133 +129,211 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def measure(case: Case, contestant: str, seed: int, threads: int, errors: bool) -> dict[str, Any]:
+def peers() -> tuple[Any, Any]:
+    """PEFT's merging and what it needs, imported where it is measured: its memory is its own."""
+    import server_peft
+
+    return server_peft.merged, server_peft.prepared
+
+
+def measure(case: Case, contestant: str, options: argparse.Namespace, whole: bool) -> Any:
     """One contestant's turn in this process: seconds, peak memory, and once also its error."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     name, _, precision = contestant.partition("-")
-    route: Route = {"ours": ours, "dense": dense}[name]
+    route, prepared = peers() if name == "peft" else (ROUTES[name], lambda weighted: (weighted,))
     dtype: torch.dtype = getattr(torch, precision)
-    weighted = federation(case, seed)
     # The libraries load their kernels and start their threads before the clock does.
     warm = Case(67, 71, 2, (3, 5))
-    route(federation(warm, seed), warm.distinct, dtype)
+    route(*prepared(federation(warm, options.seed)), warm.distinct, dtype)
+    weighted = federation(case, options.seed)
+    given = (*prepared(weighted), case.distinct, dtype)
     gc.collect()
     before = status_kib("VmRSS")
     started = time.perf_counter()
-    cuts = route(weighted, case.distinct, dtype)
+    cuts = route(*given)
     seconds = time.perf_counter() - started
     found: dict[str, Any] = {
         "seconds": seconds,
-        "rss_before_mib": before / 1024,
         "peak_rss_mib": status_kib("VmHWM") / 1024,
         "peak_increase_mib": (status_kib("VmHWM") - before) / 1024,
+        "route": cuts.route,
+        "excess": cuts.excess,
+        "refused": cuts.refused,
     }
-    if errors and dtype != torch.float64:
-        # Our float64 route is the optimum itself; ``validate`` holds it to a dense SVD.
-        optimum = ours(weighted, case.distinct, torch.float64)
-        found["errors"] = {str(rank): error(cuts[rank], optimum[rank]) for rank in cuts}
-    if errors and name == "ours":
+    summed_rank = sum(case.client_ranks)
+    if whole and contestant != "exact-float64" and summed_rank < min(case.out, case.in_):
+        # The exact float64 route is the optimum itself; ``validate`` holds it to a dense SVD.
+        found |= errors(case, weighted, cuts)
+    if whole and name == "exact":
         with Watch() as watch:
-            ours(weighted, case.distinct, dtype)
+            route(*given)
         found |= {"largest_tensor": watch.largest, "svds": watch.svds}
     return found
 
 
-def validate(case: Case, seed: int, threads: int) -> dict[str, float]:
+def validate(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """Our float64 route against a dense SVD in float64, by rank."""
-    torch.set_num_threads(threads)
-    weighted = federation(case, seed)
-    exact = dense(weighted, case.distinct, torch.float64)
-    got = ours(weighted, case.distinct, torch.float64)
+    torch.set_num_threads(options.threads)
+    weighted = federation(case, options.seed)
+    exact = dense(weighted, case.distinct, torch.float64).factors
+    got = ours(weighted, case.distinct, torch.float64).factors
     return {str(rank): error(got[rank], exact[rank]) for rank in case.distinct}
 
 
-def in_process(case: Case, contestant: str, options: argparse.Namespace, errors: bool) -> Any:
-    """``measure`` in a fresh process, so that its peak memory is its own.
+def in_process(job: dict[str, Any], options: argparse.Namespace) -> Any:
+    """The job in a fresh process, so that its peak memory is its own.
 
     Raises:
         RuntimeError: the process failed; what it said stands above.
     """
-    job = {"case": asdict(case), "contestant": contestant, "errors": errors}
     common = ["--seed", str(options.seed), "--threads", str(options.threads)]
     command = [sys.executable, __file__, "--job", json.dumps(job), *common]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{contestant} failed on {case.title}; see its message above.")
+        raise RuntimeError(f"This job failed, see its message above: {json.dumps(job)[:200]}")
     return json.loads(done.stdout)
+
+
+def do_job(options: argparse.Namespace) -> Any:
+    """What a process started by ``in_process`` does."""
+    job = json.loads(options.job)
+    if "round" in job:
+        return measure_round(Path(job["folder"]), job["round"], options.threads)
+    case = Case(**job["case"] | {"ranks": tuple(job["case"]["ranks"])})
+    return measure(case, job["contestant"], options, job["whole"])
 
 
 def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """All turns at one case, contestants alternating, with medians."""
-    repeats = {name: options.repeats for name in CONTESTANTS}
-    repeats["dense-float32"] = options.dense_repeats
-    turns: dict[str, list[Any]] = {name: [] for name in CONTESTANTS}
-    for repeat in range(max(repeats.values())):
-        for name in CONTESTANTS:
-            if repeat < repeats[name]:
-                found = in_process(case, name, options, errors=repeat == 0)
-                turns[name].append(found)
-                print(f"{case.title}: {name} {found['seconds']:.3f} s", file=sys.stderr)
-    median = {
-        name: statistics.median(turn["seconds"] for turn in found) for name, found in turns.items()
-    }
+    contestants = [c for c in (*OURS, *PEERS) if not left_out(case, c)]
+    turns: dict[str, list[Any]] = {name: [] for name in contestants}
+    for repeat in range(max(options.repeats, options.peer_repeats)):
+        for name in contestants:
+            if repeat < (options.repeats if name in OURS else options.peer_repeats):
+                job = {"case": asdict(case), "contestant": name, "whole": repeat == 0}
+                turns[name].append(in_process(job, options))
+                seconds = turns[name][-1]["seconds"]
+                print(f"{case.title}: {name} {seconds:.3f} s", file=sys.stderr)
     return {
         "case": asdict(case),
         "title": case.title,
         "summed_rank": sum(case.client_ranks),
-        "median_seconds": median,
+        "median_seconds": {
+            name: statistics.median(turn["seconds"] for turn in found)
+            for name, found in turns.items()
+        },
+        "left_out": {name: left_out(case, name) for name in PEERS if left_out(case, name)},
         "turns": turns,
     }
 
 
+def run_rounds(options: argparse.Namespace) -> dict[str, Any]:
+    """The rounds of ``round_jobs``, each on uploads written for it."""
+    found = {}
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
+        for name, job in round_jobs(options.quick).items():
+            folder = Path(work) / name.partition(",")[0].replace(" ", "-")
+            write_uploads(folder, job, options.seed)
+            found[name] = in_process({"round": job, "folder": str(folder)}, options)
+            found[name] |= {"title": round_title(name, job), "precision": job["precision"]}
+            print(f"{name}: {found[name]['seconds']:.1f} s", file=sys.stderr)
+    return found
+
+
 def claims_of(case: Case, found: dict[str, Any], quick: bool) -> list[Claim]:
     """What is claimed of one case."""
-    seconds, first = found["median_seconds"], found["turns"]["ours-float32"][0]
-    ratio = seconds["dense-float32"] / seconds["ours-float32"]
-    share = first["largest_tensor"] / (case.out * case.in_)
-    worst = max(first["errors"].values())
-    title = case.title
+    seconds, turns = found["median_seconds"], found["turns"]
+    title, claims = case.title, []
+    for name in OURS:
+        bound = SPEEDUPS.get((case, name))
+        if "dense-float32" in seconds and bound is not None:
+            ratio = seconds["dense-float32"] / seconds[name]
+            claims.append(Claim(f"{title}, dense seconds / {name}", ratio, bound, at_least=True))
+        if quick and "dense-float32" in seconds and name.endswith("32"):
+            ratio = seconds["dense-float32"] / seconds[name]
+            text = f"{title}, dense seconds / {name}"
+            claims.append(Claim(text, ratio, 1.0, at_least=True, asserted=False))
+        excess = turns[name][0].get("true_excess")
+        if name.startswith("bounded") and excess:
+            worst = max(excess.values())
+            text = f"{title}, error of {name} above the optimum, as a share of it"
+            claims.append(Claim(text, worst, TOLERANCE, at_least=False))
+    first = turns["exact-float32"][0]
+    if "errors" in first and case.spectrum == "decaying":
+        worst = max(first["errors"].values())
+        claims.append(Claim(f"{title}, error of exact-float32", worst, 1e-5, at_least=False))
+    if first["route"] == "qr":
+        share = first["largest_tensor"] / (case.out * case.in_)
+        claims += [
+            Claim(f"{title}, largest tensor made / (out x in)", share, 0.999, at_least=False),
+            Claim(f"{title}, SVDs for all ranks", float(first["svds"]), 1, at_least=False),
+        ]
+    return claims
+
+
+def round_claims(rounds: dict[str, Any], quick: bool) -> list[Claim]:
+    """What is claimed of whole rounds."""
+    whole, many = rounds["7B round, bounded"], rounds["many clients, bounded"]
+    text = f"{whole['title']}, seconds of FlexLoRA.aggregate"
+    peak = f"{many['title']}, peak memory of the process in MiB"
     return [
-        Claim(
-            f"{title}, dense seconds / ours, both float32",
-            ratio,
-            SPEEDUP[case.clients],
-            at_least=True,
-            asserted=not quick,
-        ),
-        Claim(f"{title}, error of ours in float32", worst, 1e-5, at_least=False),
-        Claim(f"{title}, largest tensor made / (out x in)", share, 0.999, at_least=False),
-        Claim(f"{title}, SVDs for all ranks", float(first["svds"]), 1, at_least=False),
+        Claim(text, whole["seconds"], ROUND_SECONDS, at_least=False, asserted=not quick),
+        Claim(peak, many["peak_rss_mib"], MANY_CLIENTS_MIB, at_least=False),
     ]
 
 
-def tables_of(cases: Sequence[dict[str, Any]]) -> list[Table]:
-    """Times and memory, then errors by rank."""
-    rows, errors = [], []
+def tables_of(cases: Sequence[dict[str, Any]], rounds: dict[str, Any]) -> list[Table]:
+    """Times and memory, then errors by rank, then whole rounds."""
+    rows, by_rank = [], []
     for found in cases:
-        base = found["median_seconds"]["dense-float32"]
+        base = found["median_seconds"].get("dense-float32")
         for name, turns in found["turns"].items():
-            seconds = found["median_seconds"][name]
+            seconds, title = found["median_seconds"][name], found["title"]
             memory = statistics.median(turn["peak_increase_mib"] for turn in turns)
-            peak = statistics.median(turn["peak_rss_mib"] for turn in turns)
-            rows.append([found["title"], name, len(turns), seconds, base / seconds, memory, peak])
+            times = base / seconds if base else "-"
+            route = turns[0]["route"]
+            rows.append([title, name, route, len(turns), seconds, times, memory])
             if "errors" in turns[0]:
-                by_rank = ", ".join(f"{r}: {e:.1e}" for r, e in turns[0]["errors"].items())
-                errors.append([found["title"], name, by_rank])
-    head = ["case", "route", "turns", "median s", "times faster than dense"]
-    return [
-        Table("Time and memory", [*head, "peak RSS above start, MiB", "peak RSS, MiB"], rows),
-        Table("Error against the float64 optimum", ["case", "route", "by rank"], errors),
+                shown = [_by_rank(turns[0][key]) for key in ("errors", "true_excess")]
+                refused, excess = turns[0]["refused"], turns[0]["excess"]
+                bound = "-" if excess is None else f"{excess:.1e}"
+                bound += f" (refused at {refused:.1e})" if refused is not None else ""
+                by_rank.append([title, name, *shown, bound])
+        for name, reason in found["left_out"].items():
+            rows.append([found["title"], name, reason, 0, "-", "-", "-"])
+    head = ["case", "contestant", "route", "turns", "median s", "times faster than dense"]
+    shown_rounds = [
+        [r["title"], r["precision"], r["seconds"], r["peak_rss_mib"], r["routes"], r["refused"]]
+        for r in rounds.values()
     ]
+    return [
+        Table("Time and memory", [*head, "peak RSS above start, MiB"], rows),
+        Table(
+            "Error against the float64 optimum",
+            ["case", "contestant", "distance by rank", "error above the optimum's", "bound shown"],
+            by_rank,
+        ),
+        Table(
+            "Rounds through FlexLoRA.aggregate, uploads on the disk",
+            ["round", "precision", "seconds", "peak RSS, MiB", "modules by route", "refused"],
+            shown_rounds,
+        ),
+    ]
+
+
+def _by_rank(found: dict[str, float]) -> str:
+    return ", ".join(f"{rank}: {value:.1e}" for rank, value in found.items())
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="turns of our routes")
-    parser.add_argument("--dense-repeats", type=int, default=1, help="turns of the dense route")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of our routes")
+    parser.add_argument("--peer-repeats", type=int, default=1, help="turns of dense and PEFT")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="where 4 GB of uploads may lie for a while")
     parser.add_argument("--quick", action="store_true", help="small shapes; no claim on time")
+    parser.add_argument("--rounds-only", action="store_true", help="leave out the single modules")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -282,30 +341,24 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     if options.job:
-        job = json.loads(options.job)
-        job["case"]["ranks"] = tuple(job["case"]["ranks"])
-        case, seed = Case(**job["case"]), options.seed
-        found = measure(case, job["contestant"], seed, options.threads, job["errors"])
-        print(json.dumps(found))
+        print(json.dumps(do_job(options)))
         return 0
     place = setting(options.threads)
-    cases = QUICK if options.quick else FULL
+    cases = [] if options.rounds_only else QUICK if options.quick else FULL
     small = QUICK_VALIDATION if options.quick else VALIDATION
-    validation = validate(small, options.seed, options.threads)
+    validation = validate(small, options)
     measured = [run_case(case, options) for case in cases]
-    claims = [
-        Claim(
-            f"{small.title}, our float64 route against a dense float64 SVD",
-            max(validation.values()),
-            1e-9,
-            at_least=False,
-        )
-    ]
+    rounds = run_rounds(options)
+    text = f"{small.title}, our float64 route against a dense float64 SVD"
+    claims = [Claim(text, max(validation.values()), 1e-9, at_least=False)]
     for case, found in zip(cases, measured, strict=True):
         claims += claims_of(case, found, options.quick)
-    measurements = {"validation": {small.title: validation}, "cases": measured}
-    name = Path(__file__).stem + ("-quick" if options.quick else "")
-    return finish(name, place, measurements, tables_of(measured), claims)
+    claims += round_claims(rounds, options.quick)
+    measurements = {"validation": {small.title: validation}, "cases": measured, "rounds": rounds}
+    name = "-".join(
+        [Path(__file__).stem, *["rounds"] * options.rounds_only, *["quick"] * options.quick]
+    )
+    return finish(name, place, measurements, tables_of(measured, rounds), claims)
 
 
 if __name__ == "__main__":

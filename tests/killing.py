@@ -36,6 +36,10 @@ class Noted:
     notes: Path
     turns: int | None = None
 
+    @property
+    def together(self) -> int:
+        return self.inner.together
+
     def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
         for reply in self.inner.exchange(self._noting(jobs)):
             if self.turns is not None and len(self.notes.read_text().split()) >= self.turns:
@@ -97,8 +101,8 @@ POINTS: dict[str, Callable[[], int | None]] = {
     "before-the-checkpoint": lambda: at_call(checkpoint, "save", 3, nothing),
     "half-a-checkpoint": lambda: at_call(wire, "encode", 1 + 9 + 9, nothing),
     "after-the-checkpoint": lambda: at_call(checkpoint, "save", 3, all_of_it),
-    "in-evaluation": lambda: at_call(rounds, "evaluate", 2, nothing),
-    "after-the-last-evaluation": lambda: at_call(rounds, "evaluate", 5, all_of_it),
+    "in-evaluation": lambda: at_call(rounds, "evaluate_each", 2, nothing),
+    "after-the-last-evaluation": lambda: at_call(rounds, "evaluate_each", 3, all_of_it),
 }
 
 
@@ -134,7 +138,7 @@ def go(ready: Ready, folder: Path, point: str | None, resume: bool) -> None:
         turns = POINTS[point]()
     notes = folder.with_suffix(".resumed" if resume else ".notes")
     notes.touch()
-    federation = Noted(Simulated(ready.workplace), notes, turns)
+    federation = Noted(Simulated(ready.workplace, 2), notes, turns)
     for _ in rounds.run(ready, folder, federation, resume=resume):
         pass
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from flexlora.adapter import Adapter, Factors
 from flexlora.client import Job
 from flexlora.method import Download
 from flexlora.seeds import rng
-from flexlora.training.loop import train
+from flexlora.training.loop import Learner, train
 from oracle import product, relative_error
 
 
@@ -41,11 +42,14 @@ def test_a_turn_trains_the_download_on_the_clients_own_rows(ready, job, tmp_path
     upload = opened(client.turn(job, here), tmp_path)
     want = train(
         here.base,
-        wire.decode_download(job.download).adapter,
+        Learner(
+            "client 'client4'",
+            wire.decode_download(job.download).adapter,
+            here.rows["client4"],
+            rng(here.seed, "client", "client4", 2),
+        ),
         here.store,
-        here.rows["client4"],
         here.training,
-        rng(here.seed, "client", "client4", 2),
         2,
     )
     assert (upload.client, upload.round, upload.examples) == ("client4", 2, 12)
@@ -55,6 +59,8 @@ def test_a_turn_trains_the_download_on_the_clients_own_rows(ready, job, tmp_path
         assert torch.equal(upload.adapter[module].A, factors.A)
     assert upload.facts["steps"] == want.steps == 3
     assert upload.facts["tokens"] == want.tokens
+    assert upload.facts["computed"] == want.computed
+    assert set(upload.facts) == set(client.FACTS)
     assert upload.facts["loss_total"] == want.loss_total
     assert upload.facts["loss_tokens"] == want.loss_tokens
     assert upload.facts["bytes_down"] == len(job.download)
@@ -110,3 +116,30 @@ def test_the_methods_client_half_is_asked(ready, job, tmp_path):
 def test_what_is_no_download_is_refused(ready):
     with pytest.raises(ValueError, match="no adapter"):
         client.turn(Job("client4", 2, b"noise"), ready.workplace)
+
+
+def test_clients_train_together_in_one_round_only(ready, job):
+    later = dataclasses.replace(job, round=3)
+    with pytest.raises(ValueError, match=r"in one round, not in \[2, 3\]"):
+        client.turns([job, later], ready.workplace)
+
+
+def test_who_breaks_a_turn_is_named(ready, job):
+    """Its loss is not finite; the others' are."""
+    broken = wire.decode_download(job.download).adapter
+    broken["model.layers.0.mlp.down_proj"].B[0, 0] = math.nan
+    data = wire.encode_download(Download(broken), torch.float32)
+    jobs = [dataclasses.replace(job, client="client1"), Job("client3", 2, data), job]
+    with pytest.raises(ValueError, match="loss of client 'client3' is nan"):
+        client.turns(jobs, ready.workplace)
+
+
+def test_a_download_may_be_a_file(ready, job, tmp_path):
+    path = tmp_path / "download"
+    path.write_bytes(job.download)
+    held = Job("client4", 2, path)
+    assert held.bytes_down == job.bytes_down == len(job.download)
+    got, want = (opened(client.turn(each, ready.workplace), tmp_path) for each in (held, job))
+    for module, factors in want.adapter.items():
+        assert torch.equal(got.adapter[module].B, factors.B)
+        assert torch.equal(got.adapter[module].A, factors.A)

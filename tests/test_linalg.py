@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.adapter import Factors
-from flexlora.linalg import SVD, LowRankSum, mean, norm
+from flexlora.linalg import SVD, Accumulator, LowRankSum, mean, norm
 from ingredients import random_factors
 from oracle import best, product, relative_error, weighted_sum
 
@@ -177,3 +177,71 @@ def test_refusals():
     broken = Factors(torch.full((11, 2), torch.nan), torch.ones(2, 7))
     with pytest.raises(ValueError, match="NaN"):
         LowRankSum.of([(1.0, broken)]).svd()
+
+
+@st.composite
+def splits(draw):
+    """Terms of one sum and where a worker's share of them ends; some become dense, some do not."""
+    ranks = draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+    terms = [(0.1 + 0.3 * i, random_factors(29, r, 23, i)) for i, r in enumerate(ranks)]
+    return terms, draw(st.integers(0, len(terms)))
+
+
+def accumulated(terms, shape=(29, 23), dtype=torch.float64):
+    total = Accumulator(shape, dtype)
+    for weight, factors in terms:
+        total.absorb(weight, factors)
+    return total
+
+
+def as_dense(matrix):
+    return product(matrix) if isinstance(matrix, Factors) else matrix
+
+
+@given(splits())
+def test_accumulated_and_merged_is_the_weighted_sum(split):
+    terms, at = split
+    want = weighted_sum(terms)
+    assert relative_error(as_dense(accumulated(terms).finalize()), want) < 1e-13
+    merged, other = accumulated(terms[:at]), accumulated(terms[at:])
+    before = [] if at == len(terms) else as_dense(other.finalize()).clone()
+    merged.merge(other)
+    assert relative_error(as_dense(merged.finalize()), want) < 1e-13
+    if at < len(terms):
+        assert torch.equal(as_dense(other.finalize()), before)
+
+
+def test_a_sum_becomes_dense_where_that_is_smaller_and_not_before(monkeypatch):
+    monkeypatch.setattr("flexlora.linalg.BATCH_RANK", 4)
+    terms = [(0.5, random_factors(29, 3, 23, i)) for i in range(7)]
+    few, many = accumulated(terms[:4]), accumulated(terms[:5])
+    assert few.finalize().rank == 12
+    assert isinstance(many.finalize(), torch.Tensor)
+    many.absorb(*terms[5])
+    many.absorb(*terms[6])
+    assert relative_error(many.finalize(), weighted_sum(terms)) < 1e-13
+
+
+def test_a_dense_sum_forgets_its_terms():
+    """What waits is bounded by the size of the matrix, whatever the number of terms."""
+    total = Accumulator((29, 23), torch.float32)
+    for i in range(300):
+        total.absorb(1 / 300, random_factors(29, 5, 23, i % 7, torch.float32))
+        assert total._waiting_rank * (29 + 23) < 29 * 23
+    assert total.finalize().dtype == torch.float32
+
+
+def test_the_same_terms_give_the_same_bytes():
+    terms = [(0.5 + i, random_factors(29, 3, 23, i, torch.bfloat16)) for i in range(11)]
+    one, other = (accumulated(terms, dtype=torch.float32).finalize() for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_accumulators_refuse_what_does_not_fit():
+    total = Accumulator((29, 23))
+    with pytest.raises(ValueError, match="at least one term"):
+        total.finalize()
+    with pytest.raises(ValueError, match=r"shape \(11, 7\)"):
+        total.absorb(1.0, random_factors(11, 2, 7))
+    with pytest.raises(ValueError, match="merge"):
+        total.merge(Accumulator((29, 23), torch.float32))

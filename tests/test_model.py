@@ -1,19 +1,24 @@
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from torch import nn
 
 import tiny
 from flexlora.adapter import Adapter, Factors
-from flexlora.data.tokens import Tokens, TokenStore, pack
-from flexlora.model import SEGMENTS, Base, LoRALinear, Source, kind
+from flexlora.data.packing import Forest, join, pack
+from flexlora.data.tokens import TokenStore
+from flexlora.layers import attention
+from flexlora.layers.mlp import GatedMLP
+from flexlora.layers.norm import RMSNorm
+from flexlora.model import Base, Source, kind
 from flexlora.seeds import rng
 from flexlora.tasks.generation import answers
 from flexlora.training.flat import FlatAdapter
-from ingredients import random_factors
+from ingredients import random_adapter, random_factors
+from rows import sharing_store, store_of
 
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5))
 
@@ -40,18 +45,12 @@ def adapter(base) -> Adapter:
 
 def store() -> TokenStore:
     draw = rng(3, "rows")
-    rows = [Tokens(draw.integers(3, 15, size=a + b).astype("int32"), a) for a, b in SIZES]
-    return TokenStore(
-        torch.cat([torch.from_numpy(row.ids) for row in rows]).numpy(),
-        torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).numpy(),
-        torch.tensor([a for a, _ in SIZES]).numpy(),
-        0,
-    )
+    return store_of([(draw.integers(3, 15, a), draw.integers(3, 15, b)) for a, b in SIZES])
 
 
 def snapshot(base: Base):
     state = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    return state, base.model.training, [layer.scale for layer in base._layers.values()]
+    return state, base.model.training
 
 
 def assert_untouched(base: Base, before) -> None:
@@ -59,120 +58,50 @@ def assert_untouched(base: Base, before) -> None:
     assert set(state) == set(before[0])
     assert all(torch.equal(state[name], before[0][name]) for name in state)
     assert base.model.training == before[1]
-    assert all(layer.A is None and layer.B is None for layer in base._layers.values())
+    assert all(layer.parts == () for layer in base._layers.values())
+    assert base._layout.edges is None
 
 
-# --- the layer -----------------------------------------------------------------------------
-
-
-def layer_and_input(dtype, bias, shape, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    layer = LoRALinear(nn.Linear(7, 11, bias=bias, dtype=dtype).requires_grad_(False))
-    x = torch.randn(*shape, 7, generator=draw, dtype=dtype)
-    f = random_factors(11, 3, 7, 1, dtype)
-    return layer, x, f
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_fused_layer_is_the_plain_one(dtype, bias, shape):
-    layer, x, f = layer_and_input(dtype, bias, shape)
-    grad = torch.randn(*shape, 11, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    found = []
-    for fused in (True, False):
-        x1, A, B = (t.clone().requires_grad_() for t in (x, f.A, f.B))
-        if fused:
-            layer.A, layer.B, layer.scale = A, B, 0.7
-            y = layer(x1)
-        else:
-            y = layer.base(x1) + 0.7 * ((x1 @ A.T) @ B.T)
-        y.backward(grad)
-        found.append((y.detach(), x1.grad, A.grad, B.grad))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-    assert layer.base.weight.grad is None
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_fused_layer_s_gradients_are_those_of_its_values(bias):
-    layer, x, f = layer_and_input(torch.float64, bias, (2, 4))
-
-    def forward(x, A, B):
-        layer.A, layer.B, layer.scale = A, B, 1.3
-        return layer(x)
-
-    inputs = [t.clone().requires_grad_() for t in (x, f.A, f.B)]
-    assert torch.autograd.gradcheck(forward, inputs)
-
-
-def test_only_the_gradients_asked_for_are_made():
-    layer, x, f = layer_and_input(torch.float32, True, (2, 4))
-    layer.A, layer.B = f.A, f.B.clone().requires_grad_()
-    y = layer(x)
-    y.sum().backward()
-    assert x.grad is None and f.A.grad is None
-    assert layer.B.grad is not None
-
-
-def test_a_layer_without_factors_is_the_layer_itself():
-    layer, x, _ = layer_and_input(torch.float32, True, (2, 4))
-    assert torch.equal(layer(x), layer.base(x))
-
-
-def test_half_precision_takes_factors_in_single():
-    layer, x, f = layer_and_input(torch.float32, True, (2, 5))
-    half = LoRALinear(layer.base.bfloat16())
-    half.A, half.B = (t.float().requires_grad_() for t in (f.A, f.B))
-    half.scale = 0.7
-    y = half(x.bfloat16())
-    y.float().square().sum().backward()
-    assert y.dtype == torch.bfloat16
-    assert half.A.grad.dtype == half.B.grad.dtype == torch.float32
-    want = half.base.float()(x) + 0.7 * (x @ f.A.T) @ f.B.T
-    torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.2)
-
-
-def test_another_kind_of_linear_layer_is_added_to():
-    """Quantised layers are subclasses with a forward of their own."""
-
-    class Doubling(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    _, x, f = layer_and_input(torch.float32, True, (2, 4))
-    layer = LoRALinear(Doubling(7, 11).requires_grad_(False))
-    layer.A, layer.B, layer.scale = f.A, f.B, 0.5
-    torch.testing.assert_close(layer(x), layer.base(x) + 0.5 * (x @ f.A.T) @ f.B.T)
+def everywhere(laid):
+    """The same row with its loss at every place, of which the labels do not matter."""
+    return replace(laid, loss_positions=torch.arange(laid.tokens))
 
 
 # --- attention of examples in one row ------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", [SEGMENTS, "eager", "sdpa"])
-def test_examples_in_one_row_do_not_see_each_other(folder, attention):
-    base = Source(str(folder), attention=attention).load()
-    rows = store()
-    laid = pack(rows, range(len(SIZES)))
-    everywhere = torch.arange(laid.tokens)
+def spans(forest: Forest):
+    """For each segment in turn: its tokens and its prefix's, as slices."""
+    for segment, prefix in enumerate(forest.prefixes):
+        before = slice(0, 0) if prefix < 0 else slice(*forest.edges[prefix : prefix + 2])
+        yield slice(*forest.edges[segment : segment + 2]), before
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", [attention.NAME, "eager", "sdpa"])
+def test_examples_in_one_row_do_not_see_each_other(folder, name, share):
+    base = Source(str(folder), attention=name).load()
+    rows = sharing_store()
+    laid = pack(rows, range(len(rows)), share=share)
+    assert any(prefix >= 0 for prefix in laid.forest.prefixes) == share
+    ids = laid.input_ids
     with torch.no_grad():
-        got = base.logits(laid.input_ids, laid.position_ids, laid.starts, everywhere)
-        alone = [
-            base.model(input_ids=torch.from_numpy(rows[i].ids)[None].long(), use_cache=False)
-            for i in range(len(SIZES))
-        ]
-    torch.testing.assert_close(got, torch.cat([a.logits[0] for a in alone]), rtol=1e-4, atol=1e-4)
+        got = base.logits(everywhere(laid))
+        for own, before in spans(laid.forest):
+            one = torch.cat([ids[:, before], ids[:, own]], dim=1)
+            alone = base.model(input_ids=one, use_cache=False).logits[0]
+            torch.testing.assert_close(
+                got[own], alone[before.stop - before.start :], rtol=1e-4, atol=1e-4
+            )
 
 
 def test_logits_are_of_the_positions_asked_for(base):
     laid = pack(store(), range(3))
     at = torch.tensor([4, 0, 9])
     with torch.no_grad():
-        some = base.logits(laid.input_ids, laid.position_ids, laid.starts, at)
-        every = base.logits(
-            laid.input_ids, laid.position_ids, laid.starts, torch.arange(laid.tokens)
-        )
+        some = base.logits(replace(laid, loss_positions=at))
+        every = base.logits(everywhere(laid))
+    assert every.shape == (laid.tokens, 15)
     torch.testing.assert_close(some, every[at])
 
 
@@ -181,14 +110,12 @@ def test_gradients_do_not_cross_between_examples(base, adapter):
     rows = store()
     found = []
     for beside in ([1], [1, 3], [0, 1]):
-        laid = pack(rows, beside)
+        laid = pack(rows, beside, share=False)
         flat = FlatAdapter.of(adapter, lambda rank: 1.0, base.device)
         place = beside.index(1)
-        start, end = laid.starts[place], laid.starts[place + 1]
+        start, end = laid.forest.edges[place : place + 2]
         with base.training(flat):
-            logits = base.logits(
-                laid.input_ids, laid.position_ids, laid.starts, torch.arange(start, end)
-            )
+            logits = base.logits(replace(laid, loss_positions=torch.arange(start, end)))
             logits.square().sum().backward()
         found.append(flat.values.grad.clone())
     for other in found[1:]:
@@ -211,12 +138,11 @@ def test_a_sliding_window_shorter_than_an_example_is_refused(tmp_path):
     rows = store()
     for chosen, fits in (([0, 1, 2], True), ([0, 3], False)):
         laid = pack(rows, chosen)
-        call = (laid.input_ids, laid.position_ids, laid.starts, laid.loss_positions)
         if fits:
-            assert base.logits(*call).isfinite().all()
+            assert base.logits(laid).isfinite().all()
         else:
             with pytest.raises(ValueError, match=r"sliding window.*set model\.attention"):
-                base.logits(*call)
+                base.logits(laid)
 
 
 # --- adapters in and out -------------------------------------------------------------------
@@ -273,7 +199,8 @@ def test_training_applies_the_scale_of_each_rank(base):
     flat = FlatAdapter.of(mixed, lambda rank: 3 / rank, base.device)
     with torch.no_grad():
         with base.training(flat):
-            assert {layer.scale for layer in base._layers.values()} == {3 / 2, 3 / 5}
+            scales = {part.scale for layer in base._layers.values() for part in layer.parts}
+            assert scales == {3 / 2, 3 / 5}
             trained = base.model(ids).logits
         with base.attached(mixed):
             torch.testing.assert_close(base.model(ids).logits, trained, rtol=1e-4, atol=1e-3)
@@ -286,7 +213,68 @@ def test_part_of_the_modules_may_be_attached(base, adapter):
         without = base.model(ids).logits
         with base.attached(some):
             assert not torch.equal(base.model(ids).logits, without)
-            assert sum(layer.A is not None for layer in base._layers.values()) == 2
+            assert sum(len(layer.parts) for layer in base._layers.values()) == 2
+
+
+def test_adapters_side_by_side_have_equal_parts_of_a_batch(base, adapter):
+    ids = torch.tensor([[3, 7, 4, 9], [8, 5, 12, 6], [3, 3, 14, 10]])
+    several = (random_adapter(base.shapes, 5, 90), adapter, random_adapter(base.shapes, 2, 70))
+    before = snapshot(base)
+    with torch.no_grad():
+        with base.attached(*several):
+            got = base.model(ids).logits
+        for row, alone in enumerate(several):
+            with base.attached(alone):
+                want = base.model(ids[row : row + 1]).logits[0]
+            torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got[0], got[2], atol=1e-2)
+    assert_untouched(base, before)
+
+
+def test_adapters_in_training_have_the_rows_of_their_edges(base):
+    """Outputs and gradients are those of each alone; one without rows has no gradient."""
+    parts = [pack(sharing_store(), rows) for rows in ([0, 4, 7], [1], [2, 3, 6, 8])]
+    adapters = [random_adapter(base.shapes, rank, 10 * rank) for rank in (2, 4, 5, 3)]
+    flats = [FlatAdapter.of(adapter, lambda rank: 3 / rank, base.device) for adapter in adapters]
+    sizes = [parts[0].tokens, 0, parts[1].tokens, parts[2].tokens]
+    with base.training(*flats):
+        logits = base.logits(join(parts), torch.tensor([0, *sizes]).cumsum(0).tolist())
+        logits.square().sum().backward()
+    first = 0
+    for part, number in zip(parts, (0, 2, 3), strict=True):
+        flat = FlatAdapter.of(adapters[number], lambda rank: 3 / rank, base.device)
+        with base.training(flat):
+            alone = base.logits(part)
+            alone.square().sum().backward()
+        got = logits[first : first + len(alone)]
+        torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-4)
+        error = flats[number].values.grad - flat.values.grad
+        assert error.norm() < 1e-5 * flat.values.grad.norm()
+        first += len(alone)
+    assert not flats[1].values.grad.any()
+
+
+def test_edges_that_do_not_fit_are_refused_and_forgotten(base, adapter):
+    before = snapshot(base)
+    laid = pack(store(), range(3))
+    with (
+        base.attached(adapter, random_adapter(base.shapes, 2)),
+        pytest.raises(ValueError, match=r"Edges \(0, 4, 9\) do not deal 17 rows"),
+    ):
+        base.logits(laid, [0, 4, 9])
+    assert_untouched(base, before)
+
+
+def test_adapters_side_by_side_must_have_the_same_modules(folder, adapter):
+    base = Source(str(folder)).load()
+    before = snapshot(base)
+    last = list(adapter)[-1]
+    fewer = Adapter({module: f for module, f in adapter.items() if module != last})
+    flats = [FlatAdapter.of(each, lambda rank: 1.0, base.device) for each in (adapter, fewer)]
+    for place in (base.attached(adapter, fewer), base.training(*flats)):
+        with pytest.raises(ValueError, match=f"side by side have no module '{last}'"), place:
+            pass
+        assert_untouched(base, before)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +301,82 @@ def test_an_adapter_of_another_model_is_refused(base, module, factors, message):
 def test_the_same_model_for_all_and_nothing_of_it_trains(base):
     assert not base.model.training
     assert not any(p.requires_grad for p in base.model.parameters())
+
+
+# --- layers of our own ---------------------------------------------------------------------
+
+
+SMALL = {
+    "vocab_size": 15,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+
+
+def of_kind(kind: str, **changes):
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def ours(model) -> tuple[int, int]:
+    """How many norms and blocks are ours."""
+    kinds = [type(module) for module in model.modules()]
+    return kinds.count(RMSNorm), kinds.count(GatedMLP)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "norms", "blocks"),
+    [
+        ("Llama", {}, 5, 2),
+        ("Mistral", {}, 5, 2),
+        ("Qwen2", {}, 5, 2),
+        ("Qwen3", {}, 9, 2),
+        ("SmolLM3", {}, 5, 2),
+        ("Llama", {"hidden_act": "gelu"}, 5, 0),
+        ("Gemma", {}, 0, 0),
+        ("Granite", {}, 0, 0),
+    ],
+)
+def test_norms_and_blocks_that_we_know_are_ours_and_say_the_same(
+    folder, kind, changes, norms, blocks
+):
+    model = of_kind(kind, **changes)
+    names = set(model.state_dict())
+    ids = torch.tensor([[3, 7, 4, 9, 14]])
+    with torch.no_grad():
+        want = model(ids).logits
+        base = Base(model, tiny.words_tokenizer(), kind)
+        torch.testing.assert_close(model(ids).logits, want, rtol=1e-5, atol=1e-5)
+    assert ours(base.model) == (norms, blocks)
+    assert {name.replace(".base.", ".") for name in base.model.state_dict()} == names
+
+
+def test_a_block_of_which_not_all_is_adapted_stays_the_model_s():
+    base = Base(of_kind("Llama"), tiny.words_tokenizer(), "llama", ("q_proj", "up_proj"))
+    assert ours(base.model) == (5, 0)
+
+
+@pytest.mark.parametrize("kind", ["Gemma", "Qwen3"])
+def test_other_models_train_side_by_side_too(kind):
+    """With and without blocks of our own."""
+    base = Base(of_kind(kind), tiny.words_tokenizer(), kind)
+    ids = torch.tensor([[3, 7, 4, 9], [8, 5, 12, 6]])
+    adapters = [random_adapter(base.shapes, rank) for rank in (2, 3)]
+    with torch.no_grad():
+        with base.attached(*adapters):
+            got = base.model(ids).logits
+        for row, alone in enumerate(adapters):
+            with base.attached(alone):
+                want = base.model(ids[row : row + 1]).logits[0]
+            torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-4)
 
 
 # --- loading -------------------------------------------------------------------------------

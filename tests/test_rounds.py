@@ -34,6 +34,8 @@ class Watched:
     jobs: list[Job]
     replies: list[Reply]
 
+    together: int = 1
+
     def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
         def watch():
             for job in jobs:
@@ -145,7 +147,7 @@ def test_bytes_counted_are_bytes_sent(done):
 def test_a_round_s_totals_are_those_of_its_clients(done):
     for event in done.of("round"):
         clients = done.of("client", round=event["round"])
-        assert event["cohort"] == [client["client"] for client in clients]
+        assert event["cohort"] == sorted(client["client"] for client in clients)
         assert event["received"] == 4
         for key in ("examples", "tokens", "loss_total", "loss_tokens", "bytes_up", "bytes_down"):
             assert event[key] == pytest.approx(sum(client[key] for client in clients))
@@ -303,6 +305,7 @@ class Replayed:
     replies: dict[str, bytes]
     victim: str
     change: object
+    together: int = 1
 
     def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
         for job in jobs:
@@ -439,6 +442,8 @@ def test_a_smaller_rank_than_asked_for_does_not_stop_fedit(folder, tmp_path):
 
 def test_a_round_of_which_nothing_came_back_is_an_error(honest, tmp_path):
     class Silent:
+        together = 1
+
         def exchange(self, jobs):
             for job in jobs:
                 yield Lost(job.client, "unplugged")
@@ -452,6 +457,8 @@ def test_a_round_of_which_nothing_came_back_is_an_error(honest, tmp_path):
 
 def test_replies_in_another_order_give_the_same_bytes(honest, tmp_path):
     class Backwards:
+        together = 1
+
         def exchange(self, jobs):
             replies = {reply.client: reply for reply in honest.watched.replies}
             for job in reversed(list(jobs)):
@@ -466,6 +473,8 @@ def test_a_client_that_never_answers_is_recorded_as_lost(honest, tmp_path):
     """Though the federation owes one answer for each job."""
 
     class Forgetful:
+        together = 1
+
         def exchange(self, jobs):
             replies = {reply.client: reply for reply in honest.watched.replies}
             for job in jobs:
@@ -483,7 +492,7 @@ def test_a_fault_in_a_simulated_turn_is_seen_with_its_place(honest, tmp_path):
     )
     with pytest.raises(ValueError, match="no rows to train on") as caught:
         list(rounds.run(broken, tmp_path / "run"))
-    assert "In the turn of client 'client1' in round 1." in caught.value.__notes__
+    assert "In the turn of client 'client4' in round 1." in caught.value.__notes__
 
 
 def test_a_new_run_in_the_folder_of_an_old_one_is_refused(honest, tmp_path):

@@ -119,7 +119,7 @@ def settings(folder: Path, **changes: Any) -> Experiment:
             "rows_per_client": 1,
             "truncated": True,
         },
-        "run": {"threads": 1},
+        "run": {"threads": 1, "clients_at_once": 1},
     }
     for section, fields in changes.items():
         content[section] = {**content[section], **fields} if isinstance(fields, dict) else fields

@@ -4,12 +4,12 @@ One round, in the order of the files. A file in the singular says what a thing i
 the plural holds its kinds, one per file.
 
     a client's rows      data.corpus, data.corpora, data.partition    rows, dealt to clients
-    tokens               data.prompt, data.tokens                     encoded once, packed in rows
+    tokens               data.prompt, data.tokens, data.packing       encoded once, laid in rows
     who takes part       sampling, ranks                              cohort; each client's rank
     what a client gets   method, methods                              state -> Download
-    local training       client, model, training                      Download -> trained Adapter
+    local training       client, model, layers, training              Download -> trained Adapter
     upload               wire, validate                               Upload <-> bytes, checked
-    aggregate            linalg                                       uploads -> state, in low rank
+    aggregate            linalg, decomposition, decompositions        uploads -> state, in low rank
     evaluate             task, tasks, rouge                           generation, Rouge-L, loss
     report               record, report                               journal -> tables, page
     the loop             rounds, federation, federations              pick, exchange, aggregate

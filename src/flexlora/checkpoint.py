@@ -20,7 +20,8 @@ POINTER = "checkpoint.json"
 class Checkpoint:
     """The state after a round (0: before the first), and how long the journal was then.
 
-    ``identity`` is that of the experiment. The state's adapters are read from the disk module
+    ``identity`` is that of the experiment; ``together`` is how many clients it trains at a
+    time, which a resumed run repeats. The state's adapters are read from the disk module
     by module.
     """
 
@@ -28,10 +29,16 @@ class Checkpoint:
     journal_bytes: int
     state: State
     identity: str = ""
+    together: int = 1
 
 
 def save(
-    folder: Path, round: int, journal_bytes: int, state: State, identity: str = ""
+    folder: Path,
+    round: int,
+    journal_bytes: int,
+    state: State,
+    identity: str = "",
+    together: int = 1,
 ) -> Checkpoint:
     """Write a checkpoint of the run in ``folder``, then forget the one before.
 
@@ -52,6 +59,7 @@ def save(
         "round": round,
         "journal_bytes": journal_bytes,
         "identity": identity,
+        "together": together,
         "state": name,
         "adapters": sorted(state.adapters),
     }
@@ -76,7 +84,13 @@ def load(folder: Path) -> Checkpoint:
             name: wire.open_file(state / f"{name}.safetensors")[0] for name in pointer["adapters"]
         }
         known = State(adapters, facts)
-        return Checkpoint(pointer["round"], pointer["journal_bytes"], known, pointer["identity"])
+        return Checkpoint(
+            round=pointer["round"],
+            journal_bytes=pointer["journal_bytes"],
+            state=known,
+            identity=pointer["identity"],
+            together=pointer["together"],
+        )
     except FileNotFoundError as error:
         raise ValueError(
             f"There is no run to resume in {folder}: {error.filename} is missing."

@@ -14,11 +14,13 @@ from flexlora.data.tokens import TokenStore
 from flexlora.method import Method, Upload
 from flexlora.model import Base
 from flexlora.seeds import rng
-from flexlora.training.loop import train
+from flexlora.training.loop import Learner, Trained, train_together
 from flexlora.training.optimizer import Training
 
-FACTS = ("tokens", "steps", "loss_total", "loss_tokens", "seconds", "bytes_down")
-"""What a turn tells the journal: totals, in tokens, steps, nats, seconds and bytes."""
+FACTS = ("tokens", "computed", "steps", "loss_total", "loss_tokens", "seconds", "bytes_down")
+"""What a turn tells the journal: totals, in tokens, steps, nats, seconds and bytes.
+
+``computed`` are the tokens that went through the model, those shared by examples once."""
 
 
 @dataclass(frozen=True)
@@ -60,30 +62,41 @@ class Workplace:
 
 
 def turn(job: Job, here: Workplace) -> bytes:
-    """Train on the client's own rows and return its upload as it travels.
+    """One client's turn; see ``turns``."""
+    return turns([job], here)[0]
+
+
+def turns(jobs: Sequence[Job], here: Workplace) -> list[bytes]:
+    """Train clients at the same time, each on its own rows; their uploads as they travel.
 
     All randomness is that of (seed, client, round). Precision is the wire's at both ends
-    and float32 in between.
+    and float32 in between. Who else is trained changes a client's numbers by rounding only.
     """
-    # The start is read again at the end, not held in memory while training.
-    trained = train(
-        here.base,
-        job.start(),
-        here.store,
-        here.rows[job.client],
-        here.training,
-        rng(here.seed, "client", job.client, job.round),
-        job.round,
-        here.method.penalty,
-    )
-    facts = {
-        "tokens": trained.tokens,
-        "steps": trained.steps,
-        "loss_total": trained.loss_total,
-        "loss_tokens": trained.loss_tokens,
-        "seconds": trained.seconds,
-        "bytes_down": job.bytes_down,
-    }
+    learners = [
+        Learner(
+            f"client {job.client!r}",
+            job.start(),
+            here.rows[job.client],
+            rng(here.seed, "client", job.client, job.round),
+            here.method.penalty,
+        )
+        for job in jobs
+    ]
+    rounds = {job.round for job in jobs}
+    if not jobs:
+        return []
+    if len(rounds) != 1:
+        raise ValueError(f"Clients train together in one round, not in {sorted(rounds)}.")
+    trained = train_together(here.base, learners, here.store, here.training, rounds.pop())
+    del learners
+    return [_upload(job, here, done) for job, done in zip(jobs, trained, strict=True)]
+
+
+def _upload(job: Job, here: Workplace, trained: Trained) -> bytes:
+    """What a client sends of its training."""
+    facts = {name: getattr(trained, name) for name in FACTS if name != "bytes_down"}
+    facts["bytes_down"] = job.bytes_down
+    # The start is read again, not held in memory while training.
     returned = here.method.returns(job.start().to(torch.float32), trained.adapter)
     upload = Upload(job.client, job.round, returned, len(here.rows[job.client]), facts)
     return wire.encode_upload(upload, here.wire_dtype)

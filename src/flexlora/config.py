@@ -86,12 +86,16 @@ class Rounds(BaseModel):
 
 
 class Run(BaseModel):
-    """Where the run lies, and on how many threads it computes."""
+    """Where the run lies, on how many threads it computes, how many clients train at a time.
+
+    ``clients_at_once`` is measured when it is not given; results differ by rounding.
+    """
 
     model_config = CLOSED
     folder: str | None = None
     keep_adapters: Literal["all", "last"] = "all"
     threads: int | None = Field(None, ge=1)
+    clients_at_once: int | None = Field(None, ge=1)
 
 
 class Experiment(BaseModel):

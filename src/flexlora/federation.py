@@ -28,6 +28,11 @@ class Lost:
 class Federation(Protocol):
     """Carries jobs to clients and replies back."""
 
+    @property
+    def together(self) -> int:
+        """How many consecutive jobs are worked on as one; 1 where clients do not meet."""
+        ...
+
     def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
         """One reply or loss for each job, as they arrive, in any order.
 

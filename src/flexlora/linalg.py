@@ -1,81 +1,25 @@
-"""The algebra of low-rank sums: stack, truncate, measure, without the full-size matrix.
+"""The algebra of low-rank sums: add up, truncate, measure, without the full-size matrix.
 
-Everything here works on factors. Nothing of the size out x in is made while the summed
-rank is below ``min(out, in)``; above it the factors are no longer the smaller form.
+Nothing of the size out x in is made while the factors are the smaller form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flexlora.adapter import Factors
+from flexlora.decomposition import SVD, Matrix, Split
+from flexlora.decompositions import decompose
 
-Split = Literal["left", "balanced"]
-"""Where the singular values go: ``left`` B = U S and A = V', ``balanced`` sqrt(S) to each."""
+__all__ = ["SVD", "Accumulator", "LowRankSum", "Split", "mean", "norm"]
 
-
-@dataclass(frozen=True, eq=False)
-class SVD:
-    """The leading part of a singular value decomposition ``U diag(S) Vt``.
-
-    ``U`` is (out, kept), ``Vt`` (kept, in). ``S`` holds *all* singular values in
-    descending order, also those whose vectors were not kept, so that the energy lost is
-    known. Of each right vector the entry of largest modulus is positive, so that equal
-    matrices give equal vectors.
-    """
-
-    U: Tensor
-    S: Tensor
-    Vt: Tensor
-
-    @property
-    def kept(self) -> int:
-        """How many pairs of vectors are held."""
-        return self.U.shape[1]
-
-    def energy(self, rank: int) -> float:
-        """The share of the squared Frobenius norm that the best rank-``rank`` part holds.
-
-        1.0 for the zero matrix, of which nothing can be lost.
-        """
-        squares = self.S.double().square()
-        total = squares.sum()
-        return float(squares[:rank].sum() / total) if total > 0 else 1.0
-
-    def rank_for(self, energy: float) -> int:
-        """The smallest rank that keeps at least this share of the squared Frobenius norm.
-
-        At least 1, so that there is something to store.
-
-        Raises:
-            ValueError: the share is not in (0, 1].
-        """
-        if not 0 < energy <= 1:
-            raise ValueError(f"An energy share lies in (0, 1], got {energy}.")
-        squares = self.S.double().square()
-        total = float(squares.sum())
-        if total == 0:
-            return 1
-        # Rounding of the running sum must not push energy 1.0 past the numerical rank.
-        reached = squares.cumsum(0) >= energy * total * (1 - 1e-14)
-        return int(reached.int().argmax()) + 1
-
-    def factors(self, rank: int, split: Split = "left") -> Factors:
-        """The best approximation of rank ``rank`` (Eckart and Young) as factors.
-
-        Zero terms are never appended: with fewer pairs held, fewer are returned.
-        """
-        rank = min(rank, self.kept)
-        U, S, Vt = self.U[:, :rank], self.S[:rank], self.Vt[:rank]
-        if split == "left":
-            return Factors(U * S, Vt)
-        root = S.sqrt()
-        return Factors(U * root, root[:, None] * Vt)
+BATCH_RANK = 512
+"""The summed rank of the terms that a dense sum takes in one product: wide enough for the
+processor's full speed, narrow beside the matrix itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,25 +75,14 @@ class LowRankSum:
         return Factors(B, A)
 
     def svd(self, rank: int | None = None, dtype: torch.dtype = torch.float64) -> SVD:
-        """The singular value decomposition, with the vectors of the first ``rank`` values.
+        """The exact singular value decomposition, with the vectors of the first ``rank`` values.
 
-        Two thin QR decompositions of the stacked factors and an SVD of the small product
-        of their triangles: O((out + in) s^2 + s^3) for a summed rank s, against
-        O(out in min(out, in)) for the dense matrix, which is taken once s reaches
-        min(out, in) and is the smaller form.
+        From factors or from the dense matrix, whichever costs less (``decompositions``).
 
         Raises:
             ValueError: a factor holds NaN or infinity.
         """
-        stacked = self.stacked(dtype)
-        if not (stacked.B.isfinite().all() and stacked.A.isfinite().all()):
-            raise ValueError("Cannot decompose factors that hold NaN or infinity.")
-        left, right = _sides(stacked)
-        U, S, Vt = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-        kept = len(S) if rank is None else min(rank, len(S))
-        U, V = left.expand(U[:, :kept]), right.expand(Vt[:kept].T)
-        sign = _signs(V)
-        return SVD(U * sign, S, (V * sign).T)
+        return decompose(self.stacked(dtype), rank)
 
     def norm(self) -> float:
         """The Frobenius norm, by QR in float64.
@@ -158,54 +91,102 @@ class LowRankSum:
         digits, and all of them in float32.
         """
         stacked = self.stacked(torch.float64)
-        left, right = _sides(stacked)
-        return float(torch.linalg.matrix_norm(left.R @ right.R.T))
+        return float(torch.linalg.matrix_norm(_triangle(stacked.B) @ _triangle(stacked.A.T).T))
 
     def inner(self, other: LowRankSum) -> float:
         """The Frobenius inner product with another sum, by one QR of both, in float64."""
         both = (self + other).stacked(torch.float64)
-        left, right = _sides(both)
+        left, right = _triangle(both.B), _triangle(both.A.T)
         s = self.rank
-        mine = left.R[:, :s] @ right.R[:, :s].T
-        theirs = left.R[:, s:] @ right.R[:, s:].T
+        mine = left[:, :s] @ right[:, :s].T
+        theirs = left[:, s:] @ right[:, s:].T
         return float((mine * theirs).sum())
 
 
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """A tall matrix (rows, s) as Q R, with Q kept as Householder reflectors, never formed."""
+class Accumulator:
+    """A weighted sum that absorbs its terms one by one, and merges with the sum of others.
 
-    R: Tensor
-    rows: int
-    reflectors: tuple[Tensor, Tensor] | None
+    Terms are kept as they come, in their own dtype, until their summed rank makes one dense
+    (out, in) matrix the smaller form; from then on they are added to that, several in one
+    product, and forgotten. So memory is bounded by ``out in`` numbers whatever the number
+    of terms. The same terms in the same order give the same bytes; another order or another
+    split into merged parts gives the same sum up to rounding.
+    """
 
-    @classmethod
-    def of(cls, tall: Tensor) -> _Side:
-        packed, tau = torch.geqrf(tall)
-        return cls(packed[: tall.shape[1]].triu(), tall.shape[0], (packed, tau))
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._waiting: list[tuple[float, Factors]] = []
+        self._waiting_rank = 0
+        self._dense: Tensor | None = None
 
-    def expand(self, small: Tensor) -> Tensor:
-        """``Q @ small``."""
-        if self.reflectors is None:
-            return small
-        tall = torch.nn.functional.pad(small, (0, 0, 0, self.rows - small.shape[0]))
-        return torch.ormqr(*self.reflectors, tall)
+    def absorb(self, weight: float, factors: Factors) -> None:
+        """Add ``weight * B @ A``.
+
+        Raises:
+            ValueError: the shape is another.
+        """
+        if factors.shape != self.shape:
+            raise ValueError(
+                f"Cannot add factors of shape {factors.shape} to a sum of shape {self.shape} "
+                "(out, in)."
+            )
+        self._waiting.append((weight, factors))
+        self._waiting_rank += factors.rank
+        out, in_ = self.shape
+        # Dense once that is smaller; from then on, as soon as a product is worth its start.
+        if self._waiting_rank * (out + in_) >= out * in_ or (
+            self._dense is not None and self._waiting_rank >= BATCH_RANK
+        ):
+            self._flush()
+
+    def merge(self, other: Accumulator) -> None:
+        """Add the sum that another accumulator holds, which stays as it is.
+
+        Raises:
+            ValueError: the shape or the dtype is another.
+        """
+        if (other.shape, other.dtype) != (self.shape, self.dtype):
+            raise ValueError(
+                f"Cannot merge a sum of shape {other.shape} in {other.dtype} into one of "
+                f"shape {self.shape} in {self.dtype}."
+            )
+        if other._dense is not None:
+            self._flush()
+            self._dense = other._dense + (0 if self._dense is None else self._dense)
+        for weight, factors in other._waiting:
+            self.absorb(weight, factors)
+
+    def finalize(self) -> Matrix:
+        """The sum, as one pair of factors or as a dense matrix.
+
+        Raises:
+            ValueError: nothing was absorbed.
+        """
+        if self._dense is None:
+            return LowRankSum.of(self._waiting).stacked(self.dtype)
+        self._flush()
+        return self._dense
+
+    def _flush(self) -> None:
+        """Add the waiting terms to the dense sum, in products of about ``BATCH_RANK`` columns."""
+        batch: list[tuple[float, Factors]] = []
+        waiting, self._waiting, self._waiting_rank = self._waiting[::-1], [], 0
+        while waiting:
+            batch.append(waiting.pop())
+            if not waiting or sum(f.rank for _, f in batch) >= BATCH_RANK:
+                stacked = LowRankSum.of(batch).stacked(self.dtype)
+                if self._dense is None:
+                    self._dense = stacked.B.new_zeros(self.shape)
+                self._dense.addmm_(stacked.B, stacked.A)
+                batch = []
 
 
-def _sides(stacked: Factors) -> tuple[_Side, _Side]:
-    """``B`` and ``A'`` as Q R, or as they are where that would not make them smaller."""
-    B, A_t = stacked.B, stacked.A.T
-    if stacked.rank >= min(stacked.shape):
-        return _Side(B, B.shape[0], None), _Side(A_t, A_t.shape[0], None)
-    return _Side.of(B), _Side.of(A_t)
-
-
-def _signs(V: Tensor) -> Tensor:
-    """For each column the sign that makes its entry of largest modulus positive."""
-    if V.shape[1] == 0:
-        return V.new_ones(0)
-    peaks = V.gather(0, V.abs().argmax(dim=0, keepdim=True))[0]
-    return torch.where(peaks < 0, -1.0, 1.0).to(V.dtype)
+def _triangle(tall: Tensor) -> Tensor:
+    """R of ``tall = Q R``, or ``tall`` where that is no larger."""
+    if tall.shape[1] >= tall.shape[0]:
+        return tall
+    R: Tensor = torch.linalg.qr(tall, mode="r").R
+    return R
 
 
 def norm(factors: Factors) -> float:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,67 +17,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexlora import smollm2
 from flexlora.adapter import Factors
-from flexlora.training.flat import FlatAdapter, Scale
-
-SEGMENTS = "flexlora_segments"
-"""Our attention over several examples laid in one row: each example attends to itself only."""
-
+from flexlora.data.packing import Forest, Pack
+from flexlora.layers import attention, mlp, norm
+from flexlora.layers.lora import Layout, LoRALinear, Part
+from flexlora.training.flat import FlatAdapter
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a place for factors; without them, the layer itself."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.A: Tensor | None = None
-        self.B: Tensor | None = None
-        self.scale = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x W' + scale (x A') B'``."""
-        if self.A is None or self.B is None:
-            return cast(Tensor, self.base(x))
-        if type(self.base) is nn.Linear:
-            y = _FusedLoRA.apply(  # type: ignore[no-untyped-call]
-                x, self.base.weight, self.base.bias, self.A, self.B, self.scale
-            )
-            return cast(Tensor, y)
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        return cast(Tensor, self.base(x)) + self.scale * F.linear(F.linear(x, A), B)
-
-
-class _FusedLoRA(torch.autograd.Function):
-    """The layer and its factors as one node: the input is saved once, sums are in place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        h = rows @ A.to(x.dtype).t()
-        y = F.linear(rows, W, bias)
-        y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(rows, h, W, A, B)
-        ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, h, W, A, B = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        through = g @ B.to(g.dtype)
-        through *= ctx.scale
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ W
-            dx.addmm_(through, A.to(g.dtype))
-            dx = dx.view(*grad.shape[:-1], -1)
-        dA = (through.t() @ rows).to(A.dtype) if ctx.needs_input_grad[3] else None
-        dB = (g.t() @ h).mul_(ctx.scale).to(B.dtype) if ctx.needs_input_grad[4] else None
-        return dx, None, None, dA, dB, None
 
 
 class Base:
@@ -95,7 +38,9 @@ class Base:
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self._layers = _place(model, targets)
+        self._layout = Layout()
+        self._layers = _place(model, targets, self._layout)
+        _lean(model)
         self.model.train(False)
 
     @property
@@ -117,38 +62,40 @@ class Base:
         return self.model.device
 
     @contextmanager
-    def attached(self, adapter: Mapping[str, Factors]) -> Iterator[None]:
-        """The model with this adapter, for evaluation; without it again afterwards.
+    def attached(self, *adapters: Mapping[str, Factors]) -> Iterator[None]:
+        """The model with these adapters, for evaluation; without them again afterwards.
+
+        Of several, each has an equal part of every batch, in their order.
 
         Raises:
-            ValueError: the adapter's modules or shapes are not the model's.
+            ValueError: an adapter's modules or shapes are not the model's.
         """
-        self._check(adapter)
         dtype = self.model.dtype
-        self._set(
+        here = [
             {
-                m: Factors(f.B.to(self.device, dtype), f.A.to(self.device, dtype))
+                m: Part(f.A.to(self.device, dtype), f.B.to(self.device, dtype))
                 for m, f in adapter.items()
             }
-        )
-        try:
+            for adapter in map(self._checked, adapters)
+        ]
+        with self._with(here):
             yield
-        finally:
-            self._clear()
 
     @contextmanager
-    def training(self, adapter: FlatAdapter) -> Iterator[None]:
+    def training(self, *adapters: FlatAdapter) -> Iterator[None]:
         """The model with trainable factors; without them again afterwards.
 
+        Of several, ``logits`` is told which rows are whose.
+
         Raises:
-            ValueError: the adapter's modules or shapes are not the model's.
+            ValueError: an adapter's modules or shapes are not the model's.
         """
-        self._check(adapter.factors)
-        self._set(adapter.factors, adapter.scale)
-        try:
+        here = [
+            {m: Part(f.A, f.B, flat.scale(f.rank)) for m, f in self._checked(flat.factors).items()}
+            for flat in adapters
+        ]
+        with self._with(here):
             yield
-        finally:
-            self._clear()
 
     @contextmanager
     def recomputing(self, wanted: bool) -> Iterator[None]:
@@ -165,7 +112,8 @@ class Base:
             raise ValueError(f"{self.name} cannot recompute; unset training.recompute_above.")
         # Of the layers alone, not of what is in them: training mode would turn dropout on.
         # And not through the model's own switch, which leaves a hook on the embeddings.
-        recompute = partial(checkpoint, use_reentrant=False)
+        # What is recomputed in the backward pass needs the edges of its forward pass.
+        recompute = partial(checkpoint, use_reentrant=False, context_fn=self._layout.twice)
         for layer in layers:
             cast(Any, layer)._gradient_checkpointing_func = recompute
             layer.gradient_checkpointing = layer.training = True
@@ -175,41 +123,75 @@ class Base:
             for layer in layers:
                 layer.gradient_checkpointing = layer.training = False
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor, starts: Tensor, at: Tensor) -> Tensor:
-        """The logits (len(at), vocabulary) at positions ``at`` of one row of examples.
+    @property
+    def shares(self) -> bool:
+        """Whether the attention can take examples that share their first tokens."""
+        return self._implementation in (attention.NAME, "sdpa", "eager")
 
-        ``starts`` (examples + 1,) bounds the examples in the row. The head runs on the
-        positions asked for and on no others.
+    def logits(self, row: Pack, edges: Sequence[int] | None = None) -> Tensor:
+        """The logits (places of the loss, vocabulary) of a row, at its ``loss_positions``.
+
+        ``edges`` say which tokens belong to which adapter, if there are several. The head
+        runs on the positions asked for and on no others.
+
+        Raises:
+            ValueError: the attention cannot do what the row or the model asks for.
         """
-        # A mask is what our attention does without; transformers takes a 4-D one as it is.
-        own = self.model.config._attn_implementation == SEGMENTS
-        mask = torch.empty(1, 1, 0, 0) if own else None
-        lengths = starts.diff()
-        longest = int(lengths.max())
-        out = self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            logits_to_keep=at,
-            use_cache=False,
-            cu_seq_lens_q=starts.int(),
-            cu_seq_lens_k=starts.int(),
-            max_length_q=longest,
-            max_length_k=longest,
-        )
+        forest = row.forest
+        with self._layout.of(edges):
+            out = self.model(
+                input_ids=to_device(row.input_ids, self.device),
+                position_ids=to_device(row.position_ids, self.device),
+                logits_to_keep=to_device(row.loss_positions, self.device),
+                use_cache=False,
+                **self._seen(forest),
+            )
         return cast(Tensor, out.logits[0])
 
-    def _set(self, factors: Mapping[str, Factors], scale: Scale | None = None) -> None:
-        for path, f in factors.items():
-            layer = self._layers[path]
-            layer.A, layer.B = f.A, f.B
-            layer.scale = scale(f.rank) if scale else 1.0
+    def _seen(self, forest: Forest) -> dict[str, Any]:
+        """What tells the model's attention which tokens see which."""
+        if self._implementation == attention.NAME:
+            # A mask is what our attention does without; transformers takes a 4-D one as it is.
+            return {"attention_mask": torch.empty(1, 1, 0, 0), "forest": forest}
+        if self.shares:
+            seen = forest.mask(0, forest.edges[-1]).to(self.device)
+            hidden = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
+            hidden.masked_fill_(~seen, torch.finfo(self.model.dtype).min)
+            return {"attention_mask": hidden[None, None]}
+        if any(prefix >= 0 for prefix in forest.prefixes):
+            raise ValueError(
+                f"model.attention {self._implementation!r} cannot share first tokens of examples."
+            )
+        bounds = torch.tensor(forest.edges, dtype=torch.int32, device=self.device)
+        longest = forest.longest
+        return {
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
-    def _clear(self) -> None:
-        for layer in self._layers.values():
-            layer.A = layer.B = None
+    @property
+    def _implementation(self) -> str:
+        return str(self.model.config._attn_implementation)
 
-    def _check(self, adapter: Mapping[str, Factors]) -> None:
+    @contextmanager
+    def _with(self, adapters: Sequence[Mapping[str, Part]]) -> Iterator[None]:
+        """The layers with the parts of these adapters, then without."""
+        found = {}
+        for path in self._layers:
+            found[path] = tuple(adapter[path] for adapter in adapters if path in adapter)
+            if found[path] and len(found[path]) < len(adapters):
+                raise ValueError(f"Some of the adapters side by side have no module {path!r}.")
+        try:
+            for path, layer in self._layers.items():
+                layer.parts = found[path]
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.parts = ()
+
+    def _checked(self, adapter: Mapping[str, Factors]) -> Mapping[str, Factors]:
         shapes = self.shapes
         for module, factors in adapter.items():
             if module not in shapes:
@@ -219,6 +201,7 @@ class Base:
                     f"The adapter's module {module!r} is {factors.shape} (out, in), "
                     f"but {self.name}'s is {shapes[module]}."
                 )
+        return adapter
 
 
 @dataclass(frozen=True)
@@ -236,7 +219,7 @@ class Source:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     quantize: Literal["none", "4bit"] = "none"
-    attention: str = SEGMENTS
+    attention: str = attention.NAME
     targets: tuple[str, ...] | None = None
 
     def load(self) -> Base:
@@ -260,7 +243,7 @@ class Source:
                 bnb_4bit_compute_dtype=options["dtype"],
             )
             options["device_map"] = {"": self.device}
-        _register_segments()
+        attention.register()
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -296,7 +279,16 @@ def kind(module: str) -> str:
     )
 
 
-def _place(model: nn.Module, targets: Collection[str] | None) -> dict[str, LoRALinear]:
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; to a CUDA device without waiting for the copy."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _place(
+    model: nn.Module, targets: Collection[str] | None, layout: Layout
+) -> dict[str, LoRALinear]:
     """Wrap the targeted linear layers where they stand."""
     head = cast(Any, model).get_output_embeddings()
     found = {
@@ -315,9 +307,19 @@ def _place(model: nn.Module, targets: Collection[str] | None) -> dict[str, LoRAL
     layers = {}
     for path, linear in found.items():
         parent, _, name = path.rpartition(".")
-        layers[path] = LoRALinear(linear)
+        layers[path] = LoRALinear(linear, layout)
         setattr(model.get_submodule(parent), name, layers[path])
     return layers
+
+
+def _lean(model: nn.Module) -> None:
+    """Put our own norms and feed-forward blocks where the model's are known to be the same."""
+    for path, module in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if norm.fits(module):
+            setattr(model.get_submodule(parent), name, norm.RMSNorm(module))
+        elif mlp.fits(module):
+            setattr(model.get_submodule(parent), name, mlp.GatedMLP(module))
 
 
 def _check_device(device: str, quantize: str) -> None:
@@ -343,60 +345,3 @@ def _check_device(device: str, quantize: str) -> None:
             raise ValueError(
                 "model.quantize is '4bit'; install it with: pip install 'flexlora[gpu]'."
             )
-
-
-def _register_segments() -> None:
-    """Make our attention known to transformers by its name."""
-    transformers.AttentionInterface.register(SEGMENTS, _segment_attention)
-    transformers.AttentionMaskInterface.register(SEGMENTS, transformers.masking_utils.sdpa_mask)
-
-
-def _segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention of each example of a row to itself; otherwise transformers' own.
-
-    One kernel call for each example: no mask of row x row entries, and no product between
-    examples that a mask would throw away. Tensors are (1, heads, row, head size).
-    """
-    bounds = options.get("cu_seq_lens_q")
-    if bounds is None:
-        sdpa = transformers.integrations.sdpa_attention.sdpa_attention_forward
-        return sdpa(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            **options,
-        )
-    edges = bounds.tolist()
-    window = options.get("sliding_window")
-    unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
-    if unsupported or (window and max(b - a for a, b in itertools.pairwise(edges)) > window):
-        raise ValueError(
-            f"This model's attention uses {unsupported or 'a sliding window'}, which the default "
-            "attention of examples in one row cannot do; set model.attention to 'eager'."
-        )
-    outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, a:b],
-            key[:, :, a:b],
-            value[:, :, a:b],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        for a, b in itertools.pairwise(edges)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None

@@ -16,8 +16,9 @@ Event = dict[str, Any]
 
 ``start``       version, config, hardware, versions, clients, unseen_clients, modules,
                 rank_types {name: clients}, ranks {name: [ranks in use]},
-                trainable {name: parameters}, resumed (bool)
-``client``      round, client, rank_type, examples, tokens (real ones, trained on), steps,
+                trainable {name: parameters}, clients_at_once, resumed (bool)
+``client``      round, client, rank_type, examples, tokens (of the examples), computed
+                (tokens that went through the model: shared ones once), steps,
                 loss_total, loss_tokens (their quotient is the mean training loss),
                 seconds, bytes_up, bytes_down
 ``lost``        round, client, reason
@@ -28,7 +29,8 @@ Event = dict[str, Any]
                 singular values in each block between levels, then beyond the last]},
                 values {module: [singular values]} for a few modules
 ``evaluation``  round (0 is before training), adapter ("base", "global", "type1", ...),
-                seconds, clients [{client, category, seen, examples, rouge_l, exact_match
+                seconds (its part of the clock, where several adapters were evaluated at
+                once), clients [{client, category, seen, examples, rouge_l, exact_match
                 (sums over examples), loss_total, loss_tokens}]
 ``finish``      rounds, seconds, adapter (its path)
 """

@@ -10,8 +10,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from flexlora import checkpoint, peft_directory, sampling, validate, wire
-from flexlora.adapter import Adapter
+from flexlora.adapter import Adapter, Factors
 from flexlora.checkpoint import Checkpoint
 from flexlora.client import FACTS, Job
 from flexlora.config import Experiment
@@ -32,7 +31,8 @@ from flexlora.linalg import LowRankSum, norm
 from flexlora.method import State, Upload
 from flexlora.record import Event, Record
 from flexlora.seeds import rng
-from flexlora.task import evaluate
+from flexlora.task import evaluate_each
+from flexlora.training.together import clients_at_once
 
 SPECTRA = 6
 """Of how many modules the journal keeps all singular values; of the others, block shares."""
@@ -52,7 +52,6 @@ def run(
     """
     started = time.perf_counter()
     record = Record(folder)
-    federation = federation or Simulated(ready.workplace)
     experiment = ready.experiment
     identity = _identity(experiment)
     if resume:
@@ -68,11 +67,15 @@ def run(
         raise ValueError(f"{folder} already holds a run; resume it, or give another folder.")
     else:
         folder.mkdir(parents=True, exist_ok=True)
+        together = federation.together if federation else _together(ready)
         # No name for the first state: it would stay in memory as long as the run.
-        point = checkpoint.save(folder, 0, 0, ready.method.start(ready.fresh()), identity)
-    yield record.append("start", **_start_facts(ready, resume))
+        start = ready.method.start
+        point = checkpoint.save(folder, 0, 0, start(ready.fresh()), identity, together)
+    federation = federation or Simulated(ready.workplace, point.together)
+    facts = _start_facts(ready, resume)
+    yield record.append("start", **facts, clients_at_once=federation.together)
     if point.round == 0 and experiment.evaluation.base:
-        yield from _evaluated(record, ready, 0, "base", None)
+        yield from _evaluated(record, ready, 0, {"base": {}})
     for number in range(point.round + 1, experiment.federation.rounds + 1):
         point = yield from _round(record, ready, federation, number, point)
     yield record.append(
@@ -119,11 +122,24 @@ def _round(
     )
     yield record.append("spectrum", round=number, **_spectrum(ready, adapter, state))
     yield from _evaluations(record, ready, number, adapter)
-    point = checkpoint.save(folder, number, record.bytes, state, point.identity)
+    point = checkpoint.save(folder, number, record.bytes, state, point.identity, point.together)
     shutil.rmtree(spool)
     if ready.experiment.run.keep_adapters == "last" and number > 1:
         shutil.rmtree(adapter_folder(folder, number - 1).parent, ignore_errors=True)
     return point
+
+
+def _together(ready: Ready) -> int:
+    """How many clients train at a time in this process: as the config says, or measured."""
+    here, shapes = ready.workplace, ready.base.shapes
+    return ready.experiment.run.clients_at_once or clients_at_once(
+        ready.base,
+        here.store,
+        (here.rows[id] for id in ready.clients),
+        here.training,
+        sum(rank * sum(shapes[module]) for module, rank in ready.largest.items()),
+        ready.cohort_size,
+    )
 
 
 def _identity(experiment: Experiment) -> str:
@@ -155,13 +171,18 @@ def _received(
     Every upload is written to the disk before it is looked at, so that none is trained
     twice after a crash and none is held in memory.
     """
-    place = {id: spool / f"{index:07d}.safetensors" for index, id in enumerate(ready.clients)}
-    waiting = []
-    for id in cohort:
-        if place[id].exists():
-            yield _checked(ready, id, number, place[id])
+    place = {id: spool / f"{index:07d}.safetensors" for index, id in enumerate(cohort)}
+    waiting: list[str] = []
+    # The longest first: with several at work, none is left for the end alone.
+    order = sorted(cohort, key=lambda id: (-ready.clients[id].examples, id))
+    for start in range(0, len(order), federation.together):
+        group = order[start : start + federation.together]
+        if all(place[id].exists() for id in group):
+            yield from (_checked(ready, id, number, place[id]) for id in group)
         else:
-            waiting.append(id)
+            # Together or not at all: numbers of clients trained together differ by rounding
+            # from those trained in other company, and a resumed run is the same to the bit.
+            waiting += group
 
     def draw(module: str) -> np.random.Generator:
         return rng(ready.experiment.seed, "handout", number, module)
@@ -224,7 +245,7 @@ def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
 
     The last block is what the aggregate held beyond the largest rank, and so lost.
     """
-    levels = sorted({rank for c in ready.clients.values() for rank in set(c.ranks.values())})
+    levels = sorted({rank for ranks in ready.ranks_in_use.values() for rank in ranks.values()})
     lost = state.facts.get("lost_energy", {})
     shown = set(list(adapter)[:: max(len(adapter) // SPECTRA + 1, 1)])
     energy, values = {}, {}
@@ -243,26 +264,29 @@ def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
 def _evaluations(record: Record, ready: Ready, number: int, adapter: Adapter) -> Iterator[Event]:
     """The global adapter when it is its turn; at the end also cut to each rank type."""
     how, last = ready.experiment.evaluation, number == ready.experiment.federation.rounds
+    adapters = {}
     if last or (how.every and number % how.every == 0):
-        yield from _evaluated(record, ready, number, "global", adapter)
+        adapters["global"] = adapter
     if last and how.truncated:
-        used = {client.rank_type: client.ranks for client in ready.clients.values()}
+        used = ready.ranks_in_use
         for name in ready.ranks.types:
             if name in used and used[name] != ready.largest:
-                cut = adapter.first(used[name])
-                yield from _evaluated(record, ready, number, name, cut)
+                adapters[name] = adapter.first(used[name])
+    yield from _evaluated(record, ready, number, adapters)
 
 
 def _evaluated(
-    record: Record, ready: Ready, number: int, name: str, adapter: Adapter | None
+    record: Record, ready: Ready, number: int, adapters: Mapping[str, Mapping[str, Factors]]
 ) -> Iterator[Event]:
-    if not ready.questions:
+    """These adapters side by side; each event has an equal part of the seconds."""
+    if not ready.questions or not adapters:
         return
     started = time.perf_counter()
-    with ready.base.attached(adapter) if adapter else nullcontext():
-        rows = evaluate(ready.base, ready.questions, ready.prompt, ready.experiment.evaluation)
-    seconds = time.perf_counter() - started
-    yield record.append("evaluation", round=number, adapter=name, seconds=seconds, clients=rows)
+    how = ready.experiment.evaluation
+    found = evaluate_each(ready.base, list(adapters.values()), ready.questions, ready.prompt, how)
+    seconds = (time.perf_counter() - started) / len(adapters)
+    for name, rows in zip(adapters, found, strict=True):
+        yield record.append("evaluation", round=number, adapter=name, seconds=seconds, clients=rows)
 
 
 def adapter_folder(folder: Path, number: int) -> Path:
@@ -276,7 +300,7 @@ def _export(ready: Ready, adapter: Adapter, target: Path) -> None:
 
 
 def _start_facts(ready: Ready, resume: bool) -> dict[str, Any]:
-    types = {client.rank_type: client.ranks for client in ready.clients.values()}
+    types = ready.ranks_in_use
     shapes = ready.base.shapes
     return {
         "version": metadata.version("flexlora"),

@@ -10,11 +10,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.method import Download, Upload
@@ -23,6 +24,16 @@ FORMAT = 1
 NUMBER_CHARACTERS = 25
 """What every fact takes in a header: a clock's digits must not change a message's length."""
 LARGEST_FACT = 1e15
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+"""What safetensors calls the dtypes that are read; which of them are welcome, others decide."""
 
 
 def encode(adapter: Adapter, header: Mapping[str, Any], dtype: torch.dtype) -> bytes:
@@ -60,14 +71,13 @@ class _Stored(Mapping[str, Factors]):
     """Modules in a file, read one at a time; nothing stays in memory."""
 
     path: Path
+    tensors: Mapping[str, _Place]
     names: tuple[str, ...]
 
     def __getitem__(self, module: str) -> Factors:
-        if module not in self.names:
-            raise KeyError(module)
-        with safetensors.safe_open(self.path, "pt") as file:
-            B, A = file.get_tensor(f"{module}.B"), file.get_tensor(f"{module}.A")
-        return Factors(B, A)
+        B, A = self.tensors[f"{module}.B"], self.tensors[f"{module}.A"]
+        with self.path.open("rb") as file:
+            return Factors(B.read(file), A.read(file))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -76,15 +86,58 @@ class _Stored(Mapping[str, Factors]):
         return len(self.names)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a file that safetensors has found sound."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    first: int
+    bytes: int
+
+    def read(self, file: BinaryIO) -> Tensor:
+        """The tensor; without a map of the file, whose pages would count as memory used."""
+        file.seek(self.first)
+        data = bytearray(file.read(self.bytes))
+        if len(data) != self.bytes:
+            raise ValueError(f"{file.name} was cut off while it was in use.")
+        if not data:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+
 def open_file(path: Path) -> tuple[Adapter, dict[str, Any]]:
-    """As ``decode``, of a file whose modules are read when they are asked for."""
+    """As ``decode``, of a file whose modules are read when they are asked for.
+
+    The header is checked and read once: opening the file anew for each module would parse
+    all of it each time.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            keys = list(file.keys())
             text = (file.metadata() or {}).get("flexlora")
+            keys = list(file.keys())
+        tensors = _places(path)
     except Exception as error:
         raise ValueError(f"{path} is no stored adapter: {error}.") from error
-    return Adapter(_Stored(path, tuple(_halves(keys, str(path))))), _checked(text)
+    names = tuple(_halves(keys, str(path)))
+    return Adapter(_Stored(path, tensors, names)), _checked(text)
+
+
+def _places(path: Path) -> dict[str, _Place]:
+    """Every tensor of a safetensors file by its name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: _Place(
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def encode_download(download: Download, dtype: torch.dtype) -> bytes:

@@ -2,30 +2,15 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.data import tokens
 from flexlora.data.corpus import Corpus, Example
 from flexlora.data.prompt import alpaca, chat, plain
-from flexlora.data.tokens import TokenStore, encode, pack, shorten, steps
+from flexlora.data.tokens import TokenStore, encode, shorten
 
 from .conftest import byte_tokenizer, small_corpus
-
-
-def store_of(sizes):
-    """A store whose row i has prompt and response of these sizes, all ids different."""
-    lengths = [p + r for p, r in sizes]
-    return TokenStore(
-        np.arange(100, 100 + sum(lengths), dtype=np.int32),
-        np.cumsum([0, *lengths]),
-        np.array([p for p, _ in sizes], np.int32),
-        0,
-    )
-
-
-SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7)), min_size=1, max_size=11)
 
 
 def test_prompt_and_response_meet_at_the_border(tokenizer):
@@ -185,76 +170,3 @@ def test_a_damaged_store_is_refused(corpus, tokenizer, tmp_path):
 def test_an_empty_corpus_gives_an_empty_store(tokenizer, tmp_path):
     empty = Corpus.build({"instruction": [], "input": [], "output": []})
     assert len(TokenStore.build(empty, tokenizer, "plain", 50, None)) == 0
-
-
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=40),
-    st.integers(1, 13),
-    st.integers(1, 47),
-    st.data(),
-)
-@settings(deadline=None)
-def test_an_epoch_takes_every_row_once(lengths, per_step, room, data):
-    indices = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True))
-    plan = steps(lengths, indices, per_step, room, np.random.default_rng(1))
-    assert sorted(row for step in plan for rows in step for row in rows) == sorted(indices)
-    counts = [sum(len(rows) for rows in step) for step in plan]
-    assert all(count == per_step for count in counts[:-1])
-    assert len(counts) == -(-len(indices) // per_step)
-    for step in plan:
-        sums = [sum(lengths[row] for row in rows) for rows in step]
-        for rows, total in zip(step, sums, strict=True):
-            assert rows
-            assert total <= room or len(rows) == 1
-        # First fit: no pack's first row would have fitted an earlier pack as it then was.
-        for early, late in zip(sums, step[1:], strict=False):
-            assert early + lengths[late[0]] > room or early > room
-    again = steps(lengths, indices, per_step, room, np.random.default_rng(1))
-    assert plan == again
-
-
-def test_steps_shuffle_and_refuse_nothing_by_order():
-    plan = steps([3] * 29, range(29), 7, 9, np.random.default_rng(2))
-    other = steps([3] * 29, range(29), 7, 9, np.random.default_rng(3))
-    assert plan != other
-    assert [len(step) for step in plan] == [3, 3, 3, 3, 1]
-    with pytest.raises(ValueError, match="Steps of 0 examples"):
-        steps([3], [0], 0, 9, np.random.default_rng(2))
-
-
-@given(SIZES, st.booleans(), st.data())
-@settings(deadline=None)
-def test_a_pack_is_its_examples_one_after_the_other(sizes, prompt_loss, data):
-    store = store_of(sizes)
-    rows = data.draw(st.lists(st.sampled_from(range(len(sizes))), min_size=1, max_size=5))
-    row = pack(store, rows, prompt_loss)
-    assert row.tokens == row.input_ids.shape[1] == sum(sum(sizes[r]) for r in rows)
-    labels, positions = row.labels.tolist(), row.loss_positions.tolist()
-    at = 0
-    for number, r in enumerate(rows):
-        start, end = row.starts[number].item(), row.starts[number + 1].item()
-        one = store[r]
-        assert row.input_ids[0, start:end].tolist() == one.ids.tolist()
-        assert row.position_ids[0, start:end].tolist() == list(range(end - start))
-        learned = one.ids[1:] if prompt_loss else one.response
-        assert labels[at : at + len(learned)] == learned.tolist()
-        places = range(end - 1 - len(learned), end - 1)
-        assert positions[at : at + len(learned)] == list(places)
-        at += len(learned)
-    assert at == len(labels) == len(positions)
-    assert len(row.starts) == len(rows) + 1
-
-
-def test_pack_gives_torch_integers():
-    row = pack(store_of([(3, 2), (2, 5)]), [1, 0])
-    for tensor in (
-        row.input_ids,
-        row.position_ids,
-        row.starts,
-        row.loss_positions,
-        row.labels,
-    ):
-        assert tensor.dtype == torch.int64
-    assert row.loss_positions.tolist() == [1, 2, 3, 4, 5, 9, 10]
-    with pytest.raises(ValueError, match="no examples"):
-        pack(store_of([(3, 2)]), [])

@@ -1,4 +1,6 @@
+import json
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -182,3 +184,99 @@ def test_infinite_factors_are_refused():
     bad.B[0, 0] = math.inf
     with pytest.raises(ValueError, match="NaN or infinity"):
         FlexLoRA().aggregate(start(2), [upload(client(0, 2, 1), bad)])
+
+
+class Lazy(Mapping):
+    """An adapter's modules that count how many of them are held at once."""
+
+    def __init__(self, modules):
+        self.modules, self.read = modules, []
+
+    def __getitem__(self, module):
+        self.read.append(module)
+        return self.modules[module]
+
+    def __iter__(self):
+        return iter(self.modules)
+
+    def __len__(self):
+        return len(self.modules)
+
+
+SHAPES = {"model.q": (211, 307), "model.k": (13, 17), "model.v": (307, 211)}
+
+
+def federation_of(clients: int) -> tuple[State, list[Upload]]:
+    """Three modules, two of them large enough for the bounded route, of decaying spectrum."""
+    scale = torch.arange(1, 30, dtype=torch.float64) ** -1.0
+
+    def modules(seed):
+        drawn = {m: random_factors(out, 29, in_, seed) for m, (out, in_) in SHAPES.items()}
+        return {m: Factors(f.B * scale, f.A) for m, f in drawn.items()}
+
+    uploads = [Upload(f"c{i}", 1, Adapter(Lazy(modules(i))), 13 + i) for i in range(clients)]
+    first = {m: random_factors(out, 5, in_, 99) for m, (out, in_) in SHAPES.items()}
+    return FlexLoRA().start(Adapter(first)), uploads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_modules_side_by_side_give_what_one_by_one_gives(threads):
+    """The same bytes, in the state's order; every factor is read once; threads are put back."""
+    state, uploads = federation_of(5)
+    want = FlexLoRA().aggregate(state, uploads)
+    before = torch.get_num_threads()
+    for upload in uploads:
+        upload.adapter.modules.read.clear()
+    try:
+        torch.set_num_threads(threads)
+        got = FlexLoRA().aggregate(state, uploads)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert list(got.adapters["global"]) == list(SHAPES)
+    assert got.facts == want.facts
+    for module in SHAPES:
+        one, other = (s.adapters["global"][module] for s in (want, got))
+        assert torch.equal(one.B, other.B) and torch.equal(one.A, other.A)
+    assert all(sorted(u.adapter.modules.read) == sorted(SHAPES) for u in uploads)
+
+
+def test_how_each_module_was_decomposed_is_recorded(monkeypatch):
+    monkeypatch.setattr("flexlora.decompositions.RISK", 0.0)
+    state, uploads = federation_of(5)
+    bounded, exact = (
+        FlexLoRA(accuracy=accuracy).aggregate(state, uploads) for accuracy in ("bounded", "exact")
+    )
+    how = bounded.facts["decomposition"]
+    assert [how[m]["route"] for m in SHAPES] == ["krylov", "dense", "krylov"]
+    assert 0 < how["model.q"]["excess"] <= 1e-3 and how["model.k"]["excess"] == 0
+    assert all(h["route"] in ("qr", "dense") for h in exact.facts["decomposition"].values())
+    weights = np.array([u.examples for u in uploads]) / sum(u.examples for u in uploads)
+    for m in SHAPES:
+        want = weighted_sum(list(zip(weights, [u.adapter[m] for u in uploads], strict=True)))
+        optimum = relative_error(best(want, 5), want)
+        for state, limit in ((bounded, how[m]["excess"] + 1e-9), (exact, 1e-9)):
+            got = relative_error(product(state.adapters["global"][m]), want)
+            assert optimum * (1 - 1e-9) <= got <= optimum * (1 + limit)
+        assert bounded.facts["lost_energy"][m] == pytest.approx(optimum**2, rel=0.1)
+    assert json.loads(json.dumps(bounded.facts, allow_nan=False))["decomposition"] == how
+
+
+def test_a_refused_bound_is_recorded(monkeypatch):
+    monkeypatch.setattr("flexlora.decompositions.RISK", 0.0)
+    flat = Factors(torch.eye(211, 113).double(), torch.eye(113, 307).double())
+    method = FlexLoRA()
+    state = method.start(Adapter({M: random_factors(211, 5, 307)}))
+    how = method.aggregate(state, [Upload("c0", 1, Adapter({M: flat}), 7)]).facts["decomposition"]
+    assert how[M]["route"] == "qr" and how[M]["excess"] == 0
+    assert how[M]["refused"] is None or how[M]["refused"] > 1e-3
+
+
+def test_many_clients_end_in_one_dense_sum():
+    state, uploads = federation_of(11)
+    module = "model.k"
+    weights = [u.examples / sum(v.examples for v in uploads) for u in uploads]
+    want = weighted_sum(list(zip(weights, [u.adapter[module] for u in uploads], strict=True)))
+    got = FlexLoRA().aggregate(state, uploads)
+    assert got.facts["decomposition"][module]["route"] == "dense"
+    assert relative_error(product(got.adapters["global"][module]), best(want, 5)) < 1e-9

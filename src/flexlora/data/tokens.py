@@ -1,4 +1,4 @@
-"""Examples as token ids: encoded once, kept on disk, laid in rows without padding."""
+"""Examples as token ids: encoded once and kept on disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexlora.data.corpus import Corpus, Example
 from flexlora.data.prompt import Prompt, named
@@ -188,104 +186,6 @@ class TokenStore:
     def response_tokens(self) -> Int64s:
         """The number of response tokens of each row, its closing EOS included."""
         return self.lengths - self.prompt_tokens
-
-
-@dataclass(frozen=True, eq=False)
-class Pack:
-    """Several examples in one row of T tokens without padding, as a model takes them.
-
-    ``input_ids`` and ``position_ids`` are (1, T); positions begin at 0 for each example. An
-    example may attend to itself only; ``starts`` (examples + 1,) says where each begins, and
-    where the last one ends. The n places of the loss are ``loss_positions`` (n,) and the
-    tokens that should follow there ``labels`` (n,), never those of another example. All
-    are int64 on the CPU.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    starts: Tensor
-    loss_positions: Tensor
-    labels: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the pack holds, all of them real."""
-        return self.input_ids.shape[1]
-
-
-def steps(
-    lengths: Sequence[int] | Int64s,
-    indices: Sequence[int] | Int64s,
-    examples_per_step: int,
-    tokens_per_pack: int,
-    rng: np.random.Generator,
-) -> list[list[list[int]]]:
-    """One epoch over ``indices``: optimiser steps, each of packs, each of rows.
-
-    The rows are shuffled and cut into steps of ``examples_per_step``, of which the last may
-    be smaller. Within a step the longest row is placed first, each into the first pack with
-    room (first-fit decreasing), so that no pack has more than ``tokens_per_pack`` tokens
-    unless one row alone has. ``lengths`` is by row of the store.
-
-    Raises:
-        ValueError: a step or a pack would be empty by order.
-    """
-    if examples_per_step < 1 or tokens_per_pack < 1:
-        raise ValueError(
-            f"Steps of {examples_per_step} examples in packs of {tokens_per_pack} tokens hold "
-            "nothing; both must be at least 1."
-        )
-    sizes = np.asarray(lengths)
-    shuffled = rng.permutation(np.asarray(indices, np.int64))
-    cuts = range(examples_per_step, len(shuffled), examples_per_step)
-    parts = np.split(shuffled, list(cuts)) if len(shuffled) else []
-    return [_first_fit(sizes, part, tokens_per_pack) for part in parts]
-
-
-def pack(store: TokenStore, indices: Sequence[int], prompt_loss: bool = False) -> Pack:
-    """These rows of the store in one row of tokens, in this order.
-
-    The loss is over the response tokens; with ``prompt_loss`` over every token but each
-    example's first, which nothing precedes.
-
-    Raises:
-        ValueError: there are no rows.
-    """
-    if not len(indices):
-        raise ValueError("A pack of no examples has no tokens; give at least one row.")
-    examples = [store[int(index)] for index in indices]
-    starts = np.cumsum([0, *(len(tokens) for tokens in examples)])
-    ids = np.concatenate([tokens.ids for tokens in examples]).astype(np.int64)
-    positions = [np.arange(len(tokens)) for tokens in examples]
-    loss_positions = np.concatenate(
-        [
-            np.arange(start + (0 if prompt_loss else tokens.prompt_tokens - 1), end - 1)
-            for tokens, start, end in zip(examples, starts[:-1], starts[1:], strict=True)
-        ]
-    )
-    return Pack(
-        input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(np.concatenate(positions))[None],
-        starts=torch.from_numpy(starts),
-        loss_positions=torch.from_numpy(loss_positions),
-        labels=torch.from_numpy(ids[loss_positions + 1]),
-    )
-
-
-def _first_fit(sizes: Int64s, rows: Int64s, room: int) -> list[list[int]]:
-    packs: list[list[int]] = []
-    filled: list[int] = []
-    for row in rows[np.argsort(-sizes[rows], kind="stable")].tolist():
-        size = int(sizes[row])
-        for number, tokens in enumerate(filled):
-            if tokens + size <= room:
-                packs[number].append(row)
-                filled[number] += size
-                break
-        else:
-            packs.append([row])
-            filled.append(size)
-    return packs
 
 
 def _encode_all(

@@ -1,17 +1,22 @@
-"""All clients in this process, one after another, on one resident base model."""
+"""All clients in this process, a few at a time, on one resident base model."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
-from flexlora.client import Job, Workplace, turn
+from flexlora.client import Job, Workplace, turns
 from flexlora.federation import Lost, Reply
+
+_LARGE_BYTES: Final = 2**25
+"""Downloads whose training leaves holes worth closing; for less the time is worth more."""
 
 
 @dataclass(frozen=True)
@@ -19,18 +24,26 @@ class Simulated:
     """A federation in process. An error in a turn is a fault to see, not a lost client."""
 
     here: Workplace
+    together: int = 1
 
     def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
-        """The replies in the order of the jobs."""
+        """The replies in the order of the jobs, ``together`` of which are trained at a time."""
+        waiting = iter(jobs)
         with TemporaryDirectory(prefix="flexlora-") as folder:
-            for job in (_on_disk(job, Path(folder) / "download.safetensors") for job in jobs):
+            while group := [
+                _on_disk(job, Path(folder) / f"{place}.safetensors")
+                for place, job in enumerate(itertools.islice(waiting, self.together))
+            ]:
                 try:
-                    data = turn(job, self.here)
+                    uploads = turns(group, self.here)
                 except Exception as error:
-                    error.add_note(f"In the turn of client {job.client!r} in round {job.round}.")
+                    names = ", ".join(repr(job.client) for job in group)
+                    error.add_note(f"In the turn of client {names} in round {group[0].round}.")
                     raise
-                _give_back_memory()
-                yield Reply(job.client, data)
+                if sum(job.bytes_down for job in group) >= _LARGE_BYTES:
+                    _give_back_memory()
+                while uploads:
+                    yield Reply(group[-len(uploads)].client, uploads.pop(0))
 
 
 def _on_disk(job: Job, file: Path) -> Job:

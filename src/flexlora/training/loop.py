@@ -1,11 +1,16 @@
-"""The local training loop: one client's rows, one adapter, the resident base."""
+"""The local training loop: several clients at a time, each with its rows, on the resident base.
+
+All that a client decides for itself stays its own: its rows and their order, its steps and its
+learning rate, its loss, its clipping, its optimiser. What is joined is the pass through the
+base model, in which the rows of all stand one after the other.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.data.tokens import Pack, TokenStore, pack, steps
-from flexlora.model import Base
+from flexlora.data.packing import Pack, first_fit, join, pack, packs, steps
+from flexlora.data.tokens import TokenStore
+from flexlora.model import Base, to_device
 from flexlora.training.flat import FlatAdapter
 from flexlora.training.optimizer import Training
 
@@ -22,99 +28,190 @@ Penalty = Callable[[Mapping[str, Factors]], Tensor | None]
 
 
 @dataclass(frozen=True)
+class Learner:
+    """What one client brings: an adapter, its rows of the store, and its randomness.
+
+    ``name`` is for errors. ``penalty`` adds a term to its loss at every step.
+    """
+
+    name: str
+    adapter: Adapter
+    rows: Sequence[int]
+    draw: np.random.Generator
+    penalty: Penalty | None = None
+
+
+@dataclass(frozen=True)
 class Trained:
-    """A trained adapter and what the training took; totals, so that they may be added."""
+    """A trained adapter and what the training took; totals, so that they may be added.
+
+    ``tokens`` are those of the examples, ``computed`` those that went through the model: a
+    token that several examples share went once. ``seconds`` is the client's part of the
+    clock, by tokens computed, where several trained at a time.
+    """
 
     adapter: Adapter
     steps: int
     examples: int
     tokens: int
+    computed: int
     loss_total: float
     loss_tokens: int
     seconds: float
 
 
 def train(
-    base: Base,
-    adapter: Adapter,
-    store: TokenStore,
-    rows: Sequence[int],
-    settings: Training,
-    draw: np.random.Generator,
-    round: int = 1,
-    penalty: Penalty | None = None,
+    base: Base, learner: Learner, store: TokenStore, settings: Training, round: int = 1
 ) -> Trained:
-    """Train ``adapter`` on the rows of ``store`` and return it; the base is left as it was.
+    """Train one client alone; see ``train_together``."""
+    return train_together(base, [learner], store, settings, round)[0]
 
-    The loss of a step is the mean over its loss tokens. An optimiser step takes its
-    examples in packs, rows without padding of at most ``settings.pack_tokens`` tokens, and
-    adds up their gradients, so that the pack size does not change the result.
+
+def train_together(
+    base: Base,
+    learners: Sequence[Learner],
+    store: TokenStore,
+    settings: Training,
+    round: int = 1,
+) -> list[Trained]:
+    """Train the clients at the same time; the base is left as it was.
+
+    The loss of a client's step is the mean over its loss tokens. A step takes its examples
+    in packs of at most ``settings.pack_tokens`` tokens and adds up their gradients, so that
+    neither the size of packs nor who else is trained changes a client's result, but by
+    rounding. A client with fewer steps than others is done before them.
 
     Raises:
-        ValueError: there are no rows, or the loss is not finite (with the step).
+        ValueError: a client has no rows, or its loss is not finite (with client and step).
     """
-    if len(rows) == 0:
-        raise ValueError("There are no rows to train on.")
     started = time.perf_counter()
-    plan = _plan(store, rows, settings, draw)
-    total = np.zeros(3)
-    flat = FlatAdapter.of(adapter, settings.scale, base.device)
-    del adapter  # and with it the memory, if the caller holds no other reference
-    optimizer = settings.make([flat.values])
-    with base.training(flat):
-        for index, packs in enumerate(plan):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(index, len(plan), round)
-            total += _step(base, store, packs, settings, index)
-            extra = penalty(flat.folded()) if penalty is not None else None
-            if extra is not None:
-                extra.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(flat.values, settings.clip_norm)
-            optimizer.step()
-            flat.zero_grad()
-    optimizer.state.clear()  # the moments: an optimiser is in a cycle and outlives its name
-    trained = flat.finish()
-    if not all(f.B.isfinite().all() and f.A.isfinite().all() for f in trained.values()):
-        raise ValueError(_out_of_bounds("The adapter is not finite", len(plan), settings))
-    return Trained(
-        adapter=trained,
-        steps=len(plan),
-        examples=sum(len(indices) for packs in plan for indices in packs),
-        tokens=int(total[2]),
-        loss_total=float(total[0]),
-        loss_tokens=int(total[1]),
-        seconds=time.perf_counter() - started,
-    )
+    seats = [_Seat.of(learner, base, settings) for learner in learners]
+    for index in range(max((len(seat.plan) for seat in seats), default=0)):
+        active = [seat for seat in seats if index < len(seat.plan)]
+        with base.training(*(seat.flat for seat in active)):
+            _add_gradients(base, store, active, settings, index)
+        for seat in active:
+            seat.step(settings, index, round)
+    found = [seat.finish(store, settings) for seat in seats]
+    computed = sum(trained.computed for trained in found)
+    seconds = (time.perf_counter() - started) / max(computed, 1)
+    return [replace(trained, seconds=seconds * trained.computed) for trained in found]
 
 
-def _plan(
-    store: TokenStore, rows: Sequence[int], settings: Training, draw: np.random.Generator
-) -> list[list[list[int]]]:
-    """The optimiser steps of the turn, each a list of packs of row indices."""
-    plan: list[list[list[int]]] = []
+@dataclass(eq=False)
+class _Seat:
+    """One client in training. ``losses`` are those of the step so far, not yet asked for."""
+
+    learner: Learner
+    flat: FlatAdapter
+    optimizer: torch.optim.Optimizer
+    plan: list[list[int]]
+    losses: list[Tensor] = field(default_factory=list)
+    loss_total: float = 0.0
+    loss_tokens: int = 0
+    computed: int = 0
+
+    @classmethod
+    def of(cls, learner: Learner, base: Base, settings: Training) -> _Seat:
+        if len(learner.rows) == 0:
+            raise ValueError(f"{learner.name} has no rows to train on.")
+        flat = FlatAdapter.of(learner.adapter, settings.scale, base.device)
+        return cls(learner, flat, settings.make([flat.values]), _plan(learner, settings))
+
+    def step(self, settings: Training, index: int, round: int) -> None:
+        """One step of the optimiser, from the gradients that are there."""
+        summed = float(torch.stack(self.losses).sum())
+        self.losses.clear()
+        if not math.isfinite(summed):
+            what = f"The training loss of {self.learner.name} is {summed}"
+            raise ValueError(_out_of_bounds(what, index + 1, settings))
+        self.loss_total += summed
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate(index, len(self.plan), round)
+        penalty = self.learner.penalty
+        extra = penalty(self.flat.folded()) if penalty is not None else None
+        if extra is not None:
+            extra.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.flat.values, settings.clip_norm)
+        self.optimizer.step()
+        self.flat.zero_grad()
+
+    def finish(self, store: TokenStore, settings: Training) -> Trained:
+        """What has been trained; the parameters are given up."""
+        self.optimizer.state.clear()  # the moments: an optimiser is in a cycle, outlives its name
+        adapter = self.flat.finish()
+        if not all(f.B.isfinite().all() and f.A.isfinite().all() for f in adapter.values()):
+            what = f"The adapter of {self.learner.name} is not finite"
+            raise ValueError(_out_of_bounds(what, len(self.plan), settings))
+        return Trained(
+            adapter=adapter,
+            steps=len(self.plan),
+            examples=sum(len(rows) for rows in self.plan),
+            tokens=sum(len(store[row]) for rows in self.plan for row in rows),
+            computed=self.computed,
+            loss_total=self.loss_total,
+            loss_tokens=self.loss_tokens,
+            seconds=0.0,
+        )
+
+
+def _plan(learner: Learner, settings: Training) -> list[list[int]]:
+    """The rows of each optimiser step of the turn."""
+    plan: list[list[int]] = []
     for _ in range(settings.epochs):
-        plan += steps(store.lengths, rows, settings.batch_examples, settings.pack_tokens, draw)
+        plan += steps(learner.rows, settings.batch_examples, learner.draw)
         if settings.max_steps is not None and len(plan) >= settings.max_steps:
             return plan[: settings.max_steps]
     return plan
 
 
-def _step(
-    base: Base, store: TokenStore, packs: list[list[int]], settings: Training, index: int
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Add up the gradients of one step; returns its summed loss, loss tokens and tokens."""
-    laid = [pack(store, rows, prompt_loss=settings.prompt_loss) for rows in packs]
-    count = sum(len(row.labels) for row in laid)
-    summed = 0.0
-    for row in laid:
+def _add_gradients(
+    base: Base, store: TokenStore, seats: Sequence[_Seat], settings: Training, index: int
+) -> None:
+    """Add up the gradients of one step of every seat, each of its own mean loss."""
+    laid = [
+        [
+            pack(store, rows, settings.prompt_loss, base.shares)
+            for rows in packs(store, seat.plan[index], settings.pack_tokens, base.shares)
+        ]
+        for seat in seats
+    ]
+    counts = [sum(len(row.labels) for row in rows) for rows in laid]
+    for row, edges in _joined(laid, settings.pack_tokens):
         above = settings.recompute_above
         with base.recomputing(above is not None and row.tokens > above):
-            loss = pack_loss(base, row)
-            (loss / count).backward()  # type: ignore[no-untyped-call]
-        summed += float(loss.detach())
-    if not math.isfinite(summed):
-        raise ValueError(_out_of_bounds(f"The training loss is {summed}", index + 1, settings))
-    return np.array([summed, count, sum(row.tokens for row in laid)])
+            nats = label_losses(base, row, edges)
+            shares = torch.tensor([1 / max(count, 1) for count in counts])[row.owners]
+            (nats * to_device(shares, base.device)).sum().backward()  # type: ignore[no-untyped-call]
+        summed = nats.new_zeros(len(seats))
+        summed.index_add_(0, to_device(row.owners, base.device), nats.detach())
+        for seat, loss in zip(seats, summed, strict=True):
+            seat.losses.append(loss)
+    for seat, rows, count in zip(seats, laid, counts, strict=True):
+        seat.loss_tokens += count
+        seat.computed += sum(row.tokens for row in rows)
+
+
+def _joined(laid: Sequence[Sequence[Pack]], room: int) -> Iterator[tuple[Pack, list[int]]]:
+    """The packs of all seats in rows of at most ``room`` tokens, owners being the seats.
+
+    With each row come its edges: the tokens of seat i are from edges[i] to edges[i + 1].
+    """
+    pieces = [(seat, row) for seat, rows in enumerate(laid) for row in rows]
+    for held in first_fit([row.tokens for _, row in pieces], room):
+        chosen = [pieces[number] for number in sorted(held)]
+        row = join([row for _, row in chosen])
+        owners = torch.tensor([seat for seat, _ in chosen])[row.owners]
+        tokens = np.zeros(len(laid) + 1, np.int64)
+        for seat, part in chosen:
+            tokens[seat + 1] += part.tokens
+        yield replace(row, owners=owners), np.cumsum(tokens).tolist()
+
+
+def label_losses(base: Base, row: Pack, edges: Sequence[int] | None = None) -> Tensor:
+    """The cross-entropy at each of a row's labels, in nats, in float32."""
+    logits = base.logits(row, edges).float()
+    return F.cross_entropy(logits, to_device(row.labels, base.device), reduction="none")
 
 
 def _out_of_bounds(what: str, step: int, settings: Training) -> str:
@@ -122,15 +219,3 @@ def _out_of_bounds(what: str, step: int, settings: Training) -> str:
         f"{what} at step {step}; lower training.learning_rate (now {settings.learning_rate}) or "
         f"training.alpha (now {settings.alpha})."
     )
-
-
-def pack_loss(base: Base, row: Pack) -> Tensor:
-    """The summed cross-entropy of one pack's labels, in float32."""
-    device = base.device
-    logits = base.logits(
-        row.input_ids.to(device),
-        row.position_ids.to(device),
-        row.starts.to(device),
-        row.loss_positions.to(device),
-    )
-    return F.cross_entropy(logits.float(), row.labels.to(device), reduction="sum")
