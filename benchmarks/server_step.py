@@ -158,7 +158,7 @@ def measure(case: Case, contestant: str, options: argparse.Namespace, whole: boo
         "peak_increase_mib": (status_kib("VmHWM") - before) / 1024,
         "route": cuts.route,
         "excess": cuts.excess,
-        "refused": cuts.refused,
+        "refused": None if cuts.refused is None else f"{cuts.refused:.1e}",
     }
     summed_rank = sum(case.client_ranks)
     if whole and contestant != "exact-float64" and summed_rank < min(case.out, case.in_):
@@ -297,7 +297,7 @@ def tables_of(cases: Sequence[dict[str, Any]], rounds: dict[str, Any]) -> list[T
                 shown = [_by_rank(turns[0][key]) for key in ("errors", "true_excess")]
                 refused, excess = turns[0]["refused"], turns[0]["excess"]
                 bound = "-" if excess is None else f"{excess:.1e}"
-                bound += f" (refused at {refused:.1e})" if refused is not None else ""
+                bound += f" (krylov refused at {refused})" if refused is not None else ""
                 by_rank.append([title, name, *shown, bound])
         for name, reason in found["left_out"].items():
             rows.append([found["title"], name, reason, 0, "-", "-", "-"])

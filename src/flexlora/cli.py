@@ -52,16 +52,20 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Go on with a run that was stopped.")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Decompose exactly; as --set method.accuracy='exact'.")
+    ] = False,
 ) -> None:
     """Run a federation, or go on with one."""
     if resume is not None:
-        if path is not None or changes or folder is not None:
+        if path is not None or changes or folder is not None or exact:
             raise ValueError("--resume takes the folder of a run and nothing else.")
         _run(_stored(resume), resume, resume=True)
         return
     if path is None:
         raise ValueError("Give a CONFIG.toml, or --resume DIR.")
-    settings = config.load(path, changes or ())
+    forced = ["method.accuracy='exact'"] if exact else []
+    settings = config.load(path, [*(changes or ()), *forced])
     target = folder or Path(settings.run.folder or f"runs/{path.stem}")
     _refuse_existing(target)
     _run(settings, target)

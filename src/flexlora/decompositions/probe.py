@@ -5,8 +5,9 @@ No route of its own, but what ``krylov`` rests its bound on. With Q orthonormal 
 a probability of at most 1e-9 over the probes, whatever D is.
 
 A block Krylov space of D is started from p Gaussian vectors that are independent of Q (after
-Kuczynski and Wozniakowski 1992). Let theta be its largest Ritz value after q products, v the top eigenvector of D and
-lambda its eigenvalue, if above theta. Among the start's combinations is a w with
+Kuczynski and Wozniakowski 1992). Let theta be its largest Ritz value after q products, v the
+top eigenvector of D and lambda its eigenvalue, if above theta. Among the start's combinations
+is a w with
 ``(v'w)^2 ~ chi^2_p`` and the rest of it ``~ chi^2_{n-1}``, and ``f(D) w`` is in the space for
 every polynomial f of degree q; with f the Chebyshev polynomial ``T_q`` on [0, theta] its
 Rayleigh quotient gives ``(lambda/theta - 1) T_q(2 lambda/theta - 1)^2 <= chi^2_{n-1} / chi^2_p``.
