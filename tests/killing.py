@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
-from flexlora import checkpoint, experiment, peft_directory, rounds, wire
+from flexlora import checkpoint, experiment, peft_directory, rounds
 from flexlora.client import Job
 from flexlora.experiment import Ready
 from flexlora.federation import Federation, Lost, Reply
@@ -99,7 +99,7 @@ POINTS: dict[str, Callable[[], int | None]] = {
     "after-aggregate": lambda: at_call(FlexLoRA, "aggregate", 2, all_of_it),
     "half-an-export": lambda: at_call(peft_directory.writing, "_move", 2, half_a_folder),
     "before-the-checkpoint": lambda: at_call(checkpoint, "save", 3, nothing),
-    "half-a-checkpoint": lambda: at_call(wire, "encode", 1 + 9 + 9, nothing),
+    "half-a-checkpoint": lambda: at_call(checkpoint, "write", 3 + 7 + 4 + 1, half_a_file),
     "after-the-checkpoint": lambda: at_call(checkpoint, "save", 3, all_of_it),
     "in-evaluation": lambda: at_call(rounds, "evaluate_each", 2, nothing),
     "after-the-last-evaluation": lambda: at_call(rounds, "evaluate_each", 3, all_of_it),

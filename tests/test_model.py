@@ -119,7 +119,7 @@ def test_gradients_do_not_cross_between_examples(base, adapter):
             logits.square().sum().backward()
         found.append(flat.values.grad.clone())
     for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
+        assert torch.linalg.vector_norm(other - found[0]) < 1e-5 * found[0].norm()
 
 
 def test_a_sliding_window_shorter_than_an_example_is_refused(tmp_path):

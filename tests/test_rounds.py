@@ -39,7 +39,9 @@ class Watched:
     def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
         def watch():
             for job in jobs:
-                self.jobs.append(job)
+                held = job.download
+                data = held.read_bytes() if isinstance(held, Path) else held
+                self.jobs.append(replace(job, download=data))
                 yield job
 
         for reply in self.inner.exchange(watch()):
@@ -543,3 +545,19 @@ def test_adapters_written_are_adapters_of_the_state(done):
     state = checkpoint.load(done.folder).state
     assert isinstance(state.adapters["global"], Adapter)
     assert state.facts["ranks"] == done.ready.largest
+
+
+@pytest.mark.parametrize("method", ["flexlora", "hetlora"])
+def test_a_download_is_made_once_for_all_clients_of_the_same_ranks(
+    folder, tmp_path, monkeypatch, method
+):
+    """Unless the method hands out by client, as HetLoRA does."""
+    how = {"federation": {"rounds": 1}, "evaluation": {"seen_clients": 0}}
+    ready = experiment.prepare(tiny.settings(folder, method={"name": method}, **how), tiny.corpus())
+    made = []
+    encode = wire.encode_download
+    monkeypatch.setattr(wire, "encode_download", lambda *a: made.append(1) or encode(*a))
+    events = list(rounds.run(ready, tmp_path / "run"))
+    types = [event["rank_type"] for event in events if event["event"] == "client"]
+    assert len(set(types)) < len(types) == 4
+    assert len(made) == (len(set(types)) if method == "flexlora" else 4)

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from flexlora import smollm2
 from flexlora.adapter import Factors
 from flexlora.data.packing import Forest, Pack
-from flexlora.layers import attention, mlp, norm
+from flexlora.layers import attention, last, mlp, norm
 from flexlora.layers.lora import Layout, LoRALinear, Part
 from flexlora.training.flat import FlatAdapter
 
@@ -41,6 +41,7 @@ class Base:
         self._layout = Layout()
         self._layers = _place(model, targets, self._layout)
         _lean(model)
+        self._ends_early = _end_early(model, self._layout)
         self.model.train(False)
 
     @property
@@ -137,16 +138,27 @@ class Base:
         Raises:
             ValueError: the attention cannot do what the row or the model asks for.
         """
-        forest = row.forest
         with self._layout.of(edges):
             out = self.model(
                 input_ids=to_device(row.input_ids, self.device),
                 position_ids=to_device(row.position_ids, self.device),
-                logits_to_keep=to_device(row.loss_positions, self.device),
                 use_cache=False,
-                **self._seen(forest),
+                **self._kept(row, edges),
+                **self._seen(row.forest),
             )
         return cast(Tensor, out.logits[0])
+
+    def _kept(self, row: Pack, edges: Sequence[int] | None) -> dict[str, Any]:
+        """What tells the last layer and the head where there is loss."""
+        if not self._ends_early or not self.shares:
+            return {"logits_to_keep": to_device(row.loss_positions, self.device)}
+        places, order = torch.unique(row.loss_positions, return_inverse=True)
+        bounds = None if edges is None else torch.searchsorted(places, torch.tensor(edges))
+        return {
+            "places": to_device(places, self.device),
+            "place_edges": None if bounds is None else tuple(bounds.tolist()),
+            "logits_to_keep": to_device(order, self.device),
+        }
 
     def _seen(self, forest: Forest) -> dict[str, Any]:
         """What tells the model's attention which tokens see which."""
@@ -320,6 +332,15 @@ def _lean(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), name, norm.RMSNorm(module))
         elif mlp.fits(module):
             setattr(model.get_submodule(parent), name, mlp.GatedMLP(module))
+
+
+def _end_early(model: nn.Module, layout: Layout) -> bool:
+    """Let the last decoder layer work where there is loss alone; whether it is one that can."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers) or not last.fits(layers[-1]):
+        return False
+    layers[-1] = last.LastLayer(layers[-1], layout)
+    return True
 
 
 def _check_device(device: str, quantize: str) -> None:

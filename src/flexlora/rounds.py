@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ from flexlora.experiment import Ready
 from flexlora.federation import Federation, Lost
 from flexlora.federations.simulated import Simulated
 from flexlora.linalg import LowRankSum, norm
-from flexlora.method import State, Upload
+from flexlora.method import Method, State, Upload
 from flexlora.record import Event, Record
 from flexlora.seeds import rng
 from flexlora.task import evaluate_each
@@ -184,14 +184,8 @@ def _received(
             # from those trained in other company, and a resumed run is the same to the bit.
             waiting += group
 
-    def draw(module: str) -> np.random.Generator:
-        return rng(ready.experiment.seed, "handout", number, module)
-
-    def job(id: str) -> Job:
-        download = ready.method.handout(state, ready.clients[id], draw)
-        return Job(id, number, wire.encode_download(download, ready.workplace.wire_dtype))
-
-    for reply in federation.exchange(job(id) for id in tuple(waiting)):
+    jobs = _jobs(ready, number, state, tuple(waiting), spool / "downloads")
+    for reply in federation.exchange(jobs):
         if reply.client not in waiting:
             continue  # a second answer, or one from somebody not asked
         waiting.remove(reply.client)
@@ -202,6 +196,36 @@ def _received(
             yield _checked(ready, reply.client, number, place[reply.client])
     for id in waiting:
         yield Lost(id, "It did not answer.")
+
+
+def _jobs(
+    ready: Ready, number: int, state: State, clients: Sequence[str], folder: Path
+) -> Iterator[Job]:
+    """The jobs of these clients, made one at a time, when they are asked for.
+
+    Where a method hands out by rank alone, as ``Method.handout`` does, a download is made
+    once for all clients of the same ranks and lies on the disk.
+    """
+
+    def draw(module: str) -> np.random.Generator:
+        return rng(ready.experiment.seed, "handout", number, module)
+
+    def made(id: str) -> bytes:
+        download = ready.method.handout(state, ready.clients[id], draw)
+        return wire.encode_download(download, ready.workplace.wire_dtype)
+
+    if type(ready.method).handout is not Method.handout:
+        yield from (Job(id, number, made(id)) for id in clients)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files: dict[str, Path] = {}
+    for id in clients:
+        kind = ready.clients[id].rank_type
+        if kind not in files:
+            files[kind] = folder / f"{len(files)}.safetensors"
+            files[kind].write_bytes(made(id))
+        yield Job(id, number, files[kind])
 
 
 def _checked(ready: Ready, id: str, number: int, path: Path) -> Upload | Lost:

@@ -39,7 +39,7 @@ class Training:
     epochs: int = 1
     max_steps: int | None = None
     batch_examples: int = 16
-    pack_tokens: int = 1024
+    pack_tokens: int = 2048
     prompt_loss: bool = False
     alpha: float = 16.0
     scaling: Literal["rank", "sqrt", "none"] = "rank"
