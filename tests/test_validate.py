@@ -8,11 +8,12 @@ import torch
 import ingredients
 from flexlora import validate
 from flexlora.adapter import Adapter, Factors
-from flexlora.method import Client, Upload
+from flexlora.method import Client, Expected, Upload
 
 random_factors = functools.partial(ingredients.random_factors, dtype=torch.float32)
 SHAPES = {"model.q": (11, 7), "model.up": (13, 5)}
 CLIENT = Client("anna", {"model.q": 3, "model.up": 2}, "small", 17)
+EXPECTED = {m: Expected(SHAPES[m], 1, rank) for m, rank in CLIENT.ranks.items()}
 GOOD = Upload(
     "anna",
     4,
@@ -27,7 +28,7 @@ GOOD = Upload(
 
 
 def check(**changes) -> None:
-    validate.upload(dataclasses.replace(GOOD, **changes), CLIENT, 4, SHAPES, 17)
+    validate.upload(dataclasses.replace(GOOD, **changes), CLIENT, 4, EXPECTED, 17)
 
 
 def with_module(module: str, factors: Factors) -> Adapter:
@@ -88,3 +89,36 @@ def test_numbers_of_a_kind_that_nobody_trains_are_refused(dtype):
     odd = Factors(torch.ones(11, 3).to(dtype), torch.ones(3, 7).to(dtype))
     with pytest.raises(ValueError, match=r"model\.q"):
         check(adapter=with_module("model.q", odd))
+
+
+NUMBERED = {m: Expected(SHAPES[m], 1, rank, 5) for m, rank in CLIENT.ranks.items()}
+TERMS = {"model.q": (0, 4, 2), "model.up": (1, 3)}
+
+
+def test_numbered_terms_pass():
+    numbered = dataclasses.replace(GOOD, terms=TERMS)
+    validate.upload(numbered, CLIENT, 4, NUMBERED, 17)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {},
+        {"model.q": (0, 4, 2)},
+        {**TERMS, "lm_head": (1,)},
+        {**TERMS, "model.up": (1,)},
+        {**TERMS, "model.up": (1, 1)},
+        {**TERMS, "model.up": (1, 5)},
+        {**TERMS, "model.up": (-1, 2)},
+        {**TERMS, "model.up": (True, 2)},
+        {**TERMS, "model.up": (1.0, 2)},
+    ],
+)
+def test_terms_that_the_server_does_not_know_are_refused(terms):
+    with pytest.raises(ValueError, match="numbers"):
+        validate.upload(dataclasses.replace(GOOD, terms=terms), CLIENT, 4, NUMBERED, 17)
+
+
+def test_terms_that_nobody_asked_for_are_refused():
+    with pytest.raises(ValueError, match="numbers the terms of 2 modules, not of the 0"):
+        check(terms=TERMS)

@@ -122,5 +122,6 @@ def settings(folder: Path, **changes: Any) -> Experiment:
         "run": {"threads": 1, "clients_at_once": 1},
     }
     for section, fields in changes.items():
-        content[section] = {**content[section], **fields} if isinstance(fields, dict) else fields
+        held = content.get(section, {})
+        content[section] = {**held, **fields} if isinstance(fields, dict) else fields
     return parse(content, "tiny")

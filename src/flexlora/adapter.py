@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Halves = Literal["BA", "B", "A"]
+"""Which of the two factors are meant, of each module alike."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,16 @@ class Factors:
     def to(self, target: torch.dtype | torch.device | str) -> Factors:
         """The same factors in another dtype or on another device."""
         return Factors(self.B.to(target), self.A.to(target))
+
+    def half(self, halves: Halves) -> Factors:
+        """These halves alone; the other one has its terms but no width, and so no numbers."""
+        B = self.B if "B" in halves else self.B[:0]
+        return Factors(B, self.A if "A" in halves else self.A[:, :0])
+
+    def terms(self, chosen: Sequence[int]) -> Factors:
+        """The terms of these numbers, in this order."""
+        at = torch.tensor(list(chosen), dtype=torch.int64, device=self.B.device)
+        return Factors(self.B[:, at], self.A[at])
 
     def first(self, rank: int) -> Factors:
         """The first ``rank`` terms; of an SVD in descending order, its best truncation.
@@ -126,3 +140,7 @@ class Adapter(Mapping[str, Factors]):
     def first(self, ranks: Mapping[str, int]) -> Adapter:
         """Each module's first terms, as many as ``ranks`` names, fewer where it has fewer."""
         return Adapter({m: f.first(min(ranks[m], f.rank)) for m, f in self.items()})
+
+    def half(self, halves: Halves) -> Adapter:
+        """Each module's ``Factors.half``."""
+        return Adapter({module: factors.half(halves) for module, factors in self.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +14,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexlora import checkpoint, config, demo, experiment, methods, peft_directory, progress, rounds
+from flexlora import (
+    checkpoint,
+    compare,
+    config,
+    demo,
+    experiment,
+    methods,
+    peft_directory,
+    progress,
+    rounds,
+)
 from flexlora.adapter import Adapter
 from flexlora.check import check as inspect
 from flexlora.merge import merge as merge_adapters
 from flexlora.merge import parse_rank
 from flexlora.record import Event, mean_scores
-from flexlora.report import page
+from flexlora.report import comparison, page
 from flexlora.task import evaluate_each
 
 app = typer.Typer(
@@ -95,6 +106,32 @@ def show_demo(
     console.print(table)
     for arm, events, place in found:
         console.print(f"{arm}: adapter {events[-1]['adapter']}, report {place / page.PAGE}")
+
+
+@app.command("compare")
+def compare_methods(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG.toml")],
+    names: Annotated[
+        str, typer.Option("--methods", metavar="all|A,B,C", help="See: flexlora methods.")
+    ] = compare.ALL,
+    seeds: Annotated[int, typer.Option(help="How many, from the config's seed on.")] = 3,
+    changes: Changes = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="METHOD.KEY=VALUE", help="Set a method's option."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the comparison is kept.")] = None,
+) -> None:
+    """Compare methods on one config, all else the same; goes on where it was stopped."""
+    settings = config.load(path, changes or ())
+    target = output or Path(f"{settings.run.folder or f'runs/{path.stem}'}-compare")
+    cells = compare.plan(settings, compare.chosen(names), seeds, target, options or ())
+    states = _compare(cells, target)
+    if "open" in states:
+        print("stopped; go on with the same command", file=sys.stderr)
+        raise SystemExit(130)
+    if "failed" in states or ("refused" in states and names.strip() != compare.ALL):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -190,6 +227,26 @@ def _run(settings: config.Experiment, folder: Path, resume: bool = False) -> lis
     console.print(f"adapter: {events[-1]['adapter']}", soft_wrap=True)
     console.print(f"report:  {page.write(folder)}", soft_wrap=True)
     return events
+
+
+def _compare(cells: list[compare.Cell], target: Path) -> set[str]:
+    """Run and watch the cells, write what they show, also after a stop; how they ended."""
+    console, outcomes = Console(), list[compare.Outcome]()
+
+    def watch(cell: compare.Cell, events: Iterator[Event], turns: int) -> None:
+        name = f"\n{len(outcomes) + 1} of {len(cells)}: {cell.method}, seed {cell.seed}"
+        console.print(name, style="bold")
+        progress.show(events, console, turns)
+
+    try:
+        for outcome in compare.run(cells, watch):
+            outcomes.append(outcome)
+    except KeyboardInterrupt:
+        outcomes += [compare.Outcome(cell, "open") for cell in cells[len(outcomes) :]]
+    for shown in comparison.printed(comparison.write(target, outcomes)):
+        console.print(shown, highlight=False, markup=False)
+    print(f"written: {', '.join(str(target / name) for name in compare.FILES)}")
+    return {outcome.state for outcome in outcomes}
 
 
 def _pinned(settings: config.Experiment) -> config.Experiment:

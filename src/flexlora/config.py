@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flexlora import methods, ranks
+from flexlora import methods, ranks, regularizers, server_optimizers
 from flexlora.data.corpora.table import Columns
 from flexlora.model import Source
 from flexlora.task import Evaluation
@@ -107,6 +107,8 @@ class Experiment(BaseModel):
     data: Data
     ranks: Ranks
     method: dict[str, Any] = {"name": "flexlora"}
+    server_optimizer: dict[str, Any] | None = None
+    regularizer: dict[str, Any] | None = None
     training: Training = Training()
     federation: Rounds
     evaluation: Evaluation = Evaluation()
@@ -155,6 +157,10 @@ def parse(content: Mapping[str, Any], place: str, lines: Lines | None = None) ->
                 f"'method.name' is missing; it is one of {', '.join(methods.names())}."
             )
         methods.make(str(experiment.method["name"]), experiment.options())
+        if experiment.server_optimizer is not None:
+            server_optimizers.make(experiment.server_optimizer)
+        if experiment.regularizer is not None:
+            regularizers.make(experiment.regularizer)
         if isinstance(experiment.ranks.distribution, str):
             ranks.distribution(experiment.ranks.distribution)
     except (ValueError, TypeError) as error:

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from flexlora import methods, smollm2
-from flexlora.adapter import Adapter, Factors
+from flexlora import methods, regularizers, server_optimizers, smollm2
+from flexlora.adapter import Adapter
 from flexlora.client import Workplace
 from flexlora.config import Experiment, Ranks, rank_table
 from flexlora.data import partition
@@ -21,10 +21,11 @@ from flexlora.data.corpora import hub, mapped, natural_instructions, procedural,
 from flexlora.data.corpus import Corpus, split_rows
 from flexlora.data.prompt import Prompt, named
 from flexlora.data.tokens import TokenStore
-from flexlora.method import Client, Method
+from flexlora.method import Client, Fresh, Method
 from flexlora.model import Base
 from flexlora.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution
 from flexlora.seeds import rng
+from flexlora.server_optimizer import Optimized
 from flexlora.task import Question, pick
 
 
@@ -77,15 +78,7 @@ class Ready:
 
     def fresh(self) -> Adapter:
         """The adapter before training: the largest ranks, ``B`` zero, ``A`` LoRA's start."""
-        ranks, seed = self.largest, self.experiment.seed
-        return Adapter(
-            {
-                module: Factors(torch.zeros(out, 0), torch.zeros(0, in_)).widened(
-                    ranks[module], rng(seed, "start", module)
-                )
-                for module, (out, in_) in self.base.shapes.items()
-            }
-        )
+        return Fresh(self.base.shapes, self.experiment.seed).common(self.largest)
 
     @property
     def cohort_size(self) -> int:
@@ -96,17 +89,22 @@ class Ready:
         return max(int((federation.fraction or 0) * len(self.clients) + 1e-9), 1)
 
 
-def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = True) -> Ready:
+def prepare(
+    experiment: Experiment,
+    corpus: Corpus | None = None,
+    train: bool = True,
+    base: Base | None = None,
+) -> Ready:
     """Read the data, load the model and assign the ranks; any fault is found here.
 
-    ``corpus`` replaces the one that the config names. Without ``train`` nothing is tokenised
-    for training.
+    ``corpus`` replaces the one that the config names; ``base`` is the config's model, if it
+    is loaded already. Without ``train`` nothing is tokenised for training.
 
     Raises:
         ValueError: the data, the model or the combination of choices cannot be used.
     """
     torch.set_num_threads(experiment.run.threads or torch.get_num_threads())
-    method = methods.make(str(experiment.method["name"]), experiment.options())
+    method = _method(experiment)
     data = experiment.data
     cache = Path(data.cache) if data.cache else smollm2.cache() / "tokens"
     corpus = _corpus(experiment, cache) if corpus is None else _chosen(corpus, experiment)
@@ -114,7 +112,7 @@ def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = 
     # Ranks and refusals come before the model: they are quick to check.
     assignment = _ranks(experiment.ranks, list(rows), experiment.seed)
     _check_ranks(method, assignment)
-    base = experiment.model.load()
+    base = experiment.model.load() if base is None else base
     modules = list(base.shapes)
     by_type = {name: kind.by_module(modules) for name, kind in assignment.types.items()}
     encoded = corpus if train else corpus.select([])
@@ -139,6 +137,21 @@ def prepare(experiment: Experiment, corpus: Corpus | None = None, train: bool = 
         questions=_questions(corpus, rows, unseen, experiment),
         prompt=named(data.prompt, base.tokenizer),
     )
+
+
+def _method(experiment: Experiment) -> Method:
+    """The method, within the server optimiser and the regulariser that the config names.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    made = methods.make(str(experiment.method["name"]), experiment.options())
+    if experiment.server_optimizer is not None:
+        made = Optimized(made, server_optimizers.make(experiment.server_optimizer))
+    if experiment.regularizer is not None:
+        regularizer = regularizers.make(experiment.regularizer)
+        made = regularizer.around(made, experiment.training)
+    return made
 
 
 def _corpus(experiment: Experiment, cache: Path) -> Corpus:

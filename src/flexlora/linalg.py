@@ -5,7 +5,7 @@ Nothing of the size out x in is made while the factors are the smaller form.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from flexlora.adapter import Factors
 from flexlora.decomposition import SVD, Matrix, Split
 from flexlora.decompositions import decompose
 
-__all__ = ["SVD", "Accumulator", "LowRankSum", "Split", "mean", "norm"]
+__all__ = ["SVD", "Accumulator", "LowRankSum", "Split", "norm"]
 
 BATCH_RANK = 512
 """The summed rank of the terms that a dense sum takes in one product: wide enough for the
@@ -192,15 +192,3 @@ def _triangle(tall: Tensor) -> Tensor:
 def norm(factors: Factors) -> float:
     """The Frobenius norm of ``B @ A``, by QR in float64."""
     return LowRankSum.of([(1.0, factors)]).norm()
-
-
-def mean(weighted: Sequence[tuple[float, Factors]]) -> Factors:
-    """The weighted mean of ``B`` and of ``A``, each for itself (all of one rank), in float64.
-
-    This is FedIT's average (arXiv 2305.05644): its product is *not* the mean of the
-    products; the difference is the covariance of the factors.
-    """
-    total = sum(weight for weight, _ in weighted)
-    B = torch.stack([weight * f.B.double() for weight, f in weighted]).sum(0) / total
-    A = torch.stack([weight * f.A.double() for weight, f in weighted]).sum(0) / total
-    return Factors(B, A)

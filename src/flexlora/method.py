@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
+from flexlora.adapter import Adapter, Factors, Halves
+from flexlora.seeds import rng
+from flexlora.training.formed import Form
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,29 @@ class Client:
 
 @dataclass(frozen=True)
 class Download:
-    """What a client starts its turn from."""
+    """What a client starts from, as it travels; ``Method.receive`` completes it.
+
+    The client trains ``adapter``, or one of its ``halves``, at ``rate`` times the learning
+    rate. ``rest`` is added to its base for this turn, ``merge`` for good: each entry has the
+    number of the round that made it, and holds all that the client has not merged yet, so
+    that one who missed rounds needs nothing special. ``terms`` says which of the server's
+    terms the adapter's are, by module; the upload repeats it. ``extra`` and ``facts`` are the
+    method's own.
+    """
 
     adapter: Adapter
+    rest: Adapter | None = None
+    merge: Mapping[int, Adapter] = field(default_factory=dict)
+    halves: Halves = "BA"
+    rate: float = 1.0
+    terms: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    extra: Mapping[str, Adapter] = field(default_factory=dict)
+    facts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What a client returns: its trained adapter and how many examples it trained on.
+    """What a client returns: what it learnt and how many examples it trained on.
 
     ``facts`` are numbers for the record (seconds, tokens, losses); no method reads them.
     """
@@ -46,6 +65,50 @@ class Upload:
     adapter: Adapter
     examples: int
     facts: Mapping[str, float] = field(default_factory=dict)
+    terms: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an upload may hold of one module: a shape (out, in), and the ranks allowed.
+
+    ``terms`` is how many terms the server has to number; None where an upload numbers none.
+    """
+
+    shape: tuple[int, int]
+    least: int
+    most: int
+    terms: int | None = None
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Where fresh adapters come from, on either side: ``B`` zero, ``A`` LoRA's start.
+
+    ``common`` is the same for every client in every round, and that of fewer ranks is a
+    part of that of more; ``own`` is that of this client in this round alone.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    seed: int
+    client: str = ""
+    round: int = 0
+
+    def common(self, ranks: Mapping[str, int]) -> Adapter:
+        """The run's own start, at these ranks."""
+        return self._drawn(ranks, "start")
+
+    def own(self, ranks: Mapping[str, int]) -> Adapter:
+        """A start that nobody else has."""
+        return self._drawn(ranks, "start", self.client, self.round)
+
+    def _drawn(self, ranks: Mapping[str, int], *address: str | int) -> Adapter:
+        modules = {}
+        for module, rank in ranks.items():
+            out, in_ = self.shapes[module]
+            nothing = Factors(torch.zeros(out, 0), torch.zeros(0, in_))
+            modules[module] = nothing.widened(rank, rng(self.seed, *address, module))
+        return Adapter(modules)
 
 
 @dataclass(frozen=True)
@@ -57,7 +120,7 @@ class State:
 
 
 Draw = Callable[[str], np.random.Generator]
-"""The randomness of one module in one round, the same for every client."""
+"""The randomness of one round by name, of a module for instance, the same for every client."""
 
 
 class Method(ABC):
@@ -74,8 +137,37 @@ class Method(ABC):
     exact: ClassVar[bool]
     """Whether the aggregate's product is the weighted mean of the clients' products, up to
     the rank that the server keeps."""
+    rank_wise: ClassVar[bool] = False
+    """Whether that mean is taken term by term, over the clients that hold the term."""
     mixed_ranks: ClassVar[bool]
     """Whether clients may differ in rank; if not, such a federation is refused at start."""
+
+    up: ClassVar[str]
+    """How many numbers travel up for a module (m, n): a formula in m, n and the client's rank
+    r, the largest rank R, the cohort's summed rank S and number K, the rank p that an energy
+    leaves, the mean number b of terms that a budget gives a module, and the numbers c of a
+    column of what is trained in place of factors. "or" parts rounds, "then" stages."""
+    down: ClassVar[str]
+    """The same of what travels down to a client that took part in the last round."""
+    server: ClassVar[str]
+    """What the server computes for a module, in words."""
+    probes: ClassVar[bool] = False
+    """Whether a client trains one epoch on all it was handed, to choose from it."""
+    personal: ClassVar[bool] = False
+    """Whether each client's model is its own by design, made of what it keeps."""
+    product: ClassVar[bool] = False
+    """Whether the state's "global" is a product that any other of its ranks may replace; then
+    the options of ``aggregation.Decomposing`` are the method's."""
+    fixed_frame: ClassVar[bool] = False
+    """Whether term j of all clients is the same and keeps its meaning from round to round, so
+    that gradients in the factors may be averaged over both."""
+    sparse: ClassVar[bool] = False
+    """Whether messages hold so many zeros that they travel without them."""
+
+    @property
+    def by_rank_alone(self) -> bool:
+        """Whether clients of the same ranks are handed the same, which is then made once."""
+        return type(self).handout is Method.handout
 
     def start(self, adapter: Adapter) -> State:
         """The server's state before the first round, from a fresh adapter of the largest ranks."""
@@ -85,13 +177,52 @@ class Method(ABC):
         """What ``client`` starts from: the global adapter's first terms, at the client's rank."""
         return Download(at_ranks(state.adapters["global"], client.ranks, draw))
 
-    def penalty(self, now: Mapping[str, Factors]) -> Tensor | None:
+    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
+        """On the client: the download with what did not need to travel, or never does.
+
+        ``kept`` is what the client kept of its last turn. The adapter returned has the base
+        model's shapes.
+        """
+        return download
+
+    def choose(self, download: Download, probed: Adapter) -> Mapping[str, Sequence[int]]:
+        """On the client, where the method ``probes``: the terms to train, by module."""
+        return {module: range(f.rank) for module, f in download.adapter.items()}
+
+    def form(self, start: Download) -> Mapping[str, Form] | None:
+        """On the client: the parameters that it trains instead of ``B`` and ``A``, by module.
+
+        None: the factors themselves. With forms, ``halves`` and the LoRA scale have no part,
+        and as ``trained`` ``shares`` and ``keeps`` are given the parameters, each module's
+        as a ``column``.
+        """
+        return None
+
+    def penalty(self, now: Mapping[str, Factors], start: Download) -> Tensor | None:
         """A term added to the client's loss at every step, differentiable in ``now``."""
         return None
 
-    def returns(self, start: Adapter, trained: Adapter) -> Adapter:
-        """What the client sends back, from what it started with and what it trained."""
+    def shares(self, start: Download, trained: Adapter) -> Adapter:
+        """What the client sends back, from what it started with and what it trained.
+
+        ``start.facts`` also say how many "steps" it made, and in which "round".
+        """
         return trained
+
+    def keeps(self, start: Download, trained: Adapter) -> Adapter | None:
+        """What the client keeps to itself until its next turn."""
+        return None
+
+    def expects(
+        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
+    ) -> Mapping[str, Expected]:
+        """What ``client``'s upload may hold, by module; anything else is refused."""
+        return {
+            module: Expected(
+                shape, 1 if self.mixed_ranks else client.ranks[module], client.ranks[module]
+            )
+            for module, shape in shapes.items()
+        }
 
     @abstractmethod
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
@@ -102,7 +233,7 @@ class Method(ABC):
         """
 
     def update(self, state: State) -> Adapter:
-        """The global adapter, for evaluation and export."""
+        """The global adapter, relative to the untouched base, for evaluation and export."""
         return state.adapters["global"]
 
 
@@ -120,9 +251,64 @@ def at_ranks(adapter: Adapter, ranks: Mapping[str, int], draw: Draw) -> Adapter:
     )
 
 
+def hollow(ranks: Mapping[str, int]) -> Adapter:
+    """An adapter of these ranks without a single number, which tells a client its ranks."""
+    return Adapter(
+        {m: Factors(torch.zeros(0, rank), torch.zeros(rank, 0)) for m, rank in ranks.items()}
+    )
+
+
+def seed_of(adapter: Adapter) -> int:
+    """A number of this run's own, from the fresh adapter that its seed has drawn.
+
+    With it a server that has no seed tells clients, in 8 bytes, which bases or masks are the
+    run's. It is the same for float32 numbers held in another precision.
+    """
+    first = next(iter(adapter.values())).A.to(torch.float32).contiguous()
+    return int.from_bytes(sha256(first.numpy().tobytes()).digest()[:6], "little")
+
+
+def half_shapes(
+    shapes: Mapping[str, tuple[int, int]], halves: Halves
+) -> dict[str, tuple[int, int]]:
+    """The shapes of updates of which only these halves travel."""
+    return {
+        m: (out if "B" in halves else 0, in_ if "A" in halves else 0)
+        for m, (out, in_) in shapes.items()
+    }
+
+
 def shares(weights: Sequence[float]) -> list[float]:
     """Weights divided by their sum; equal shares if all are zero."""
     total = sum(weights)
     if total == 0:
         return [1 / len(weights)] * len(weights)
     return [weight / total for weight in weights]
+
+
+def chosen_of(download: Download, terms: Mapping[str, Sequence[int]]) -> Download:
+    """The download that trains these terms alone and sees the others beside them."""
+    others = {
+        module: [term for term in range(f.rank) if term not in set(terms[module])]
+        for module, f in download.adapter.items()
+    }
+    rest = Adapter({m: f.terms(others[m]) for m, f in download.adapter.items()})
+    return replace(
+        download,
+        adapter=Adapter({m: f.terms(terms[m]) for m, f in download.adapter.items()}),
+        rest=rest if download.rest is None else stacked([rest, download.rest]),
+        terms=terms,
+    )
+
+
+def stacked(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter with the sum of the products, its ranks added up; modules may be missing."""
+    modules: dict[str, Factors] = {}
+    for adapter in adapters:
+        for module, f in adapter.items():
+            if module in modules:
+                held = modules[module]
+                f = f.to(held.B.dtype)
+                f = Factors(torch.cat([held.B, f.B], 1), torch.cat([held.A, f.A], 0))
+            modules[module] = f
+    return Adapter(modules)

@@ -92,11 +92,46 @@ class Base:
             ValueError: an adapter's modules or shapes are not the model's.
         """
         here = [
-            {m: Part(f.A, f.B, flat.scale(f.rank)) for m, f in self._checked(flat.factors).items()}
+            {
+                m: Part(f.A, f.B, flat.scale(f.rank), self._checked(flat.rest).get(m))
+                for m, f in self._checked(flat.factors).items()
+            }
             for flat in adapters
         ]
         with self._with(here):
             yield
+
+    @property
+    def folds(self) -> bool:
+        """Whether updates can be added to the weights themselves, at full precision."""
+        layers = [layer.base for layer in self._layers.values()]
+        return all(type(x) is nn.Linear and x.weight.dtype == torch.float32 for x in layers)
+
+    @contextmanager
+    def folded(self, adapters: Sequence[Mapping[str, Factors]]) -> Iterator[None]:
+        """The model with these updates added to its weights; to the bit as before afterwards.
+
+        Costs a copy of the weights concerned and one GEMM for each module of each adapter.
+
+        Raises:
+            ValueError: the weights are not in float32, in which a small update would be lost.
+        """
+        if adapters and not self.folds:
+            raise ValueError(
+                f"{self.name} is held in {self.model.dtype} or quantised, and an update added to "
+                "its weights would be rounded away; load it with model.dtype 'float32'."
+            )
+        before: dict[str, Tensor] = {}
+        try:
+            for adapter in adapters:
+                for path, f in self._checked(adapter).items():
+                    weight = self._layers[path].base.weight
+                    before.setdefault(path, weight.detach().clone())
+                    weight.addmm_(f.B.to(weight), f.A.to(weight))
+            yield
+        finally:
+            for path, weight in before.items():
+                self._layers[path].base.weight.copy_(weight)
 
     @contextmanager
     def recomputing(self, wanted: bool) -> Iterator[None]:

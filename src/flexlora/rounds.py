@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from flexlora import checkpoint, peft_directory, sampling, validate, wire
@@ -28,11 +27,15 @@ from flexlora.experiment import Ready
 from flexlora.federation import Federation, Lost
 from flexlora.federations.simulated import Simulated
 from flexlora.linalg import LowRankSum, norm
-from flexlora.method import Method, State, Upload
+from flexlora.method import Client, Draw, Fresh, State, Upload
+from flexlora.private import Private
 from flexlora.record import Event, Record
 from flexlora.seeds import rng
 from flexlora.task import evaluate_each
 from flexlora.training.together import clients_at_once
+
+PRIVATE = "private"
+"""Where in the run's folder the simulated clients keep what never travels."""
 
 SPECTRA = 6
 """Of how many modules the journal keeps all singular values; of the others, block shares."""
@@ -71,7 +74,8 @@ def run(
         # No name for the first state: it would stay in memory as long as the run.
         start = ready.method.start
         point = checkpoint.save(folder, 0, 0, start(ready.fresh()), identity, together)
-    federation = federation or Simulated(ready.workplace, point.together)
+    here = replace(ready.workplace, private=Private(folder / PRIVATE))
+    federation = federation or Simulated(here, point.together)
     facts = _start_facts(ready, resume)
     yield record.append("start", **facts, clients_at_once=federation.together)
     if point.round == 0 and experiment.evaluation.base:
@@ -121,7 +125,7 @@ def _round(
         update_norm=math.sqrt(sum(norm(f) ** 2 for f in adapter.values())),
     )
     yield record.append("spectrum", round=number, **_spectrum(ready, adapter, state))
-    yield from _evaluations(record, ready, number, adapter)
+    yield from _evaluations(record, ready, number, adapter, state)
     point = checkpoint.save(folder, number, record.bytes, state, point.identity, point.together)
     shutil.rmtree(spool)
     if ready.experiment.run.keep_adapters == "last" and number > 1:
@@ -178,7 +182,7 @@ def _received(
     for start in range(0, len(order), federation.together):
         group = order[start : start + federation.together]
         if all(place[id].exists() for id in group):
-            yield from (_checked(ready, id, number, place[id]) for id in group)
+            yield from (_checked(ready, state, id, number, place[id]) for id in group)
         else:
             # Together or not at all: numbers of clients trained together differ by rounding
             # from those trained in other company, and a resumed run is the same to the bit.
@@ -193,7 +197,7 @@ def _received(
             yield reply
         else:
             checkpoint.write(place[reply.client], reply.data)
-            yield _checked(ready, reply.client, number, place[reply.client])
+            yield _checked(ready, state, reply.client, number, place[reply.client])
     for id in waiting:
         yield Lost(id, "It did not answer.")
 
@@ -203,18 +207,15 @@ def _jobs(
 ) -> Iterator[Job]:
     """The jobs of these clients, made one at a time, when they are asked for.
 
-    Where a method hands out by rank alone, as ``Method.handout`` does, a download is made
-    once for all clients of the same ranks and lies on the disk.
+    Where a method hands out by rank alone, a download is made once for all clients of the
+    same ranks and lies on the disk.
     """
 
-    def draw(module: str) -> np.random.Generator:
-        return rng(ready.experiment.seed, "handout", number, module)
-
     def made(id: str) -> bytes:
-        download = ready.method.handout(state, ready.clients[id], draw)
-        return wire.encode_download(download, ready.workplace.wire_dtype)
+        download = ready.method.handout(state, ready.clients[id], _draw(ready, number))
+        return wire.encode_download(download, ready.workplace.wire_dtype, ready.method.sparse)
 
-    if type(ready.method).handout is not Method.handout:
+    if not ready.method.by_rank_alone:
         yield from (Job(id, number, made(id)) for id in clients)
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -228,7 +229,12 @@ def _jobs(
         yield Job(id, number, files[kind])
 
 
-def _checked(ready: Ready, id: str, number: int, path: Path) -> Upload | Lost:
+def _draw(ready: Ready, number: int) -> Draw:
+    """The randomness of a round's handouts."""
+    return lambda name: rng(ready.experiment.seed, "handout", number, name)
+
+
+def _checked(ready: Ready, state: State, id: str, number: int, path: Path) -> Upload | Lost:
     """The upload in a file, if it is what was asked for; a client that sent else is lost."""
     try:
         client, upload = ready.clients[id], wire.open_upload(path)
@@ -236,9 +242,8 @@ def _checked(ready: Ready, id: str, number: int, path: Path) -> Upload | Lost:
             upload,
             client,
             number,
-            ready.base.shapes,
+            ready.method.expects(state, client, ready.base.shapes),
             most_examples=client.examples,
-            whole_rank=not ready.method.mixed_ranks,
         )
         if missing := [name for name in FACTS if name not in upload.facts]:
             raise ValueError(f"The upload of client {id!r} does not say its {missing}.")
@@ -285,9 +290,18 @@ def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
     return {"rank_levels": levels, "energy": energy, "values": values}
 
 
-def _evaluations(record: Record, ready: Ready, number: int, adapter: Adapter) -> Iterator[Event]:
-    """The global adapter when it is its turn; at the end also cut to each rank type."""
+def _evaluations(
+    record: Record, ready: Ready, number: int, adapter: Adapter, state: State
+) -> Iterator[Event]:
+    """The global adapter when it is its turn; at the end also cut to each rank type.
+
+    Of a personal method it is each client's own model that answers the client's questions.
+    """
     how, last = ready.experiment.evaluation, number == ready.experiment.federation.rounds
+    if ready.method.personal:
+        if last or (how.every and number % how.every == 0):
+            yield from _evaluated_at_home(record, ready, number, state)
+        return
     adapters = {}
     if last or (how.every and number % how.every == 0):
         adapters["global"] = adapter
@@ -311,6 +325,26 @@ def _evaluated(
     seconds = (time.perf_counter() - started) / len(adapters)
     for name, rows in zip(adapters, found, strict=True):
         yield record.append("evaluation", round=number, adapter=name, seconds=seconds, clients=rows)
+
+
+def _evaluated_at_home(record: Record, ready: Ready, number: int, state: State) -> Iterator[Event]:
+    """Every client's questions answered by its own model; one event, as of a global one."""
+    started = time.perf_counter()
+    private, rows = Private(record.folder / PRIVATE), []
+    asked = itertools.groupby(ready.questions, lambda question: question.client)
+    for id, questions in asked:
+        ranks = ready.clients[id].ranks if id in ready.clients else ready.largest
+        client = Client(id, ranks, "", 1)
+        handed = ready.method.handout(state, client, _draw(ready, number + 1))
+        fresh = Fresh(ready.base.shapes, ready.experiment.seed, id, number + 1)
+        own = ready.method.receive(handed, private.kept(id, number + 1), fresh).adapter
+        how = ready.experiment.evaluation
+        rows += evaluate_each(ready.base, [own], list(questions), ready.prompt, how)[0]
+    seconds = time.perf_counter() - started
+    if rows:
+        yield record.append(
+            "evaluation", round=number, adapter="global", seconds=seconds, clients=rows
+        )
 
 
 def adapter_folder(folder: Path, number: int) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from flexlora.method import Client, Upload
+from flexlora.method import Client, Expected, Upload
 
 TRAVELS = (torch.float32, torch.bfloat16, torch.float16)
 """The kinds of numbers that adapters travel in."""
@@ -16,15 +16,14 @@ def upload(
     upload: Upload,
     client: Client,
     round: int,
-    shapes: Mapping[str, tuple[int, int]],
+    expected: Mapping[str, Expected],
     most_examples: int | None = None,
-    whole_rank: bool = False,
 ) -> None:
     """Refuse an upload that is not what ``client`` was asked for in this round.
 
-    It must name this client and round, hold exactly the modules of ``shapes`` (out, in), none
-    above the client's rank (with ``whole_rank`` exactly of it), all finite and of a kind
-    that travels, and count at least one example. Reads every tensor once.
+    It must name this client and round, hold exactly the modules expected, each of the shape
+    and of a rank expected, all finite and of a kind that travels, and count at least one
+    example. Reads every tensor once.
 
     Raises:
         ValueError: with the module and the value that is wrong.
@@ -35,25 +34,45 @@ def upload(
     if upload.examples < 1 or (most_examples and upload.examples > most_examples):
         raise ValueError(f"{place} counts {upload.examples} examples.")
     missing, strange = (
-        shapes.keys() - upload.adapter.keys(),
-        upload.adapter.keys() - shapes.keys(),
+        expected.keys() - upload.adapter.keys(),
+        upload.adapter.keys() - expected.keys(),
     )
     if missing or strange:
         raise ValueError(
             f"{place} lacks {sorted(missing)[:3]} and has unexpected {sorted(strange)[:3]}."
         )
+    _check_terms(upload, expected, place)
     for module, factors in upload.adapter.items():
-        if factors.shape != tuple(shapes[module]):
+        wanted = expected[module]
+        if factors.shape != tuple(wanted.shape):
             raise ValueError(
-                f"{place}: module {module!r} is {factors.shape} (out, in), not {shapes[module]}."
+                f"{place}: module {module!r} is {factors.shape} (out, in), not {wanted.shape}."
             )
         if factors.B.dtype not in TRAVELS:
             raise ValueError(f"{place}: module {module!r} is {factors.B.dtype}, not of {TRAVELS}.")
-        least = client.ranks[module] if whole_rank else 1
-        if not least <= factors.rank <= client.ranks[module]:
+        if not wanted.least <= factors.rank <= wanted.most:
             raise ValueError(
                 f"{place}: module {module!r} has rank {factors.rank}; this client's rank "
-                f"is {client.ranks[module]}."
+                f"is {wanted.most}."
             )
         if not (factors.B.isfinite().all() and factors.A.isfinite().all()):
             raise ValueError(f"{place}: module {module!r} holds NaN or infinity.")
+
+
+def _check_terms(upload: Upload, expected: Mapping[str, Expected], place: str) -> None:
+    """Terms must be numbered just where the method numbers them, one for each, all known."""
+    numbered = {module for module, wanted in expected.items() if wanted.terms is not None}
+    if upload.terms.keys() != numbered:
+        raise ValueError(
+            f"{place} numbers the terms of {len(upload.terms)} modules, not of the "
+            f"{len(numbered)} for which the method asks it."
+        )
+    for module in numbered:
+        terms, most = upload.terms[module], expected[module].terms or 0
+        known = all(type(term) is int and 0 <= term < most for term in terms)
+        whole = len(set(terms)) == len(terms) == upload.adapter[module].rank
+        if not known or not whole:
+            raise ValueError(
+                f"{place}: module {module!r} numbers its terms {list(terms)[:8]}, which are not "
+                f"{upload.adapter[module].rank} different ones of {most}."
+            )

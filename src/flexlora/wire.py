@@ -1,13 +1,15 @@
 """Adapters as bytes: what travels between server and client, and what it weighs.
 
 The form is safetensors with tensors ``<module>.A`` and ``<module>.B`` and one JSON header
-under the metadata key ``flexlora``. Nothing else is ever parsed from the network.
+under the metadata key ``flexlora``. Adapters that travel beside the first have their modules
+named ``<section>/<module>``. A tensor of bytes is one of many zeros, as ``sparse`` packs it: the
+header says its shape and the numbers' dtype. Nothing else is ever parsed from the network.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,29 +21,31 @@ from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.method import Download, Upload
+from flexlora.sparse import FLOATS, Form, forms, thinned, unpacked
 
 FORMAT = 1
 NUMBER_CHARACTERS = 25
 """What every fact takes in a header: a clock's digits must not change a message's length."""
 LARGEST_FACT = 1e15
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
+DTYPES = {**FLOATS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 """What safetensors calls the dtypes that are read; which of them are welcome, others decide."""
 
 
-def encode(adapter: Adapter, header: Mapping[str, Any], dtype: torch.dtype) -> bytes:
-    """The adapter and a JSON header as bytes; the same input always gives the same bytes."""
+def encode(
+    adapter: Adapter, header: Mapping[str, Any], dtype: torch.dtype, sparse: bool = False
+) -> bytes:
+    """The adapter and a JSON header as bytes; the same input always gives the same bytes.
+
+    With ``sparse`` every tensor that is smaller without its zeros travels without them.
+    """
     tensors = {}
     for module, factors in adapter.items():
         tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()
         tensors[f"{module}.B"] = factors.B.detach().to(dtype).contiguous()
+    if sparse:
+        tensors, said = thinned(tensors, dtype)
+        header = {**header, **said}
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True, allow_nan=False)
     facts = header.get("facts", {}).values()
     text += " " * sum(NUMBER_CHARACTERS - len(json.dumps(value)) for value in facts)
@@ -60,6 +64,8 @@ def decode(data: bytes) -> tuple[Adapter, dict[str, Any]]:
     except Exception as error:
         raise ValueError(f"The bytes received are no adapter: {error}.") from error
     halves = _halves(tensors, "the bytes received")
+    for name, form in forms(header, {n: (t.dtype, t.shape) for n, t in tensors.items()}).items():
+        tensors[name] = unpacked(tensors[name], *form, name)
     return (
         Adapter({m: Factors(tensors[f"{m}.B"], tensors[f"{m}.A"]) for m in halves}),
         header,
@@ -73,11 +79,15 @@ class _Stored(Mapping[str, Factors]):
     path: Path
     tensors: Mapping[str, _Place]
     names: tuple[str, ...]
+    sparse: Mapping[str, Form]
 
     def __getitem__(self, module: str) -> Factors:
-        B, A = self.tensors[f"{module}.B"], self.tensors[f"{module}.A"]
         with self.path.open("rb") as file:
-            return Factors(B.read(file), A.read(file))
+            return Factors(self._read(f"{module}.B", file), self._read(f"{module}.A", file))
+
+    def _read(self, name: str, file: BinaryIO) -> Tensor:
+        data = self.tensors[name].read(file)
+        return unpacked(data, *self.sparse[name], name) if name in self.sparse else data
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -119,8 +129,9 @@ def open_file(path: Path) -> tuple[Adapter, dict[str, Any]]:
         tensors = _places(path)
     except Exception as error:
         raise ValueError(f"{path} is no stored adapter: {error}.") from error
-    names = tuple(_halves(keys, str(path)))
-    return Adapter(_Stored(path, tensors, names)), _checked(text)
+    names, header = tuple(_halves(keys, str(path))), _checked(text)
+    sparse = forms(header, {name: (p.dtype, p.shape) for name, p in tensors.items()})
+    return Adapter(_Stored(path, tensors, names, sparse)), header
 
 
 def _places(path: Path) -> dict[str, _Place]:
@@ -140,26 +151,64 @@ def _places(path: Path) -> dict[str, _Place]:
     }
 
 
-def encode_download(download: Download, dtype: torch.dtype) -> bytes:
-    """A download as bytes."""
-    return encode(download.adapter, {"kind": "download"}, dtype)
+def encode_download(download: Download, dtype: torch.dtype, sparse: bool = False) -> bytes:
+    """A download as bytes; what is as usual takes none."""
+    sections = {"": download.adapter}
+    if download.rest is not None:
+        sections["rest"] = download.rest
+    sections |= {f"merge {round}": adapter for round, adapter in download.merge.items()}
+    sections |= {f"extra {name}": adapter for name, adapter in download.extra.items()}
+    header: dict[str, Any] = {"kind": "download"}
+    if download.halves != "BA":
+        header["halves"] = download.halves
+    if download.rate != 1:
+        header["rate"] = download.rate
+    if download.facts:
+        header["numbers"] = dict(download.facts)
+    return encode(_joined(sections), {**header, **_told(download.terms)}, dtype, sparse)
 
 
 def decode_download(data: bytes) -> Download:
     """A download from bytes. Raises ValueError for anything else."""
-    adapter, header = decode(data)
-    _expect(header, "download")
-    return Download(adapter)
+    return _download(*decode(data))
 
 
 def open_download(path: Path) -> Download:
     """A download from a file, its modules read when they are asked for."""
-    adapter, header = open_file(path)
+    return _download(*open_file(path))
+
+
+def _download(adapter: Adapter, header: Mapping[str, Any]) -> Download:
     _expect(header, "download")
-    return Download(adapter)
+    halves, rate = header.get("halves", "BA"), header.get("rate", 1.0)
+    if halves not in ("BA", "B", "A") or type(rate) not in (int, float) or not 0 < rate < 1e6:
+        raise ValueError(f"The download asks for halves {halves!r} at rate {rate!r}.")
+    numbers = header.get("numbers", {})
+    if not isinstance(numbers, dict) or any(type(n) is not int for n in numbers.values()):
+        raise ValueError("The download's own numbers are no whole numbers.")
+    sections = _sections(adapter)
+    merge, extra = {}, {}
+    for name in sections.keys() - {"", "rest"}:
+        kind, _, what = name.partition(" ")
+        if kind == "merge" and what.isdecimal():
+            merge[int(what)] = sections[name]
+        elif kind == "extra":
+            extra[what] = sections[name]
+        else:
+            raise ValueError(f"The download has a section {name[:40]!r} that is not known.")
+    return Download(
+        sections.get("", Adapter({})),
+        sections.get("rest"),
+        dict(sorted(merge.items())),
+        halves,
+        float(rate),
+        _terms(header, sections.get("", Adapter({}))),
+        extra,
+        numbers,
+    )
 
 
-def encode_upload(upload: Upload, dtype: torch.dtype) -> bytes:
+def encode_upload(upload: Upload, dtype: torch.dtype, sparse: bool = False) -> bytes:
     """An upload as bytes."""
     header = {
         "kind": "upload",
@@ -167,8 +216,9 @@ def encode_upload(upload: Upload, dtype: torch.dtype) -> bytes:
         "round": upload.round,
         "examples": upload.examples,
         "facts": dict(upload.facts),
+        **_told(upload.terms),
     }
-    return encode(upload.adapter, header, dtype)
+    return encode(upload.adapter, header, dtype, sparse)
 
 
 def open_upload(path: Path) -> Upload:
@@ -189,7 +239,77 @@ def open_upload(path: Path) -> Upload:
         if type(value) not in (int, float) or not abs(value) <= LARGEST_FACT:
             raise ValueError(f"{path}: the upload's fact {name[:40]!r} is no usable number.")
     facts = header["facts"]
-    return Upload(header["client"], header["round"], adapter, header["examples"], facts)
+    return Upload(
+        header["client"],
+        header["round"],
+        adapter,
+        header["examples"],
+        facts,
+        _terms(header, adapter),
+    )
+
+
+def _joined(sections: Mapping[str, Adapter]) -> Adapter:
+    """Several adapters as one, their modules under the sections' names."""
+    return Adapter(
+        {
+            f"{name}/{module}" if name else module: factors
+            for name, adapter in sections.items()
+            for module, factors in adapter.items()
+        }
+    )
+
+
+def _sections(adapter: Adapter) -> dict[str, Adapter]:
+    """What ``_joined`` joined; modules are still read when they are asked for."""
+    names: dict[str, dict[str, str]] = {}
+    for key in adapter:
+        section, _, module = key.rpartition("/")
+        names.setdefault(section, {})[module] = key
+    return {section: Adapter(_Section(adapter, keys)) for section, keys in names.items()}
+
+
+@dataclass(frozen=True)
+class _Section(Mapping[str, Factors]):
+    """Some modules of an adapter under names of their own."""
+
+    whole: Adapter
+    keys_: Mapping[str, str]
+
+    def __getitem__(self, module: str) -> Factors:
+        return self.whole[self.keys_[module]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)
+
+
+def _told(terms: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The numbers of terms as a header says them, if there are any."""
+    return {"terms": {m: list(chosen) for m, chosen in terms.items()}} if terms else {}
+
+
+def _terms(header: Mapping[str, Any], adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The numbers of the adapter's terms: for each of its modules one for every term, or none.
+
+    Raises:
+        ValueError: they are anything else than that.
+    """
+    found = header.get("terms", {})
+    if not isinstance(found, dict) or (found and found.keys() != set(adapter)):
+        raise ValueError("The header's terms are not those of the modules that travel.")
+    for module, chosen in found.items():
+        whole = isinstance(chosen, list) and all(type(term) is int for term in chosen)
+        if not whole or len(set(chosen)) != len(chosen) or any(term < 0 for term in chosen):
+            raise ValueError(f"The terms of module {module[:80]!r} are no distinct numbers.")
+        if len(chosen) != adapter[module].rank:
+            raise ValueError(
+                f"Module {module[:80]!r} has {adapter[module].rank} terms but numbers for "
+                f"{len(chosen)}."
+            )
+    return {module: tuple(chosen) for module, chosen in found.items()}
 
 
 def _header_length(data: bytes) -> int:

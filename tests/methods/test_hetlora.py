@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flexlora import methods
 from flexlora.adapter import Adapter, Factors
-from flexlora.method import Client, State, Upload
+from flexlora.method import Client, Download, State, Upload
 from flexlora.methods.hetlora import HetLoRA
 from flexlora.seeds import rng
 from ingredients import random_factors
@@ -63,7 +63,7 @@ def test_the_penalty_is_the_formula_and_so_is_its_gradient(keep, rank):
     heads = {m: max(math.floor(keep * f.rank), 1) for m, f in start.items()}
     method = HetLoRA(keep=keep, decay=0.3)
     found = []
-    for formula in (method.penalty, lambda now: 0.3 * tail(now, heads)):
+    for formula in (lambda now: method.penalty(now, start), lambda now: 0.3 * tail(now, heads)):
         leaves = {
             m: Factors(f.B.clone().requires_grad_(), f.A.clone().requires_grad_())
             for m, f in start.items()
@@ -81,7 +81,7 @@ def test_a_tail_of_zeros_has_a_finite_gradient():
     """As at the start, where B is zero."""
     f = random_factors(11, 5, 7)
     B, A = torch.zeros_like(f.B).requires_grad_(), f.A.clone().requires_grad_()
-    HetLoRA(keep=0.5).penalty({Q: Factors(B, A)}).backward()
+    HetLoRA(keep=0.5).penalty({Q: Factors(B, A)}, Adapter({Q: f})).backward()
     assert B.grad.isfinite().all()
     assert A.grad.isfinite().all()
 
@@ -92,7 +92,7 @@ def test_a_tail_of_zeros_has_a_finite_gradient():
 def test_a_client_prunes_itself_where_the_tail_shrank_and_only_there(by, pruned):
     start = adapter({Q: 6, UP: 3}, 1)
     heads = {Q: 4, UP: 2}
-    returned = HetLoRA(keep=0.7).returns(start, shrunk(start, heads, by))
+    returned = HetLoRA(keep=0.7).shares(Download(start), shrunk(start, heads, by))
     assert returned.ranks == (heads if pruned else start.ranks)
     for m in start:
         assert torch.equal(returned[m].A, start[m].A[: returned[m].rank])
@@ -103,21 +103,21 @@ def test_the_tails_of_all_layers_count_together():
     one = Adapter(
         {Q: shrunk(start, {Q: 4, UP: 2}, 0.1)[Q], UP: shrunk(start, {Q: 4, UP: 2}, 1.05)[UP]}
     )
-    assert HetLoRA(keep=0.7).returns(start, one).ranks == {Q: 4, UP: 2}
+    assert HetLoRA(keep=0.7).shares(Download(start), one).ranks == {Q: 4, UP: 2}
 
 
 def test_nobody_prunes_below_the_smallest_rank():
     start = adapter({Q: 6, UP: 3}, 1)
     method = HetLoRA(keep=0.4, smallest_rank=3)
-    assert method.returns(start, shrunk(start, {Q: 3, UP: 3}, 0.5)).ranks == {Q: 3, UP: 3}
+    assert method.shares(Download(start), shrunk(start, {Q: 3, UP: 3}, 0.5)).ranks == {Q: 3, UP: 3}
     below = adapter({Q: 2, UP: 1}, 1)
-    assert method.returns(below, shrunk(below, {Q: 0, UP: 0}, 0.5)).ranks == {Q: 2, UP: 1}
+    assert method.shares(Download(below), shrunk(below, {Q: 0, UP: 0}, 0.5)).ranks == {Q: 2, UP: 1}
 
 
 def test_the_default_prunes_one_term_of_up_to_a_hundred():
     for rank in (2, 8, 30, 100):
         start = Adapter({Q: random_factors(11, rank, 7, rank)})
-        returned = HetLoRA().returns(start, shrunk(start, {Q: rank - 1}, 0.5))
+        returned = HetLoRA().shares(Download(start), shrunk(start, {Q: rank - 1}, 0.5))
         assert returned.ranks == {Q: rank - 1}
 
 

@@ -1,77 +1,94 @@
 """Every method against every law. All sizes differ pairwise, so that no transpose can hide."""
 
-import copy
+import dataclasses
 
 import pytest
 import torch
 
-from flexlora import methods, wire
+from flexlora import checkpoint, methods, validate, wire
 from flexlora.adapter import Adapter, Factors
-from flexlora.method import Client, Upload
-from flexlora.seeds import rng
+from flexlora.method import Upload
+from flexlora.private import Private
 from ingredients import random_factors
-from oracle import product, relative_error, weighted_sum
+from oracle import best, product, relative_error
+from playing import (
+    EXAMPLES,
+    SHAPES,
+    clients_of,
+    draw_of,
+    jolt,
+    made,
+    merged,
+    opened,
+    played,
+    started,
+    turn,
+)
 
-SHAPES = {"model.q": (11, 7), "model.up": (13, 5)}
-EXAMPLES = [13, 17, 29]
 ALL = methods.names()
 
+WHOLE = {"florist": {"energy": 1.0}, "flasc": {"density_down": 1.0, "density_up": 1.0}}
+"""Options without which a method drops a part of the aggregate by design."""
 
-def draw(module):
-    return rng(5, "handout", module)
-
-
-def ranks_of(method):
-    """Three clients' ranks by module: mixed where the method takes them."""
-    mixed = [
-        {"model.q": 2, "model.up": 1},
-        {"model.q": 3, "model.up": 4},
-        {"model.q": 6, "model.up": 3},
-    ]
-    return mixed if method.mixed_ranks else [{"model.q": 3, "model.up": 2}] * 3
-
-
-def adapter(ranks, seed):
-    return Adapter(
-        {
-            m: random_factors(SHAPES[m][0], r, SHAPES[m][1], seed + i)
-            for i, (m, r) in enumerate(ranks.items())
-        }
-    )
+NO_GAUGE = {
+    "raflora": "its terms are averaged one by one, so that their order and basis matter",
+    "ffalora": "A is not trained",
+    "fedsvd": "A is not trained",
+    "rolora": "one half is trained at a time",
+    "loraa2": "one half is trained at a time",
+    "fslora": "clients send changes of factors",
+    "flasc": "clients send changes of factors",
+    "fedrotlora": "clients turn their factors themselves",
+    "fedsalora": "A alone is shared",
+    "ravan": "clients train cores between frozen bases",
+    "fedtt": "clients train the cores of a tensor train",
+    "slora": "clients train single entries",
+}
 
 
 @pytest.fixture(params=ALL)
 def method(request):
-    return methods.make(request.param)
+    return made(request.param)
+
+
+@pytest.fixture
+def whole(method):
+    """The method with nothing dropped by design."""
+    return dataclasses.replace(method, **WHOLE.get(type(method).__name__.lower(), {}))
 
 
 @pytest.fixture
 def clients(method):
-    return [
-        Client(f"c{i}", ranks, f"type{i}", n)
-        for i, (ranks, n) in enumerate(zip(ranks_of(method), EXAMPLES, strict=True))
-    ]
-
-
-@pytest.fixture
-def uploads(clients):
-    return [
-        Upload(c.id, 1, adapter(c.ranks, 10 * i + 1), c.examples) for i, c in enumerate(clients)
-    ]
+    return clients_of(method)
 
 
 @pytest.fixture
 def state(method, clients):
-    """A start at ranks that lose nothing: at least those of any sum of these clients."""
-    top = {
-        m: (max(c.ranks[m] for c in clients) if not method.exact else min(SHAPES[m]))
-        for m in SHAPES
-    }
-    return method.start(adapter(top, 77))
+    """A state with a past: two rounds in which everybody learnt something."""
+    return played(method, clients, 2, lambda number: jolt(number, method=method))
 
 
-def products(a):
-    return {m: product(f) for m, f in a.items()}
+@pytest.fixture
+def turns(method, state, clients):
+    return [turn(method, state, c, 3, jolt(3, method=method)) for c in clients]
+
+
+@pytest.fixture
+def uploads(turns):
+    return [t.upload for t in turns]
+
+
+def name(method):
+    return type(method).__name__.lower()
+
+
+def update(method, state, uploads):
+    """The update after aggregation; of a personal method what is shared, as an update."""
+    after = method.aggregate(state, uploads)
+    if not method.personal:
+        return method.update(after)
+    ones = {m: torch.ones(f.shape[0], f.rank) for m, f in after.adapters["global"].items()}
+    return Adapter({m: Factors(ones[m].double(), f.A) for m, f in after.adapters["global"].items()})
 
 
 def assert_same(got, want, tolerance=1e-9):
@@ -79,140 +96,235 @@ def assert_same(got, want, tolerance=1e-9):
         assert relative_error(product(got[module]), product(want[module])) < tolerance
 
 
-def aggregate(method, state, uploads):
-    return method.update(method.aggregate(state, uploads))
-
-
 def test_order_of_clients_is_irrelevant(method, state, uploads):
-    assert_same(aggregate(method, state, uploads[::-1]), aggregate(method, state, uploads))
+    assert_same(update(method, state, uploads[::-1]), update(method, state, uploads))
 
 
 def test_weights_are_relative(method, state, uploads):
-    heavier = [Upload(u.client, u.round, u.adapter, 3 * u.examples) for u in uploads]
-    assert_same(aggregate(method, state, heavier), aggregate(method, state, uploads))
+    heavier = [dataclasses.replace(u, examples=3 * u.examples) for u in uploads]
+    assert_same(update(method, state, heavier), update(method, state, uploads))
 
 
-def test_equal_clients_are_a_fixed_point(method, state, clients):
-    """In the terms that they hold; what nobody holds is the method's own business."""
-    same = adapter(clients[0].ranks, 3)
-    for count in (1, 3):
-        twins = [Upload(c.id, 1, same, c.examples) for c in clients[:count]]
-        assert_same(aggregate(method, state, twins).first(same.ranks), same)
+@pytest.mark.parametrize("count", [1, 3])
+def test_equal_clients_are_a_fixed_point(whole, count):
+    """One client, or three alike, of full rank: the update is their model."""
+    if whole.personal:
+        pytest.skip("there is no global model")
+    client = clients_of(whole)[1]
+    before = played(whole, [client], 1, lambda number: jolt(number, method=whole))
+    one = turn(whole, before, client, 2, jolt(2, method=whole))
+    got = whole.update(whole.aggregate(before, [one.upload] * count))
+    want = one.model(merged(before))
+    for module in SHAPES:
+        assert relative_error(product(got[module]), want[module]) < 1e-6
 
 
-def test_one_client_is_the_identity_up_to_rank(method, clients, uploads):
-    largest = uploads[1]
-    start = method.start(adapter(largest.adapter.ranks, 78))
-    assert_same(aggregate(method, start, [largest]), largest.adapter)
-
-
-def test_exact_is_as_declared(method, state, uploads):
-    """Against the dense float64 mean of products, with weights by examples."""
-    got = aggregate(method, state, uploads)
-    total = sum(EXAMPLES)
+def test_exact_is_as_declared(method, state, turns):
+    """Against the dense float64 mean of the clients' whole models, cut to the rank kept."""
+    if method.personal:
+        pytest.skip("there is no global model")
+    got = method.update(method.aggregate(state, [t.upload for t in turns]))
     errors = [
-        relative_error(
-            product(got[m]),
-            weighted_sum([(u.examples / total, u.adapter[m]) for u in uploads]),
-        )
-        for m in SHAPES
+        relative_error(product(got[module]), best(_mean(method, state, turns, module), rank))
+        for module, rank in got.ranks.items()
     ]
-    assert (max(errors) < 1e-12) if method.exact else (max(errors) > 1e-3)
+    # The wire and the state are float64 here, an SVD's null space costs the rest.
+    assert (max(errors) < 1e-9) if method.exact else (max(errors) > 1e-3)
 
 
-def test_a_handout_has_the_clients_rank_and_is_trainable(method, state, clients, uploads):
-    for known in (state, method.aggregate(state, uploads)):
+def _mean(method, state, turns, module):
+    if not method.rank_wise:
+        models = [t.model(merged(state))[module] for t in turns]
+        return sum(n / sum(EXAMPLES) * model for n, model in zip(EXAMPLES, models, strict=True))
+    total = torch.zeros(SHAPES[module], dtype=torch.float64)
+    for term in range(max(t.factors[module].rank for t in turns)):
+        holders = [t for t in turns if t.factors[module].rank > term]
+        for t in holders:
+            share = t.client.examples / sum(h.client.examples for h in holders)
+            f = t.factors[module]
+            total += share * torch.outer(f.B[:, term], f.A[term])
+    return total
+
+
+def test_a_start_has_the_clients_rank_and_is_trainable(method, state, clients):
+    for known, number in ((started(method, clients), 1), (state, 3)):
         for client in clients:
-            handed = method.handout(known, client, draw).adapter
-            assert handed.ranks == client.ranks
-            for f in handed.values():
-                assert bool(((f.B != 0).any(0) | (f.A != 0).any(1)).all())
+            start = opened(method, known, client, number)
+            for module, f in start.adapter.items():
+                assert f.shape == SHAPES[module]
+                trained = (f.A != 0).any(1), (f.B != 0).any(0)
+                alive = {"BA": trained[0] | trained[1], "B": trained[0], "A": trained[1]}
+                if not _formed(method, start):
+                    assert bool(alive[start.halves].all())
+            if not method.probes and not _formed(method, start):
+                assert start.adapter.ranks == client.ranks
 
 
-def test_gauge_invariance(method, state, uploads):
-    """(B R, R^-1 A) is the same update; a mean of factors needs one R for all clients."""
-    if not method.exact:
-        uploads = [
-            Upload(u.client, 1, adapter(uploads[0].adapter.ranks, i), u.examples)
-            for i, u in enumerate(uploads)
-        ]
-    turned = [
-        Upload(
-            u.client,
-            1,
-            Adapter(
-                {
-                    m: Factors(f.B @ _rotation(f.rank), _rotation(f.rank).T @ f.A)
-                    for m, f in u.adapter.items()
-                }
-            ),
-            u.examples,
+def _formed(method, start):
+    return hasattr(method, "form") and method.form(start) is not None
+
+
+def test_a_client_trains_no_more_than_its_ranks_allow(turns, method):
+    for t in turns:
+        halves = t.start.halves
+        got = sum(
+            f.B.numel() * ("B" in halves) + f.A.numel() * ("A" in halves)
+            for f in t.start.adapter.values()
         )
-        for u in uploads
-    ]
-    held = (
-        {m: max(u.adapter[m].rank for u in uploads) for m in SHAPES}
-        if not method.exact
-        else {m: 99 for m in SHAPES}
+        most = sum(r * sum(SHAPES[m]) for m, r in t.client.ranks.items())
+        widest = max(max(shape) for shape in SHAPES.values()) * sum(t.client.ranks.values())
+        if not _formed(method, t.start):
+            assert 0 < got <= (widest if method.probes else most)
+
+
+def test_gauge_invariance(method, state, clients):
+    """(B R, R^-1 A) is the same update; a mean of factors needs one R for all clients."""
+    if name(method) in NO_GAUGE:
+        pytest.skip(NO_GAUGE[name(method)])
+    ranks = None if method.exact else [clients[1].ranks] * 3
+    clients = clients_of(method, ranks)
+    state = played(method, clients, 2, jolt)
+
+    def turned(learn):
+        def learn_turned(client, start):
+            learnt = learn(client, start)
+            salt = clients.index(client) if method.exact else 0
+            return Adapter({m: _rotated(f, salt) for m, f in learnt.items()})
+
+        return learn_turned
+
+    straight, other = (
+        [turn(method, state, c, 3, how(jolt(3))).upload for c in clients]
+        for how in (lambda learn: learn, turned)
     )
-    assert_same(
-        aggregate(method, state, turned).first(held),
-        aggregate(method, state, uploads).first(held),
-    )
+    assert_same(update(method, state, other), update(method, state, straight), 1e-8)
 
 
-def _rotation(rank):
-    return torch.linalg.qr(random_factors(rank, rank, rank, rank).B)[0]
+def _rotated(f, salt):
+    R = torch.linalg.qr(random_factors(f.rank, f.rank, f.rank, f.rank + salt).B)[0]
+    return Factors(f.B @ R, R.T @ f.A)
 
 
-def test_inputs_are_not_mutated(method, state, clients, uploads):
-    before = copy.deepcopy(
-        (products(state.adapters["global"]), [products(u.adapter) for u in uploads])
-    )
-    for client in clients:
-        method.handout(state, client, draw)
-    method.returns(uploads[0].adapter, uploads[0].adapter)
+def numbers(state, uploads):
+    adapters = [*state.adapters.values(), *(u.adapter for u in uploads)]
+    return [x.clone() for a in adapters for f in a.values() for x in (f.B, f.A)]
+
+
+def test_inputs_are_not_mutated(method, state, clients, turns, uploads):
+    before = numbers(state, uploads)
+    for client, t in zip(clients, turns, strict=True):
+        method.handout(state, client, draw_of(4))
+        method.shares(t.start, t.trained)
     method.aggregate(state, uploads)
-    after = (products(state.adapters["global"]), [products(u.adapter) for u in uploads])
-    assert all(torch.equal(before[0][m], after[0][m]) for m in SHAPES)
-    assert all(
-        torch.equal(x[m], y[m]) for x, y in zip(before[1], after[1], strict=True) for m in SHAPES
-    )
+    method.update(state)
+    after = numbers(state, uploads)
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_state_survives_save_and_load(method, state, clients, uploads, tmp_path):
+    """To the bit in float32, which a checkpoint holds: a resumed run is the same run."""
+    adapters = {k: a.to(torch.float32) for k, a in state.adapters.items()}
+    state = dataclasses.replace(state, adapters=adapters)
+    loaded = checkpoint.save(tmp_path, 2, 0, state).state
+    assert loaded.facts == state.facts
+    for client in clients:
+        handed = [
+            wire.encode_download(method.handout(s, client, draw_of(3)), torch.float32)
+            for s in (state, loaded)
+        ]
+        assert handed[0] == handed[1]
+    got, want = (method.update(method.aggregate(s, uploads)) for s in (loaded, state))
+    for module in SHAPES:
+        assert torch.equal(got[module].B, want[module].B)
+        assert torch.equal(got[module].A, want[module].A)
 
 
 def test_bytes_counted_are_bytes_encoded(method, state, clients, uploads):
-    """A message's length grows by exactly four bytes for each number it carries."""
-    for client in clients:
-        download = method.handout(state, client, draw)
-        data = wire.encode_download(download, torch.float32)
-        header = 8 + int.from_bytes(data[:8], "little")
-        assert len(data) - header == 4 * download.adapter.parameters
-        assert_same(wire.decode_download(data).adapter, download.adapter, 1e-6)
+    """A message's length beside its header is four bytes for each number it carries."""
+    for client, upload in zip(clients, uploads, strict=True):
+        handed = method.handout(state, client, draw_of(3))
+        beside = [*([handed.rest] if handed.rest else []), *handed.merge.values()]
+        carried = sum(a.parameters for a in [handed.adapter, *beside, *handed.extra.values()])
+        data = wire.encode_download(handed, torch.float32)
+        if getattr(method, "sparse", False):
+            assert _body(data) <= 4 * carried
+            continue
+        assert _body(data) == 4 * carried
+        assert _body(wire.encode_upload(upload, torch.float32)) == 4 * upload.adapter.parameters
 
 
-def test_scale_is_folded_before_aggregation(method, state, uploads):
+def _body(data):
+    return len(data) - 8 - int.from_bytes(data[:8], "little")
+
+
+def test_uploads_are_what_is_expected_and_nothing_else_is(method, state, clients, uploads):
+    for client, upload in zip(clients, uploads, strict=True):
+        expected = method.expects(state, client, SHAPES)
+        sent = dataclasses.replace(upload, adapter=upload.adapter.to(torch.float32))
+        validate.upload(sent, client, 3, expected, client.examples)
+        larger = {
+            m: Factors(
+                torch.cat([f.B, f.B.new_ones(f.B.shape[0], 40)], 1),
+                torch.cat([f.A, f.A.new_ones(40, f.A.shape[1])], 0),
+            )
+            for m, f in sent.adapter.items()
+        }
+        with pytest.raises(ValueError, match=r"rank|numbers its terms"):
+            validate.upload(dataclasses.replace(sent, adapter=Adapter(larger)), client, 3, expected)
+        wider = {m: Factors(torch.cat([f.B, f.B, f.B[:1]]), f.A) for m, f in sent.adapter.items()}
+        for module, f in sent.adapter.items():
+            if f.B.numel() == 0:
+                wider[module] = Factors(f.B.new_ones(1, f.rank), f.A)
+        with pytest.raises(ValueError, match=r"\(out, in\)"):
+            validate.upload(dataclasses.replace(sent, adapter=Adapter(wider)), client, 3, expected)
+
+
+def test_a_client_that_skips_rounds_ends_with_the_same_base(method, clients, tmp_path):
+    """Through the files that a client keeps: always there, or there in the last round alone."""
+    state, always, late = started(method, clients), *(Private(tmp_path / n) for n in "ab")
+    here, other = clients[0], clients[1]
+    for number in (1, 2, 3):
+        turns = [turn(method, state, c, number, jolt(number, method=method)) for c in (here, other)]
+        always.merge(method.handout(state, here, draw_of(number)).merge)
+        state = method.aggregate(state, [t.upload for t in turns])
+    for memory, client in ((always, here), (late, clients[2])):
+        memory.merge(method.handout(state, client, draw_of(4)).merge)
+    bases = [_summed(memory.merged(4)) for memory in (always, late)]
+    assert bases[0].keys() == bases[1].keys()
+    assert all(torch.equal(bases[0][m], bases[1][m]) for m in bases[0])
+    assert len(always.merged(4)) == len(merged(state))
+
+
+def _summed(adapters):
+    total = {}
+    for adapter in adapters:
+        for m, f in adapter.items():
+            total[m] = total.get(m, 0) + product(f)
+    return total
+
+
+def test_scale_is_folded_before_aggregation(method, state, turns, uploads):
     """Clients with different alpha but equal products give equal results.
 
     Factors hold no alpha: a client of scale s that trained B/s uploads s * (B/s).
     """
     scales = [0.5, 2.0, 4.0]
     folded = [
-        Upload(
-            u.client,
-            1,
-            Adapter({m: Factors(s * (f.B / s), f.A) for m, f in u.adapter.items()}),
-            u.examples,
+        method.shares(
+            t.start, Adapter({m: Factors(s * (f.B / s), f.A) for m, f in t.trained.items()})
         )
-        for s, u in zip(scales, uploads, strict=True)
+        for s, t in zip(scales, turns, strict=True)
     ]
-    assert_same(aggregate(method, state, folded), aggregate(method, state, uploads))
+    again = [dataclasses.replace(u, adapter=a) for u, a in zip(uploads, folded, strict=True)]
+    assert_same(update(method, state, again), update(method, state, uploads))
 
 
 def test_every_file_holds_one_method_and_says_its_paper():
-    for name in ALL:
-        kind = methods.kind(name)
-        assert kind.__name__.lower() == name
-        assert kind.paper.startswith("arXiv ") and kind.title and isinstance(kind.exact, bool)
+    for each in ALL:
+        kind = methods.kind(each)
+        assert kind.__name__.lower() == each
+        assert kind.paper.startswith("arXiv ") or each == "flexfold"
+        assert kind.title and isinstance(kind.exact, bool)
 
 
 def test_unknown_names_are_refused_with_the_nearest():
@@ -220,3 +332,17 @@ def test_unknown_names_are_refused_with_the_nearest():
         methods.make("flexlra")
     with pytest.raises(ValueError, match=r"no option 'splt'.*Did you mean 'split'"):
         methods.make("flexlora", {"splt": "left"})
+
+
+def test_an_upload_carries_its_terms(method, uploads, tmp_path):
+    """Over the wire and back, to the bit."""
+    for number, upload in enumerate(uploads):
+        path = tmp_path / str(number)
+        path.write_bytes(wire.encode_upload(upload, torch.float64))
+        back = wire.open_upload(path)
+        assert isinstance(back, Upload)
+        assert back.terms == {m: tuple(t) for m, t in upload.terms.items()}
+        assert back.adapter.ranks == upload.adapter.ranks
+        for module, f in upload.adapter.items():
+            assert torch.equal(back.adapter[module].B, f.B)
+            assert torch.equal(back.adapter[module].A, f.A)

@@ -309,7 +309,7 @@ def test_a_penalty_is_added_at_every_step(base, store):
     plain = run(base, adapter, store, how=how).adapter
     seen = []
 
-    def penalty(now):
+    def penalty(now, start):
         seen.append({m: f.B.detach().clone() for m, f in now.items()})
         return 0.5 * sum(f.B.square().sum() for f in now.values())
 
@@ -325,7 +325,7 @@ def test_a_penalty_is_added_at_every_step(base, store):
 
 def test_a_method_without_a_penalty_changes_nothing(base, store):
     one = run(base, of_rank(base, 2), store)
-    two = run(base, of_rank(base, 2), store, penalty=lambda now: None)
+    two = run(base, of_rank(base, 2), store, penalty=lambda now, start: None)
     assert_close(two.adapter, one.adapter, 1e-12)
 
 

@@ -57,7 +57,7 @@ def smooth(monkeypatch):
     monkeypatch.setattr(Training, "make", make)
 
 
-def pull(now):
+def pull(now, start):
     return 0.05 * sum(f.B.square().sum() + f.A.square().sum() for f in now.values())
 
 
@@ -68,7 +68,7 @@ def learners(base: Base) -> list[Learner]:
         Learner("client 'a'", mixed, range(9), draw(1)),
         Learner("client 'b'", of_rank(base, 3, 20), [4, 1], draw(2), pull),
         Learner("client 'c'", of_rank(base, 4, 40), np.array([2, 3, 5, 6, 7]), draw(3)),
-        Learner("client 'd'", of_rank(base, 1, 60), [8], draw(4), lambda now: None),
+        Learner("client 'd'", of_rank(base, 1, 60), [8], draw(4), lambda now, start: None),
     ]
 
 
@@ -270,7 +270,7 @@ def test_nan_in_attention_stays_with_its_client_too(base, store):
 
 
 def test_a_client_whose_last_step_is_not_finite_is_refused_by_name(base, store):
-    def explode(now):
+    def explode(now, start):
         return math.inf * sum(f.B.sum() for f in now.values())
 
     some = learners(base)

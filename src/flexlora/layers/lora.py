@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexlora.adapter import Factors
+
 
 @dataclass
 class Layout:
@@ -61,11 +63,16 @@ class Layout:
 
 
 class Part(NamedTuple):
-    """One adapter's factors in one layer: ``scale * B @ A`` is its update."""
+    """One adapter's factors in one layer: ``scale * B @ A`` is its update.
+
+    ``rest`` are factors that its rows see as well and that have no gradient. A factor that
+    needs none costs none either.
+    """
 
     A: Tensor
     B: Tensor
     scale: float = 1.0
+    rest: Factors | None = None
 
 
 class LoRALinear(nn.Module):
@@ -130,6 +137,9 @@ class Linear(NamedTuple):
                 continue
             h = part.A.to(rows.dtype) @ rows[first:end].t()
             y[first:end].addmm_(h.t(), part.B.to(rows.dtype).t(), alpha=part.scale)
+            if part.rest is not None:
+                beside = part.rest.A.to(rows.dtype) @ rows[first:end].t()
+                y[first:end].addmm_(beside.t(), part.rest.B.to(rows.dtype).t())
             hidden.append(h)
         return y, hidden
 
@@ -144,7 +154,7 @@ class Linear(NamedTuple):
         """Write the input's gradient into ``dx`` (``add``: onto what is there); the factors' ones.
 
         Returns the gradients of A and B of each adapter in turn, in their own precision;
-        None for one without rows.
+        None for one without rows, or that needs no gradient.
         """
         if dx is not None and self.W is not None:
             torch.addmm(dx, grad, self.W, beta=1 if add else 0, out=dx)
@@ -157,8 +167,13 @@ class Linear(NamedTuple):
             through = part.B.to(g.dtype).t() @ g.t()
             if dx is not None:
                 dx[first:end].addmm_(through.t(), part.A.to(g.dtype), alpha=part.scale)
-            found.append((through @ rows[first:end]).mul_(part.scale).to(part.A.dtype))
-            found.append((h @ g).mul_(part.scale).to(part.B.dtype).t())
+                if part.rest is not None:
+                    beside = part.rest.B.to(g.dtype).t() @ g.t()
+                    dx[first:end].addmm_(beside.t(), part.rest.A.to(g.dtype))
+            dA = (through @ rows[first:end]).mul_(part.scale) if part.A.requires_grad else None
+            dB = (h @ g).mul_(part.scale) if part.B.requires_grad else None
+            found.append(None if dA is None else dA.to(part.A.dtype))
+            found.append(None if dB is None else dB.to(part.B.dtype).t())
         return found
 
 

@@ -9,32 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexlora import linalg
 from flexlora.adapter import Adapter
+from flexlora.aggregation import Weights, factor_means, weights_of
 from flexlora.method import Method, State, Upload
 
 
 @dataclass(frozen=True)
 class FedIT(Method):
-    """FedIT: the example-weighted mean of B and of A."""
+    """FedIT: the weighted mean of B and of A. Unequal ranks are refused at start-up."""
 
     title = "FedIT: FedAvg on the factors"
     paper = "arXiv 2305.05644"
     exact = False
     mixed_ranks = False
+    fixed_frame = True
+    up = "r*(m+n)"
+    down = "r*(m+n)"
+    server = "sums of factors"
+
+    weights: Weights = "examples"
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of each factor; O(K rank (out + in)) for K uploads."""
-        return State(
-            {
-                "global": Adapter(
-                    {
-                        module: linalg.mean([(u.examples, u.adapter[module]) for u in uploads]).to(
-                            last.B.dtype
-                        )
-                        for module, last in state.adapters["global"].items()
-                    }
-                )
-            },
-            state.facts,
-        )
+        weights = weights_of(uploads, self.weights)
+        modules = {
+            module: factor_means(
+                [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
+            ).to(last.B.dtype)
+            for module, last in state.adapters["global"].items()
+        }
+        return State({"global": Adapter(modules)}, state.facts)

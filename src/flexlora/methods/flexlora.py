@@ -14,43 +14,34 @@ the same.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from flexlora.adapter import Adapter, Factors
-from flexlora.decomposition import SVD, Split
-from flexlora.decompositions import Accuracy, decompose
-from flexlora.linalg import Accumulator
-from flexlora.method import Method, State, Upload, shares
-
-MOST_WORKERS = 8
-"""Modules decomposed at once at most, as each takes the memory of one module's sum."""
-
-Merged = tuple[Factors, float, dict[str, Any]]
-"""Of one module: the factors kept, the share of energy lost, how it was decomposed."""
+from flexlora.aggregation import Decomposing, Weighted, Weights, weights_of
+from flexlora.decomposition import Split
+from flexlora.decompositions import Accuracy
+from flexlora.method import Method, State, Upload
 
 
 @dataclass(frozen=True)
 class FlexLoRA(Method):
     """FlexLoRA. ``split`` says which factor takes the singular values (the paper: left).
 
-    ``accuracy`` "bounded" lets a module be decomposed by block Krylov iteration where that is
-    cheaper and its error is shown to be at most a thousandth above the optimum's; else, and
-    with "exact" always, the decomposition is exact to rounding.
+    ``precision`` and ``accuracy`` are those of ``aggregation.Decomposing``.
     """
 
     title = "FlexLoRA: average of products, redistributed by SVD"
     paper = "arXiv 2402.11505"
     exact = True
     mixed_ranks = True
+    product = True
+    up = "r*(m+n)"
+    down = "r*(m+n)"
+    server = "one SVD of rank S"
 
     split: Split = "left"
-    weights: Literal["examples", "uniform"] = "examples"
+    weights: Weights = "examples"
     precision: Literal["float64", "float32"] = "float64"
     accuracy: Accuracy = "bounded"
 
@@ -59,49 +50,11 @@ class FlexLoRA(Method):
 
         The facts say of each module what energy was lost and how it was decomposed.
         """
-        by_examples = self.weights == "examples"
-        weights = shares([u.examples if by_examples else 1 for u in uploads])
-        known, ranks = state.adapters["global"], state.facts["ranks"]
+        weights = weights_of(uploads, self.weights)
 
-        def merged(module: str) -> Merged:
-            last, rank = known[module], ranks[module]
-            total = Accumulator(last.shape, getattr(torch, self.precision))
-            for weight, upload in zip(weights, uploads, strict=True):
-                total.absorb(weight, upload.adapter[module])
-            svd = decompose(total.finalize(), rank, self.accuracy, last)
-            factors = svd.factors(rank, self.split).to(last.B.dtype)
-            return factors, 1 - svd.energy(rank), _how(svd)
+        def terms(module: str) -> list[Weighted]:
+            return [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
 
-        modules, lost, how = {}, {}, {}
-        for module, found in zip(ranks, _in_parallel(merged, list(ranks)), strict=True):
-            modules[module], lost[module], how[module] = found
-        facts = {"lost_energy": lost, "decomposition": how}
-        return State({"global": Adapter(modules)}, {**state.facts, **facts})
-
-
-def _how(svd: SVD) -> dict[str, Any]:
-    """For the record: the route, its excess, and the excess for which another was refused.
-
-    An excess without any bound is None.
-    """
-    how: dict[str, Any] = {"route": svd.route, "excess": svd.excess}
-    if svd.refused is not None:
-        how["refused"] = svd.refused if math.isfinite(svd.refused) else None
-    return how
-
-
-def _in_parallel(work: Callable[[str], Merged], modules: Sequence[str]) -> list[Merged]:
-    """``work`` of every module, in their order; as many at once as there are threads.
-
-    A module on a thread of its own is faster than all threads on one module, as much of a
-    decomposition is serial.
-    """
-    threads = torch.get_num_threads()
-    workers = max(1, min(threads, len(modules), MOST_WORKERS))
-    # A new thread takes over the number that stands when it first computes.
-    torch.set_num_threads(threads // workers)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(work, modules))
-    finally:
-        torch.set_num_threads(threads)
+        how = Decomposing(self.split, self.precision, self.accuracy)
+        adapter, facts = how.best(terms, state.adapters["global"], state.facts["ranks"])
+        return State({"global": adapter}, {**state.facts, **facts})

@@ -35,6 +35,9 @@ class HetLoRA(Method):
     paper = "arXiv 2401.06432"
     exact = False
     mixed_ranks = True
+    up = "r*(m+n)"
+    down = "r*(m+n)"
+    server = "norms and sums of factors"
 
     keep: float = 0.99
     decay: float = 0.01
@@ -54,13 +57,13 @@ class HetLoRA(Method):
         ranks = {m: min(rank, pruned.get(m, rank)) for m, rank in client.ranks.items()}
         return Download(at_ranks(state.adapters["global"], ranks, draw))
 
-    def penalty(self, now: Mapping[str, Factors]) -> Tensor | None:
+    def penalty(self, now: Mapping[str, Factors], start: Download) -> Tensor | None:
         """The decayed tail product of the layers."""
         return self.decay * self._tail(now)
 
-    def returns(self, start: Adapter, trained: Adapter) -> Adapter:
+    def shares(self, start: Download, trained: Adapter) -> Adapter:
         """The trained factors, without their tail if it shrank."""
-        if not self._tail(trained) < self._tail(start):
+        if not self._tail(trained) < self._tail(start.adapter):
             return trained
         return Adapter({m: f.first(self._head(f.rank)) for m, f in trained.items()})
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
+from flexlora.adapter import Adapter, Factors, Halves
 
 Scale = Callable[[int], float]
 """The LoRA scale as a function of a module's rank."""
@@ -18,6 +18,9 @@ Scale = Callable[[int], float]
 @dataclass(frozen=True, eq=False)
 class FlatAdapter:
     """Trainable factors by module, all lying in ``values``, their gradients in ``values.grad``.
+
+    A half that is not trained lies elsewhere and has no gradient; ``rest`` are factors that
+    take part in every pass, and in none of the training.
 
     Optimisers and clipping work on ``values`` alone, which is the same as working on every
     factor and takes one call instead of hundreds; and long-lived buffers do not come to lie
@@ -28,26 +31,54 @@ class FlatAdapter:
     values: Tensor
     factors: Mapping[str, Factors]
     scale: Scale
+    rest: Mapping[str, Factors] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapter: Adapter, scale: Scale, device: torch.device) -> FlatAdapter:
+    def of(
+        cls,
+        adapter: Adapter,
+        scale: Scale,
+        device: torch.device,
+        halves: Halves = "BA",
+        rest: Mapping[str, Factors] | None = None,
+    ) -> FlatAdapter:
         """A float32 copy of ``adapter`` on ``device``, with gradients of zero."""
-        values = torch.empty(adapter.parameters, device=device)
+        trained = sum(
+            (f.B.numel() if "B" in halves else 0) + (f.A.numel() if "A" in halves else 0)
+            for f in adapter.values()
+        )
+        values = torch.empty(trained, device=device)
         grads = torch.zeros_like(values)
         factors, start = {}, 0
         for module, f in adapter.items():
-            B, start = _leaf(values, grads, start, f.B.shape)
-            A, start = _leaf(values, grads, start, f.A.shape)
+            B = torch.empty(f.B.shape, device=device)
+            A = torch.empty(f.A.shape, device=device)
+            if "B" in halves:
+                B, start = leaf(values, grads, start, f.B.shape)
+            if "A" in halves:
+                A, start = leaf(values, grads, start, f.A.shape)
             with torch.no_grad():
                 B.copy_(f.B).div_(scale(f.rank))
                 A.copy_(f.A)
             factors[module] = Factors(B, A)
         values.requires_grad_().grad = grads
-        return cls(values, factors, scale)
+        beside = {m: f.to(device).to(torch.float32) for m, f in (rest or {}).items()}
+        return cls(values, factors, scale, beside)
+
+    @property
+    def leaves(self) -> FlatAdapter:
+        """What the model's layers take: the parameters themselves."""
+        return self
 
     def folded(self) -> dict[str, Factors]:
         """The effective factors, differentiable in the parameters."""
         return {m: Factors(f.B * self.scale(f.rank), f.A) for m, f in self.factors.items()}
+
+    def gather(self) -> None:
+        """Nothing: the factors are the parameters, and so are their gradients."""
+
+    def spread(self) -> None:
+        """Nothing: the factors are the parameters."""
 
     def finish(self) -> Adapter:
         """The adapter that the parameters are now, on the CPU; the gradients are given up."""
@@ -68,7 +99,7 @@ class FlatAdapter:
         self.values.grad.zero_()
 
 
-def _leaf(values: Tensor, grads: Tensor, start: int, shape: torch.Size) -> tuple[Tensor, int]:
+def leaf(values: Tensor, grads: Tensor, start: int, shape: torch.Size) -> tuple[Tensor, int]:
     """A leaf of this shape within ``values``, with its gradient within ``grads``."""
     end = start + prod(shape)
     # Detached: as a view of ``values`` its gradient would be one of the size of ``values``.

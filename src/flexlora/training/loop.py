@@ -17,21 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
+from flexlora.adapter import Adapter, Factors, Halves
 from flexlora.data.packing import Pack, first_fit, join, pack, packs, steps
 from flexlora.data.tokens import TokenStore
 from flexlora.model import Base, to_device
 from flexlora.training.flat import FlatAdapter
+from flexlora.training.formed import Form, FormedAdapter
 from flexlora.training.optimizer import Training
 
-Penalty = Callable[[Mapping[str, Factors]], Tensor | None]
+Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
+"""A term of the loss, from the factors as they are and as they were at the start."""
 
 
 @dataclass(frozen=True)
 class Learner:
     """What one client brings: an adapter, its rows of the store, and its randomness.
 
-    ``name`` is for errors. ``penalty`` adds a term to its loss at every step.
+    ``name`` is for errors. ``penalty`` adds a term to its loss at every step. Of ``adapter``
+    the ``halves`` are trained, at ``rate`` times the learning rate; ``rest`` is seen by the
+    client's rows and left as it is. With a ``form`` its parameters are trained instead.
     """
 
     name: str
@@ -39,6 +43,10 @@ class Learner:
     rows: Sequence[int]
     draw: np.random.Generator
     penalty: Penalty | None = None
+    rest: Adapter | None = None
+    halves: Halves = "BA"
+    rate: float = 1.0
+    form: Mapping[str, Form] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def train_together(
     seats = [_Seat.of(learner, base, settings) for learner in learners]
     for index in range(max((len(seat.plan) for seat in seats), default=0)):
         active = [seat for seat in seats if index < len(seat.plan)]
-        with base.training(*(seat.flat for seat in active)):
+        with base.training(*(seat.flat.leaves for seat in active)):
             _add_gradients(base, store, active, settings, index)
         for seat in active:
             seat.step(settings, index, round)
@@ -103,7 +111,7 @@ class _Seat:
     """One client in training. ``losses`` are those of the step so far, not yet asked for."""
 
     learner: Learner
-    flat: FlatAdapter
+    flat: FlatAdapter | FormedAdapter
     optimizer: torch.optim.Optimizer
     plan: list[list[int]]
     losses: list[Tensor] = field(default_factory=list)
@@ -115,7 +123,7 @@ class _Seat:
     def of(cls, learner: Learner, base: Base, settings: Training) -> _Seat:
         if len(learner.rows) == 0:
             raise ValueError(f"{learner.name} has no rows to train on.")
-        flat = FlatAdapter.of(learner.adapter, settings.scale, base.device)
+        flat = _flat(learner, base, settings)
         return cls(learner, flat, settings.make([flat.values]), _plan(learner, settings))
 
     def step(self, settings: Training, index: int, round: int) -> None:
@@ -127,13 +135,15 @@ class _Seat:
             raise ValueError(_out_of_bounds(what, index + 1, settings))
         self.loss_total += summed
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(index, len(self.plan), round)
-        penalty = self.learner.penalty
-        extra = penalty(self.flat.folded()) if penalty is not None else None
+            group["lr"] = self.learner.rate * settings.rate(index, len(self.plan), round)
+        penalty, start = self.learner.penalty, self.learner.adapter
+        extra = penalty(self.flat.folded(), start) if penalty is not None else None
         if extra is not None:
             extra.backward()  # type: ignore[no-untyped-call]
+        self.flat.gather()
         torch.nn.utils.clip_grad_norm_(self.flat.values, settings.clip_norm)
         self.optimizer.step()
+        self.flat.spread()
         self.flat.zero_grad()
 
     def finish(self, store: TokenStore, settings: Training) -> Trained:
@@ -153,6 +163,15 @@ class _Seat:
             loss_tokens=self.loss_tokens,
             seconds=0.0,
         )
+
+
+def _flat(learner: Learner, base: Base, settings: Training) -> FlatAdapter | FormedAdapter:
+    """What the optimiser works on: the factors, or the parameters that they are made of."""
+    if learner.form is not None:
+        return FormedAdapter.of(learner.form, base.device, learner.rest)
+    return FlatAdapter.of(
+        learner.adapter, settings.scale, base.device, learner.halves, learner.rest
+    )
 
 
 def _plan(learner: Learner, settings: Training) -> list[list[int]]:

@@ -64,7 +64,7 @@ class Training:
         """The LoRA scale of a module, from its rank."""
         powers = {"rank": 1.0, "sqrt": 0.5, "none": 0.0}
         power, alpha = powers[self.scaling], self.alpha
-        return lambda rank: float(alpha / rank**power)
+        return lambda rank: float(alpha / max(rank, 1) ** power)
 
     def rate(self, step: int, steps: int, round: int) -> float:
         """The learning rate of a step (from 0) of ``steps`` in a round (from 1)."""

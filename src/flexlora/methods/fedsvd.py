@@ -1,0 +1,56 @@
+"""FedSVD (arXiv 2505.12805): ``B`` alone is trained; the server turns ``B A`` into an SVD anew.
+
+``A`` is common, so the mean of ``B`` is the mean of the products. After every round
+``B A = U S V'`` is handed out as ``B = U S`` and ``A = V'``: the same product, and an ``A`` with
+orthonormal rows, so that no gradient of ``B`` is amplified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from flexlora.adapter import Adapter, Factors
+from flexlora.aggregation import Decomposing, Weighted, Weights, factor_means, weights_of
+from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, half_shapes
+
+
+@dataclass(frozen=True)
+class FedSVD(Method):
+    """FedSVD: ``B`` travels up, both down. Unequal ranks are refused at start-up."""
+
+    title = "FedSVD: means of B, bases renewed by SVD"
+    paper = "arXiv 2505.12805"
+    exact = True
+    mixed_ranks = False
+    up = "r*m"
+    down = "r*(m+n)"
+    server = "one SVD of rank r"
+
+    weights: Weights = "examples"
+
+    def handout(self, state: State, client: Client, draw: Draw) -> Download:
+        """Both factors; ``B`` is to be trained."""
+        return replace(super().handout(state, client, draw), halves="B")
+
+    def shares(self, start: Download, trained: Adapter) -> Adapter:
+        """``B`` alone."""
+        return trained.half("B")
+
+    def expects(
+        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
+    ) -> Mapping[str, Expected]:
+        """``B`` at the client's rank."""
+        shapes = half_shapes(shapes, "B")
+        return {m: Expected(shapes[m], r, r) for m, r in client.ranks.items()}
+
+    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+        """The mean of ``B``, and one SVD of rank r of each module's product."""
+        weights, known = weights_of(uploads, self.weights), state.adapters["global"]
+
+        def terms(module: str) -> list[Weighted]:
+            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
+            return [(1.0, Factors(factor_means(held).B, known[module].A.double()))]
+
+        adapter, facts = Decomposing().best(terms, known, state.facts["ranks"])
+        return State({"global": adapter}, {**state.facts, **facts})

@@ -1,0 +1,91 @@
+"""LoRA-FAIR (arXiv 2411.14961): means of the factors, ``B`` corrected towards the true mean.
+
+With ``W = sum_k p_k B_k A_k`` and the means ``B``, ``A`` the server looks for the ``D`` with
+``(B + D) A`` near ``W`` and ``D`` small, and hands out ``A`` and ``B + D``.
+
+``solver`` "cosine" is the paper's: gradient descent on ``1 - cos(W, (B + D) A) + strength |D|``.
+Differs: the default, "ridge", minimises ``|W - (B + D) A|^2 + strength |D|^2``, which has the
+closed form ``D = (W - B A) A' (A A' + strength I)^-1`` and does not ignore the scale; there
+``strength`` is relative to the mean squared row of ``A``.
+
+From reading notes, not from the paper's text (unverified: step size and number of steps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexlora.adapter import Adapter, Factors
+from flexlora.aggregation import Weighted, Weights, factor_means, weights_of
+from flexlora.linalg import LowRankSum
+from flexlora.method import Method, State, Upload
+
+
+@dataclass(frozen=True)
+class LoRAFAIR(Method):
+    """LoRA-FAIR. Unequal ranks are refused at start-up."""
+
+    title = "LoRA-FAIR: factor means, B corrected on the server"
+    paper = "arXiv 2411.14961"
+    exact = False
+    mixed_ranks = False
+    up = "r*(m+n)"
+    down = "r*(m+n)"
+    server = "products of factors, one system of r unknowns"
+
+    solver: Literal["ridge", "cosine"] = "ridge"
+    strength: float = 0.01
+    steps: int = 100
+    step_size: float = 0.01
+    weights: Weights = "examples"
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "step_size"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is finite and above 0, got {getattr(self, name)}.")
+        if self.steps < 1:
+            raise ValueError(f"steps is at least 1, got {self.steps}.")
+
+    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+        """Factor means and a correction of ``B``; products of factors, never the full matrix."""
+        weights = weights_of(uploads, self.weights)
+        modules = {}
+        for module, last in state.adapters["global"].items():
+            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
+            mean = factor_means(held)
+            solve = self._ridge if self.solver == "ridge" else self._cosine
+            modules[module] = Factors(mean.B + solve(held, mean), mean.A).to(last.B.dtype)
+        return State({"global": Adapter(modules)}, state.facts)
+
+    def _ridge(self, held: Sequence[Weighted], mean: Factors) -> Tensor:
+        gram = mean.A @ mean.A.T
+        missed = _times(held, mean.A) - mean.B @ gram
+        eye = torch.eye(len(gram), dtype=gram.dtype)
+        damped = gram + self.strength * gram.diagonal().mean() * eye
+        D: Tensor = torch.linalg.solve(damped, missed, left=False)
+        return D
+
+    def _cosine(self, held: Sequence[Weighted], mean: Factors) -> Tensor:
+        through, gram = _times(held, mean.A), mean.A @ mean.A.T
+        norm = LowRankSum.of(held).norm()
+        D = torch.zeros_like(mean.B)
+        for _ in range(self.steps):
+            D.requires_grad_()
+            B = mean.B + D
+            size = ((B @ gram) * B).sum().clamp_min(1e-300).sqrt()
+            loss = 1 - (through * B).sum() / (norm * size) + self.strength * D.norm()
+            (slope,) = torch.autograd.grad(loss, D)
+            D = D.detach() - self.step_size * slope
+        return D
+
+
+def _times(held: Sequence[Weighted], A: Tensor) -> Tensor:
+    """The weighted sum of products, times ``A'``."""
+    terms = [weight * f.B.double() @ (f.A.double() @ A.T) for weight, f in held]
+    return torch.stack(terms).sum(0)

@@ -1,0 +1,118 @@
+"""Planted faults that the laws must catch: each is a change of one place in a copy of the source.
+
+The faults are those found in released federated LoRA code: a rank guessed from sizes, V for V',
+state that a checkpoint misses, a scale counted twice or not at all, a transposed residual, rounds
+missed, bytes that are not bytes, inputs changed, weights on both factors, padding on the wrong
+axis.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAWS = ("tests/methods/test_laws.py", "tests/methods/test_claims.py")
+
+FAULTS = {
+    "rank guessed from sizes": (
+        "adapter.py",
+        "        return self.B.shape[1]\n",
+        "        return min(self.B.shape)\n",
+    ),
+    "V where V' belongs": (
+        "decompositions/qr.py",
+        "right.expand(Vt[:rank].T)",
+        "right.expand(Vt[:, :rank])",
+    ),
+    "state that a checkpoint misses": (
+        "methods/rolora.py",
+        '{**state.facts, "rounds": rounds}',
+        "state.facts",
+    ),
+    "scale of a sketch not taken out again": (
+        "methods/fslora.py",
+        " * (change.rank / last.rank)",
+        "",
+    ),
+    "weights on both factors": (
+        "linalg.py",
+        "B = torch.cat([f.B.to(dtype) for _, f in self.terms], dim=1)",
+        "B = torch.cat([weight * f.B.to(dtype) for weight, f in self.terms], dim=1)",
+    ),
+    "residual of the wrong sign": (
+        "methods/fedexlora.py",
+        "Factors(f.B - mean.B, f.A - mean.A)",
+        "Factors(mean.B - f.B, f.A - mean.A)",
+    ),
+    "missed rounds are not sent again": (
+        "aggregation.py",
+        "if round > last}",
+        "if round > last and round == max(log(state))}",
+    ),
+    "bytes that are not bytes": (
+        "wire.py",
+        'tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()',
+        'tensors[f"{module}.A"] = factors.A.detach().contiguous()',
+    ),
+    "inputs changed": (
+        "methods/flexfold.py",
+        "Factors(last.B * share.to(last.B.dtype), last.A)",
+        "Factors(last.B.mul_(share.to(last.B.dtype)), last.A)",
+    ),
+    "weights by nothing": (
+        "aggregation.py",
+        'u.examples if weights == "examples" else 1',
+        "1",
+    ),
+    "rarity of ranks forgotten": (
+        "aggregation.py",
+        "return [weight / held[: f.rank].clamp_min(1e-300) for weight, f in weighted]",
+        "return [weight + 0 * held[: f.rank] for weight, f in weighted]",
+    ),
+    "the rest is forgotten in the mean": (
+        "methods/flexfold.py",
+        "        share[f.rank :] += weight\n",
+        "        share[f.rank :] += 0 * weight\n",
+    ),
+    "padding on the wrong side": (
+        "methods/hetlora.py",
+        "B[:, : f.rank] += weight",
+        "B[:, -f.rank :] += weight",
+    ),
+    "the untrained half is averaged too": (
+        "methods/rolora.py",
+        "Factors(mean.B, last.A) if",
+        "Factors(mean.B, 0.5 * last.A) if",
+    ),
+    "terms of another client": (
+        "methods/fedplora.py",
+        "terms[module] = tuple(sorted(drawn[: client.ranks[module]].tolist()))",
+        "terms[module] = tuple(range(client.ranks[module]))",
+    ),
+    "a private half leaves home": (
+        "methods/fedsalora.py",
+        'return trained.half("A")',
+        "return trained",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_laws_catch(fault, tmp_path):
+    file, right, wrong = FAULTS[fault]
+    source = tmp_path / "src"
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    path = source / "flexlora" / file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(right) >= 1, f"{file} no longer holds what the fault changes"
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *LAWS]
+    environment = {**os.environ, "PYTHONPATH": str(source)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, f"The fault was not caught:\n{done.stdout[-2000:]}"
+    assert "failed" in done.stdout
