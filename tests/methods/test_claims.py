@@ -291,6 +291,25 @@ def test_fslora_is_the_global_model_on_average():
     assert relative_error(draws[0], want) > 0.3
 
 
+def test_fslora_takes_the_scale_of_the_sketch_out_of_the_change():
+    """A client of rank 2 of 6 whose B grew by 3 in a sketch moves the global B by 3 * 2 / 6."""
+    method = made("fslora")
+    clients = clients_of(method)
+    state = played(method, clients, 1, jolt)
+
+    def grow(client, start):
+        return Adapter({m: Factors(f.B + 3.0, f.A) for m, f in start.adapter.items()})
+
+    done = turn(method, state, clients[0], 2, grow)
+    before = state.adapters["global"][Q]
+    after = method.aggregate(state, [done.upload]).adapters["global"][Q]
+    for term in range(6):
+        moved = 3 * 2 / 6 if term in done.upload.terms[Q] else 0.0
+        want = torch.full_like(after.B[:, term], moved)
+        assert torch.allclose(after.B[:, term] - before.B[:, term], want)
+    assert torch.equal(after.A, before.A)
+
+
 def test_fedsa_keeps_b_at_home():
     method = made("fedsalora")
     clients = clients_of(method)
