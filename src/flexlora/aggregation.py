@@ -99,6 +99,14 @@ def weights_of(uploads: Sequence[Upload], weights: Weights = "examples") -> list
     return shares([u.examples if weights == "examples" else 1 for u in uploads])
 
 
+def weighted(
+    uploads: Sequence[Upload], weights: Weights = "examples"
+) -> Callable[[str], list[Weighted]]:
+    """Of a module, each upload's share of the cohort with its factors, in their order."""
+    shares = weights_of(uploads, weights)
+    return lambda module: [(w, u.adapter[module]) for w, u in zip(shares, uploads, strict=True)]
+
+
 def factor_means(weighted: Sequence[Weighted]) -> Factors:
     """The weighted sum of ``B`` and of ``A``, each for itself, in float64; of one rank all.
 

@@ -268,14 +268,20 @@ def seed_of(adapter: Adapter) -> int:
     return int.from_bytes(sha256(first.numpy().tobytes()).digest()[:6], "little")
 
 
-def half_shapes(
-    shapes: Mapping[str, tuple[int, int]], halves: Halves
-) -> dict[str, tuple[int, int]]:
-    """The shapes of updates of which only these halves travel."""
-    return {
-        m: (out if "B" in halves else 0, in_ if "A" in halves else 0)
-        for m, (out, in_) in shapes.items()
-    }
+def half_expected(
+    client: Client, shapes: Mapping[str, tuple[int, int]], halves: Halves
+) -> dict[str, Expected]:
+    """What is expected where these halves travel alone, at the client's ranks."""
+    found = {}
+    for module, rank in client.ranks.items():
+        shape = half_shape(shapes[module], halves)
+        found[module] = Expected(shape, rank, rank)
+    return found
+
+
+def half_shape(shape: tuple[int, int], halves: Halves) -> tuple[int, int]:
+    """The shape (out, in) of an update of which only these halves travel."""
+    return (shape[0] if "B" in halves else 0, shape[1] if "A" in halves else 0)
 
 
 def shares(weights: Sequence[float]) -> list[float]:

@@ -22,7 +22,7 @@ from flexlora.aggregation import (
     logged,
     summed,
     unmerged,
-    weights_of,
+    weighted,
 )
 from flexlora.method import Client, Download, Draw, Method, State, Upload
 
@@ -48,10 +48,7 @@ class FedExLoRA(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The means, and one SVD of rank (K - 1) r of each module's residual."""
-        weights, known = weights_of(uploads, self.weights), state.adapters["global"]
-
-        def held(module: str) -> list[Weighted]:
-            return [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
+        held, known = weighted(uploads, self.weights), state.adapters["global"]
 
         means = {module: factor_means(held(module)) for module in known}
 

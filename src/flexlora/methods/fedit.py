@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexlora.adapter import Adapter
-from flexlora.aggregation import Weights, factor_means, weights_of
+from flexlora.aggregation import Weights, factor_means, weighted
 from flexlora.method import Method, State, Upload
 
 
@@ -31,11 +31,9 @@ class FedIT(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of each factor; O(K rank (out + in)) for K uploads."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         modules = {
-            module: factor_means(
-                [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            ).to(last.B.dtype)
+            module: factor_means(held(module)).to(last.B.dtype)
             for module, last in state.adapters["global"].items()
         }
         return State({"global": Adapter(modules)}, state.facts)

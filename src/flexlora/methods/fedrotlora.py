@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, factor_means, weights_of
+from flexlora.aggregation import Weights, factor_means, weighted
 from flexlora.method import Client, Download, Draw, Method, State, Upload
 
 
@@ -58,11 +58,9 @@ class FedRotLoRA(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of each factor."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         modules = {
-            module: factor_means(
-                [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            ).to(last.B.dtype)
+            module: factor_means(held(module)).to(last.B.dtype)
             for module, last in state.adapters["global"].items()
         }
         rounds = state.facts.get("rounds", 0) + 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, factor_means, weights_of
+from flexlora.aggregation import Weights, factor_means, weighted
 from flexlora.method import (
     Client,
     Download,
@@ -24,7 +24,7 @@ from flexlora.method import (
     State,
     Upload,
     at_ranks,
-    half_shapes,
+    half_expected,
 )
 
 
@@ -68,14 +68,12 @@ class FedSALoRA(Method):
         self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
     ) -> Mapping[str, Expected]:
         """``A`` at the client's rank."""
-        shapes = half_shapes(shapes, "A")
-        return {m: Expected(shapes[m], r, r) for m, r in client.ranks.items()}
+        return half_expected(client, shapes, "A")
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of ``A``."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         modules = {}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            modules[module] = Factors(last.B, factor_means(held).A.to(last.A.dtype))
+            modules[module] = Factors(last.B, factor_means(held(module)).A.to(last.A.dtype))
         return State({"global": Adapter(modules)}, state.facts)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Decomposing, Weighted, Weights, factor_means, weights_of
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, half_shapes
+from flexlora.aggregation import Decomposing, Weighted, Weights, factor_means, weighted
+from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, half_expected
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,14 @@ class FedSVD(Method):
         self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
     ) -> Mapping[str, Expected]:
         """``B`` at the client's rank."""
-        shapes = half_shapes(shapes, "B")
-        return {m: Expected(shapes[m], r, r) for m, r in client.ranks.items()}
+        return half_expected(client, shapes, "B")
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of ``B``, and one SVD of rank r of each module's product."""
-        weights, known = weights_of(uploads, self.weights), state.adapters["global"]
+        held, known = weighted(uploads, self.weights), state.adapters["global"]
 
         def terms(module: str) -> list[Weighted]:
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            return [(1.0, Factors(factor_means(held).B, known[module].A.double()))]
+            return [(1.0, Factors(factor_means(held(module)).B, known[module].A.double()))]
 
         adapter, facts = Decomposing().best(terms, known, state.facts["ranks"])
         return State({"global": adapter}, {**state.facts, **facts})

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, factor_means, weights_of
+from flexlora.aggregation import Weights, factor_means, weighted
 from flexlora.method import (
     Client,
     Download,
@@ -116,11 +116,10 @@ class FedTT(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of each core that was trained; the others stay."""
-        weights, places, modules = weights_of(uploads, self.weights), self._places(state), {}
+        held, places, modules = weighted(uploads, self.weights), self._places(state), {}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
             cores = last.B[:, 0].clone()
-            cores[places[module]] = factor_means(held).B[:, 0].to(cores.dtype)
+            cores[places[module]] = factor_means(held(module)).B[:, 0].to(cores.dtype)
             modules[module] = column(cores)
         facts = {**state.facts, "rounds": state.facts["rounds"] + 1}
         return State({"global": Adapter(modules)}, facts)

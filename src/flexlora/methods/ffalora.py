@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, rank_wise_means, weights_of
+from flexlora.aggregation import Weights, rank_wise_means, weighted
 from flexlora.method import (
     Client,
     Download,
@@ -24,7 +24,7 @@ from flexlora.method import (
     Method,
     State,
     Upload,
-    half_shapes,
+    half_expected,
 )
 
 
@@ -62,15 +62,13 @@ class FFALoRA(Method):
         self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
     ) -> Mapping[str, Expected]:
         """``B`` at the client's rank."""
-        shapes = half_shapes(shapes, "B")
-        return {m: Expected(shapes[m], r, r) for m, r in client.ranks.items()}
+        return half_expected(client, shapes, "B")
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of each column over its holders; one that nobody holds stays."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         modules = {}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            B = rank_wise_means(held, last.half("B")).B
+            B = rank_wise_means(held(module), last.half("B")).B
             modules[module] = Factors(B.to(last.B.dtype), last.A)
         return State({"global": Adapter(modules)}, state.facts)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, factor_means, weights_of
+from flexlora.aggregation import Weights, factor_means, weighted
 from flexlora.method import Client, Download, Draw, Method, State, Upload, at_ranks
 
 FIRST, SECOND = "first moment", "second moment"
@@ -84,13 +84,12 @@ class FLASC(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The global adapter after a step along the mean change."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         found: dict[str, dict[str, Factors]] = {"global": {}}
         if self.optimizer == "adam":
             found |= {FIRST: {}, SECOND: {}}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            mean = factor_means(held)
+            mean = factor_means(held(module))
             known = [
                 state.adapters[name][module] if name in state.adapters else None for name in found
             ]

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Decomposing, Weighted, Weights, rank_wise, weights_of
+from flexlora.aggregation import Decomposing, Weighted, Weights, rank_wise, weighted
 from flexlora.decomposition import Split
 from flexlora.decompositions import Accuracy
 from flexlora.method import Client, Download, Draw, Method, State, Upload, at_ranks
@@ -66,13 +66,12 @@ class FlexFold(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of the clients' whole models as an SVD; costs what FlexLoRA's costs."""
-        weights, known = weights_of(uploads, self.weights), state.adapters["global"]
+        held, known = weighted(uploads, self.weights), state.adapters["global"]
 
         def terms(module: str) -> list[Weighted]:
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
             if self.normalise == "holders":
-                return _over_holders(held, known[module])
-            return _over_clients(held, known[module])
+                return _over_holders(held(module), known[module])
+            return _over_clients(held(module), known[module])
 
         how = Decomposing(self.split, self.precision, self.accuracy)
         adapter, facts = how.best(terms, known, state.facts["ranks"])

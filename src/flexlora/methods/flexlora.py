@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flexlora.aggregation import Decomposing, Weighted, Weights, weights_of
+from flexlora.aggregation import Decomposing, Weights, weighted
 from flexlora.decomposition import Split
 from flexlora.decompositions import Accuracy
 from flexlora.method import Method, State, Upload
@@ -50,10 +50,7 @@ class FlexLoRA(Method):
 
         The facts say of each module what energy was lost and how it was decomposed.
         """
-        weights = weights_of(uploads, self.weights)
-
-        def terms(module: str) -> list[Weighted]:
-            return [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
+        terms = weighted(uploads, self.weights)
 
         how = Decomposing(self.split, self.precision, self.accuracy)
         adapter, facts = how.best(terms, state.adapters["global"], state.facts["ranks"])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flexlora.adapter import Adapter
-from flexlora.aggregation import Weights, logged, summed, unmerged, weights_of
+from flexlora.aggregation import Weights, logged, summed, unmerged, weighted
 from flexlora.linalg import LowRankSum
 from flexlora.method import Client, Download, Draw, Fresh, Method, State, Upload, hollow
 
@@ -47,11 +47,9 @@ class FLoRA(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The stack of all uploads, of their summed rank; a concatenation."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         stack = {
-            module: LowRankSum.of(
-                (w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)
-            ).stacked(last.B.dtype)
+            module: LowRankSum.of(held(module)).stacked(last.B.dtype)
             for module, last in state.adapters["global"].items()
         }
         return logged(state, Adapter(stack), uploads, {"global": state.adapters["global"]})

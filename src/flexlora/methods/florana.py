@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weighted, Weights, weights_of
+from flexlora.aggregation import Weighted, Weights, weighted
 from flexlora.method import Method, State, Upload
 
 
@@ -45,11 +45,10 @@ class FLoRANA(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """K^2 products of factors of each module, and 2 ``sweeps`` systems of K unknowns."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         modules = {}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            modules[module] = self._mixed(held).to(last.B.dtype)
+            modules[module] = self._mixed(held(module)).to(last.B.dtype)
         return State({"global": Adapter(modules)}, state.facts)
 
     def _mixed(self, held: Sequence[Weighted]) -> Factors:

@@ -22,7 +22,7 @@ from flexlora.aggregation import (
     logged,
     summed,
     unmerged,
-    weights_of,
+    weighted,
 )
 from flexlora.method import Client, Download, Draw, Fresh, Method, State, Upload, hollow
 
@@ -61,10 +61,10 @@ class FLoRIST(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """One truncated SVD of each module's mean; ranks differ by module."""
-        weights, known = weights_of(uploads, self.weights), state.adapters["global"]
+        held, known = weighted(uploads, self.weights), state.adapters["global"]
 
         def cut(module: str) -> Factors:
-            terms = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
+            terms = held(module)
             most = min(sum(f.rank for _, f in terms), *known[module].shape)
             svd = Decomposing().svd(terms, known[module], most)
             return svd.factors(svd.rank_for(self.energy)).to(known[module].B.dtype)

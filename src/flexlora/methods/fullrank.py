@@ -15,15 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flexlora.adapter import Adapter
-from flexlora.aggregation import (
-    Decomposing,
-    Weighted,
-    Weights,
-    logged,
-    summed,
-    unmerged,
-    weights_of,
-)
+from flexlora.aggregation import Decomposing, Weights, logged, summed, unmerged, weighted
 from flexlora.method import Client, Download, Draw, Method, State, Upload
 
 
@@ -49,10 +41,7 @@ class FullRank(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """One SVD of each module's mean of products, to the summed rank of the uploads."""
-        weights, known = weights_of(uploads, self.weights), state.adapters["global"]
-
-        def terms(module: str) -> list[Weighted]:
-            return [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
+        terms, known = weighted(uploads, self.weights), state.adapters["global"]
 
         merge = self.remainder == "merge"
         kept = state.facts["ranks"]

@@ -21,7 +21,7 @@ import torch
 
 from flexlora.adapter import Adapter, Factors, Halves
 from flexlora.aggregation import Weights, weights_of
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, half_shapes
+from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, half_shape
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,11 @@ class LoRAA2(Method):
         self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
     ) -> Mapping[str, Expected]:
         """Of each module any number of terms, of the half that it is the turn of."""
-        shapes, ranks = half_shapes(shapes, _turn(state)), state.facts["ranks"]
-        return {m: Expected(shape, 0, ranks[m], ranks[m]) for m, shape in shapes.items()}
+        turn, ranks = _turn(state), state.facts["ranks"]
+        return {
+            m: Expected(half_shape(shape, turn), 0, ranks[m], ranks[m])
+            for m, shape in shapes.items()
+        }
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The global adapter with the weighted changes added to one half."""

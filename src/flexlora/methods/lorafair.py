@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weighted, Weights, factor_means, weights_of
+from flexlora.aggregation import Weighted, Weights, factor_means, weighted
 from flexlora.linalg import LowRankSum
 from flexlora.method import Method, State, Upload
 
@@ -54,13 +54,13 @@ class LoRAFAIR(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """Factor means and a correction of ``B``; products of factors, never the full matrix."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         modules = {}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            mean = factor_means(held)
+            terms = held(module)
+            mean = factor_means(terms)
             solve = self._ridge if self.solver == "ridge" else self._cosine
-            modules[module] = Factors(mean.B + solve(held, mean), mean.A).to(last.B.dtype)
+            modules[module] = Factors(mean.B + solve(terms, mean), mean.A).to(last.B.dtype)
         return State({"global": Adapter(modules)}, state.facts)
 
     def _ridge(self, held: Sequence[Weighted], mean: Factors) -> Tensor:

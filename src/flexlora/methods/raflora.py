@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexlora.adapter import Factors
-from flexlora.aggregation import Decomposing, Weighted, Weights, rank_wise, weights_of
+from flexlora.aggregation import Decomposing, Weighted, Weights, rank_wise, weighted
 from flexlora.decomposition import Split
 from flexlora.decompositions import Accuracy
 from flexlora.method import Method, State, Upload
@@ -47,14 +47,14 @@ class RaFLoRA(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The rank-wise mean of products as an SVD; costs what FlexLoRA's costs."""
-        weights, known = weights_of(uploads, self.weights), state.adapters["global"]
+        held, known = weighted(uploads, self.weights), state.adapters["global"]
 
         def terms(module: str) -> list[Weighted]:
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            last, most = known[module], max(f.rank for _, f in held)
+            each, last = held(module), known[module]
+            most = max(f.rank for _, f in each)
             found = [
                 (1.0, Factors(f.B * share.to(f.B.dtype), f.A))
-                for share, (_, f) in zip(rank_wise(held), held, strict=True)
+                for share, (_, f) in zip(rank_wise(each), each, strict=True)
             ]
             if self.carry and most < last.rank:
                 found.append((1.0, last.terms(range(most, last.rank))))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexlora.adapter import Adapter
-from flexlora.aggregation import Weights, rank_wise_means, weights_of
+from flexlora.aggregation import Weights, rank_wise_means, weighted
 from flexlora.method import Method, State, Upload
 
 
@@ -34,9 +34,8 @@ class Replication(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of each term's two vectors over its holders."""
-        weights = weights_of(uploads, self.weights)
+        held = weighted(uploads, self.weights)
         modules = {}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            modules[module] = rank_wise_means(held, last).to(last.B.dtype)
+            modules[module] = rank_wise_means(held(module), last).to(last.B.dtype)
         return State({"global": Adapter(modules)}, state.facts)

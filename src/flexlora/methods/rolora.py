@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexlora.adapter import Adapter, Factors, Halves
-from flexlora.aggregation import Weights, factor_means, weights_of
+from flexlora.aggregation import Weights, factor_means, weighted
 from flexlora.method import (
     Client,
     Download,
@@ -23,7 +23,7 @@ from flexlora.method import (
     State,
     Upload,
     at_ranks,
-    half_shapes,
+    half_expected,
 )
 
 
@@ -54,16 +54,14 @@ class RoLoRA(Method):
         self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
     ) -> Mapping[str, Expected]:
         """The half that it is the turn of."""
-        shapes = half_shapes(shapes, _turn(state))
-        return {m: Expected(shapes[m], r, r) for m, r in client.ranks.items()}
+        return half_expected(client, shapes, _turn(state))
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of the half that was trained."""
-        weights, turn = weights_of(uploads, self.weights), _turn(state)
+        held, turn = weighted(uploads, self.weights), _turn(state)
         modules = {}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            mean = factor_means(held).to(last.B.dtype)
+            mean = factor_means(held(module)).to(last.B.dtype)
             modules[module] = Factors(mean.B, last.A) if turn == "B" else Factors(last.B, mean.A)
         rounds = state.facts.get("rounds", 0) + 1
         return State({"global": Adapter(modules)}, {**state.facts, "rounds": rounds})

@@ -36,7 +36,7 @@ from flexlora.aggregation import (
     logged,
     summed,
     unmerged,
-    weights_of,
+    weighted,
 )
 from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload, seed_of
 from flexlora.seeds import rng
@@ -111,10 +111,9 @@ class SLoRA(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The means of values or of factors; after the first stage the SVD of the values."""
-        weights, means = weights_of(uploads, self.weights), {}
+        held, means = weighted(uploads, self.weights), {}
         for module, last in state.adapters["global"].items():
-            held = [(w, u.adapter[module]) for w, u in zip(weights, uploads, strict=True)]
-            means[module] = factor_means(held).to(last.B.dtype)
+            means[module] = factor_means(held(module)).to(last.B.dtype)
         merged = {**state.facts.get("merged", {}), **{u.client: u.round - 1 for u in uploads}}
         rounds = state.facts["rounds"] + 1
         facts = {**state.facts, "rounds": rounds, "merged": merged, "lost_energy": {}}
