@@ -11,7 +11,8 @@ import torch
 
 from flexlora import aggregation, methods, wire
 from flexlora.adapter import Adapter, Factors
-from flexlora.method import Client, Download, Fresh, Upload, chosen_of
+from flexlora.handout import chosen_of
+from flexlora.method import Client, Download, Fresh, Upload
 from flexlora.seeds import rng
 from flexlora.training.formed import column
 from oracle import product

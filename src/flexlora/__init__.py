@@ -6,7 +6,7 @@ the plural holds its kinds, one per file.
     a client's rows      data.corpus, data.corpora, data.partition    rows, dealt to clients
     tokens               data.prompt, data.tokens, data.packing       encoded once, laid in rows
     who takes part       sampling, ranks                              cohort; each client's rank
-    what a client gets   method, methods                              state -> Download
+    what a client gets   method, methods, handout                     state -> Download
     local training       client, model, layers, training              Download -> trained Adapter
     upload               wire, sparse, validate                       Upload <-> bytes, checked
     aggregate            aggregation, linalg                          uploads -> state, in low rank

@@ -15,7 +15,7 @@ from flexlora.adapter import Adapter, Factors
 from flexlora.decomposition import SVD, Split
 from flexlora.decompositions import Accuracy, decompose
 from flexlora.linalg import Accumulator
-from flexlora.method import Client, State, Upload, shares
+from flexlora.method import Client, State, Upload
 
 Weighted = tuple[float, Factors]
 Weights = Literal["examples", "uniform"]
@@ -94,6 +94,14 @@ def in_parallel(work: Callable[[str], Found], modules: Sequence[str]) -> list[Fo
         torch.set_num_threads(threads)
 
 
+def shares(weights: Sequence[float]) -> list[float]:
+    """Weights divided by their sum; equal shares if all are zero."""
+    total = sum(weights)
+    if total == 0:
+        return [1 / len(weights)] * len(weights)
+    return [weight / total for weight in weights]
+
+
 def weights_of(uploads: Sequence[Upload], weights: Weights = "examples") -> list[float]:
     """Each upload's share of the cohort, in their order; they add up to 1."""
     return shares([u.examples if weights == "examples" else 1 for u in uploads])
@@ -103,8 +111,8 @@ def weighted(
     uploads: Sequence[Upload], weights: Weights = "examples"
 ) -> Callable[[str], list[Weighted]]:
     """Of a module, each upload's share of the cohort with its factors, in their order."""
-    shares = weights_of(uploads, weights)
-    return lambda module: [(w, u.adapter[module]) for w, u in zip(shares, uploads, strict=True)]
+    found = weights_of(uploads, weights)
+    return lambda module: [(w, u.adapter[module]) for w, u in zip(found, uploads, strict=True)]
 
 
 def factor_means(weighted: Sequence[Weighted]) -> Factors:

@@ -11,7 +11,8 @@ import torch
 from flexlora import wire
 from flexlora.adapter import Adapter
 from flexlora.data.tokens import TokenStore
-from flexlora.method import Download, Fresh, Method, Upload, chosen_of, stacked
+from flexlora.handout import chosen_of, stacked
+from flexlora.method import Download, Fresh, Method, Upload
 from flexlora.model import Base
 from flexlora.private import Private
 from flexlora.seeds import rng

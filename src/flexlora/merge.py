@@ -11,8 +11,8 @@ import torch
 
 from flexlora import peft_directory
 from flexlora.adapter import Adapter, Factors
+from flexlora.aggregation import shares
 from flexlora.linalg import LowRankSum
-from flexlora.method import shares
 from flexlora.peft_directory import PeftAdapter
 
 ROUNDING = 1e-10

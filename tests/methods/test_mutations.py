@@ -89,7 +89,7 @@ FAULTS = {
         "Factors(mean.B, 0.5 * last.A) if",
     ),
     "terms of another client": (
-        "methods/fedplora.py",
+        "handout.py",
         "terms[module] = tuple(sorted(drawn[: client.ranks[module]].tolist()))",
         "terms[module] = tuple(range(client.ranks[module]))",
     ),

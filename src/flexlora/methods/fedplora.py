@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.aggregation import Weights, weights_of
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, chosen_of
+from flexlora.handout import chosen_of, drawn_terms, numbered
+from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,13 @@ class FedPLoRA(Method):
     def handout(self, state: State, client: Client, draw: Draw) -> Download:
         """All terms, of which the client's are drawn anew for it in every round."""
         known = state.adapters["global"]
-        terms = {}
-        for module, f in known.items():
-            drawn = draw(f"{client.id} {module}").permutation(f.rank)
-            terms[module] = tuple(sorted(drawn[: client.ranks[module]].tolist()))
-        return chosen_of(Download(known), terms)
+        return chosen_of(Download(known), drawn_terms(known, client, draw))
 
     def expects(
         self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
     ) -> Mapping[str, Expected]:
         """As many numbered terms as the client's rank."""
-        return {
-            m: Expected(shape, client.ranks[m], client.ranks[m], state.facts["ranks"][m])
-            for m, shape in shapes.items()
-        }
+        return numbered(state, client, shapes)
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The mean of each term's two vectors over those who trained it."""

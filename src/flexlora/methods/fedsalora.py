@@ -14,18 +14,8 @@ import torch
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.method import (
-    Client,
-    Download,
-    Draw,
-    Expected,
-    Fresh,
-    Method,
-    State,
-    Upload,
-    at_ranks,
-    half_expected,
-)
+from flexlora.handout import half_expected
+from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload, at_ranks
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.aggregation import Decomposing, Weighted, Weights, factor_means, weighted
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, half_expected
+from flexlora.handout import half_expected
+from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,8 @@ from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.method import (
-    Client,
-    Download,
-    Draw,
-    Expected,
-    Fresh,
-    Method,
-    State,
-    Upload,
-    hollow,
-    seed_of,
-)
+from flexlora.handout import hollow, seed_of
+from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload
 from flexlora.seeds import rng
 from flexlora.training.formed import Form, column
 

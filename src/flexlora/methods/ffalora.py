@@ -15,17 +15,8 @@ from dataclasses import dataclass, replace
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.aggregation import Weights, rank_wise_means, weighted
-from flexlora.method import (
-    Client,
-    Download,
-    Draw,
-    Expected,
-    Fresh,
-    Method,
-    State,
-    Upload,
-    half_expected,
-)
+from flexlora.handout import half_expected
+from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from flexlora.adapter import Adapter
 from flexlora.aggregation import Weights, logged, summed, unmerged, weighted
+from flexlora.handout import hollow
 from flexlora.linalg import LowRankSum
-from flexlora.method import Client, Download, Draw, Fresh, Method, State, Upload, hollow
+from flexlora.method import Client, Download, Draw, Fresh, Method, State, Upload
 
 
 @dataclass(frozen=True)

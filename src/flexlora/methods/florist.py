@@ -24,7 +24,8 @@ from flexlora.aggregation import (
     unmerged,
     weighted,
 )
-from flexlora.method import Client, Download, Draw, Fresh, Method, State, Upload, hollow
+from flexlora.handout import hollow
+from flexlora.method import Client, Download, Draw, Fresh, Method, State, Upload
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.aggregation import Weights, weights_of
+from flexlora.handout import drawn_terms, numbered
 from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload
 
 
@@ -35,10 +36,9 @@ class FSLoRA(Method):
 
     def handout(self, state: State, client: Client, draw: Draw) -> Download:
         """The terms drawn for this client in this round, scaled by R / r."""
-        terms, modules = {}, {}
-        for module, f in state.adapters["global"].items():
-            drawn = draw(f"{client.id} {module}").permutation(f.rank)
-            terms[module] = tuple(sorted(drawn[: client.ranks[module]].tolist()))
+        known, modules = state.adapters["global"], {}
+        terms = drawn_terms(known, client, draw)
+        for module, f in known.items():
             part = f.terms(terms[module])
             modules[module] = Factors(part.B * (f.rank / max(part.rank, 1)), part.A)
         return Download(Adapter(modules), terms=terms)
@@ -56,10 +56,7 @@ class FSLoRA(Method):
         self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
     ) -> Mapping[str, Expected]:
         """As many numbered terms as the client's rank."""
-        return {
-            m: Expected(shape, client.ranks[m], client.ranks[m], state.facts["ranks"][m])
-            for m, shape in shapes.items()
-        }
+        return numbered(state, client, shapes)
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """The weighted changes, added to their terms."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from flexlora import linalg
 from flexlora.adapter import Adapter, Factors
-from flexlora.method import Client, Download, Draw, Method, State, Upload, at_ranks, shares
+from flexlora.aggregation import shares
+from flexlora.method import Client, Download, Draw, Method, State, Upload, at_ranks
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import torch
 
 from flexlora.adapter import Adapter, Factors, Halves
 from flexlora.aggregation import Weights, weights_of
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, half_shape
+from flexlora.handout import half_shape
+from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload
 
 
 @dataclass(frozen=True)

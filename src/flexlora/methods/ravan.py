@@ -27,18 +27,8 @@ from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
 from flexlora.aggregation import Weights, weights_of
-from flexlora.method import (
-    Client,
-    Download,
-    Draw,
-    Expected,
-    Fresh,
-    Method,
-    State,
-    Upload,
-    chosen_of,
-    seed_of,
-)
+from flexlora.handout import chosen_of, seed_of
+from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload
 from flexlora.seeds import rng
 from flexlora.training.formed import Form
 

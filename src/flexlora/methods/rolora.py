@@ -14,17 +14,8 @@ from dataclasses import dataclass
 
 from flexlora.adapter import Adapter, Factors, Halves
 from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.method import (
-    Client,
-    Download,
-    Draw,
-    Expected,
-    Method,
-    State,
-    Upload,
-    at_ranks,
-    half_expected,
-)
+from flexlora.handout import half_expected
+from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, at_ranks
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from flexlora.aggregation import (
     unmerged,
     weighted,
 )
-from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload, seed_of
+from flexlora.handout import seed_of
+from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload
 from flexlora.seeds import rng
 from flexlora.training.formed import Form, column
 
