@@ -8,9 +8,11 @@ import tiny
 from flexlora import client, experiment, methods, wire
 from flexlora.adapter import Adapter, Factors
 from flexlora.client import Job
+from flexlora.handout import chosen_of
 from flexlora.method import Download
 from flexlora.seeds import rng
 from flexlora.training.loop import Learner, train
+from ingredients import random_adapter
 from oracle import product, relative_error
 
 
@@ -143,3 +145,53 @@ def test_a_download_may_be_a_file(ready, job, tmp_path):
     for module, factors in want.adapter.items():
         assert torch.equal(got.adapter[module].B, factors.B)
         assert torch.equal(got.adapter[module].A, factors.A)
+
+
+def sgd(ready, **changes):
+    training = dataclasses.replace(
+        ready.workplace.training, optimizer="sgd", learning_rate=0.05, clip_norm=1e6, **changes
+    )
+    return dataclasses.replace(ready.workplace, training=training)
+
+
+def sent(download, here, tmp_path):
+    data = wire.encode_download(download, torch.float32)
+    return opened(client.turn(Job("client4", 2, data), here), tmp_path).adapter
+
+
+def test_the_rest_of_a_download_is_seen_as_if_it_were_in_the_base(ready, job, tmp_path):
+    here = sgd(ready)
+    adapter = wire.decode_download(job.download).adapter
+    rest = random_adapter(ready.base.shapes, 4, 50)
+    beside = sent(Download(adapter, rest), here, tmp_path)
+    with ready.base.folded([rest]):
+        inside = sent(Download(adapter), here, tmp_path)
+    without = sent(Download(adapter), here, tmp_path)
+    for module, f in beside.items():
+        assert (f.B - inside[module].B).norm() < 1e-4 * f.B.norm()
+    assert any((f.B - without[m].B).norm() > 1e-2 * f.B.norm() for m, f in beside.items())
+
+
+def test_a_rate_multiplies_the_learning_rate(ready, job, tmp_path):
+    here = sgd(ready, max_steps=1)
+    adapter = wire.decode_download(job.download).adapter
+    once, fivefold = (
+        sent(Download(adapter, halves="B", rate=rate), here, tmp_path) for rate in (1.0, 5.0)
+    )
+    for module, f in once.items():
+        assert torch.equal(f.A, adapter[module].A)
+        moved = [x[module].B - adapter[module].B for x in (once, fivefold)]
+        assert float(moved[0].norm()) > 0
+        assert torch.allclose(moved[1], 5 * moved[0], rtol=1e-4, atol=1e-7)
+
+
+def test_numbered_terms_have_the_scale_of_the_whole_adapter(ready, tmp_path):
+    """With a scale of alpha / rank a term moves as far, however many others are trained."""
+    here = sgd(ready, max_steps=1, scaling="rank")
+    whole = random_adapter(ready.base.shapes, 4, 60)
+    few = chosen_of(Download(whole), {m: (2,) for m in whole})
+    all_of_them = chosen_of(Download(whole), {m: (0, 1, 2, 3) for m in whole})
+    one, four = (sent(each, here, tmp_path) for each in (few, all_of_them))
+    for module, f in one.items():
+        moved = f.B[:, 0] - whole[module].B[:, 2]
+        assert torch.allclose(four[module].B[:, 2] - whole[module].B[:, 2], moved, atol=1e-6)

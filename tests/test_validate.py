@@ -76,6 +76,8 @@ def holding(value: float, half: str) -> Factors:
         ),
         ({"adapter": with_module("model.q", holding(math.nan, "A"))}, "holds NaN or infinity"),
         ({"adapter": with_module("model.q", holding(-math.inf, "B"))}, "holds NaN or infinity"),
+        ({"adapter": with_module("model.q", holding(3e38, "B"))}, "has the norm 3e\\+38; at most"),
+        ({"adapter": with_module("model.q", holding(-2e6, "A"))}, "has the norm 2e\\+06; at most"),
     ],
 )
 def test_everything_else_is_refused_with_its_place(changes, message):

@@ -365,3 +365,12 @@ def test_damaged_bytes_without_zeros_are_refused_or_still_an_upload(
             read()
         except ValueError:
             continue
+
+
+@pytest.mark.parametrize("said", ["[1]", "5", '"x"', "true", "null", "{}"])
+def test_a_header_that_is_no_table_is_refused(said, tmp_path):
+    """A client may send any JSON; the server must be able to say that it is lost."""
+    path = tmp_path / "upload"
+    path.write_bytes(safetensors.torch.save({}, metadata={"flexlora": said}))
+    with pytest.raises(ValueError, match="of format None"):
+        wire.open_upload(path)

@@ -121,8 +121,11 @@ def factor_means(weighted: Sequence[Weighted]) -> Factors:
     Its product is *not* the weighted sum of the products; the difference is the covariance
     of the factors.
     """
-    B = torch.stack([weight * f.B.double() for weight, f in weighted]).sum(0)
-    A = torch.stack([weight * f.A.double() for weight, f in weighted]).sum(0)
+    first = weighted[0][1].to(torch.float64)
+    B, A = torch.zeros_like(first.B), torch.zeros_like(first.A)
+    for weight, f in weighted:
+        B += weight * f.B.double()
+        A += weight * f.A.double()
     return Factors(B, A)
 
 

@@ -50,8 +50,12 @@ def save(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     for adapter, modules in state.adapters.items():
-        data = wire.encode(modules, {"kind": "state"}, torch.float32)
-        write(draft / f"{adapter}.safetensors", data)
+        target, before = draft / f"{adapter}.safetensors", wire.stored_at(modules)
+        if before is not None and before.parent.parent == folder:
+            # As it stands in the last checkpoint: a log of merged updates only grows.
+            _same(before, target)
+        else:
+            write(target, wire.encode(modules, {"kind": "state"}, torch.float32))
     write(draft / "facts.json", json.dumps(dict(state.facts)).encode())
     shutil.rmtree(folder / name, ignore_errors=True)
     draft.rename(folder / name)
@@ -68,6 +72,14 @@ def save(
         if old.name != name:
             shutil.rmtree(old)
     return load(folder)
+
+
+def _same(source: Path, target: Path) -> None:
+    """One file under two names, or a copy where the disk cannot have that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        write(target, source.read_bytes())
 
 
 def load(folder: Path) -> Checkpoint:

@@ -154,7 +154,18 @@ def _learner(
         start.halves,
         start.rate,
         here.method.form(start),
+        _scale_ranks(start),
     )
+
+
+def _scale_ranks(start: Download) -> dict[str, int] | None:
+    """The ranks of the whole adapter of which numbered terms are trained, the rest beside them.
+
+    Its terms have one scale, however many of them a client trains.
+    """
+    if not start.terms or start.rest is None:
+        return None
+    return {m: f.rank + start.rest[m].rank for m, f in start.adapter.items()}
 
 
 def _probed(jobs: Sequence[Job], here: Workplace, beside: Sequence[Adapter]) -> list[Probe | None]:

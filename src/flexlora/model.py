@@ -93,7 +93,7 @@ class Base:
         """
         here = [
             {
-                m: Part(f.A, f.B, flat.scale(f.rank), self._checked(flat.rest).get(m))
+                m: Part(f.A, f.B, flat.scales[m], self._checked(flat.rest).get(m))
                 for m, f in self._checked(flat.factors).items()
             }
             for flat in adapters

@@ -26,7 +26,10 @@ class Private:
     def merge(self, entries: Mapping[int, Adapter]) -> None:
         """Keep what a download says to merge into the base for good."""
         for round, adapter in entries.items():
-            self._write(self.folder / "merged" / f"{round:05d}.safetensors", adapter)
+            path = self.folder / "merged" / f"{round:05d}.safetensors"
+            # An entry is only ever handed out once its round is in a checkpoint: it is final.
+            if not path.exists():
+                self._write(path, adapter)
 
     def merged(self, round: int) -> list[Adapter]:
         """All that the base of ``round`` has merged, the oldest first."""

@@ -275,7 +275,7 @@ def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
     The last block is what the aggregate held beyond the largest rank, and so lost.
     """
     levels = sorted({rank for ranks in ready.ranks_in_use.values() for rank in ranks.values()})
-    lost = state.facts.get("lost_energy", {})
+    lost = state.facts.get("step_lost_energy", state.facts.get("lost_energy", {}))
     shown = set(list(adapter)[:: max(len(adapter) // SPECTRA + 1, 1)])
     energy, values = {}, {}
     for module, factors in adapter.items():

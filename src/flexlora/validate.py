@@ -8,6 +8,9 @@ import torch
 
 from flexlora.method import Client, Expected, Upload
 
+LARGEST_NORM = 1e6
+"""Of a factor. Trained ones are far below; finite numbers without bound overflow in products."""
+
 TRAVELS = (torch.float32, torch.bfloat16, torch.float16)
 """The kinds of numbers that adapters travel in."""
 
@@ -57,6 +60,12 @@ def upload(
             )
         if not (factors.B.isfinite().all() and factors.A.isfinite().all()):
             raise ValueError(f"{place}: module {module!r} holds NaN or infinity.")
+        size = max(float(half.double().norm()) for half in (factors.B, factors.A))
+        if size > LARGEST_NORM:
+            raise ValueError(
+                f"{place}: a factor of module {module!r} has the norm {size:.3g}; at most "
+                f"{LARGEST_NORM:g} is taken."
+            )
 
 
 def _check_terms(upload: Upload, expected: Mapping[str, Expected], place: str) -> None:

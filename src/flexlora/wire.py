@@ -96,6 +96,11 @@ class _Stored(Mapping[str, Factors]):
         return len(self.names)
 
 
+def stored_at(adapter: Adapter) -> Path | None:
+    """The file that an adapter is read from; None if it is in memory."""
+    return adapter.modules.path if isinstance(adapter.modules, _Stored) else None
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a tensor lies in a file that safetensors has found sound."""
@@ -334,8 +339,9 @@ def _checked(text: str | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError("The adapter's flexlora header is no JSON.") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
+        said = header.get("format") if isinstance(header, dict) else None
         raise ValueError(
-            f"The adapter's header is of format {(header or {}).get('format')!r}; this version "
+            f"The adapter's header is of format {said!r}; this version "
             f"reads format {FORMAT}. Run the same version of flexlora on both sides."
         )
     return header

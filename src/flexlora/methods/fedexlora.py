@@ -37,7 +37,7 @@ class FedExLoRA(Method):
     mixed_ranks = False
     up = "r*(m+n)"
     down = "K*r*(m+n)"
-    server = "one SVD of rank S"
+    server = "one SVD of rank S; one of all so far for the export"
 
     weights: Weights = "examples"
 

@@ -43,7 +43,9 @@ class FedSALoRA(Method):
         for module, f in download.adapter.items():
             out = fresh.shapes[module][0]
             B = torch.zeros(out, f.rank) if kept is None else kept[module].B
-            whole[module] = Factors(B.to(f.A.dtype), f.A)
+            # What never travels is not rounded as what travels is.
+            dtype = torch.promote_types(f.A.dtype, B.dtype)
+            whole[module] = Factors(B.to(dtype), f.A.to(dtype))
         return replace(download, adapter=Adapter(whole))
 
     def shares(self, start: Download, trained: Adapter) -> Adapter:

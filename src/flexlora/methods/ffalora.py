@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from flexlora.adapter import Adapter, Factors
 from flexlora.aggregation import Weights, rank_wise_means, weighted
 from flexlora.handout import half_expected
@@ -42,7 +44,11 @@ class FFALoRA(Method):
     def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
         """``B`` as it came, beside the first rows of the common ``A``."""
         A = fresh.common(download.adapter.ranks)
-        whole = {m: Factors(f.B, A[m].A.to(f.B.dtype)) for m, f in download.adapter.items()}
+        whole = {}
+        for module, f in download.adapter.items():
+            # A is the server's to the bit: what does not travel is not rounded.
+            dtype = torch.promote_types(f.B.dtype, torch.float32)
+            whole[module] = Factors(f.B.to(dtype), A[module].A.to(dtype))
         return replace(download, adapter=Adapter(whole))
 
     def shares(self, start: Download, trained: Adapter) -> Adapter:

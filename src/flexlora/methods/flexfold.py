@@ -90,14 +90,14 @@ def _over_clients(held: Sequence[Weighted], last: Factors) -> list[Weighted]:
     share = torch.zeros(last.rank, dtype=torch.float64)
     for weight, f in held:
         share[f.rank :] += weight
-    return [*held, (1.0, Factors(last.B * share.to(last.B.dtype), last.A))]
+    return [*held, (1.0, Factors(last.B.double() * share, last.A.double()))]
 
 
 def _over_holders(held: Sequence[Weighted], last: Factors) -> list[Weighted]:
     """The trained terms by their holders' shares; the last ones where there is no holder."""
     most = max(f.rank for _, f in held)
     found = [
-        (1.0, Factors(f.B * share.to(f.B.dtype), f.A))
+        (1.0, Factors(f.B.double() * share, f.A.double()))
         for share, (_, f) in zip(rank_wise(held), held, strict=True)
     ]
     return [*found, (1.0, last.terms(range(min(most, last.rank), last.rank)))]

@@ -29,7 +29,7 @@ class FLoRA(Method):
     mixed_ranks = True
     up = "r*(m+n)"
     down = "S*(m+n)"
-    server = "none, a stack"
+    server = "a stack; one SVD of all so far for the export"
 
     weights: Weights = "examples"
 

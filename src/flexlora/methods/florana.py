@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weighted, Weights, weighted
+from flexlora.aggregation import Weighted, Weights, factor_means, weighted
 from flexlora.method import Method, State, Upload
 
 
@@ -55,6 +55,8 @@ class FLoRANA(Method):
         p = torch.tensor([w for w, _ in held], dtype=torch.float64)
         B = torch.stack([f.B.double() for _, f in held])
         A = torch.stack([f.A.double() for _, f in held])
+        if not (B.any() and A.any()):
+            return factor_means(held)  # no mixture is nearer to zero than another
         BB = torch.einsum("kor,los->klrs", B, B)
         AA = torch.einsum("kri,lsi->klrs", A, A)
         a, b = p, p

@@ -38,7 +38,7 @@ class FLoRIST(Method):
     mixed_ranks = True
     up = "r*(m+n)"
     down = "p*(m+n)"
-    server = "one SVD of rank S"
+    server = "one SVD of rank S; one of all so far for the export"
 
     energy: float = 0.9
     weights: Weights = "examples"

@@ -65,6 +65,8 @@ class LoRAFAIR(Method):
 
     def _ridge(self, held: Sequence[Weighted], mean: Factors) -> Tensor:
         gram = mean.A @ mean.A.T
+        if not gram.any():
+            return torch.zeros_like(mean.B)
         missed = _times(held, mean.A) - mean.B @ gram
         eye = torch.eye(len(gram), dtype=gram.dtype)
         damped = gram + self.strength * gram.diagonal().mean() * eye
@@ -75,6 +77,8 @@ class LoRAFAIR(Method):
         through, gram = _times(held, mean.A), mean.A @ mean.A.T
         norm = LowRankSum.of(held).norm()
         D = torch.zeros_like(mean.B)
+        if norm == 0 or not (mean.B @ gram).any():
+            return D  # no direction to turn from or to
         for _ in range(self.steps):
             D.requires_grad_()
             B = mean.B + D

@@ -9,7 +9,9 @@ them holds shrinks by q in every round.
 From the abstract and a third-party implementation (unverified: the paper's own figures).
 
 Differs: terms that no client of the round holds are carried over from the last global
-adapter (``carry``); the third-party code drops them.
+adapter (``carry``); the third-party code drops them. The singular values go to ``B``, where
+that code gives each factor their square root: a term that nobody has trained yet has the value
+zero, and would have no gradient for ever.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class RaFLoRA(Method):
     down = "r*(m+n)"
     server = "one SVD of rank S"
 
-    split: Split = "balanced"
+    split: Split = "left"
     weights: Weights = "examples"
     carry: bool = True
     precision: Literal["float64", "float32"] = "float64"
@@ -53,7 +55,7 @@ class RaFLoRA(Method):
             each, last = held(module), known[module]
             most = max(f.rank for _, f in each)
             found = [
-                (1.0, Factors(f.B * share.to(f.B.dtype), f.A))
+                (1.0, Factors(f.B.double() * share, f.A.double()))
                 for share, (_, f) in zip(rank_wise(each), each, strict=True)
             ]
             if self.carry and most < last.rank:

@@ -30,7 +30,7 @@ class FlatAdapter:
 
     values: Tensor
     factors: Mapping[str, Factors]
-    scale: Scale
+    scales: Mapping[str, float]
     rest: Mapping[str, Factors] = field(default_factory=dict)
 
     @classmethod
@@ -41,8 +41,13 @@ class FlatAdapter:
         device: torch.device,
         halves: Halves = "BA",
         rest: Mapping[str, Factors] | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> FlatAdapter:
-        """A float32 copy of ``adapter`` on ``device``, with gradients of zero."""
+        """A float32 copy of ``adapter`` on ``device``, with gradients of zero.
+
+        ``ranks`` are those that the scale is of, where they are not the adapter's own.
+        """
+        scales = {m: scale((ranks or {}).get(m, f.rank)) for m, f in adapter.items()}
         trained = sum(
             (f.B.numel() if "B" in halves else 0) + (f.A.numel() if "A" in halves else 0)
             for f in adapter.values()
@@ -58,12 +63,12 @@ class FlatAdapter:
             if "A" in halves:
                 A, start = leaf(values, grads, start, f.A.shape)
             with torch.no_grad():
-                B.copy_(f.B).div_(scale(f.rank))
+                B.copy_(f.B).div_(scales[module])
                 A.copy_(f.A)
             factors[module] = Factors(B, A)
         values.requires_grad_().grad = grads
         beside = {m: f.to(device).to(torch.float32) for m, f in (rest or {}).items()}
-        return cls(values, factors, scale, beside)
+        return cls(values, factors, scales, beside)
 
     @property
     def leaves(self) -> FlatAdapter:
@@ -72,7 +77,7 @@ class FlatAdapter:
 
     def folded(self) -> dict[str, Factors]:
         """The effective factors, differentiable in the parameters."""
-        return {m: Factors(f.B * self.scale(f.rank), f.A) for m, f in self.factors.items()}
+        return {m: Factors(f.B * self.scales[m], f.A) for m, f in self.factors.items()}
 
     def gather(self) -> None:
         """Nothing: the factors are the parameters, and so are their gradients."""

@@ -90,7 +90,7 @@ class FormedAdapter:
             factors[module] = Factors(_cut(made.B), _cut(made.A))
         values.requires_grad_().grad = grads
         beside = {m: f.to(device).to(torch.float32) for m, f in (rest or {}).items()}
-        return cls(values, here, FlatAdapter(values, factors, lambda rank: 1.0, beside))
+        return cls(values, here, FlatAdapter(values, factors, dict.fromkeys(factors, 1.0), beside))
 
     def folded(self) -> dict[str, Factors]:
         """The effective factors; a gradient of theirs reaches the parameters by ``gather``."""

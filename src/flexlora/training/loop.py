@@ -36,6 +36,7 @@ class Learner:
     ``name`` is for errors. ``penalty`` adds a term to its loss at every step. Of ``adapter``
     the ``halves`` are trained, at ``rate`` times the learning rate; ``rest`` is seen by the
     client's rows and left as it is. With a ``form`` its parameters are trained instead.
+    ``ranks`` are those of the LoRA scale, where ``adapter`` is some terms of a larger one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Learner:
     halves: Halves = "BA"
     rate: float = 1.0
     form: Mapping[str, Form] | None = None
+    ranks: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,12 @@ def _flat(learner: Learner, base: Base, settings: Training) -> FlatAdapter | For
     if learner.form is not None:
         return FormedAdapter.of(learner.form, base.device, learner.rest)
     return FlatAdapter.of(
-        learner.adapter, settings.scale, base.device, learner.halves, learner.rest
+        learner.adapter,
+        settings.scale,
+        base.device,
+        learner.halves,
+        learner.rest,
+        learner.ranks,
     )
 
 
