@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import tiny
 from flexlora import checkpoint, experiment, peft_directory, rounds
 from flexlora.client import Job
 from flexlora.experiment import Ready
-from flexlora.federation import Federation, Lost, Reply
+from flexlora.federation import Federation, Lost, Patience, Reply, Stray
 from flexlora.federations.simulated import Simulated
 from flexlora.methods.flexlora import FlexLoRA
 from flexlora.record import Record
@@ -40,8 +40,11 @@ class Noted:
     def together(self) -> int:
         return self.inner.together
 
-    def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
-        for reply in self.inner.exchange(self._noting(jobs)):
+    def present(self, clients: Collection[str]) -> list[str]:
+        return self.inner.present(clients)
+
+    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost | Stray]:
+        for reply in self.inner.exchange(self._noting(jobs), patience):
             if self.turns is not None and len(self.notes.read_text().split()) >= self.turns:
                 die()
             yield reply

@@ -15,11 +15,11 @@ import torch
 import transformers
 
 import tiny
-from flexlora import checkpoint, experiment, rounds, wire
+from flexlora import checkpoint, client, experiment, rounds, wire
 from flexlora.adapter import Adapter, Factors
 from flexlora.client import Job
 from flexlora.experiment import Ready
-from flexlora.federation import Lost, Reply
+from flexlora.federation import Lost, Patience, Reply, Stray
 from flexlora.federations.simulated import Simulated
 from flexlora.peft_directory import WEIGHTS
 from flexlora.record import Record
@@ -35,8 +35,9 @@ class Watched:
     replies: list[Reply]
 
     together: int = 1
+    present = staticmethod(list)
 
-    def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
+    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost]:
         def watch():
             for job in jobs:
                 held = job.download
@@ -44,7 +45,7 @@ class Watched:
                 self.jobs.append(replace(job, download=data))
                 yield job
 
-        for reply in self.inner.exchange(watch()):
+        for reply in self.inner.exchange(watch(), patience):
             self.replies.append(reply)
             yield reply
 
@@ -308,8 +309,9 @@ class Replayed:
     victim: str
     change: object
     together: int = 1
+    present = staticmethod(list)
 
-    def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
+    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost]:
         for job in jobs:
             data = self.replies[job.client]
             if job.client != self.victim:
@@ -445,23 +447,131 @@ def test_a_smaller_rank_than_asked_for_does_not_stop_fedit(folder, tmp_path):
 def test_a_round_of_which_nothing_came_back_is_an_error(honest, tmp_path):
     class Silent:
         together = 1
+        present = staticmethod(list)
 
-        def exchange(self, jobs):
+        def exchange(self, jobs, patience):
             for job in jobs:
                 yield Lost(job.client, "unplugged")
 
     events = []
-    with pytest.raises(ValueError, match="No client of round 1 returned a usable upload"):
+    with pytest.raises(ValueError, match=r"0 of 6 clients of round 1 returned .* after 3 attempts"):
         for event in rounds.run(honest.ready, tmp_path / "run", Silent()):
             events.append(event)
-    assert [event["event"] for event in events] == ["start"] + ["lost"] * 4
+    assert [event["event"] for event in events] == ["start"] + (["lost"] * 4 + ["short"]) * 3
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Answers from an honest run, after a script: for each exchange, who answers what."""
+
+    replies: dict[str, bytes]
+    script: list[dict[str, object]]
+    asked: list[list[str]]
+    together: int = 1
+    present = staticmethod(list)
+
+    def exchange(self, jobs, patience):
+        clients = [job.client for job in jobs]
+        said = self.script[len(self.asked)]
+        self.asked.append(clients)
+        for id in clients:
+            if patience.enough():
+                return
+            yield said.get(id, Reply(id, self.replies[id]))
+
+
+def scripted(honest: Outcome, folder: Path, script: list[dict[str, object]], **federation):
+    """The events of a round of four, played after a script, and whom it asked."""
+    how = honest.ready.experiment.federation.model_copy(update=federation)
+    ready = replace(
+        honest.ready, experiment=honest.ready.experiment.model_copy(update={"federation": how})
+    )
+    replies = {id: everybody(honest)[id] for id in ready.clients}
+    play = Scripted(replies, script, [])
+    return list(rounds.run(ready, folder, play)), play.asked
+
+
+def everybody(honest: Outcome) -> dict[str, bytes]:
+    """What each client of the population would send in round 1."""
+    state = honest.ready.method.start(honest.ready.fresh())
+    return {
+        id: client.turn(
+            next(rounds._jobs(honest.ready, 1, state, (id,), honest.folder / "again")),
+            honest.ready.workplace,
+        )
+        for id in honest.ready.clients
+    }
+
+
+def kinds(events, *which: str) -> list[str]:
+    return [event["event"] for event in events if event["event"] in which]
+
+
+def test_a_round_short_of_its_quorum_asks_those_who_have_not_answered(honest, tmp_path):
+    gone = {id: Lost(id, "unplugged") for id in list(honest.ready.clients)[:5]}
+    events, asked = scripted(honest, tmp_path / "run", [gone, {}], quorum=3, attempts=2)
+    first, second = (set(clients) for clients in asked)
+    answered = {event["client"] for event in events if event["event"] == "client"}
+    assert len(first) == 4 and not (first - set(gone)) & second
+    assert len(answered) == 4 and kinds(events, "short", "round") == ["short", "round"]
+    (short,) = [event for event in events if event["event"] == "short"]
+    assert (short["attempt"], short["quorum"]) == (1, 3) and short["received"] < 3
+    (done,) = [event for event in events if event["event"] == "round"]
+    assert done["received"] == 4 and set(done["cohort"]) == first | second
+
+
+def test_over_selection_goes_on_with_the_first_that_come(honest, tmp_path):
+    events, asked = scripted(honest, tmp_path / "run", [{}], over_selection=0.5)
+    assert len(asked[0]) == 6
+    assert len([event for event in events if event["event"] == "client"]) == 4
+    lost = [event for event in events if event["event"] == "lost"]
+    assert {event["reason"] for event in lost} == {"It was not needed any more."}
+    assert {event["client"] for event in lost} == set(asked[0][4:])
+
+
+def test_over_selection_makes_up_for_the_lost(honest, tmp_path):
+    gone = {id: Lost(id, "unplugged") for id in list(honest.ready.clients)[:2]}
+    events, _ = scripted(honest, tmp_path / "run", [gone], over_selection=0.5)
+    assert len([event for event in events if event["event"] == "client"]) == 4
+
+
+def test_answers_nobody_waits_for_are_recorded_and_change_nothing(honest, tmp_path):
+    class Chatty:
+        together = 1
+        present = staticmethod(list)
+
+        def exchange(self, jobs, patience):
+            replies = {reply.client: reply for reply in honest.watched.replies}
+            for job in jobs:
+                yield replies[job.client]
+                yield replies[job.client]
+            yield Stray("client3", "It answers round 0.")
+
+    events = list(rounds.run(honest.ready, tmp_path / "run", Chatty()))
+    strays = [event for event in events if event["event"] == "stray"]
+    assert len(strays) == 5 and strays[-1]["reason"] == "It answers round 0."
+    got = rounds.adapter_folder(tmp_path / "run", 1).joinpath(WEIGHTS).read_bytes()
+    assert got == (honest.adapter / WEIGHTS).read_bytes()
+
+
+def test_turns_not_begun_at_the_deadline_are_lost(honest, tmp_path):
+    how = honest.ready.experiment.federation.model_copy(
+        update={"deadline_seconds": 1e-9, "attempts": 1}
+    )
+    changed = honest.ready.experiment.model_copy(update={"federation": how})
+    late = replace(honest.ready, experiment=changed)
+    with pytest.raises(ValueError, match="0 of 4 clients"):
+        list(rounds.run(late, tmp_path / "run"))
+    lost = list(Record(tmp_path / "run").events("lost"))
+    assert {event["reason"] for event in lost} == {"Its turn had not begun after 1e-09 s."}
 
 
 def test_replies_in_another_order_give_the_same_bytes(honest, tmp_path):
     class Backwards:
         together = 1
+        present = staticmethod(list)
 
-        def exchange(self, jobs):
+        def exchange(self, jobs, patience):
             replies = {reply.client: reply for reply in honest.watched.replies}
             for job in reversed(list(jobs)):
                 yield replies[job.client]
@@ -476,8 +586,9 @@ def test_a_client_that_never_answers_is_recorded_as_lost(honest, tmp_path):
 
     class Forgetful:
         together = 1
+        present = staticmethod(list)
 
-        def exchange(self, jobs):
+        def exchange(self, jobs, patience):
             replies = {reply.client: reply for reply in honest.watched.replies}
             for job in jobs:
                 if job.client != "client2":

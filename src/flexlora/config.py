@@ -76,12 +76,22 @@ class Ranks(BaseModel):
 
 
 class Rounds(BaseModel):
-    """How many rounds, and how many clients in each: ``cohort`` of them or a ``fraction``."""
+    """How many rounds, how many clients in each, and how long they are waited for.
+
+    A round wants ``cohort`` uploads, or those of a ``fraction`` of the clients. It asks
+    ``over_selection`` times as many more and goes on with the first that come. Once
+    ``deadline_seconds`` are over it goes on with those it has, if they are ``quorum``; else it
+    asks others, at most so many times as there are ``attempts``.
+    """
 
     model_config = CLOSED
     rounds: int = Field(ge=1)
     cohort: int | None = Field(None, ge=1)
     fraction: float | None = Field(None, gt=0, le=1)
+    over_selection: float = Field(0.0, ge=0, le=10)
+    deadline_seconds: float | None = Field(None, gt=0)
+    quorum: int = Field(1, ge=1)
+    attempts: int = Field(3, ge=1)
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
@@ -232,6 +242,11 @@ def _cross_check(experiment: Experiment, place: str) -> None:
     faults = []
     if (federation.cohort is None) == (federation.fraction is None):
         faults.append("give either federation.cohort or federation.fraction")
+    if federation.cohort is not None and federation.quorum > federation.cohort:
+        faults.append(
+            f"federation.quorum {federation.quorum} is more than a round wants, "
+            f"federation.cohort {federation.cohort}"
+        )
     if data.format != "procedural" and data.path is None:
         faults.append(f"data.format {data.format!r} needs data.path")
     if data.partition.kind in ("iid", "dirichlet", "shards") and data.partition.clients is None:

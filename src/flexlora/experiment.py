@@ -81,6 +81,11 @@ class Ready:
         return Fresh(self.base.shapes, self.experiment.seed).common(self.largest)
 
     @property
+    def wire_dtype(self) -> torch.dtype:
+        """The kind of numbers that adapters travel in."""
+        return _dtype(self.experiment.federation.wire_dtype)
+
+    @property
     def cohort_size(self) -> int:
         """How many clients a round asks: a fraction is of the population, at least one."""
         federation = self.experiment.federation
@@ -123,7 +128,7 @@ def prepare(
         rows=rows,
         method=method,
         training=experiment.training,
-        wire_dtype=getattr(torch, experiment.federation.wire_dtype),
+        wire_dtype=_dtype(experiment.federation.wire_dtype),
         seed=experiment.seed,
     )
     return Ready(
@@ -137,6 +142,11 @@ def prepare(
         questions=_questions(corpus, rows, unseen, experiment),
         prompt=named(data.prompt, base.tokenizer),
     )
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _method(experiment: Experiment) -> Method:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,25 @@ class Lost:
     reason: str
 
 
+@dataclass(frozen=True)
+class Stray:
+    """An answer that nobody waits for any more: one that came late, or twice."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a round waits: until so many seconds are over, or until it has ``enough``.
+
+    ``seconds`` None is for ever. Who is not waited for any more is lost to the round.
+    """
+
+    seconds: float | None = None
+    enough: Callable[[], bool] = lambda: False
+
+
 class Federation(Protocol):
     """Carries jobs to clients and replies back."""
 
@@ -33,10 +52,15 @@ class Federation(Protocol):
         """How many consecutive jobs are worked on as one; 1 where clients do not meet."""
         ...
 
-    def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
+    def present(self, clients: Collection[str]) -> list[str]:
+        """Those of these clients that can be asked now, in their order."""
+        ...
+
+    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost | Stray]:
         """One reply or loss for each job, as they arrive, in any order.
 
         Jobs are drawn when there is somebody to take them, so that not all downloads of a
-        round are in memory at once.
+        round are in memory at once. When it has enough, those still at work are not waited
+        for; nothing is said of them.
         """
         ...

@@ -22,6 +22,8 @@ Event = dict[str, Any]
                 loss_total, loss_tokens (their quotient is the mean training loss),
                 seconds, bytes_up, bytes_down
 ``lost``        round, client, reason
+``stray``       round (the one going on), client, reason: a late or second answer
+``short``       round, attempt, received, quorum: too few answered, others are asked
 ``round``       round, cohort (clients asked), received, examples, tokens, loss_total,
                 loss_tokens, seconds (the whole round), aggregate_seconds, bytes_up,
                 bytes_down, update_norm

@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from flexlora.checkpoint import Checkpoint
 from flexlora.client import FACTS, Job
 from flexlora.config import Experiment
 from flexlora.experiment import Ready
-from flexlora.federation import Federation, Lost
+from flexlora.federation import Federation, Lost, Patience, Reply, Stray
 from flexlora.federations.simulated import Simulated
 from flexlora.linalg import LowRankSum, norm
 from flexlora.method import Client, Draw, Fresh, State, Upload
@@ -74,8 +74,9 @@ def run(
         # No name for the first state: it would stay in memory as long as the run.
         start = ready.method.start
         point = checkpoint.save(folder, 0, 0, start(ready.fresh()), identity, together)
-    here = replace(ready.workplace, private=Private(folder / PRIVATE))
-    federation = federation or Simulated(here, point.together)
+    if federation is None:
+        here = replace(ready.workplace, private=Private(folder / PRIVATE))
+        federation = Simulated(here, point.together)
     facts = _start_facts(ready, resume)
     yield record.append("start", **facts, clients_at_once=federation.together)
     if point.round == 0 and experiment.evaluation.base:
@@ -95,21 +96,12 @@ def _round(
 ) -> Generator[Event, None, Checkpoint]:
     """One round, from the picking of its clients to the checkpoint after it."""
     started, folder = time.perf_counter(), record.folder
-    draw = rng(ready.experiment.seed, "cohort", number)
-    cohort = sampling.cohort(list(ready.clients), ready.cohort_size, draw)
     spool = folder / f"uploads-{number:05d}"
     spool.mkdir(exist_ok=True)
-    uploads: dict[str, Upload] = {}
-    for found in _received(ready, federation, number, cohort, point.state, spool):
-        if isinstance(found, Lost):
-            yield record.append("lost", round=number, client=found.client, reason=found.reason)
-        else:
-            uploads[found.client] = found
-            yield record.append("client", **_facts_of(found, ready))
-    if not uploads:
-        raise ValueError(f"No client of round {number} returned a usable upload: {cohort}.")
+    asking = _Asking(ready, federation, number, point.state, spool)
+    yield from asking.events(record)
     aggregating = time.perf_counter()
-    in_order = [uploads[client] for client in cohort if client in uploads]
+    in_order = [asking.uploads[id] for id in ready.clients if id in asking.uploads]
     state = ready.method.aggregate(point.state, in_order)
     adapter = ready.method.update(state)
     seconds = time.perf_counter() - aggregating
@@ -117,8 +109,8 @@ def _round(
     yield record.append(
         "round",
         round=number,
-        cohort=cohort,
-        received=len(uploads),
+        cohort=[id for id in ready.clients if id in asking.asked],
+        received=len(in_order),
         **_totals([_facts_of(upload, ready) for upload in in_order]),
         seconds=time.perf_counter() - started,
         aggregate_seconds=seconds,
@@ -162,44 +154,125 @@ def _sweep(folder: Path, point: Checkpoint) -> None:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
-def _received(
-    ready: Ready,
-    federation: Federation,
-    number: int,
-    cohort: list[str],
-    state: State,
-    spool: Path,
-) -> Iterator[Upload | Lost]:
-    """The round's uploads: those already on the disk, then those of the others as they come.
+@dataclass
+class _Asking:
+    """The asking of one round: who was asked, and what came back that is of use."""
 
-    Every upload is written to the disk before it is looked at, so that none is trained
-    twice after a crash and none is held in memory.
-    """
-    place = {id: spool / f"{index:07d}.safetensors" for index, id in enumerate(cohort)}
-    waiting: list[str] = []
-    # The longest first: with several at work, none is left for the end alone.
-    order = sorted(cohort, key=lambda id: (-ready.clients[id].examples, id))
-    for start in range(0, len(order), federation.together):
-        group = order[start : start + federation.together]
-        if all(place[id].exists() for id in group):
-            yield from (_checked(ready, state, id, number, place[id]) for id in group)
-        else:
-            # Together or not at all: numbers of clients trained together differ by rounding
-            # from those trained in other company, and a resumed run is the same to the bit.
-            waiting += group
+    ready: Ready
+    federation: Federation
+    number: int
+    state: State
+    spool: Path
+    asked: set[str] = field(default_factory=set)
+    uploads: dict[str, Upload] = field(default_factory=dict)
 
-    jobs = _jobs(ready, number, state, tuple(waiting), spool / "downloads")
-    for reply in federation.exchange(jobs):
-        if reply.client not in waiting:
-            continue  # a second answer, or one from somebody not asked
-        waiting.remove(reply.client)
-        if isinstance(reply, Lost):
-            yield reply
-        else:
-            checkpoint.write(place[reply.client], reply.data)
-            yield _checked(ready, state, reply.client, number, place[reply.client])
-    for id in waiting:
-        yield Lost(id, "It did not answer.")
+    @property
+    def wanted(self) -> int:
+        """How many uploads the round goes on with at once."""
+        return min(self.ready.cohort_size, len(self.ready.clients))
+
+    def events(self, record: Record) -> Iterator[Event]:
+        """Ask until the quorum is there, or nothing is left to try; what happened.
+
+        Raises:
+            ValueError: too few clients returned a usable upload.
+        """
+        how = self.ready.experiment.federation
+        for attempt in range(1, how.attempts + 1):
+            for found in self._received(self._cohort(attempt)):
+                yield self._recorded(found, record)
+            if len(self.uploads) >= how.quorum:
+                return
+            if how.attempts > 1:
+                facts = {"received": len(self.uploads), "quorum": how.quorum}
+                yield record.append("short", round=self.number, attempt=attempt, **facts)
+        raise ValueError(
+            f"{len(self.uploads)} of {len(self.asked)} clients of round {self.number} returned a "
+            f"usable upload after {how.attempts} attempts; federation.quorum is {how.quorum}. "
+            f"Asked: {sorted(self.asked)[:20]}. Their reasons are in the journal; go on by "
+            "resuming the run."
+        )
+
+    def _recorded(self, found: Upload | Lost | Stray, record: Record) -> Event:
+        if isinstance(found, Upload):
+            self.uploads[found.client] = found
+            return record.append("client", **_facts_of(found, self.ready))
+        kind = "lost" if isinstance(found, Lost) else "stray"
+        return record.append(kind, round=self.number, client=found.client, reason=found.reason)
+
+    def _cohort(self, attempt: int) -> list[str]:
+        """Whom an attempt asks, in the clients' order: of those present that have not answered."""
+        how = self.ready.experiment.federation
+        present = self.federation.present(list(self.ready.clients))
+        open_ = [id for id in present if id not in self.uploads]
+        # As many more as the share says, without losing a client to rounding.
+        size = math.ceil((self.wanted - len(self.uploads)) * (1 + how.over_selection) - 1e-9)
+        again = (attempt,) if attempt > 1 else ()
+        draw = rng(self.ready.experiment.seed, "cohort", self.number, *again)
+        cohort = sampling.cohort(open_, size, draw) if open_ else []
+        self.asked |= set(cohort)
+        return cohort
+
+    def _received(self, cohort: list[str]) -> Iterator[Upload | Lost | Stray]:
+        """The uploads of a cohort: those already on the disk, then the others' as they come.
+
+        Every upload is written to the disk before it is looked at, so that none is trained
+        twice after a crash and none is held in memory.
+        """
+        waiting: list[str] = []
+        # The longest first: with several at work, none is left for the end alone.
+        order = sorted(cohort, key=lambda id: (-self.ready.clients[id].examples, id))
+        for start in range(0, len(order), self.federation.together):
+            group = order[start : start + self.federation.together]
+            if all(self._place(id).exists() for id in group):
+                yield from map(self._checked, group)
+            else:
+                # Together or not at all: numbers of clients trained together differ by rounding
+                # from those trained in other company, and a resumed run is the same to the bit.
+                waiting += group
+
+        seconds = self.ready.experiment.federation.deadline_seconds
+        jobs = _jobs(self.ready, self.number, self.state, tuple(waiting), self.spool / "downloads")
+        for reply in self.federation.exchange(jobs, Patience(seconds, self._enough)):
+            if isinstance(reply, Stray):
+                yield reply
+            elif reply.client not in waiting:
+                yield Stray(reply.client, "It was not asked, or had answered already.")
+            else:
+                waiting.remove(reply.client)
+                yield reply if isinstance(reply, Lost) else self._kept(reply)
+        why = "It was not needed any more." if self._enough() else "It did not answer."
+        yield from (Lost(id, why) for id in waiting)
+
+    def _enough(self) -> bool:
+        return len(self.uploads) >= self.wanted
+
+    def _kept(self, reply: Reply) -> Upload | Lost:
+        checkpoint.write(self._place(reply.client), reply.data)
+        return self._checked(reply.client)
+
+    def _place(self, id: str) -> Path:
+        # A client's name may be anything; its hash is a file name everywhere.
+        return self.spool / f"{hashlib.sha256(id.encode()).hexdigest()[:32]}.safetensors"
+
+    def _checked(self, id: str) -> Upload | Lost:
+        """A client's upload, if it is what was asked for; a client that sent else is lost."""
+        ready, path = self.ready, self._place(id)
+        try:
+            client, upload = ready.clients[id], wire.open_upload(path)
+            validate.upload(
+                upload,
+                client,
+                self.number,
+                ready.method.expects(self.state, client, ready.base.shapes),
+                most_examples=client.examples,
+            )
+            if missing := [name for name in FACTS if name not in upload.facts]:
+                raise ValueError(f"The upload of client {id!r} does not say its {missing}.")
+        except ValueError as error:
+            path.unlink()
+            return Lost(id, str(error))
+        return replace(upload, facts={**upload.facts, "bytes_up": path.stat().st_size})
 
 
 def _jobs(
@@ -213,7 +286,7 @@ def _jobs(
 
     def made(id: str) -> bytes:
         download = ready.method.handout(state, ready.clients[id], _draw(ready, number))
-        return wire.encode_download(download, ready.workplace.wire_dtype, ready.method.sparse)
+        return wire.encode_download(download, ready.wire_dtype, ready.method.sparse)
 
     if not ready.method.by_rank_alone:
         yield from (Job(id, number, made(id)) for id in clients)
@@ -232,25 +305,6 @@ def _jobs(
 def _draw(ready: Ready, number: int) -> Draw:
     """The randomness of a round's handouts."""
     return lambda name: rng(ready.experiment.seed, "handout", number, name)
-
-
-def _checked(ready: Ready, state: State, id: str, number: int, path: Path) -> Upload | Lost:
-    """The upload in a file, if it is what was asked for; a client that sent else is lost."""
-    try:
-        client, upload = ready.clients[id], wire.open_upload(path)
-        validate.upload(
-            upload,
-            client,
-            number,
-            ready.method.expects(state, client, ready.base.shapes),
-            most_examples=client.examples,
-        )
-        if missing := [name for name in FACTS if name not in upload.facts]:
-            raise ValueError(f"The upload of client {id!r} does not say its {missing}.")
-    except ValueError as error:
-        path.unlink()
-        return Lost(id, str(error))
-    return replace(upload, facts={**upload.facts, "bytes_up": path.stat().st_size})
 
 
 def _facts_of(upload: Upload, ready: Ready) -> dict[str, Any]:

@@ -6,14 +6,15 @@ import ctypes
 import gc
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
 from flexlora.client import Job, Workplace, turns
-from flexlora.federation import Lost, Reply
+from flexlora.federation import Lost, Patience, Reply
 
 _LARGE_BYTES: Final = 2**25
 """Downloads whose training leaves holes worth closing; for less the time is worth more."""
@@ -26,14 +27,27 @@ class Simulated:
     here: Workplace
     together: int = 1
 
-    def exchange(self, jobs: Iterable[Job]) -> Iterator[Reply | Lost]:
-        """The replies in the order of the jobs, ``together`` of which are trained at a time."""
-        waiting = iter(jobs)
+    def present(self, clients: Collection[str]) -> list[str]:
+        """All of them."""
+        return list(clients)
+
+    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost]:
+        """The replies in the order of the jobs, ``together`` of which are trained at a time.
+
+        Those whose turn has not begun when the time is over are lost.
+        """
+        waiting, started = iter(jobs), time.monotonic()
         with TemporaryDirectory(prefix="flexlora-") as folder:
-            while group := [
-                _on_disk(job, Path(folder) / f"{place}.safetensors")
-                for place, job in enumerate(itertools.islice(waiting, self.together))
-            ]:
+            while not patience.enough() and (
+                group := [
+                    _on_disk(job, Path(folder) / f"{place}.safetensors")
+                    for place, job in enumerate(itertools.islice(waiting, self.together))
+                ]
+            ):
+                if patience.seconds is not None and time.monotonic() - started > patience.seconds:
+                    late = f"Its turn had not begun after {patience.seconds:g} s."
+                    yield from (Lost(job.client, late) for job in (*group, *waiting))
+                    return
                 try:
                     uploads = turns(group, self.here)
                 except Exception as error:
