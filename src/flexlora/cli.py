@@ -27,8 +27,8 @@ from flexlora import (
 )
 from flexlora.adapter import Adapter
 from flexlora.check import check as inspect
-from flexlora.merge import merge as merge_adapters
-from flexlora.merge import parse_rank
+from flexlora.merging import merge as merge_adapters
+from flexlora.merging import parse_rank
 from flexlora.record import Event, mean_scores
 from flexlora.report import comparison, page
 from flexlora.task import evaluate_each

@@ -39,10 +39,14 @@ class Partition(BaseModel):
 
 
 class Data(BaseModel):
-    """The corpus, its prompt and how it is dealt out."""
+    """The corpus, its prompt and how it is dealt out.
+
+    The format "remote" is for `flexlora serve`: training rows stay with the clients, and
+    ``path`` is a table of the server's own, to evaluate on, or missing.
+    """
 
     model_config = CLOSED
-    format: Literal["table", "natural-instructions", "hub", "procedural"] = "table"
+    format: Literal["table", "natural-instructions", "hub", "procedural", "remote"] = "table"
     path: str | None = None
     columns: Columns = Columns()
     prompt: Literal["alpaca", "chat", "plain"] = "alpaca"
@@ -247,7 +251,7 @@ def _cross_check(experiment: Experiment, place: str) -> None:
             f"federation.quorum {federation.quorum} is more than a round wants, "
             f"federation.cohort {federation.cohort}"
         )
-    if data.format != "procedural" and data.path is None:
+    if data.format not in ("procedural", "remote") and data.path is None:
         faults.append(f"data.format {data.format!r} needs data.path")
     if data.partition.kind in ("iid", "dirichlet", "shards") and data.partition.clients is None:
         faults.append(f"data.partition.kind {data.partition.kind!r} needs data.partition.clients")

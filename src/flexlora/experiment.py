@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -27,11 +29,26 @@ from flexlora.ranks import PAPER_TYPES, Assignment, RankType, assign, distributi
 from flexlora.seeds import rng
 from flexlora.server_optimizer import Optimized
 from flexlora.task import Question, pick
+from flexlora.training.optimizer import Training
+
+
+class Population(Mapping[str, Client]):
+    """The clients that train, in the order in which they are counted."""
+
+    @property
+    @abstractmethod
+    def kinds(self) -> Mapping[str, Mapping[str, int]]:
+        """The ranks by module of every rank type that a client has, smallest types first."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Mapping[str, int]:
+        """How many clients are of each of these types."""
 
 
 @dataclass(frozen=True)
-class Clients(Mapping[str, Client]):
-    """The clients that train; each is made when it is asked for, from what it differs in.
+class Clients(Population):
+    """The clients of a simulation; each is made when it is asked for, from what it differs in.
 
     ``rows`` has each client's training rows, ``types`` its rank type, ``ranks`` each type's
     rank by module.
@@ -51,30 +68,46 @@ class Clients(Mapping[str, Client]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def kinds(self) -> Mapping[str, Mapping[str, int]]:
+        """The ranks of the types that a client has."""
+        return {kind: self.ranks[kind] for kind in self.counts}
+
+    @cached_property
+    def counts(self) -> Mapping[str, int]:
+        """How many clients are of each type."""
+        found = Counter(self.types[id] for id in self.rows)
+        return {kind: found[kind] for kind in self.ranks if found[kind]}
+
 
 @dataclass(frozen=True)
 class Ready:
-    """Everything a run needs in memory; none of it changes while the run goes on."""
+    """Everything a run needs in memory.
+
+    ``largest`` is the largest rank of any client by module, and ``place`` where they train: None
+    where they are real ones, of whom more may come while the run goes on. Nothing else changes.
+    """
 
     experiment: Experiment
     base: Base
     method: Method
-    clients: Mapping[str, Client]
-    ranks: Assignment
+    clients: Population
+    largest: Mapping[str, int]
     unseen: Sequence[str]
-    workplace: Workplace
+    place: Workplace | None
     questions: Sequence[Question]
     prompt: Prompt
 
     @property
-    def largest(self) -> dict[str, int]:
-        """The largest rank of any client, by module."""
-        return {m: max(r[m] for r in self.ranks_in_use.values()) for m in self.base.shapes}
+    def workplace(self) -> Workplace:
+        """Where clients train in this process.
 
-    @cached_property
-    def ranks_in_use(self) -> dict[str, Mapping[str, int]]:
-        """The ranks by module of every rank type that a client has."""
-        return {client.rank_type: client.ranks for client in self.clients.values()}
+        Raises:
+            ValueError: they do not, as they are real ones.
+        """
+        if self.place is None:
+            raise ValueError("The clients of this run are on machines of their own.")
+        return self.place
 
     def fresh(self) -> Adapter:
         """The adapter before training: the largest ranks, ``B`` zero, ``A`` LoRA's start."""
@@ -83,7 +116,7 @@ class Ready:
     @property
     def wire_dtype(self) -> torch.dtype:
         """The kind of numbers that adapters travel in."""
-        return _dtype(self.experiment.federation.wire_dtype)
+        return dtype(self.experiment.federation.wire_dtype)
 
     @property
     def cohort_size(self) -> int:
@@ -109,7 +142,7 @@ def prepare(
         ValueError: the data, the model or the combination of choices cannot be used.
     """
     torch.set_num_threads(experiment.run.threads or torch.get_num_threads())
-    method = _method(experiment)
+    method = method_of(experiment)
     data = experiment.data
     cache = Path(data.cache) if data.cache else smollm2.cache() / "tokens"
     corpus = _corpus(experiment, cache) if corpus is None else _chosen(corpus, experiment)
@@ -128,45 +161,87 @@ def prepare(
         rows=rows,
         method=method,
         training=experiment.training,
-        wire_dtype=_dtype(experiment.federation.wire_dtype),
+        wire_dtype=dtype(experiment.federation.wire_dtype),
         seed=experiment.seed,
     )
+    clients = Clients(rows, assignment.of, by_type)
     return Ready(
         experiment=experiment,
         base=base,
         method=method,
-        clients=Clients(rows, assignment.of, by_type),
-        ranks=assignment,
+        clients=clients,
+        largest={m: max(ranks[m] for ranks in clients.kinds.values()) for m in modules},
         unseen=unseen,
-        workplace=workplace,
+        place=workplace,
         questions=_questions(corpus, rows, unseen, experiment),
         prompt=named(data.prompt, base.tokenizer),
     )
 
 
-def _dtype(name: str) -> torch.dtype:
+def served(
+    experiment: Experiment, base: Base, clients: Population, largest: Mapping[str, int]
+) -> Ready:
+    """The server's side of a run whose clients are real: no row of theirs is here.
+
+    The config's data, if it has any, is the server's own and serves evaluation alone.
+
+    Raises:
+        ValueError: the data or the combination of choices cannot be used.
+    """
+    return Ready(
+        experiment=experiment,
+        base=base,
+        method=method_of(experiment),
+        clients=clients,
+        largest=largest,
+        unseen=[],
+        place=None,
+        questions=_asked_of(experiment, clients),
+        prompt=named(experiment.data.prompt, base.tokenizer),
+    )
+
+
+def dtype(name: str) -> torch.dtype:
+    """The kind of numbers of this name."""
     found: torch.dtype = getattr(torch, name)
     return found
 
 
-def _method(experiment: Experiment) -> Method:
-    """The method, within the server optimiser and the regulariser that the config names.
+def composed(
+    method: Mapping[str, Any],
+    server_optimizer: Mapping[str, Any] | None,
+    regularizer: Mapping[str, Any] | None,
+    training: Training,
+) -> Method:
+    """The method of a config's section, within a server optimiser and a regulariser.
 
     Raises:
         ValueError: they do not go together.
     """
-    made = methods.make(str(experiment.method["name"]), experiment.options())
-    if experiment.server_optimizer is not None:
-        made = Optimized(made, server_optimizers.make(experiment.server_optimizer))
-    if experiment.regularizer is not None:
-        regularizer = regularizers.make(experiment.regularizer)
-        made = regularizer.around(made, experiment.training)
+    options = {key: value for key, value in method.items() if key != "name"}
+    made = methods.make(str(method.get("name")), options)
+    if server_optimizer is not None:
+        made = Optimized(made, server_optimizers.make(dict(server_optimizer)))
+    if regularizer is not None:
+        made = regularizers.make(dict(regularizer)).around(made, training)
     return made
+
+
+def method_of(experiment: Experiment) -> Method:
+    """The method that a config names, composed."""
+    return composed(
+        experiment.method, experiment.server_optimizer, experiment.regularizer, experiment.training
+    )
 
 
 def _corpus(experiment: Experiment, cache: Path) -> Corpus:
     """The rows of the clients that the config chooses, from the disk wherever they can be."""
     data, seed = experiment.data, experiment.seed
+    if data.format == "remote":
+        raise ValueError(
+            "data.format 'remote' says that the rows are with real clients: start it by "
+            "`flexlora serve`, or name a format that can be simulated."
+        )
     if data.format == "procedural":
         families = data.families or procedural.FAMILIES
         made = procedural.generate(families, examples=data.examples, seed=seed)
@@ -291,6 +366,30 @@ def _check_ranks(method: Method, assignment: Assignment) -> None:
             f"{method.title} needs one rank for all clients, but the clients have "
             f"{assignment.histogram}; set ranks.rank, or use method 'flexlora'."
         )
+
+
+def _asked_of(experiment: Experiment, clients: Population) -> list[Question]:
+    """The server's own test rows: of clients that are here, and of others."""
+    data, how = experiment.data, experiment.evaluation
+    if data.path is None or not (how.seen_clients or how.unseen_clients):
+        return []
+    corpus = table.read(Path(data.path), data.columns)
+    if "split" in corpus.columns:
+        corpus = corpus.select(_in_split(corpus, "test"))
+    owners = sorted(set(corpus.keys("client"))) if "client" in corpus.columns else []
+    if not owners:
+        raise ValueError(
+            f"{data.path} has no test row with a client; the server's data needs the columns "
+            "data.columns.client and, where it also holds training rows, data.columns.split."
+        )
+    here, found = set(clients), []
+    for seen, count in ((True, how.seen_clients), (False, how.unseen_clients)):
+        group = [owner for owner in owners if (owner in here) is seen]
+        draw = rng(experiment.seed, "evaluated", "seen" if seen else "unseen")
+        chosen = {group[i] for i in draw.permutation(len(group))[:count]}
+        if chosen:
+            found += pick(corpus, chosen, seen, how.rows_per_client, experiment.seed)
+    return found
 
 
 def _questions(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from flexlora.client import Job
 
@@ -34,6 +34,18 @@ class Stray:
 
 
 @dataclass(frozen=True)
+class News:
+    """What happens among real clients, for the journal: an event's name and its facts."""
+
+    event: str
+    facts: Mapping[str, Any]
+
+
+Heard = Reply | Lost | Stray | News
+"""What an exchange tells."""
+
+
+@dataclass(frozen=True)
 class Patience:
     """How long a round waits: until so many seconds are over, or until it has ``enough``.
 
@@ -56,7 +68,7 @@ class Federation(Protocol):
         """Those of these clients that can be asked now, in their order."""
         ...
 
-    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost | Stray]:
+    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Heard]:
         """One reply or loss for each job, as they arrive, in any order.
 
         Jobs are drawn when there is somebody to take them, so that not all downloads of a

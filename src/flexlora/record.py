@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 JOURNAL = "metrics.jsonl"
 
 Event = dict[str, Any]
-"""One line of the journal; its kind stands under ``event``. The kinds and their fields:
+"""One line of the journal; its kind stands under ``event``, and under ``time`` when it was
+written, in seconds since 1970. The kinds and their fields:
 
 ``start``       version, config, hardware, versions, clients, unseen_clients, modules,
                 rank_types {name: clients}, ranks {name: [ranks in use]},
                 trainable {name: parameters}, clients_at_once, resumed (bool)
+``joined``      client, rank_type, ranks (those in use), examples, device, tokens_per_second:
+                a client that came to a real federation, or came back
+``asked``       round, client: it was handed its job (a real federation)
 ``client``      round, client, rank_type, examples, tokens (of the examples), computed
                 (tokens that went through the model: shared ones once), steps,
                 loss_total, loss_tokens (their quotient is the mean training loss),
@@ -60,7 +65,7 @@ class Record:
         Raises:
             ValueError: a field holds NaN or infinity, which JSON cannot say.
         """
-        entry: Event = {"event": event, **fields}
+        entry: Event = {"event": event, "time": round(time.time(), 3), **fields}
         line = json.dumps(entry, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as journal:
             journal.write(line + "\n")

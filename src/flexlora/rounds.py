@@ -24,7 +24,7 @@ from flexlora.checkpoint import Checkpoint
 from flexlora.client import FACTS, Job
 from flexlora.config import Experiment
 from flexlora.experiment import Ready
-from flexlora.federation import Federation, Lost, Patience, Reply, Stray
+from flexlora.federation import Federation, Lost, News, Patience, Reply, Stray
 from flexlora.federations.simulated import Simulated
 from flexlora.linalg import LowRankSum, norm
 from flexlora.method import Client, Draw, Fresh, State, Upload
@@ -193,10 +193,12 @@ class _Asking:
             "resuming the run."
         )
 
-    def _recorded(self, found: Upload | Lost | Stray, record: Record) -> Event:
+    def _recorded(self, found: Upload | Lost | Stray | News, record: Record) -> Event:
         if isinstance(found, Upload):
             self.uploads[found.client] = found
             return record.append("client", **_facts_of(found, self.ready))
+        if isinstance(found, News):
+            return record.append(found.event, round=self.number, **found.facts)
         kind = "lost" if isinstance(found, Lost) else "stray"
         return record.append(kind, round=self.number, client=found.client, reason=found.reason)
 
@@ -213,7 +215,7 @@ class _Asking:
         self.asked |= set(cohort)
         return cohort
 
-    def _received(self, cohort: list[str]) -> Iterator[Upload | Lost | Stray]:
+    def _received(self, cohort: list[str]) -> Iterator[Upload | Lost | Stray | News]:
         """The uploads of a cohort: those already on the disk, then the others' as they come.
 
         Every upload is written to the disk before it is looked at, so that none is trained
@@ -234,7 +236,7 @@ class _Asking:
         seconds = self.ready.experiment.federation.deadline_seconds
         jobs = _jobs(self.ready, self.number, self.state, tuple(waiting), self.spool / "downloads")
         for reply in self.federation.exchange(jobs, Patience(seconds, self._enough)):
-            if isinstance(reply, Stray):
+            if isinstance(reply, Stray | News):
                 yield reply
             elif reply.client not in waiting:
                 yield Stray(reply.client, "It was not asked, or had answered already.")
@@ -328,7 +330,7 @@ def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
 
     The last block is what the aggregate held beyond the largest rank, and so lost.
     """
-    levels = sorted({rank for ranks in ready.ranks_in_use.values() for rank in ranks.values()})
+    levels = sorted({rank for ranks in ready.clients.kinds.values() for rank in ranks.values()})
     lost = state.facts.get("step_lost_energy", state.facts.get("lost_energy", {}))
     shown = set(list(adapter)[:: max(len(adapter) // SPECTRA + 1, 1)])
     energy, values = {}, {}
@@ -360,10 +362,9 @@ def _evaluations(
     if last or (how.every and number % how.every == 0):
         adapters["global"] = adapter
     if last and how.truncated:
-        used = ready.ranks_in_use
-        for name in ready.ranks.types:
-            if name in used and used[name] != ready.largest:
-                adapters[name] = adapter.first(used[name])
+        for name, ranks in ready.clients.kinds.items():
+            if dict(ranks) != dict(ready.largest):
+                adapters[name] = adapter.first(ranks)
     yield from _evaluated(record, ready, number, adapters)
 
 
@@ -412,7 +413,7 @@ def _export(ready: Ready, adapter: Adapter, target: Path) -> None:
 
 
 def _start_facts(ready: Ready, resume: bool) -> dict[str, Any]:
-    types = ready.ranks_in_use
+    types = ready.clients.kinds
     shapes = ready.base.shapes
     return {
         "version": metadata.version("flexlora"),
@@ -424,7 +425,7 @@ def _start_facts(ready: Ready, resume: bool) -> dict[str, Any]:
         "clients": len(ready.clients),
         "unseen_clients": len(ready.unseen),
         "modules": len(shapes),
-        "rank_types": {k: v for k, v in ready.ranks.histogram.items() if k in types},
+        "rank_types": dict(ready.clients.counts),
         "ranks": {name: sorted(set(ranks.values())) for name, ranks in types.items()},
         "trainable": {
             name: sum(rank * sum(shapes[m]) for m, rank in ranks.items())

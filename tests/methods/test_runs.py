@@ -66,9 +66,7 @@ def test_a_base_that_cannot_merge_sees_merged_updates_beside_it(folder, tmp_path
         monkeypatch.setattr(Base, "folds", property(lambda self, folds=folds: folds))
         ready = prepared(folder, base, "flora", 3)
         sgd = dataclasses.replace(ready.workplace.training, optimizer="sgd", learning_rate=0.1)
-        ready = dataclasses.replace(
-            ready, workplace=dataclasses.replace(ready.workplace, training=sgd)
-        )
+        ready = dataclasses.replace(ready, place=dataclasses.replace(ready.workplace, training=sgd))
         list(rounds.run(ready, tmp_path / str(folds)))
         found.append(peft_directory.read(rounds.adapter_folder(tmp_path / str(folds), 3)).adapter)
     for module, f in found[0].items():

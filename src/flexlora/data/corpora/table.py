@@ -99,6 +99,27 @@ def read(
     return corpus
 
 
+def column_names(path: Path) -> list[str]:
+    """The names of a file's columns; of JSON those of the first record.
+
+    Raises:
+        ValueError: the suffix is unknown, or there is no such file or no record in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no file '{path}' to read a corpus from.")
+    if path.suffix == ".parquet":
+        return list(pq.read_schema(path).names)
+    if path.suffix == ".csv":
+        with pyarrow.csv.open_csv(path) as head:
+            return list(head.schema.names)
+    if path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'.")
+    _, record = next(_records(path), (0, None))
+    if not isinstance(record, dict):
+        raise ValueError(f"'{path}' has no record of named columns.")
+    return list(record)
+
+
 def corpus_of(table: pa.Table, columns: Columns, place: str) -> Corpus:
     """The corpus in an Arrow table whose columns are named as ``columns`` says.
 

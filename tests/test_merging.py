@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from flexlora import peft_directory
 from flexlora.adapter import Adapter
-from flexlora.merge import merge, parse_rank
+from flexlora.merging import merge, parse_rank
 from ingredients import random_factors
 from oracle import best, product, relative_error, weighted_sum
 

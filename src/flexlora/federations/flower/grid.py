@@ -1,0 +1,189 @@
+"""The clients of other people's machines: jobs and replies as messages over Flower's grid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from flwr.app import ArrayRecord, Message, MessageType
+from flwr.serverapp import Grid
+
+from flexlora.client import Job
+from flexlora.federation import Heard, Lost, News, Patience, Reply, Stray
+from flexlora.federations.flower import records
+from flexlora.roll import Roll
+
+_ENROL_SECONDS: Final = 3600.0
+"""How long a node may take to load its model and say who it is."""
+
+_LONGEST_SECONDS: Final = 12 * 3600.0
+"""How long a message lives, where a round has no deadline."""
+
+
+@dataclass
+class Flower:
+    """A federation over Flower.
+
+    ``terms`` is what every node is told. Nodes are asked who they are when they appear;
+    ``roll`` knows them by their own names, and Flower's numbers for them appear nowhere else.
+    A round begins when ``quorum`` of its clients are there.
+    """
+
+    grid: Grid
+    roll: Roll
+    terms: str
+    quorum: int = 1
+    poll_seconds: float = 0.5
+    together: int = 1
+    _client: dict[int, str] = field(default_factory=dict)
+    _refused: dict[int, str] = field(default_factory=dict)
+    _invited: dict[str, int] = field(default_factory=dict)
+    _late: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _news: list[News] = field(default_factory=list)
+
+    def gather(self, clients: int) -> None:
+        """Wait until so many clients have come."""
+        self._wait_for(clients)
+
+    def present(self, clients: Collection[str]) -> list[str]:
+        """The clients whose nodes are online; waits until they are as many as the quorum.
+
+        Those who have come since are among them, whether or not they are in ``clients``.
+        """
+        return self._wait_for(self.quorum)
+
+    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Heard]:
+        """Hand out the jobs, then yield what comes back, as it comes.
+
+        Late answers to earlier rounds are told as strays.
+        """
+        yield from self._told()
+        started, seconds = time.monotonic(), patience.seconds
+        asked: dict[str, Job] = {}
+        held = _Payloads()
+        for job in jobs:
+            if (message := self._message(job, held, seconds)) is None:
+                yield Lost(job.client, "Its node is not online.")
+            elif not (id := next(iter(self.grid.push_messages([message])), None)):
+                yield Lost(job.client, "Flower did not take the message to it.")
+            else:
+                asked[id] = job
+                yield News("asked", {"client": job.client})
+        while asked and not patience.enough():
+            if seconds is not None and time.monotonic() - started > seconds:
+                late = f"It did not answer within {seconds:g} s."
+                yield from (Lost(job.client, late) for job in asked.values())
+                break
+            yield from self._heard(asked)
+        self._late |= {id: (job.client, job.round) for id, job in asked.items()}
+
+    def _heard(self, asked: dict[str, Job]) -> Iterator[Heard]:
+        """What one look at the grid brings; ``asked`` loses those who have answered."""
+        found = list(self.grid.pull_messages([*asked, *self._late, *self._invited]))
+        for message in found:
+            id = message.metadata.reply_to_message_id
+            if id in self._invited:
+                self._welcome(message, self._invited.pop(id))
+            elif id in self._late:
+                client, round = self._late.pop(id)
+                yield Stray(client, f"It answers round {round}, which is over.")
+            elif id in asked:
+                yield _reply(message, asked.pop(id))
+        yield from self._told()
+        if not found:
+            time.sleep(self.poll_seconds)
+
+    def _message(self, job: Job, held: _Payloads, seconds: float | None) -> Message | None:
+        """The job as a message to its client's node, if that is known."""
+        node = next((n for n, client in self._client.items() if client == job.client), None)
+        if node is None:
+            return None
+        header = {"kind": "turn", "terms": self.terms, "client": job.client, "round": job.round}
+        content = records.record(header, held.of(job))
+        ttl = _LONGEST_SECONDS if seconds is None else seconds + _ENROL_SECONDS
+        return Message(content, node, MessageType.TRAIN, ttl=ttl, group_id=str(job.round))
+
+    def _wait_for(self, count: int) -> list[str]:
+        while True:
+            online = set(self.grid.get_node_ids())
+            self._client = {n: c for n, c in self._client.items() if n in online}
+            self._invite(online - self._client.keys() - self._refused.keys())
+            if self._invited:
+                for message in self.grid.pull_messages(list(self._invited)):
+                    id = message.metadata.reply_to_message_id
+                    self._welcome(message, self._invited.pop(id))
+            here = set(self._client.values())
+            if len(here) >= count:
+                return [client for client in self.roll if client in here]
+            time.sleep(self.poll_seconds)
+
+    def _invite(self, nodes: Collection[int]) -> None:
+        """Ask nodes that nobody knows yet who they are."""
+        for node in sorted(set(nodes) - set(self._invited.values())):
+            content = records.record({"kind": "enrol", "terms": self.terms})
+            message = Message(content, node, MessageType.QUERY, ttl=_ENROL_SECONDS)
+            if id := next(iter(self.grid.push_messages([message])), None):
+                self._invited[id] = node
+
+    def _welcome(self, message: Message, node: int) -> None:
+        """Write down who answered, or why it is not let in."""
+        if message.has_error():
+            return  # it went away; it is asked again when it is back
+        try:
+            said, _ = records.opened(message.content)
+            if "error" in said:
+                raise ValueError(str(said["error"])[:2000])
+            client, entry = self.roll.admit(said, node)
+        except ValueError as error:
+            self._refused[node] = str(error)
+            self._news.append(News("refused", {"reason": str(error)}))
+            return
+        # A client that was restarted without a key has a new node.
+        self._client = {n: c for n, c in self._client.items() if c != client} | {node: client}
+        facts: dict[str, Any] = {
+            "client": client,
+            "rank_type": entry.rank_type,
+            "ranks": sorted({entry.attention, entry.feed_forward}),
+            "examples": entry.examples,
+            "device": entry.device,
+            "tokens_per_second": entry.tokens_per_second,
+        }
+        self._news.append(News("joined", facts))
+
+    def _told(self) -> Iterator[News]:
+        news, self._news = self._news, []
+        yield from news
+
+
+@dataclass
+class _Payloads:
+    """The downloads of an exchange as Flower holds them: one of each file, for all its clients."""
+
+    path: Path | None = None
+    last: ArrayRecord | None = None
+    files: dict[Path, ArrayRecord] = field(default_factory=dict)
+
+    def of(self, job: Job) -> ArrayRecord:
+        """What a job hands out."""
+        if not isinstance(job.download, Path):
+            return records.payload(job.download)
+        if job.download not in self.files:
+            self.files[job.download] = records.payload(job.download.read_bytes())
+        return self.files[job.download]
+
+
+def _reply(message: Message, job: Job) -> Reply | Lost:
+    """What a client answered: its upload, its own fault, or Flower's."""
+    if message.has_error():
+        error = message.error
+        return Lost(job.client, f"Flower's error {error.code}: {error.reason or 'no reason'}"[:500])
+    try:
+        header, data = records.opened(message.content)
+    except ValueError as error:
+        return Lost(job.client, str(error))
+    if "error" in header:
+        return Lost(job.client, str(header["error"])[:500])
+    return Reply(job.client, data)

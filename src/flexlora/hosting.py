@@ -1,0 +1,102 @@
+"""The server's side of a run of real clients, whatever carries the messages."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from flexlora import checkpoint, config, experiment, rounds, terms
+from flexlora.config import Experiment
+from flexlora.federation import Federation
+from flexlora.record import Record
+from flexlora.roll import Limit, Roll
+
+PLAN = "serve.json"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided once for a run: its name, how many clients it waits for, keys or none."""
+
+    run: str
+    clients: int
+    bound: bool
+
+    @classmethod
+    def new(cls, clients: int, bound: bool) -> Plan:
+        """A plan for a run that nobody else has."""
+        return cls(secrets.token_hex(16), clients, bound)
+
+
+class Gathering(Federation, Protocol):
+    """A federation whose clients come one by one."""
+
+    def gather(self, clients: int) -> None:
+        """Wait until so many clients have come."""
+        ...
+
+
+def lay_out(folder: Path, settings: Experiment, plan: Plan) -> None:
+    """Write what ``host`` needs into the run's folder.
+
+    Raises:
+        ValueError: the config cannot be served.
+    """
+    check(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(folder / CONFIG, settings.model_dump_json(indent=1).encode())
+    checkpoint.write(folder / PLAN, json.dumps(asdict(plan)).encode())
+
+
+def check(settings: Experiment) -> None:
+    """Refuse a config that only a simulation can run.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    Limit.of(settings.ranks)
+    how = settings.evaluation
+    if experiment.method_of(settings).personal and (how.seen_clients or how.unseen_clients):
+        raise ValueError(
+            "This method's models are the clients' own and stay with them, so the server cannot "
+            "evaluate them: set evaluation.seen_clients = 0 and evaluation.unseen_clients = 0."
+        )
+
+
+def host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
+    """Run the federation of a folder, or go on with it; the journal tells of it.
+
+    ``connect`` makes the federation, of the roll, the terms for nodes and the quorum.
+    """
+    record = Record(folder)
+    try:
+        _host(folder, connect)
+    except Exception as error:
+        record.append("stopped", reason=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
+    settings = config.parse(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
+    plan = Plan(**json.loads((folder / PLAN).read_text()))
+    torch.set_num_threads(settings.run.threads or torch.get_num_threads())
+    base = settings.model.load()
+    modules = list(base.shapes)
+    limit = Limit.of(settings.ranks)
+    alike = not experiment.method_of(settings).mixed_ranks
+    roll = Roll(folder, limit, modules, plan.bound, alike)
+    largest = limit.largest()
+    told = terms.of(settings, plan.run, asdict(largest)).model_dump_json()
+    federation = connect(roll, told, settings.federation.quorum)
+    resume = (folder / checkpoint.POINTER).exists()
+    federation.gather(settings.federation.quorum if resume else plan.clients)
+    ready = experiment.served(settings, base, roll, largest.by_module(modules))
+    for _ in rounds.run(ready, folder, federation, resume=resume):
+        pass

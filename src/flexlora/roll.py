@@ -1,0 +1,182 @@
+"""The real clients of a run: who came, with what means, and which rank each was given."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexlora import checkpoint
+from flexlora.config import Ranks, rank_table
+from flexlora.experiment import Population
+from flexlora.method import Client
+from flexlora.ranks import RankType
+
+FILE = "clients.json"
+MOST_EXAMPLES = 10**9
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One client: its Flower ``node``, what it gives, and what it said of its speed."""
+
+    node: int
+    attention: int
+    feed_forward: int
+    examples: int
+    device: str
+    tokens_per_second: float | None
+
+    @property
+    def rank_type(self) -> str:
+        """The name of its ranks in reports."""
+        if self.attention == self.feed_forward:
+            return f"r{self.attention}"
+        return f"r{self.attention}-{self.feed_forward}"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How large a rank each client may take at most, by the config's section ``ranks``.
+
+    Clients that the section names have the limit of their type, others ``rank``; None: they
+    are not let in.
+    """
+
+    rank: RankType | None
+    named: Mapping[str, RankType]
+
+    @classmethod
+    def of(cls, settings: Ranks) -> Limit:
+        """The limits that a config's section says.
+
+        Raises:
+            ValueError: it deals ranks out by shares, which needs a population known beforehand.
+        """
+        if settings.table is not None:
+            settings = rank_table(Path(settings.table), settings.clients)
+        if settings.distribution is not None:
+            raise ValueError(
+                "ranks.distribution deals ranks to clients known beforehand. For real clients give "
+                "ranks.rank, the most that any may take, or name them in ranks.clients."
+            )
+        types = {
+            name: RankType(t.attention, t.feed_forward)
+            for name, t in (settings.types or {}).items()
+        }
+        unknown = sorted(set(settings.clients.values()) - types.keys())
+        if unknown:
+            raise ValueError(f"ranks.clients names the types {unknown}; there are {list(types)}.")
+        rank = None if settings.rank is None else RankType(settings.rank, settings.rank)
+        return cls(rank, {id: types[kind] for id, kind in settings.clients.items()})
+
+    def largest(self) -> RankType:
+        """The largest of all."""
+        limits = [*self.named.values(), *([] if self.rank is None else [self.rank])]
+        return RankType(
+            max(limit.attention for limit in limits), max(limit.feed_forward for limit in limits)
+        )
+
+    def __call__(self, client: str) -> RankType:
+        """The limit of a client. Raises ValueError if it is not let in."""
+        found = self.named.get(client, self.rank)
+        if found is None:
+            raise ValueError(
+                f"Client {client!r} is none of those named in ranks.clients, and there is no "
+                "ranks.rank for others."
+            )
+        return found
+
+
+@dataclass
+class Roll(Population):
+    """The clients that came so far, by name; kept in the run's folder.
+
+    With ``bound`` a client's name belongs to the node that first came with it, as its key
+    vouches for it; else the last that says to be it is taken for it. With ``alike`` all have
+    the ranks of the first.
+    """
+
+    folder: Path
+    limit: Limit
+    modules: Sequence[str]
+    bound: bool = True
+    alike: bool = False
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.folder / FILE).exists():
+            held = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
+            self.entries = {id: Entry(**entry) for id, entry in held.items()}
+
+    def admit(self, said: Mapping[str, Any], node: int) -> tuple[str, Entry]:
+        """Write a client down, with a rank within its own means and the server's limit.
+
+        Raises:
+            ValueError: what it says is ill-formed, or it is not let in.
+        """
+        id = said.get("client")
+        if not isinstance(id, str) or not 0 < len(id) <= _LONGEST_NAME:
+            raise ValueError(f"A client calls itself {str(id)[:50]!r}, which is no name.")
+        before = self.entries.get(id)
+        if self.bound and before is not None and before.node != node:
+            raise ValueError(
+                f"Client {id!r} came with another key than before. If its owner made a new one, "
+                f"remove the client from {self.folder / FILE} and resume the run."
+            )
+        limit = self.limit(id)
+        speed = said.get("tokens_per_second")
+        entry = Entry(
+            node=node,
+            attention=min(limit.attention, _count(said, "attention", id)),
+            feed_forward=min(limit.feed_forward, _count(said, "feed_forward", id)),
+            examples=_count(said, "examples", id),
+            device=str(said.get("device"))[:40],
+            tokens_per_second=float(speed) if isinstance(speed, int | float) else None,
+        )
+        others = {e.rank_type for name, e in self.entries.items() if name != id}
+        if self.alike and others - {entry.rank_type}:
+            raise ValueError(
+                f"Client {id!r} would train at {entry.rank_type}, but this method needs one rank "
+                f"for all, and the others have {', '.join(others)}; join with that --rank."
+            )
+        self.entries = dict(sorted({**self.entries, id: entry}.items()))
+        held = {name: asdict(each) for name, each in self.entries.items()}
+        checkpoint.write(self.folder / FILE, json.dumps(held, indent=1).encode())
+        return id, entry
+
+    def __getitem__(self, id: str) -> Client:
+        entry = self.entries[id]
+        return Client(id, self._ranks(entry), entry.rank_type, entry.examples)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def kinds(self) -> Mapping[str, Mapping[str, int]]:
+        """The ranks of every type that a client has now."""
+        order = sorted(self.entries.values(), key=lambda e: (e.attention, e.feed_forward))
+        return {entry.rank_type: self._ranks(entry) for entry in order}
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many clients are of each type now."""
+        found = Counter(entry.rank_type for entry in self.entries.values())
+        return {kind: found[kind] for kind in self.kinds}
+
+    def _ranks(self, entry: Entry) -> dict[str, int]:
+        return RankType(entry.attention, entry.feed_forward).by_module(self.modules)
+
+
+def _count(said: Mapping[str, Any], name: str, client: str) -> int:
+    value = said.get(name)
+    if type(value) is not int or not 1 <= value <= MOST_EXAMPLES:
+        raise ValueError(f"Client {client!r} says its {name} are {str(value)[:30]!r}.")
+    return value

@@ -1,0 +1,121 @@
+"""A process that keeps a node's model in memory, and others that ask it over a private socket.
+
+Flower starts a new process for every message. It passes the message on to the worker, which
+the owner has started beside it. Both ends send bytes: a header in JSON, then a payload. This
+module imports nothing that takes time, as the asking side is started anew for every message.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+Answer = tuple[dict[str, Any], bytes]
+
+LONGEST_HEADER_BYTES: Final = 2**20
+_LENGTHS: Final = struct.Struct("<QQ")
+_LONGEST_PATH: Final = 100
+"""Of a socket's path, on every system."""
+
+
+class Worker:
+    """Answers requests at a socket that only its owner can reach, one at a time."""
+
+    def __init__(self, path: Path, answer: Callable[[Mapping[str, Any], bytes], Answer]) -> None:
+        """Listen at ``path``, in a folder of its owner's alone.
+
+        Raises:
+            ValueError: the path is too long for a socket, or others may enter its folder.
+        """
+        if len(str(path)) > _LONGEST_PATH:
+            raise ValueError(
+                f"The socket's path {path} has {len(str(path))} characters; systems take "
+                f"{_LONGEST_PATH}. Give a shorter one."
+            )
+        if path.parent.stat().st_mode & 0o077:
+            raise ValueError(
+                f"The folder {path.parent} of the worker's socket is open to others; "
+                f"run: chmod 700 {path.parent}"
+            )
+        self._answer = answer
+        self._path = path
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        path.chmod(0o600)
+        self._listener.listen()
+
+    def serve(self) -> None:
+        """Answer until the worker is closed."""
+        while True:
+            try:
+                asker, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            with asker:
+                self._serve(asker)
+
+    def _serve(self, asker: socket.socket) -> None:
+        """One request. Who goes away before the answer has lost it."""
+        try:
+            header, payload = _received(asker)
+            _send(asker, *self._answer(header, payload))
+        except (OSError, EOFError, ValueError):
+            return
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+
+def ask(path: Path, header: Mapping[str, Any], payload: bytes) -> Answer:
+    """What the worker at ``path`` answers; waits as long as it takes.
+
+    Raises:
+        ValueError: no worker is there, or it went away before it answered.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asker:
+            asker.connect(str(path))
+            _send(asker, header, payload)
+            return _received(asker)
+    except (OSError, EOFError) as error:
+        raise ValueError(
+            f"The worker at {path} does not answer ({error or type(error).__name__}); is "
+            "`flexlora join` still running?"
+        ) from error
+
+
+def _send(to: socket.socket, header: Mapping[str, Any], payload: bytes) -> None:
+    said = json.dumps(header).encode()
+    to.sendall(_LENGTHS.pack(len(said), len(payload)))
+    to.sendall(said)
+    to.sendall(payload)
+
+
+def _received(source: socket.socket) -> Answer:
+    said, length = _LENGTHS.unpack(_exactly(source, _LENGTHS.size))
+    if said > LONGEST_HEADER_BYTES:
+        raise ValueError(f"A header of {said} bytes is longer than {LONGEST_HEADER_BYTES}.")
+    header = json.loads(_exactly(source, said))
+    if not isinstance(header, dict):
+        raise ValueError("The header is no table.")
+    return header, _exactly(source, length)
+
+
+def _exactly(source: socket.socket, count: int) -> bytes:
+    """So many bytes, without a second copy of them growing beside."""
+    data = bytearray(count)
+    view, got = memoryview(data), 0
+    while got < count:
+        read = source.recv_into(view[got:])
+        if not read:
+            raise EOFError("the connection was closed")
+        got += read
+    return bytes(data)
