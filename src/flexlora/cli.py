@@ -23,6 +23,7 @@ from flexlora import (
     methods,
     peft_directory,
     progress,
+    real_commands,
     rounds,
 )
 from flexlora.adapter import Adapter
@@ -44,6 +45,11 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. federation.rounds=3."),
 ]
+
+
+app.command("keys")(real_commands.make_keys)
+app.command()(real_commands.serve)
+app.command()(real_commands.join)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flexlora import methods, ranks, regularizers, server_optimizers
+from flexlora import methods, ranks, regularizers, server_optimizers, trackers
 from flexlora.data.corpora.table import Columns
 from flexlora.model import Source
 from flexlora.task import Evaluation
@@ -102,7 +102,8 @@ class Rounds(BaseModel):
 class Run(BaseModel):
     """Where the run lies, on how many threads it computes, how many clients train at a time.
 
-    ``clients_at_once`` is measured when it is not given; results differ by rounding.
+    ``clients_at_once`` is measured when it is not given; results differ by rounding. ``trackers``
+    are told what happens: tensorboard, mlflow.
     """
 
     model_config = CLOSED
@@ -110,6 +111,7 @@ class Run(BaseModel):
     keep_adapters: Literal["all", "last"] = "all"
     threads: int | None = Field(None, ge=1)
     clients_at_once: int | None = Field(None, ge=1)
+    trackers: tuple[str, ...] = ()
 
 
 class Experiment(BaseModel):
@@ -175,6 +177,8 @@ def parse(content: Mapping[str, Any], place: str, lines: Lines | None = None) ->
             server_optimizers.make(experiment.server_optimizer)
         if experiment.regularizer is not None:
             regularizers.make(experiment.regularizer)
+        for name in experiment.run.trackers:
+            trackers.kind(name)
         if isinstance(experiment.ranks.distribution, str):
             ranks.distribution(experiment.ranks.distribution)
     except (ValueError, TypeError) as error:

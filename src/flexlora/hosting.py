@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,10 +16,12 @@ from flexlora import checkpoint, config, experiment, rounds, terms
 from flexlora.config import Experiment
 from flexlora.federation import Federation
 from flexlora.record import Record
+from flexlora.roll import NODES as NODES
 from flexlora.roll import Limit, Roll
 
 PLAN = "serve.json"
 CONFIG = "config.json"
+ALIVE = "serverapp.pid"
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,37 @@ def check(settings: Experiment) -> None:
         )
 
 
+def is_alive(folder: Path) -> bool:
+    """Whether the run's process on the server lives, or has not begun yet."""
+    file = folder / ALIVE
+    if not file.exists():
+        return True
+    try:
+        os.kill(int(file.read_text()), 0)
+    except ProcessLookupError:
+        file.unlink()
+        return False
+    return True
+
+
+def forget(folder: Path) -> None:
+    """Forget a process that ran before, before a new one begins."""
+    (folder / ALIVE).unlink(missing_ok=True)
+
+
 def host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
     """Run the federation of a folder, or go on with it; the journal tells of it.
 
     ``connect`` makes the federation, of the roll, the terms for nodes and the quorum.
     """
-    record = Record(folder)
+    checkpoint.write(folder / ALIVE, str(os.getpid()).encode())
     try:
         _host(folder, connect)
     except Exception as error:
-        record.append("stopped", reason=f"{type(error).__name__}: {error}")
+        Record(folder).append("stopped", reason=f"{type(error).__name__}: {error}")
         raise
+    finally:
+        forget(folder)
 
 
 def _host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:

@@ -30,9 +30,9 @@ class Owner:
     """What the owner of the data decides, and no server can change.
 
     ``name`` is the client's, for good. ``columns`` None takes the usual names, of those that the
-    data has; a client, a category, a split and an input may be missing. ``model`` is where the owner keeps the base model, or
-    its name; None takes the one that the server names, unless that is a path. ``state`` is
-    the folder of what the client keeps to itself.
+    data has; a client, a category, a split and an input may be missing. ``model`` is where the
+    owner keeps the base model, or its name; None takes the one that the server names, unless
+    that is a path. ``state`` is the folder of what the client keeps to itself.
     """
 
     name: str

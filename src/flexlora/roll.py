@@ -16,6 +16,8 @@ from flexlora.method import Client
 from flexlora.ranks import RankType
 
 FILE = "clients.json"
+NODES = "nodes.json"
+"""Flower's number of every node that was let in, by its name."""
 MOST_EXAMPLES = 10**9
 _LONGEST_NAME = 100
 
@@ -96,8 +98,8 @@ class Limit:
 class Roll(Population):
     """The clients that came so far, by name; kept in the run's folder.
 
-    With ``bound`` a client's name belongs to the node that first came with it, as its key
-    vouches for it; else the last that says to be it is taken for it. With ``alike`` all have
+    With ``bound`` a client's name belongs to the node whose key was let in under it; else the
+    last that says to be it is taken for it. With ``alike`` all have
     the ranks of the first.
     """
 
@@ -122,11 +124,9 @@ class Roll(Population):
         id = said.get("client")
         if not isinstance(id, str) or not 0 < len(id) <= _LONGEST_NAME:
             raise ValueError(f"A client calls itself {str(id)[:50]!r}, which is no name.")
-        before = self.entries.get(id)
-        if self.bound and before is not None and before.node != node:
+        if self.bound and self._keyed().get(id) != node:
             raise ValueError(
-                f"Client {id!r} came with another key than before. If its owner made a new one, "
-                f"remove the client from {self.folder / FILE} and resume the run."
+                f"A node calls itself {str(id)!r}, but its key was let in under another name."
             )
         limit = self.limit(id)
         speed = said.get("tokens_per_second")
@@ -148,6 +148,14 @@ class Roll(Population):
         held = {name: asdict(each) for name, each in self.entries.items()}
         checkpoint.write(self.folder / FILE, json.dumps(held, indent=1).encode())
         return id, entry
+
+    def _keyed(self) -> dict[str, int]:
+        """The nodes that were let in, by name; read anew, as more may have been."""
+        file = self.folder / NODES
+        found: dict[str, int] = (
+            json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        )
+        return found
 
     def __getitem__(self, id: str) -> Client:
         entry = self.entries[id]

@@ -1,0 +1,239 @@
+"""Flower's own processes: started, watched and stopped, without network but the federation's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from flexlora.keys import NodeKey, ServerKeys
+
+_STOP_SECONDS: Final = 10.0
+_START_SECONDS: Final = 60.0
+_CONNECTION: Final = "run"
+"""What Flower's own config calls the SuperLink of this run."""
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment for Flower: its files in ``home``, no telemetry, nothing installed."""
+    programs = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]),
+        "FLWR_HOME": str(home.resolve()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+
+
+def program(name: str) -> str:
+    """One of Flower's programs, beside this Python.
+
+    Raises:
+        ValueError: Flower is not installed.
+    """
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise ValueError(
+            f"Flower's program {name} is missing; install it with: pip install 'flexlora[flower]'."
+        )
+    return str(path)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+@dataclass
+class Process:
+    """A program with all that it starts, and its log; restarted by whoever watches it."""
+
+    arguments: Sequence[str]
+    log: Path
+    env: Mapping[str, str]
+    _held: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Start it, in a group of its own."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._held = subprocess.Popen(
+                list(self.arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(self.env),
+                start_new_session=True,
+            )
+
+    @property
+    def ended(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return None if self._held is None else self._held.poll()
+
+    def stop(self) -> None:
+        """End it and all of its group."""
+        if self._held is None:
+            return
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(self._held.pid, signal.SIGTERM)
+            self._held.wait(_STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):  # what it started may outlive it
+            os.killpg(self._held.pid, signal.SIGKILL)
+        self._held.wait()
+
+    def last_lines(self, count: int = 15) -> str:
+        """The end of its log, for an error."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.splitlines()[-count:])
+
+
+@dataclass
+class SuperLink:
+    """A SuperLink on loopback, of one run, with its state on the disk of the run's folder."""
+
+    home: Path
+    port: int
+    tls: ServerKeys | None
+    process: Process = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.home.mkdir(parents=True, exist_ok=True)
+        secure = (
+            ["--insecure"]
+            if self.tls is None
+            else [
+                *("--ssl-ca-certfile", str(self.tls.ca)),
+                *("--ssl-certfile", str(self.tls.certificate)),
+                *("--ssl-keyfile", str(self.tls.key)),
+                "--enable-supernode-auth",
+            ]
+        )
+        arguments = [
+            *(program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--database", str(self.home / "state.db"), *secure),
+            "--disable-runtime-dependency-installation",
+        ]
+        log = self.home / "superlink.log"
+        self.process = Process(arguments, log, environment(self.home))
+        self._write_connection()
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it and wait until it answers.
+
+        Raises:
+            ValueError: it does not.
+        """
+        self.process.start()
+        until = time.monotonic() + _START_SECONDS
+        while time.monotonic() < until and self.process.ended is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.2)
+        self.process.stop()
+        raise ValueError(
+            f"Flower's SuperLink did not start on port {self.port}; the end of its log "
+            f"{self.process.log}:\n{self.process.last_lines()}"
+        )
+
+    def register(self, public_key: Path, name: str) -> int:
+        """Let the node of this key in, under this name; Flower's number for it."""
+        said = self._flwr("supernode", "register", str(public_key), _CONNECTION, "--name", name)
+        return int(said["node-id"])
+
+    def submit(self, folder: Path) -> str:
+        """Start the run that is laid out in ``folder``; Flower's number for it."""
+        app = self.home / "app"
+        shutil.rmtree(app, ignore_errors=True)
+        # Only what nodes are to have: no caches.
+        shutil.copytree(
+            str(files("flexlora.federations.flower") / "app"),
+            app,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+        # A TOML string in JSON's spelling: both escape alike.
+        where = f"folder={json.dumps(str(folder.resolve()))}"
+        said = self._flwr("run", str(app), _CONNECTION, "--run-config", where)
+        return str(said["run-id"])
+
+    def status(self, run: str) -> str:
+        """How a run stands: "running", "finished:completed", "finished:failed", ..."""
+        said = self._flwr("ls", _CONNECTION, "--run-id", run)
+        return str(said["runs"][0]["status"])
+
+    def _flwr(self, *arguments: str) -> dict[str, Any]:
+        """What Flower's command line answers, in JSON.
+
+        Raises:
+            ValueError: it fails.
+        """
+        done = subprocess.run(
+            [program("flwr"), *arguments, "--format", "json"],
+            capture_output=True,
+            text=True,
+            env=environment(self.home),
+            stdin=subprocess.DEVNULL,
+            timeout=_START_SECONDS,
+            check=False,
+        )
+        # Notes may stand before the JSON.
+        start = done.stdout.find("{")
+        try:
+            said: dict[str, Any] = json.loads(done.stdout[start:])
+        except ValueError:
+            said = {}
+        if done.returncode or not said.get("success"):
+            raise ValueError(
+                f"Flower refused `flwr {' '.join(arguments[:2])}`: "
+                f"{said.get('error-message') or (done.stdout + done.stderr).strip()[-800:]}"
+            )
+        return said
+
+    def _write_connection(self) -> None:
+        """Tell Flower's command line where the SuperLink is."""
+        trust = (
+            "insecure = true"
+            if self.tls is None
+            else f"root-certificates = {json.dumps(str(self.tls.ca.resolve()))}"
+        )
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
+            f'address = "127.0.0.1:{self.port}"\n{trust}\n'
+        )
+
+
+def supernode(address: str, home: Path, worker: Path, keys: NodeKey | None) -> Process:
+    """A SuperNode that passes messages on to a worker; insecure without keys."""
+    secure = (
+        ["--insecure"]
+        if keys is None
+        else ["--root-certificates", str(keys.ca), "--auth-supernode-private-key", str(keys.key)]
+    )
+    home.mkdir(parents=True, exist_ok=True)
+    arguments = [
+        *(program("flower-supernode"), "--superlink", address, *secure),
+        *("--port", str(free_port()), "--node-config", f'worker="{worker}"'),
+    ]
+    return Process(arguments, home / "supernode.log", environment(home))

@@ -1,0 +1,254 @@
+"""The commands for real clients: keys, serve, join. Thin calls into the library, nothing else.
+
+What needs Flower is imported when it is asked for, as Flower is optional.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flexlora import checkpoint, config, hosting, progress
+from flexlora.budget import Budget
+from flexlora.data.corpora.table import Columns
+from flexlora.node import Owner
+from flexlora.report import page
+
+if TYPE_CHECKING:
+    from flexlora.serve import Listening
+
+PORT = 8090
+
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. federation.rounds=3."),
+]
+
+
+def make_keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name or address of the server; makes its certificates."),
+    ] = None,
+    node: Annotated[
+        list[str] | None,
+        typer.Option(help="A client's name; makes its key, with --host in DIR/NAME."),
+    ] = None,
+) -> None:
+    """Make the server's certificates, and the keys by which it knows its clients."""
+    from flexlora import keys
+    from flexlora import serve as serving
+
+    if not host and not node:
+        raise ValueError(
+            "Say whose keys to make: --host for the server's certificates, --node for a client."
+        )
+    if host:
+        made = keys.make_server(folder, host)
+        print(f"the server's: {made.certificate}, {made.key}; keep {folder} to yourself")
+        (folder / serving.NODES).mkdir(mode=0o700, exist_ok=True)
+    for name in node or ():
+        if not host and not (folder / serving.NODES).is_dir():
+            public = keys.make_node(folder, name)
+            print(f"send {public} to the server's owner; put the server's ca.crt into {folder}")
+            continue
+        public = keys.make_node(folder / name, name)
+        shutil.copy(folder / "ca.crt", folder / name)
+        shutil.copy(public, folder / serving.NODES)
+        print(f"give {folder / name} to the owner of {name!r}, over a channel that you trust")
+
+
+def serve(
+    path: Annotated[Path | None, typer.Argument(metavar="CONFIG.toml")] = None,
+    changes: Changes = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the run is kept.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with a run that was stopped.")
+    ] = None,
+    clients: Annotated[
+        int | None, typer.Option(help="How many must have joined before the first round.")
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where clients reach this server.")
+    ] = f"0.0.0.0:{PORT}",
+    key_folder: Annotated[
+        Path | None, typer.Option("--keys", metavar="DIR", help="Made by: flexlora keys.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS, no keys: tests on 127.0.0.1 alone.")
+    ] = False,
+) -> None:
+    """Run a federation whose clients join from other machines."""
+    listening = _listening(listen, key_folder, insecure)
+    if resume is not None:
+        if path is not None or changes or folder is not None or clients is not None:
+            raise ValueError("--resume takes the folder of a run, --listen and --keys only.")
+        settings, target = _stored(resume), resume
+    else:
+        if path is None:
+            raise ValueError("Give a CONFIG.toml, or --resume DIR.")
+        settings = config.load(path, changes or ())
+        target = folder or Path(settings.run.folder or f"runs/{path.stem}")
+        _refuse_existing(target)
+        first = clients or settings.federation.cohort or settings.federation.quorum
+        hosting.lay_out(target, settings, hosting.Plan.new(first, bound=not insecure))
+    _serve(settings, target, listening)
+
+
+def join(
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT")],
+    data: Annotated[Path, typer.Option(help="Your rows: .parquet, .jsonl, .json or .csv.")],
+    rank: Annotated[
+        str, typer.Option(metavar="auto|N", help="At most; auto measures this machine.")
+    ] = "auto",
+    key_folder: Annotated[
+        Path | None,
+        typer.Option("--keys", metavar="DIR", help="Your NAME.key and the server's ca.crt."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="This client's name; the key's if not given.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS, no keys: a server on 127.0.0.1 alone.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Where you keep the base model, if not under its name.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="As PyTorch names it.")] = "cpu",
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="For the adapter in training, at most.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="For one turn, at most; limits an automatic rank.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="A=B,...", help="E.g. instruction=question,output=answer.")
+    ] = None,
+    rows_of: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a file of several clients, whose rows.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What the client keeps to itself.")
+    ] = None,
+) -> None:
+    """Take part in a federation with your own rows, which stay here."""
+    from flexlora import join as joining
+    from flexlora import keys
+
+    if (key_folder is None) is not insecure:
+        raise ValueError("Give --keys DIR, or, for a test on this machine, --insecure and --name.")
+    found = None if key_folder is None else keys.NodeKey.of(key_folder, name)
+    known = name if found is None else found.name
+    if known is None:
+        raise ValueError("Without keys this client needs a --name.")
+    most = None if memory is None else int(memory * 2**30)
+    owner = Owner(
+        name=known,
+        data=data,
+        state=state or Path(f"flexlora-{known}"),
+        budget=Budget(_rank(rank), most, seconds),
+        columns=_columns(columns),
+        rows_of=rows_of,
+        model=model,
+        device=device,
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        joining.join(server, owner, found, _say)
+    except KeyboardInterrupt:
+        print("left the federation", file=sys.stderr)
+
+
+def _serve(settings: config.Experiment, folder: Path, listening: Listening) -> None:
+    """Serve and watch; say how to go on if it is stopped."""
+    from flexlora import serve as serving
+
+    console = Console()
+    signal.signal(signal.SIGTERM, _interrupt)
+    how = settings.federation
+    turns = how.rounds * (how.cohort or how.quorum)
+    console.print(
+        f"waiting for clients on {listening.host}:{listening.port}; journal {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        events = progress.show(serving.serve(folder, listening), console, turns)
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: flexlora serve --resume {folder}", file=sys.stderr)
+        raise SystemExit(130) from None
+    console.print(f"adapter: {events[-1]['adapter']}", soft_wrap=True)
+    console.print(f"report:  {page.write(folder)}", soft_wrap=True)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def _listening(listen: str, folder: Path | None, insecure: bool) -> Listening:
+    from flexlora.serve import Listening
+
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--listen takes HOST:PORT such as 0.0.0.0:{PORT}, not {listen!r}.")
+    if (folder is None) is not insecure:
+        raise ValueError(
+            "Give --keys DIR (made by: flexlora keys DIR --host NAME), or, for a test on this "
+            "machine, --insecure."
+        )
+    if insecure and listen == f"0.0.0.0:{PORT}":
+        host = "127.0.0.1"
+    return Listening(host.strip("[]"), int(port), folder)
+
+
+def _rank(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--rank takes auto or a number above 0, not {text!r}.")
+    return int(text)
+
+
+def _columns(text: str | None) -> Columns | None:
+    """The columns that a text ``corpus name=file's name,...`` gives; others are not there."""
+    if text is None:
+        return None
+    known = tuple(Columns.__dataclass_fields__)
+    given: dict[str, str | None] = dict.fromkeys(known)
+    for part in text.split(","):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if not equals or name not in known:
+            raise ValueError(
+                f"--columns takes {'=..., '.join(known)}=..., separated by commas, not {part!r}."
+            )
+        given[name] = column
+    return Columns(**given)
+
+
+def _stored(folder: Path) -> config.Experiment:
+    """The experiment that a served run was laid out with."""
+    file = folder / hosting.CONFIG
+    if not (folder / hosting.PLAN).exists():
+        raise ValueError(f"There is no served run to resume in {folder}: it has no {hosting.PLAN}.")
+    return config.parse(json.loads(file.read_text(encoding="utf-8")), str(file))
+
+
+def _refuse_existing(folder: Path) -> None:
+    if (folder / checkpoint.POINTER).exists() or (folder / hosting.PLAN).exists():
+        raise ValueError(
+            f"{folder} already holds a run; go on with: flexlora serve --resume {folder}, or give "
+            "another --folder."
+        )

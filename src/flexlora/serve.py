@@ -1,0 +1,179 @@
+"""`flexlora serve`: a federation of real clients, with all that it takes on the server's side."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+from flexlora import checkpoint, hosting
+from flexlora.federations.flower.superlink import Process, SuperLink, environment, free_port
+from flexlora.keys import ServerKeys, node_keys
+from flexlora.record import Event, Record
+
+NODES = "nodes"
+"""Where among the server's keys the public keys of the nodes lie."""
+
+_LOOK_SECONDS: Final = 0.3
+_MOST_RESTARTS: Final = 20
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where clients reach the server; without ``keys`` it is insecure, and loopback alone.
+
+    Raises:
+        ValueError: an insecure server would listen on a network.
+    """
+
+    host: str
+    port: int
+    keys: Path | None
+
+    def __post_init__(self) -> None:
+        if self.keys is None and not is_loopback(self.host):
+            raise ValueError(
+                f"--insecure is for tests on one machine and listens on 127.0.0.1 alone, not on "
+                f"{self.host}: make keys with `flexlora keys`, and serve with --keys."
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own and no other's."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass
+class Server:
+    """The processes of a served run: Flower's SuperLink on loopback, the gate before it."""
+
+    folder: Path
+    listening: Listening
+    link: SuperLink = field(init=False)
+    gate: Process | None = field(init=False)
+    restarts: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        home, here = self.folder / "flower", self.listening
+        keys = None if here.keys is None else ServerKeys.of(here.keys)
+        # Without keys the clients, on this machine, reach the SuperLink itself.
+        self.link = SuperLink(home, here.port if keys is None else free_port(), keys)
+        self.gate = None if keys is None else _gate(home, here, self.link.url, keys)
+
+    def start(self) -> None:
+        """Start both, let the known nodes in, and submit the run."""
+        self.link.start()
+        self.let_in()
+        if self.gate is not None:
+            self.gate.start()
+        self.link.submit(self.folder)
+
+    def let_in(self) -> list[str]:
+        """Register the nodes whose public keys have come since; their names."""
+        if self.listening.keys is None:
+            return []
+        known: dict[str, int] = {}
+        file = self.folder / hosting.NODES
+        if file.exists():
+            known = json.loads(file.read_text(encoding="utf-8"))
+        found = node_keys(self.listening.keys / NODES)
+        new = sorted(found.keys() - known.keys())
+        for name in new:
+            known[name] = self.link.register(found[name], name)
+            checkpoint.write(file, json.dumps(known, indent=1).encode())
+        return new
+
+    def look(self) -> None:
+        """Start again what has ended; the run goes on from its last checkpoint.
+
+        Raises:
+            ValueError: it ends again and again.
+        """
+        if self.gate is not None and self.gate.ended is not None:
+            self._once_more(self.gate)
+            self.gate.start()
+        if self.link.process.ended is not None:
+            # With the SuperLink went the server's side of the run, which it had started.
+            self._once_more(self.link.process)
+            self.link.process.stop()
+            self.link.start()
+            self.link.submit(self.folder)
+        elif not hosting.is_alive(self.folder):
+            self._once_more(self.link.process)
+            self.link.submit(self.folder)
+
+    def _once_more(self, process: Process) -> None:
+        self.restarts += 1
+        if self.restarts > _MOST_RESTARTS:
+            raise ValueError(
+                f"The server's processes ended {self.restarts} times; the end of {process.log}:\n"
+                f"{process.last_lines()}"
+            )
+
+    def stop(self) -> None:
+        """End both."""
+        if self.gate is not None:
+            self.gate.stop()
+        self.link.process.stop()
+
+
+def serve(folder: Path, listening: Listening) -> Iterator[Event]:
+    """Run the federation that is laid out in ``folder``, yielding its journal as it grows.
+
+    Raises:
+        ValueError: the run stopped, with its reason; or Flower's processes cannot be had.
+    """
+    hosting.forget(folder)
+    server, place = Server(folder, listening), Record(folder).bytes
+    try:
+        server.start()
+        while True:
+            for event, after in _since(Record(folder), place):
+                place = after
+                yield event
+                if event["event"] == "finish":
+                    return
+                if event["event"] == "stopped":
+                    raise ValueError(
+                        f"The run stopped: {event['reason']} Go on with: flexlora serve --resume "
+                        f"{folder}"
+                    )
+            # A resumed run forgets what came after its checkpoint.
+            place = min(place, Record(folder).bytes)
+            for name in server.let_in():
+                print(f"node {name} may join", file=sys.stderr)
+            server.look()
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        server.stop()
+
+
+def _since(record: Record, start: int) -> Iterator[tuple[Event, int]]:
+    """The whole lines after a place of the journal, each with the place after it."""
+    place = start
+    if not record.path.exists():
+        return
+    with record.path.open("rb") as journal:
+        journal.seek(place)
+        for line in journal:
+            if not line.endswith(b"\n"):
+                return
+            place += len(line)
+            yield json.loads(line), place
+
+
+def _gate(home: Path, here: Listening, upstream: str, keys: ServerKeys) -> Process:
+    arguments = [
+        *(sys.executable, "-m", "flexlora.federations.flower.gate"),
+        *("--listen", f"{here.host}:{here.port}", "--upstream", upstream),
+        *("--ca", str(keys.ca), "--cert", str(keys.certificate), "--key", str(keys.key)),
+    ]
+    return Process(arguments, home / "gate.log", environment(home))
