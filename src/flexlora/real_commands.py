@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from flexlora.serve import Listening
 
 PORT = 8090
+MOST_DIFFERENCE = 1e-6
+"""Of the demonstration's two adapters, relative, in their products."""
 
 Changes = Annotated[
     list[str] | None,
@@ -166,6 +169,21 @@ def join(
         joining.join(server, owner, found, _say)
     except KeyboardInterrupt:
         print("left the federation", file=sys.stderr)
+
+
+def show_demo(
+    folder: Annotated[Path | None, typer.Option(help="Where the two runs are kept.")] = None,
+) -> None:
+    """Three real clients of ranks 4, 16 and 64 as processes with TLS, on a small real model."""
+    from flexlora import demo_flower
+
+    found = demo_flower.show(folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}")
+    for name, seconds in zip(("real", "simulated"), found.rounds_seconds, strict=True):
+        print(f"{name} rounds, seconds: {', '.join(f'{s:.1f}' for s in seconds)}")
+    print(f"adapter: {found.adapter}")
+    print(f"difference of the products from the simulation's: {found.difference:.2g}")
+    if found.difference > MOST_DIFFERENCE:
+        raise ValueError(f"The two adapters differ by more than {MOST_DIFFERENCE}.")
 
 
 def _serve(settings: config.Experiment, folder: Path, listening: Listening) -> None:

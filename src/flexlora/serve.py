@@ -104,6 +104,7 @@ class Server:
             # With the SuperLink went the server's side of the run, which it had started.
             self._once_more(self.link.process)
             self.link.process.stop()
+            hosting.forget(self.folder)
             self.link.start()
             self.link.submit(self.folder)
         elif not hosting.is_alive(self.folder):

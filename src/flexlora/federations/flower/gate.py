@@ -46,6 +46,7 @@ CALLS = (
     "confirm-message-received",
 )
 _OPEN = frozenset(f"/v1/fleet/{call}".encode() for call in CALLS)
+_REGISTERING = frozenset({b"/v1/fleet/register-node", b"/v1/fleet/unregister-node"})
 _MOST_HEADERS = 64
 _MOST_HEADER_BYTES = 16384
 _MOST_CONNECTIONS = 4096
@@ -214,6 +215,9 @@ def serve(
 
 def _check(scope: Scope, most_body_bytes: int) -> int | None:
     """Refuse what does not pass; returns the body's length in bytes, none if it is chunked."""
+    if scope.get("raw_path") in _REGISTERING:
+        # As the SuperLink itself answers: on a 403 Flower's node hangs instead of ending.
+        raise _Refused(412, "Nodes are registered by the server's owner: hand in a public key.")
     # Compared as sent, before anything is decoded or normalised: what differs by an escape, a
     # dot, a slash, a capital, a query or a host is another path, and every other path is closed.
     if scope.get("raw_path") not in _OPEN or scope["query_string"] or scope.get("root_path"):

@@ -88,13 +88,23 @@ class Flower:
             if id in self._invited:
                 self._welcome(message, self._invited.pop(id))
             elif id in self._late:
-                client, round = self._late.pop(id)
-                yield Stray(client, f"It answers round {round}, which is over.")
+                yield self._late_answer(message, self._late.pop(id), asked)
             elif id in asked:
                 yield _reply(message, asked.pop(id))
         yield from self._told()
         if not found:
             time.sleep(self.poll_seconds)
+
+    def _late_answer(
+        self, message: Message, whose: tuple[str, int], asked: dict[str, Job]
+    ) -> Heard:
+        """An answer to an earlier request: of use if the same is still asked of its client."""
+        client, round = whose
+        again = next((i for i, j in asked.items() if (j.client, j.round) == whose), None)
+        if again is None or message.has_error():
+            return Stray(client, f"It answers an earlier request, for round {round}.")
+        self._late[again] = whose
+        return _reply(message, asked.pop(again))
 
     def _message(self, job: Job, held: _Payloads, seconds: float | None) -> Message | None:
         """The job as a message to its client's node, if that is known."""

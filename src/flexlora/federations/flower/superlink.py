@@ -26,10 +26,14 @@ _CONNECTION: Final = "run"
 
 
 def environment(home: Path) -> dict[str, str]:
-    """The environment for Flower: its files in ``home``, no telemetry, nothing installed."""
+    """The environment for Flower: its files in ``home``, no telemetry, nothing installed.
+
+    None of Flower's own settings is inherited: some open further ports, past the gate.
+    """
     programs = str(Path(sys.executable).parent)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
     return {
-        **os.environ,
+        **inherited,
         "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]),
         "FLWR_HOME": str(home.resolve()),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -69,9 +73,14 @@ class Process:
     env: Mapping[str, str]
     _held: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
+    @property
+    def _number(self) -> Path:
+        return self.log.with_suffix(".pid")
+
     def start(self) -> None:
-        """Start it, in a group of its own."""
+        """Start it, in a group of its own, once one that a crash left behind is ended."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._end_left_behind()
         with self.log.open("ab") as log:
             self._held = subprocess.Popen(
                 list(self.arguments),
@@ -81,6 +90,23 @@ class Process:
                 env=dict(self.env),
                 start_new_session=True,
             )
+        self._number.write_text(str(self._held.pid))
+
+    def _end_left_behind(self) -> None:
+        """End the group of an earlier start, if whoever started it was killed."""
+        if not self._number.exists():
+            return
+        group = self._number.read_text()
+        # The number may be another program's by now.
+        listed = subprocess.run(
+            ["ps", "-A", "-ww", "-o", "pgid=,args="], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        name = Path(self.arguments[0]).name
+        mine = [line for line in listed if line.split(None, 1)[0] == group and name in line]
+        if group.isdecimal() and mine:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(group), signal.SIGKILL)
+        self._number.unlink()
 
     @property
     def ended(self) -> int | None:
@@ -97,6 +123,7 @@ class Process:
         with contextlib.suppress(ProcessLookupError):  # what it started may outlive it
             os.killpg(self._held.pid, signal.SIGKILL)
         self._held.wait()
+        self._number.unlink(missing_ok=True)
 
     def last_lines(self, count: int = 15) -> str:
         """The end of its log, for an error."""

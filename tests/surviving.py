@@ -1,0 +1,180 @@
+"""A served federation of real processes on loopback, and the ways in which they are killed."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import flowering
+import tiny
+from flexlora import keys
+from flexlora.federations.flower.superlink import free_port
+from flexlora.record import Record
+from flexlora.serve import NODES
+
+RANKS = {"client0": 2, "client1": 5, "client2": 3}
+
+CONFIG = """
+seed = 3
+[model]
+name = "{model}"
+[data]
+format = "remote"
+prompt = "plain"
+max_tokens = 32
+[ranks]
+types.r2 = {{ attention = 2, feed_forward = 2 }}
+types.r5 = {{ attention = 5, feed_forward = 5 }}
+types.r3 = {{ attention = 3, feed_forward = 3 }}
+clients = {{ client0 = "r2", client1 = "r5", client2 = "r3" }}
+[method]
+name = "{method}"
+[training]
+learning_rate = 0.02
+batch_examples = 4
+pack_tokens = 24
+[federation]
+rounds = {rounds}
+cohort = 3
+quorum = 3
+attempts = 20
+deadline_seconds = {deadline}
+[evaluation]
+seen_clients = 0
+unseen_clients = 0
+base = false
+truncated = false
+[run]
+threads = 1
+"""
+
+
+@dataclass
+class Site:
+    """A folder with a model, keys, the clients' data, and the processes that run there."""
+
+    folder: Path
+    rounds: int
+    method: str = "flexlora"
+    deadline: float = 45.0
+    address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
+    processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tiny.save(self.folder / "model")
+        (self.folder / "data").mkdir()
+        self.files = flowering.data_of(tiny.corpus(), self.folder / "data")
+        keys.make_server(self.folder / "keys", ["localhost"])
+        (self.folder / "keys" / NODES).mkdir(mode=0o700)
+        for client in RANKS:
+            public = keys.make_node(self.folder / "keys" / client, client)
+            shutil.copy(self.folder / "keys" / "ca.crt", public.parent)
+            shutil.copy(public, self.folder / "keys" / NODES)
+        text = CONFIG.format(
+            model=self.folder / "model",
+            method=self.method,
+            rounds=self.rounds,
+            deadline=self.deadline,
+        )
+        (self.folder / "plan.toml").write_text(text)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def serve(self, resume: bool = False) -> None:
+        what = (
+            ["--resume", str(self.run)]
+            if resume
+            else [str(self.folder / "plan.toml"), "--folder", str(self.run)]
+        )
+        keys_ = ["--keys", str(self.folder / "keys")]
+        self._start("serve", ["serve", *what, "--listen", self.address, *keys_])
+
+    def join(self, client: str) -> None:
+        place = self.folder / "keys" / client
+        told = ["--data", str(self.files[client]), "--rank", str(RANKS[client])]
+        told += ["--keys", str(place), "--state", str(self.folder / f"state-{client}")]
+        told += ["--model", str(self.folder / "model")]
+        self._start(client, ["join", self.address, *told])
+
+    def _start(self, name: str, arguments: list[str]) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "flexlora", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            )
+
+    def events(self, *kinds: str) -> list[dict]:
+        return list(Record(self.run).events(*kinds))
+
+    def until(self, true: Callable[[], bool], seconds: float, what: str) -> float:
+        """Wait; how long it took."""
+        started = time.monotonic()
+        while not true():
+            if time.monotonic() - started > seconds:
+                raise AssertionError(f"not within {seconds} s: {what}\n{self.logs()}")
+            time.sleep(0.1)
+        return time.monotonic() - started
+
+    def asked(self, round: int, client: str) -> Callable[[], bool]:
+        """Whether a client has been handed its job of a round."""
+        return lambda: any(
+            e["round"] == round and e["client"] == client for e in self.events("asked")
+        )
+
+    def done(self, round: int) -> Callable[[], bool]:
+        return lambda: any(e["round"] >= round for e in self.events("round"))
+
+    def finished(self) -> bool:
+        return bool(self.events("finish"))
+
+    def listens(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
+
+    def pids(self, *words: str) -> list[int]:
+        """The processes of this site in whose command all of these words stand."""
+        listed = subprocess.run(
+            ["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True
+        )
+        lines = [line.split(None, 1) for line in listed.stdout.splitlines()]
+        return [int(pid) for pid, args in lines if all(word in args for word in words)]
+
+    def kill(self, *words: str, how: int = signal.SIGKILL) -> int:
+        """Send a signal to these processes; how many there were."""
+        found = self.pids(*words)
+        for pid in found:
+            try:
+                os.kill(pid, how)
+            except ProcessLookupError:
+                continue
+        return len(found)
+
+    def logs(self) -> str:
+        texts = []
+        for path in sorted([*self.folder.glob("*.log"), *self.run.glob("flower/*.log")]):
+            texts.append(f"--- {path.name}\n" + path.read_text(errors="replace")[-1500:])
+        journal = [json.dumps(e)[:160] for e in self.events() if e["event"] != "spectrum"]
+        return "\n".join([*texts, *journal[-25:]])
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for pid in self.pids(str(self.folder)):
+            os.kill(pid, signal.SIGKILL)
