@@ -121,6 +121,8 @@ class Site:
         """Wait; how long it took."""
         started = time.monotonic()
         while not true():
+            if self.processes["serve"].poll():
+                raise AssertionError(f"the server has ended: {what}\n{self.logs()}")
             if time.monotonic() - started > seconds:
                 raise AssertionError(f"not within {seconds} s: {what}\n{self.logs()}")
             time.sleep(0.1)

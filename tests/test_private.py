@@ -1,9 +1,10 @@
 """What a client keeps between rounds."""
 
+import pytest
 import torch
 
 from flexlora.adapter import Adapter
-from flexlora.private import Private
+from flexlora.private import Forgotten, Private
 from ingredients import random_factors
 
 
@@ -48,3 +49,13 @@ def test_clients_of_any_name_have_places_of_their_own(tmp_path):
         private.keep(name, 1, adapter(number))
     assert all(same(private.kept(n, 2), adapter(i)) for i, n in enumerate(names))
     assert [path.name for path in tmp_path.iterdir()] == ["private"]
+
+
+def test_a_client_that_lost_what_it_had_merged_says_so(tmp_path):
+    entry = adapter(3)
+    private = Private(tmp_path / "private")
+    private.merge({1: entry, 2: entry})
+    private.merge({4: entry}, held=2)
+    assert len(private.merged(5)) == 3
+    with pytest.raises(Forgotten, match="up to round 4"):
+        Private(tmp_path / "new").merge({5: entry}, held=4)

@@ -173,6 +173,18 @@ def unmerged(state: State, client: Client) -> dict[int, Adapter]:
     return {round: adapter for round, adapter in log(state).items() if round > last}
 
 
+def held(state: State, client: Client) -> int:
+    """The last round whose entry of the log ``client`` has merged; 0 if none."""
+    last = state.facts.get("merged", {}).get(client.id, 0)
+    return max((round for round in log(state) if round <= last), default=0)
+
+
+def forgotten(state: State, client: str) -> State:
+    """The state, in which ``client`` has merged nothing: it has lost what it had."""
+    merged = {id: last for id, last in state.facts.get("merged", {}).items() if id != client}
+    return State(state.adapters, {**state.facts, "merged": merged})
+
+
 def logged(
     state: State, entry: Adapter, uploads: Sequence[Upload], adapters: Mapping[str, Adapter]
 ) -> State:

@@ -111,6 +111,14 @@ def load(folder: Path) -> Checkpoint:
         raise ValueError(f"The checkpoint in {folder} is damaged: {error}.") from error
 
 
+def journal_bytes(folder: Path) -> int:
+    """How long the journal was at the last checkpoint of the run in ``folder``; 0 without one."""
+    try:
+        return int(json.loads((folder / POINTER).read_text(encoding="utf-8"))["journal_bytes"])
+    except FileNotFoundError:
+        return 0
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file atomically: beside its place, to the disk, then renamed."""
     draft = path.with_name(f".{path.name}.partial")

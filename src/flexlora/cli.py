@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -25,14 +26,19 @@ from flexlora import (
     progress,
     real_commands,
     rounds,
+    tracker,
+    trackers,
 )
 from flexlora.adapter import Adapter
 from flexlora.check import check as inspect
 from flexlora.merging import merge as merge_adapters
 from flexlora.merging import parse_rank
-from flexlora.record import Event, mean_scores
+from flexlora.record import JOURNAL, Event, mean_scores
 from flexlora.report import comparison, page
 from flexlora.task import evaluate_each
+
+if TYPE_CHECKING:
+    from flexlora.federations.ray.cluster import Cluster
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning of language models by clients of unequal means.",
@@ -50,6 +56,7 @@ Changes = Annotated[
 app.command("keys")(real_commands.make_keys)
 app.command()(real_commands.serve)
 app.command()(real_commands.join)
+app.command("demo-flower")(real_commands.show_demo)
 
 
 def main() -> None:
@@ -72,12 +79,24 @@ def run(
     exact: Annotated[
         bool, typer.Option("--exact", help="Decompose exactly; as --set method.accuracy='exact'.")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Train in N processes, by Ray.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Train on a Ray cluster: HOST:PORT, ray://... or auto."
+        ),
+    ] = None,
 ) -> None:
     """Run a federation, or go on with one."""
     if resume is not None:
         if path is not None or changes or folder is not None or exact:
-            raise ValueError("--resume takes the folder of a run and nothing else.")
-        _run(_stored(resume), resume, resume=True)
+            raise ValueError(
+                "--resume takes the folder of a run, --workers and --ray, and nothing else."
+            )
+        with _cluster(_stored(resume), workers, ray) as cluster:
+            _run(_stored(resume), resume, resume=True, cluster=cluster)
         return
     if path is None:
         raise ValueError("Give a CONFIG.toml, or --resume DIR.")
@@ -85,7 +104,8 @@ def run(
     settings = config.load(path, [*(changes or ()), *forced])
     target = folder or Path(settings.run.folder or f"runs/{path.stem}")
     _refuse_existing(target)
-    _run(settings, target)
+    with _cluster(settings, workers, ray) as cluster:
+        _run(settings, target, cluster=cluster)
 
 
 @app.command("demo")
@@ -213,19 +233,63 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
     print(page.write(folder))
 
 
-def _run(settings: config.Experiment, folder: Path, resume: bool = False) -> list[Event]:
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Others than this machine see it if named.")
+    ] = "127.0.0.1:8800",
+) -> None:
+    """Serve a status page of a run, read-only, while it goes on or afterwards."""
+    from flexlora import watch as watching
+
+    if not any((folder / name).exists() for name in (JOURNAL, "config.json")):
+        raise ValueError(f"There is no run in {folder}: it has no {JOURNAL} and no config.json.")
+    watching.serve(folder, *watching.address(listen))
+
+
+def _cluster(
+    settings: config.Experiment, workers: int | None, address: str | None
+) -> AbstractContextManager[Cluster | None]:
+    """The Ray cluster to train on; None if nothing was said of one."""
+    if workers is None and address is None:
+        return nullcontext()
+    from flexlora.federations import ray
+
+    if address is None:
+        ray.require_token()
+    from flexlora.federations.ray import cluster
+
+    return cluster.cluster(settings, workers, address)
+
+
+def _run(
+    settings: config.Experiment,
+    folder: Path,
+    resume: bool = False,
+    cluster: Cluster | None = None,
+) -> list[Event]:
     """Run and watch a federation; say how to go on if it is stopped."""
-    console = Console()
+    settings = cluster.settings(settings) if cluster else settings
+    console, followers = Console(), trackers.of(settings.run.trackers, folder)
     console.print("reading data and model", style="dim")
     ready = experiment.prepare(settings)
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
         stored = _pinned(settings).model_dump_json(indent=1)
         checkpoint.write(folder / "config.json", stored.encode())
-    done = checkpoint.load(folder).round if resume else 0
+    point = checkpoint.load(folder) if resume else None
+    done, together = (point.round, point.together) if point else (0, None)
     turns = (settings.federation.rounds - done) * min(ready.cohort_size, len(ready.clients))
+    spread = cluster.federation(ready, folder, together) if cluster else nullcontext()
     try:
-        events = progress.show(rounds.run(ready, folder, resume=resume), console, turns)
+        with (
+            spread as federation,
+            closing(
+                tracker.following(rounds.run(ready, folder, federation, resume), followers, folder)
+            ) as followed,
+        ):
+            events = progress.show(followed, console, turns)
     except KeyboardInterrupt:
         page.write(folder)
         print(f"\nstopped; go on with: flexlora run --resume {folder}", file=sys.stderr)
@@ -238,11 +302,15 @@ def _run(settings: config.Experiment, folder: Path, resume: bool = False) -> lis
 def _compare(cells: list[compare.Cell], target: Path) -> set[str]:
     """Run and watch the cells, write what they show, also after a stop; how they ended."""
     console, outcomes = Console(), list[compare.Outcome]()
+    # All before the first begins, so that a package that is missing is said at once.
+    followers = {c.folder: trackers.of(c.experiment.run.trackers, c.folder) for c in cells}
 
     def watch(cell: compare.Cell, events: Iterator[Event], turns: int) -> None:
         name = f"\n{len(outcomes) + 1} of {len(cells)}: {cell.method}, seed {cell.seed}"
         console.print(name, style="bold")
-        progress.show(events, console, turns)
+        at = cell.folder
+        with closing(tracker.following(events, followers[at], at)) as followed:
+            progress.show(followed, console, turns)
 
     try:
         for outcome in compare.run(cells, watch):

@@ -120,6 +120,7 @@ def _merged(jobs: Sequence[Job], here: Workplace) -> list[Adapter]:
 
     Raises:
         ValueError: there is something to merge and nowhere to keep it.
+        Forgotten: what was merged before is not there.
     """
     if here.private is None:
         if any(job.opened().merge for job in jobs):
@@ -129,7 +130,8 @@ def _merged(jobs: Sequence[Job], here: Workplace) -> list[Adapter]:
             )
         return []
     for job in jobs:
-        here.private.merge(job.opened().merge)
+        download = job.opened()
+        here.private.merge(download.merge, download.held)
     return here.private.merged(jobs[0].round)
 
 

@@ -19,10 +19,11 @@ class Reply:
 
 @dataclass(frozen=True)
 class Lost:
-    """A client that did not reply, and why."""
+    """A client that did not reply, and why; ``forgot``: it has lost all that it had merged."""
 
     client: str
     reason: str
+    forgot: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flexlora.data.corpora import table
 from flexlora.data.corpus import Corpus
 from flexlora.data.tokens import TokenStore
 from flexlora.model import Base
-from flexlora.private import Private
+from flexlora.private import Forgotten, Private
 from flexlora.ranks import RankType
 from flexlora.terms import Terms
 
@@ -71,7 +71,8 @@ class Node:
         # The disk may be full, the memory too small: the server shall hear of it.
         except Exception as error:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            return {"error": f"{kind}{error}"}, b""
+            forgot = {"forgot": True} if isinstance(error, Forgotten) else {}
+            return {"error": f"{kind}{error}", **forgot}, b""
 
     def _enrol(self, header: Mapping[str, Any], payload: bytes) -> Answer:
         """Take the server's terms, and say who this is and what it can do."""

@@ -13,6 +13,10 @@ from flexlora import wire
 from flexlora.adapter import Adapter
 
 
+class Forgotten(ValueError):
+    """A client has lost what it had merged, so that its base is not the one it should be."""
+
+
 @dataclass(frozen=True)
 class Private:
     """Files in ``folder``, each named by the round it is of, so that a round may be repeated.
@@ -23,13 +27,25 @@ class Private:
 
     folder: Path
 
-    def merge(self, entries: Mapping[int, Adapter]) -> None:
-        """Keep what a download says to merge into the base for good."""
+    def merge(self, entries: Mapping[int, Adapter], held: int = 0) -> None:
+        """Keep what a download says to merge into the base for good.
+
+        Raises:
+            Forgotten: by the download the entry of round ``held`` is here, and it is not.
+        """
+        if held and not self._entry(held).exists():
+            raise Forgotten(
+                f"What was merged up to round {held} is no longer in {self.folder}; the server "
+                "must hand it out once more."
+            )
         for round, adapter in entries.items():
-            path = self.folder / "merged" / f"{round:05d}.safetensors"
+            path = self._entry(round)
             # An entry is only ever handed out once its round is in a checkpoint: it is final.
             if not path.exists():
                 self._write(path, adapter)
+
+    def _entry(self, round: int) -> Path:
+        return self.folder / "merged" / f"{round:05d}.safetensors"
 
     def merged(self, round: int) -> list[Adapter]:
         """All that the base of ``round`` has merged, the oldest first."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from flexlora import checkpoint, peft_directory, sampling, validate, wire
+from flexlora import aggregation, checkpoint, peft_directory, sampling, validate, wire
 from flexlora.adapter import Adapter, Factors
 from flexlora.checkpoint import Checkpoint
 from flexlora.client import FACTS, Job
@@ -102,7 +102,7 @@ def _round(
     yield from asking.events(record)
     aggregating = time.perf_counter()
     in_order = [asking.uploads[id] for id in ready.clients if id in asking.uploads]
-    state = ready.method.aggregate(point.state, in_order)
+    state = ready.method.aggregate(asking.state, in_order)
     adapter = ready.method.update(state)
     seconds = time.perf_counter() - aggregating
     _export(ready, adapter, adapter_folder(folder, number))
@@ -199,6 +199,8 @@ class _Asking:
             return record.append("client", **_facts_of(found, self.ready))
         if isinstance(found, News):
             return record.append(found.event, round=self.number, **found.facts)
+        if isinstance(found, Lost) and found.forgot:
+            self.state = aggregation.forgotten(self.state, found.client)
         kind = "lost" if isinstance(found, Lost) else "stray"
         return record.append(kind, round=self.number, client=found.client, reason=found.reason)
 
@@ -287,7 +289,9 @@ def _jobs(
     """
 
     def made(id: str) -> bytes:
-        download = ready.method.handout(state, ready.clients[id], _draw(ready, number))
+        client = ready.clients[id]
+        download = ready.method.handout(state, client, _draw(ready, number))
+        download = replace(download, held=aggregation.held(state, client))
         return wire.encode_download(download, ready.wire_dtype, ready.method.sparse)
 
     if not ready.method.by_rank_alone:

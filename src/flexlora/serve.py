@@ -91,8 +91,8 @@ class Server:
             checkpoint.write(file, json.dumps(known, indent=1).encode())
         return new
 
-    def look(self) -> None:
-        """Start again what has ended; the run goes on from its last checkpoint.
+    def look(self) -> bool:
+        """Start again what has ended; whether the run is resumed, from its last checkpoint.
 
         Raises:
             ValueError: it ends again and again.
@@ -106,10 +106,14 @@ class Server:
             self.link.process.stop()
             hosting.forget(self.folder)
             self.link.start()
-            self.link.submit(self.folder)
         elif not hosting.is_alive(self.folder):
             self._once_more(self.link.process)
-            self.link.submit(self.folder)
+        else:
+            return False
+        # Now, so that nobody reads on in what the run is about to forget.
+        Record(self.folder).rewind(checkpoint.journal_bytes(self.folder))
+        self.link.submit(self.folder)
+        return True
 
     def _once_more(self, process: Process) -> None:
         self.restarts += 1
@@ -133,7 +137,7 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
         ValueError: the run stopped, with its reason; or Flower's processes cannot be had.
     """
     hosting.forget(folder)
-    server, place = Server(folder, listening), Record(folder).bytes
+    server, place = Server(folder, listening), checkpoint.journal_bytes(folder)
     try:
         server.start()
         while True:
@@ -147,11 +151,11 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
                         f"The run stopped: {event['reason']} Go on with: flexlora serve --resume "
                         f"{folder}"
                     )
-            # A resumed run forgets what came after its checkpoint.
-            place = min(place, Record(folder).bytes)
             for name in server.let_in():
                 print(f"node {name} may join", file=sys.stderr)
-            server.look()
+            if server.look():
+                # The journal forgets what came after the checkpoint, and goes on from there.
+                place = checkpoint.journal_bytes(folder)
             time.sleep(_LOOK_SECONDS)
     finally:
         server.stop()

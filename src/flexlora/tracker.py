@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +48,7 @@ class Tracker(ABC):
 
 def following(
     events: Iterable[Event], trackers: Sequence[Tracker], folder: Path
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """The events of the run in ``folder`` as they come, while the trackers follow its journal.
 
     They never hold the run up but at its end, for ``PATIENCE_SECONDS``. One that fails is said on
@@ -111,8 +111,9 @@ class _Follower:
                     else:
                         self.tracker.on(event)
             self.tracker.close()
-        # Whatever goes wrong with a tracker must not end hours of training.
-        except Exception as error:
+        # Whatever goes wrong with a tracker must not end hours of training; even what asks for an
+        # exit would end the thread without a word.
+        except BaseException as error:
             self._complain(f"{type(error).__name__}: {error}")
             with suppress(Exception):
                 self.tracker.close()

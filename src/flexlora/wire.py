@@ -168,6 +168,8 @@ def encode_download(download: Download, dtype: torch.dtype, sparse: bool = False
         header["halves"] = download.halves
     if download.rate != 1:
         header["rate"] = download.rate
+    if download.held:
+        header["held"] = download.held
     if download.facts:
         header["numbers"] = dict(download.facts)
     return encode(_joined(sections), {**header, **_told(download.terms)}, dtype, sparse)
@@ -188,6 +190,9 @@ def _download(adapter: Adapter, header: Mapping[str, Any]) -> Download:
     halves, rate = header.get("halves", "BA"), header.get("rate", 1.0)
     if halves not in ("BA", "B", "A") or type(rate) not in (int, float) or not 0 < rate < 1e6:
         raise ValueError(f"The download asks for halves {halves!r} at rate {rate!r}.")
+    held = header.get("held", 0)
+    if type(held) is not int or held < 0:
+        raise ValueError(f"The download says that round {str(held)[:30]!r} is merged already.")
     numbers = header.get("numbers", {})
     if not isinstance(numbers, dict) or any(type(n) is not int for n in numbers.values()):
         raise ValueError("The download's own numbers are no whole numbers.")
@@ -210,6 +215,7 @@ def _download(adapter: Adapter, header: Mapping[str, Any]) -> Download:
         _terms(header, sections.get("", Adapter({}))),
         extra,
         numbers,
+        held,
     )
 
 

@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("flwr", reason="needs flexlora[flower]")
 
 import flowering as flower
-
 import tiny
 from flexlora import experiment, hosting, rounds
 from flexlora.federations.flower.grid import Flower

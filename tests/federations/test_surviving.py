@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def site(tmp_path):
-    made = Site(tmp_path, rounds=len(KILLS))
+    made = Site(tmp_path, rounds=len(KILLS), method="flora")
     yield made
     made.stop()
 

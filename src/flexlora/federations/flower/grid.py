@@ -195,5 +195,5 @@ def _reply(message: Message, job: Job) -> Reply | Lost:
     except ValueError as error:
         return Lost(job.client, str(error))
     if "error" in header:
-        return Lost(job.client, str(header["error"])[:500])
+        return Lost(job.client, str(header["error"])[:500], header.get("forgot") is True)
     return Reply(job.client, data)
