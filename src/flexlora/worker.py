@@ -18,6 +18,8 @@ Answer = tuple[dict[str, Any], bytes]
 
 LONGEST_HEADER_BYTES: Final = 2**20
 _LENGTHS: Final = struct.Struct("<QQ")
+_SILENT_SECONDS: Final = 30.0
+"""How long an asker may keep the worker waiting: it may hang, or be stopped, in the middle."""
 _LONGEST_PATH: Final = 100
 """Of a socket's path, on every system."""
 
@@ -60,7 +62,8 @@ class Worker:
                 self._serve(asker)
 
     def _serve(self, asker: socket.socket) -> None:
-        """One request. Who goes away before the answer has lost it."""
+        """One request. Who goes away before the answer, or falls silent, has lost it."""
+        asker.settimeout(_SILENT_SECONDS)
         try:
             header, payload = _received(asker)
             _send(asker, *self._answer(header, payload))
