@@ -10,6 +10,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flexlora import checkpoint, config, hosting, progress
+from flexlora import checkpoint, config, hosting, progress, tracker, trackers
 from flexlora.budget import Budget
 from flexlora.data.corpora.table import Columns
 from flexlora.node import Owner
@@ -89,6 +91,9 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS, no keys: tests on 127.0.0.1 alone.")
     ] = False,
+    status: Annotated[
+        str, typer.Option(metavar="HOST:PORT|off", help="A read-only page of the run.")
+    ] = "127.0.0.1:0",
 ) -> None:
     """Run a federation whose clients join from other machines."""
     listening = _listening(listen, key_folder, insecure)
@@ -104,7 +109,7 @@ def serve(
         _refuse_existing(target)
         first = clients or settings.federation.cohort or settings.federation.quorum
         hosting.lay_out(target, settings, hosting.Plan.new(first, bound=not insecure))
-    _serve(settings, target, listening)
+    _serve(settings, target, listening, status)
 
 
 def join(
@@ -186,26 +191,45 @@ def show_demo(
         raise ValueError(f"The two adapters differ by more than {MOST_DIFFERENCE}.")
 
 
-def _serve(settings: config.Experiment, folder: Path, listening: Listening) -> None:
+def _serve(settings: config.Experiment, folder: Path, listening: Listening, status: str) -> None:
     """Serve and watch; say how to go on if it is stopped."""
     from flexlora import serve as serving
 
     console = Console()
+    followers = trackers.of(settings.run.trackers, folder)
     signal.signal(signal.SIGTERM, _interrupt)
     how = settings.federation
     turns = how.rounds * (how.cohort or how.quorum)
-    console.print(
-        f"waiting for clients on {listening.host}:{listening.port}; journal {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    try:
-        events = progress.show(serving.serve(folder, listening), console, turns)
-    except KeyboardInterrupt:
-        print(f"\nstopped; go on with: flexlora serve --resume {folder}", file=sys.stderr)
-        raise SystemExit(130) from None
-    console.print(f"adapter: {events[-1]['adapter']}", soft_wrap=True)
+    where = f"{listening.host}:{listening.port}"
+    with _page(folder, status) as url:
+        say = f"waiting for clients on {where}; journal {folder}; status page {url}"
+        console.print(say, highlight=False, soft_wrap=True)
+        try:
+            run = tracker.following(serving.serve(folder, listening), followers, folder)
+            with closing(run) as events:
+                shown = progress.show(events, console, turns)
+        except KeyboardInterrupt:
+            print(f"\nstopped; go on with: flexlora serve --resume {folder}", file=sys.stderr)
+            raise SystemExit(130) from None
+    console.print(f"adapter: {shown[-1]['adapter']}", soft_wrap=True)
     console.print(f"report:  {page.write(folder)}", soft_wrap=True)
+
+
+@contextmanager
+def _page(folder: Path, status: str) -> Iterator[str]:
+    """The status page while the run goes on; its address, or why there is none."""
+    if status == "off":
+        yield "off"
+        return
+    from flexlora import watch
+
+    try:
+        start = watch.start
+    except ValueError as error:
+        yield f"not served: {error}"
+        return
+    with start(folder, *watch.address(status)) as served:
+        yield served.url
 
 
 def _interrupt(*_: object) -> None:

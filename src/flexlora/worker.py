@@ -97,9 +97,9 @@ def ask(path: Path, header: Mapping[str, Any], payload: bytes) -> Answer:
 
 def _send(to: socket.socket, header: Mapping[str, Any], payload: bytes) -> None:
     said = json.dumps(header).encode()
-    to.sendall(_LENGTHS.pack(len(said), len(payload)))
-    to.sendall(said)
-    to.sendall(payload)
+    to.sendall(_LENGTHS.pack(len(said), len(payload)) + said)
+    if payload:  # sending nothing fails, where the other has answered and gone already
+        to.sendall(payload)
 
 
 def _received(source: socket.socket) -> Answer:

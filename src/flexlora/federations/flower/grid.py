@@ -19,6 +19,9 @@ from flexlora.roll import Roll
 _ENROL_SECONDS: Final = 3600.0
 """How long a node may take to load its model and say who it is."""
 
+_AGAIN_SECONDS: Final = 30.0
+"""After which a node that could not be let in is asked again: its owner may have mended it."""
+
 _LONGEST_SECONDS: Final = 12 * 3600.0
 """How long a message lives, where a round has no deadline."""
 
@@ -39,7 +42,7 @@ class Flower:
     poll_seconds: float = 0.5
     together: int = 1
     _client: dict[int, str] = field(default_factory=dict)
-    _refused: dict[int, str] = field(default_factory=dict)
+    _refused: dict[int, tuple[float, str]] = field(default_factory=dict)
     _invited: dict[str, int] = field(default_factory=dict)
     _late: dict[str, tuple[str, int]] = field(default_factory=dict)
     _news: list[News] = field(default_factory=list)
@@ -120,7 +123,9 @@ class Flower:
         while True:
             online = set(self.grid.get_node_ids())
             self._client = {n: c for n, c in self._client.items() if n in online}
-            self._invite(online - self._client.keys() - self._refused.keys())
+            until = time.monotonic() - _AGAIN_SECONDS
+            refused = {node for node, (since, _) in self._refused.items() if since > until}
+            self._invite(online - self._client.keys() - refused)
             if self._invited:
                 for message in self.grid.pull_messages(list(self._invited)):
                     id = message.metadata.reply_to_message_id
@@ -148,8 +153,10 @@ class Flower:
                 raise ValueError(str(said["error"])[:2000])
             client, entry = self.roll.admit(said, node)
         except ValueError as error:
-            self._refused[node] = str(error)
-            self._news.append(News("refused", {"reason": str(error)}))
+            _, before = self._refused.get(node, (0.0, ""))
+            self._refused[node] = time.monotonic(), str(error)
+            if str(error) != before:
+                self._news.append(News("refused", {"reason": str(error)}))
             return
         # A client that was restarted without a key has a new node.
         self._client = {n: c for n, c in self._client.items() if c != client} | {node: client}
