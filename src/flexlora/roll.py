@@ -16,6 +16,8 @@ from flexlora.method import Client
 from flexlora.ranks import RankType
 
 FILE = "clients.json"
+ARRIVALS = "arrivals.log"
+"""Who came and who was not let in, in words: also before the first round, and so the journal."""
 NODES = "nodes.json"
 """Flower's number of every node that was let in, by its name."""
 MOST_EXAMPLES = 10**9
@@ -148,6 +150,12 @@ class Roll(Population):
         held = {name: asdict(each) for name, each in self.entries.items()}
         checkpoint.write(self.folder / FILE, json.dumps(held, indent=1).encode())
         return id, entry
+
+    def note(self, line: str) -> None:
+        """Say who came, or was not let in, to whoever looks on."""
+        with (self.folder / ARRIVALS).open("a", encoding="utf-8") as file:
+            # What nodes say of themselves is no line of its own.
+            file.write(" ".join(line.split())[:500] + "\n")
 
     def _keyed(self) -> dict[str, int]:
         """The nodes that were let in, by name; read anew, as more may have been."""

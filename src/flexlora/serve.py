@@ -15,6 +15,7 @@ from flexlora import checkpoint, hosting
 from flexlora.federations.flower.superlink import Process, SuperLink, environment, free_port
 from flexlora.keys import ServerKeys, node_keys
 from flexlora.record import Event, Record
+from flexlora.roll import ARRIVALS
 
 NODES = "nodes"
 """Where among the server's keys the public keys of the nodes lie."""
@@ -137,6 +138,7 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
         ValueError: the run stopped, with its reason; or Flower's processes cannot be had.
     """
     hosting.forget(folder)
+    arrivals = _Arrivals(folder / ARRIVALS)
     server, place = Server(folder, listening), checkpoint.journal_bytes(folder)
     try:
         server.start()
@@ -153,12 +155,34 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
                     )
             for name in server.let_in():
                 print(f"node {name} may join", file=sys.stderr)
+            arrivals.show()
             if server.look():
                 # The journal forgets what came after the checkpoint, and goes on from there.
                 place = checkpoint.journal_bytes(folder)
             time.sleep(_LOOK_SECONDS)
     finally:
         server.stop()
+
+
+@dataclass
+class _Arrivals:
+    """The lines that say who came, of which only new ones are shown."""
+
+    path: Path
+    place: int = 0
+
+    def __post_init__(self) -> None:
+        self.place = self.path.stat().st_size if self.path.exists() else 0
+
+    def show(self) -> None:
+        """Print what is new."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.place)
+            text = file.read()
+        self.place += len(text)
+        print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
 
 def _since(record: Record, start: int) -> Iterator[tuple[Event, int]]:

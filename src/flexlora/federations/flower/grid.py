@@ -156,8 +156,10 @@ class Flower:
             _, before = self._refused.get(node, (0.0, ""))
             self._refused[node] = time.monotonic(), str(error)
             if str(error) != before:
+                self.roll.note(f"a node was not let in: {error}")
                 self._news.append(News("refused", {"reason": str(error)}))
             return
+        self.roll.note(f"{client} has come: {entry.rank_type}, {entry.examples} rows")
         # A client that was restarted without a key has a new node.
         self._client = {n: c for n, c in self._client.items() if c != client} | {node: client}
         facts: dict[str, Any] = {
