@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-flower test test-all check bench docs clean
+.PHONY: help demo demo-flower test test-all test-kills check bench docs clean
 
 help:  ## Say what the targets are
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,12 +27,15 @@ test: $(READY)  ## The quick tests
 test-all: $(READY)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m ''
 
+test-kills: $(READY)  ## Real clients whose processes are killed, and the commands of docs/deploying.md
+	$(BIN)/python -m pytest -m '' tests/federations/test_surviving.py tests/test_deploying.py
+
 check: $(READY)  ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCHMARKS := server_step local_training generation memory growth simulation
+BENCHMARKS := server_step local_training generation memory growth simulation ray_calls real_clients
 
 bench: $(READY)  ## All benchmarks, some two hours on two idle cores; those missed are named at the end
 	@missed=; for name in $(BENCHMARKS); do \

@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -31,6 +31,9 @@ from flexlora.serve import NODES
 RANKS: Final = {"letter_counting": 4, "spell_backward": 16, "word_sorting": 64}
 """The clients, each with a family of tasks, and the rank that its machine is given."""
 
+STEPS: Final = 2
+"""Of a turn."""
+
 _ROWS: Final = 60
 _THREADS: Final = 1
 """Of every process: three clients share two cores, and other numbers of threads round otherwise."""
@@ -38,63 +41,79 @@ _THREADS: Final = 1
 
 @dataclass(frozen=True)
 class Compared:
-    """How far the real federation's adapter is from the simulated one, and what each took."""
+    """How far the real federation's adapter is from the simulated one, and what each took.
+
+    ``bytes`` are those of the payloads, up and down.
+    """
 
     difference: float
     real_seconds: float
     simulated_seconds: float
     rounds_seconds: tuple[list[float], list[float]]
+    turns_seconds: list[float]
+    bytes: int
     adapter: Path
 
 
-def settings(data: dict[str, Any]) -> Experiment:
+@dataclass(frozen=True)
+class Plan:
+    """The clients with their ranks, and how many steps a turn has.
+
+    ``port`` is the server's, and ``reached`` the one at which clients find it: that of a relay
+    in between, where it is another; 0 is any that is free.
+    """
+
+    ranks: Mapping[str, int] = field(default_factory=lambda: RANKS)
+    steps: int = STEPS
+    port: int = 0
+    reached: int = 0
+
+
+def settings(data: dict[str, Any], plan: Plan) -> Experiment:
     """The federation, whose clients are named and limited in their ranks."""
+    everybody = len(plan.ranks)
     content: dict[str, Any] = {
         "seed": 5,
         "model": {"name": smollm2.NAME},
         "data": {"max_tokens": 192, **data},
         "ranks": {
-            "types": {f"rank{r}": {"attention": r, "feed_forward": r} for r in RANKS.values()},
-            "clients": {client: f"rank{r}" for client, r in RANKS.items()},
+            "types": {f"rank{r}": {"attention": r, "feed_forward": r} for r in plan.ranks.values()},
+            "clients": {client: f"rank{r}" for client, r in plan.ranks.items()},
         },
         "training": {
             "learning_rate": 2e-3,
             "schedule": "constant",
             "batch_examples": 4,
-            "max_steps": 3,
+            "max_steps": plan.steps,
             "pack_tokens": 512,
         },
-        "federation": {"rounds": 3, "cohort": 3, "deadline_seconds": 600.0, "quorum": 3},
+        "federation": {"rounds": 3, "cohort": everybody, "quorum": everybody},
         "evaluation": {"base": False, "seen_clients": 0, "unseen_clients": 0, "truncated": False},
         "run": {"threads": _THREADS, "clients_at_once": 1},
     }
     return config.parse(content, "the demo's config")
 
 
-def corpus() -> Corpus:
-    """The rows of all three clients."""
-    return procedural.generate(tuple(RANKS), examples=_ROWS, seed=5)
-
-
-def show(folder: Path) -> Compared:
+def show(folder: Path, plan: Plan | None = None) -> Compared:
     """Run both federations in ``folder``, saying what happens; how far they are apart.
 
     Raises:
         ValueError: the real one failed; its log says why.
     """
+    plan = plan or Plan()
     folder.mkdir(parents=True)
-    rows = corpus()
-    files = _files(rows, folder / "data")
-    plan = settings({"format": "remote"}).model_dump_json(exclude_none=True)
-    (folder / "demo.toml").write_text(_toml(json.loads(plan)), encoding="utf-8")
-    print("certificates and keys: one server, three clients")
+    rows = procedural.generate(tuple(plan.ranks), examples=_ROWS, seed=5)
+    files = _files(rows, folder / "data", plan)
+    text = settings({"format": "remote"}, plan).model_dump_json(exclude_none=True)
+    (folder / "demo.toml").write_text(_toml(json.loads(text)), encoding="utf-8")
+    print(f"certificates and keys: one server, {len(files)} clients")
     keys.make_server(folder / "keys", ["localhost"])
     started = time.monotonic()
-    events = _federation(folder, files)
+    events = _federation(folder, files, plan)
     seconds = time.monotonic() - started
     print("the same, simulated in this process")
     started = time.monotonic()
-    simulated = _simulated(folder, rows)
+    simulated = _simulated(folder, rows, plan)
     adapters = [
         peft_directory.read(Path(found[-1]["adapter"])).adapter for found in (events, simulated)
     ]
@@ -103,6 +122,8 @@ def show(folder: Path) -> Compared:
         seconds,
         time.monotonic() - started,
         (_rounds(events), _rounds(simulated)),
+        [event["seconds"] for event in events if event["event"] == "client"],
+        sum(e["bytes_up"] + e["bytes_down"] for e in events if e["event"] == "round"),
         Path(events[-1]["adapter"]),
     )
 
@@ -117,26 +138,25 @@ def difference(one: Adapter, other: Adapter) -> float:
     return float((apart / whole) ** 0.5)
 
 
-def _federation(folder: Path, files: dict[str, Path]) -> list[Event]:
-    """The real one: a server, and three clients that join it; its journal."""
-    address, run = f"127.0.0.1:{free_port()}", folder / "served"
+def _federation(folder: Path, files: dict[str, Path], plan: Plan) -> list[Event]:
+    """The real one: a server, and the clients that join it; its journal."""
+    address, run = f"127.0.0.1:{plan.port or free_port()}", folder / "served"
+    reached = f"localhost:{plan.reached}" if plan.reached else address
     held = folder / "keys"
     (held / NODES).mkdir(mode=0o700)
     serve = ["serve", str(folder / "demo.toml"), "--folder", str(run)]
     serve += ["--listen", address, "--keys", str(held)]
-    with _flexlora(serve, folder / "server.log") as server:
+    with _flexlora(serve, folder / "server.log") as server, ExitStack() as joins:
         _wait_for(address, server)
-        joins = []
         for client, file in files.items():
             place = held / client
             public = keys.make_node(place, client)
             shutil.copy(held / "ca.crt", place)
             shutil.copy(public, held / NODES)
-            join = ["join", address, "--data", str(file), "--rank", str(RANKS[client])]
+            join = ["join", reached, "--data", str(file), "--rank", str(plan.ranks[client])]
             join += ["--keys", str(place), "--state", str(folder / f"state-{client}")]
-            joins.append(_flexlora(join, folder / f"{client}.log"))
-        with joins[0], joins[1], joins[2]:
-            _follow(server, folder / "server.log")
+            joins.enter_context(_flexlora(join, folder / f"{client}.log"))
+        _follow(server, folder / "server.log")
     if server.returncode:
         raise ValueError(
             f"The demo's server ended with code {server.returncode}; see {folder / 'server.log'}."
@@ -187,8 +207,8 @@ def _flexlora(arguments: Sequence[str], log: Path) -> Iterator[subprocess.Popen[
             process.wait()
 
 
-def _simulated(folder: Path, rows: Corpus) -> list[Event]:
-    ready = experiment.prepare(settings({"format": "table", "path": "-"}), rows)
+def _simulated(folder: Path, rows: Corpus, plan: Plan) -> list[Event]:
+    ready = experiment.prepare(settings({"format": "table", "path": "-"}, plan), rows)
     return list(rounds.run(ready, folder / "simulated"))
 
 
@@ -196,10 +216,10 @@ def _rounds(events: Sequence[Event]) -> list[float]:
     return [event["seconds"] for event in events if event["event"] == "round"]
 
 
-def _files(rows: Corpus, folder: Path) -> dict[str, Path]:
+def _files(rows: Corpus, folder: Path, plan: Plan) -> dict[str, Path]:
     """Each client's rows, in a file of its own."""
     folder.mkdir()
-    files = {client: folder / f"{client}.jsonl" for client in RANKS}
+    files = {client: folder / f"{client}.jsonl" for client in plan.ranks}
     for row in rows.table.to_pylist():
         with files[row.pop("client")].open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

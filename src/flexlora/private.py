@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 
@@ -74,6 +75,7 @@ class Private:
 
     def _write(self, path: Path, adapter: Adapter) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.partial")
-        draft.write_bytes(wire.encode(adapter, {"kind": "private"}, torch.float32))
-        draft.replace(path)
+        # A draft of its own, as several processes may merge the same entry.
+        with NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as draft:
+            draft.write(wire.encode(adapter, {"kind": "private"}, torch.float32))
+        Path(draft.name).replace(path)
