@@ -35,6 +35,7 @@ class Relay:
 
     @property
     def reached(self) -> int:
+        """The port at which clients find it."""
         return int(self.listener.getsockname()[1])
 
     def _accept(self) -> None:
