@@ -20,7 +20,7 @@ from flexlora.worker import Worker
 
 _LOOK_SECONDS: Final = 0.5
 _FIRST_PAUSE_SECONDS: Final = 5.0
-_LONGEST_PAUSE_SECONDS: Final = 60.0
+_LONGEST_PAUSE_SECONDS: Final = 20.0
 _REFUSED: Final = 305 % 256
 """Flower's exit code, as the system has it, for a node that is not let in."""
 

@@ -75,6 +75,16 @@ class Server:
         self.let_in()
         if self.gate is not None:
             self.gate.start()
+        self._submit()
+
+    def _submit(self) -> None:
+        """Submit the run, which goes on from its last checkpoint, once nothing else writes on it.
+
+        The journal is cut off here and not only there, so that nobody reads on in what the run
+        is about to forget.
+        """
+        hosting.forget(self.folder)
+        Record(self.folder).rewind(checkpoint.journal_bytes(self.folder))
         self.link.submit(self.folder)
 
     def let_in(self) -> list[str]:
@@ -105,15 +115,12 @@ class Server:
             # With the SuperLink went the server's side of the run, which it had started.
             self._once_more(self.link.process)
             self.link.process.stop()
-            hosting.forget(self.folder)
             self.link.start()
         elif not hosting.is_alive(self.folder):
             self._once_more(self.link.process)
         else:
             return False
-        # Now, so that nobody reads on in what the run is about to forget.
-        Record(self.folder).rewind(checkpoint.journal_bytes(self.folder))
-        self.link.submit(self.folder)
+        self._submit()
         return True
 
     def _once_more(self, process: Process) -> None:
@@ -137,11 +144,10 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
     Raises:
         ValueError: the run stopped, with its reason; or Flower's processes cannot be had.
     """
-    hosting.forget(folder)
-    arrivals = _Arrivals(folder / ARRIVALS)
-    server, place = Server(folder, listening), checkpoint.journal_bytes(folder)
+    arrivals, server = _Arrivals(folder / ARRIVALS), Server(folder, listening)
     try:
         server.start()
+        place = checkpoint.journal_bytes(folder)
         while True:
             for event, after in _since(Record(folder), place):
                 place = after
@@ -153,8 +159,7 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
                         f"The run stopped: {event['reason']} Go on with: flexlora serve --resume "
                         f"{folder}"
                     )
-            for name in server.let_in():
-                print(f"node {name} may join", file=sys.stderr)
+            arrivals.say(_let_in(server))
             arrivals.show()
             if server.look():
                 # The journal forgets what came after the checkpoint, and goes on from there.
@@ -164,15 +169,30 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
         server.stop()
 
 
+def _let_in(server: Server) -> str:
+    """Who may join now; or what is wrong with a key, which does not stop those that are in."""
+    try:
+        return "".join(f"node {name} may join\n" for name in server.let_in())
+    except ValueError as error:
+        return f"no new node is let in: {error}\n"
+
+
 @dataclass
 class _Arrivals:
     """The lines that say who came, of which only new ones are shown."""
 
     path: Path
     place: int = 0
+    said: str = ""
 
     def __post_init__(self) -> None:
         self.place = self.path.stat().st_size if self.path.exists() else 0
+
+    def say(self, text: str) -> None:
+        """Print a text, if it is not the last one again."""
+        if text and text != self.said:
+            print(text, end="", file=sys.stderr, flush=True)
+            self.said = text
 
     def show(self) -> None:
         """Print what is new."""
