@@ -20,7 +20,8 @@ _ENROL_SECONDS: Final = 3600.0
 """How long a node may take to load its model and say who it is."""
 
 _AGAIN_SECONDS: Final = 30.0
-"""After which a node that could not be let in is asked again: its owner may have mended it."""
+"""After which a node that was not let in, or has not answered, is asked again who it is: its
+owner may have mended it, or its answer may be lost with a SuperLink that was killed."""
 
 _LONGEST_SECONDS: Final = 12 * 3600.0
 """How long a message lives, where a round has no deadline."""
@@ -42,8 +43,9 @@ class Flower:
     poll_seconds: float = 0.5
     together: int = 1
     _client: dict[int, str] = field(default_factory=dict)
-    _refused: dict[int, tuple[float, str]] = field(default_factory=dict)
+    _refused: dict[int, str] = field(default_factory=dict)
     _invited: dict[str, int] = field(default_factory=dict)
+    _asked_at: dict[int, float] = field(default_factory=dict)
     _late: dict[str, tuple[str, int]] = field(default_factory=dict)
     _news: list[News] = field(default_factory=list)
 
@@ -123,9 +125,8 @@ class Flower:
         while True:
             online = set(self.grid.get_node_ids())
             self._client = {n: c for n, c in self._client.items() if n in online}
-            until = time.monotonic() - _AGAIN_SECONDS
-            refused = {node for node, (since, _) in self._refused.items() if since > until}
-            self._invite(online - self._client.keys() - refused)
+            self._asked_at = {n: at for n, at in self._asked_at.items() if n in online}
+            self._invite(online - self._client.keys())
             if self._invited:
                 for message in self.grid.pull_messages(list(self._invited)):
                     id = message.metadata.reply_to_message_id
@@ -136,25 +137,29 @@ class Flower:
             time.sleep(self.poll_seconds)
 
     def _invite(self, nodes: Collection[int]) -> None:
-        """Ask nodes that nobody knows yet who they are."""
-        for node in sorted(set(nodes) - set(self._invited.values())):
+        """Ask nodes that nobody knows yet who they are, each at most every half minute."""
+        lately = time.monotonic() - _AGAIN_SECONDS
+        for node in sorted(nodes):
+            if self._asked_at.get(node, lately) > lately:
+                continue
             content = records.record({"kind": "enrol", "terms": self.terms})
             message = Message(content, node, MessageType.QUERY, ttl=_ENROL_SECONDS)
             if id := next(iter(self.grid.push_messages([message])), None):
                 self._invited[id] = node
+                self._asked_at[node] = time.monotonic()
 
     def _welcome(self, message: Message, node: int) -> None:
         """Write down who answered, or why it is not let in."""
         if message.has_error():
-            return  # it went away; it is asked again when it is back
+            self._asked_at.pop(node, None)  # it went away, and is asked when it is back
+            return
         try:
             said, _ = records.opened(message.content)
             if "error" in said:
                 raise ValueError(str(said["error"])[:2000])
             client, entry = self.roll.admit(said, node)
         except ValueError as error:
-            _, before = self._refused.get(node, (0.0, ""))
-            self._refused[node] = time.monotonic(), str(error)
+            before, self._refused[node] = self._refused.get(node), str(error)
             if str(error) != before:
                 self.roll.note(f"a node was not let in: {error}")
                 self._news.append(News("refused", {"reason": str(error)}))
@@ -181,8 +186,6 @@ class Flower:
 class _Payloads:
     """The downloads of an exchange as Flower holds them: one of each file, for all its clients."""
 
-    path: Path | None = None
-    last: ArrayRecord | None = None
     files: dict[Path, ArrayRecord] = field(default_factory=dict)
 
     def of(self, job: Job) -> ArrayRecord:
