@@ -4,8 +4,10 @@ import itertools
 import json
 import shutil
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -14,12 +16,20 @@ import tiny
 from flexlora.budget import Budget
 from flexlora.config import Experiment
 from flexlora.data.corpus import Corpus
+from flexlora.federations.flower import records
 from flexlora.federations.flower.client_app import WORKER, app
-from flexlora.node import Node, Owner
+from flexlora.node import Answer, Node, Owner
+from flexlora.roll import NODES
 from flexlora.worker import Worker
 
 OFFLINE = 5
 """Flower's code for a node that is not online."""
+
+SUPERLINK = 1
+"""Flower's number for itself."""
+
+MOST_LOOKS = 400
+"""So often may somebody look for nodes or answers without a message between, then a test ends."""
 
 
 def identified() -> None:
@@ -43,20 +53,38 @@ class FakeNode:
 
 
 @dataclass
+class Scripted:
+    """A node without a worker: what it answers to a header and a payload is a function's."""
+
+    number: int
+    says: Callable[[Mapping[str, Any], bytes], Answer]
+    online: bool = True
+
+    def handle(self, message: Message) -> Message:
+        said, data = self.says(*records.opened(message.content))
+        held = records.payload(data) if data else None
+        return Message(records.record(said, held), reply_to=message)
+
+
+@dataclass
 class FakeGrid:
-    """Answers messages when they are pulled, each once; ``spoil`` may change an answer.
+    """Answers messages when they are pulled, each once, all that are ready.
+
+    ``spoil`` may change an answer, or say that it comes "later".
 
     As Flower's own grid it writes ids into the messages that it takes, wants a list, takes no
     message for a node it does not know and says errors in the SuperLink's name.
     """
 
-    nodes: dict[int, FakeNode]
-    spoil: object = None
+    nodes: dict[int, FakeNode | Scripted]
+    spoil: Callable[[Message, FakeNode | Scripted], Message | str | None] | None = None
+    looks: int = 0
     pushed: list[Message] = field(default_factory=list)
     waiting: dict[str, Message] = field(default_factory=dict)
     ids: object = field(default_factory=lambda: (f"message-{n}" for n in itertools.count()))
 
     def get_node_ids(self):
+        self._look()
         return [node.number for node in self.nodes.values() if node.online]
 
     def push_messages(self, messages):
@@ -66,6 +94,7 @@ class FakeGrid:
             if message.metadata.dst_node_id not in self.nodes:
                 taken.append(None)
                 continue
+            self.looks = 0
             id = next(self.ids)
             message.metadata.__dict__["_message_id"] = id
             self.pushed.append(message)
@@ -73,23 +102,54 @@ class FakeGrid:
             taken.append(id)
         return taken
 
+    def _look(self) -> None:
+        self.looks += 1
+        assert self.looks < MOST_LOOKS, "the server waits for ever"
+
     def pull_messages(self, message_ids):
-        asked = [id for id in message_ids if id in self.waiting]
-        if not asked:
-            return []
-        message = self.waiting[asked[0]]
-        node = self.nodes[message.metadata.dst_node_id]
-        if self.spoil is not None:
-            changed = self.spoil(message, node)
-            if changed == "later":
-                return []
-            if changed is not None:
-                del self.waiting[asked[0]]
-                return [changed]
-        del self.waiting[asked[0]]
+        self._look()
+        found = []
+        for id in [id for id in message_ids if id in self.waiting]:
+            message = self.waiting[id]
+            answer = self._answered(message, self.nodes[message.metadata.dst_node_id])
+            if answer is not None:
+                del self.waiting[id]
+                found.append(answer)
+        self.looks = 0 if found else self.looks
+        return found
+
+    def _answered(self, message: Message, node: FakeNode | Scripted) -> Message | None:
+        """The answer to a message; None if it is not there yet."""
+        changed = None if self.spoil is None else self.spoil(message, node)
+        if changed == "later":
+            return None
+        if changed is not None:
+            return changed
         if not node.online:
-            return [Message(Error(OFFLINE, "Node Unavailable"), reply_to=message)]
-        return [node.handle(message)]
+            return failed(message, OFFLINE, "Node Unavailable")
+        return node.handle(message)
+
+    def asked(self, kind: str, **fields) -> list[int]:
+        """The nodes to which such messages were sent."""
+        found = []
+        for message in self.pushed:
+            header, _ = records.opened(message.content)
+            if header["kind"] == kind and all(header[k] == v for k, v in fields.items()):
+                found.append(message.metadata.dst_node_id)
+        return found
+
+
+def failed(message: Message, code: int, reason: str) -> Message:
+    """An error about a message as the SuperLink makes it: in its own name."""
+    made = Message(Error(code, reason), reply_to=message)
+    made.metadata.__dict__["_src_node_id"] = SUPERLINK
+    return made
+
+
+def let_in(folder: Path, nodes: Mapping[str, int]) -> None:
+    """Write down under which names the nodes' keys were let in, as the server does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NODES).write_text(json.dumps(dict(nodes)))
 
 
 def data_of(corpus: Corpus, folder: Path) -> dict[str, Path]:
@@ -107,18 +167,28 @@ def start(folder: Path, sockets: Path, ranks: dict[str, int]) -> FakeGrid:
     files = data_of(tiny.corpus(), folder)
     nodes = {}
     for number, (client, rank) in enumerate(ranks.items(), start=2**63 + 7):
-        owner = Owner(client, files[client], folder / f"state-{client}", Budget(rank))
-        owner = Owner(**{**vars(owner), "model": str(folder.parent / "model")})
-        path = sockets / f"{client}.sock"
-        worker = Worker(path, Node(owner).answer)
-        threading.Thread(target=worker.serve, daemon=True).start()
-        nodes[number] = FakeNode(number, worker, path)
+        owner = owner_of(client, rank, files[client], folder)
+        nodes[number] = beside(number, Node(owner).answer, sockets / f"{client}.sock")
     return FakeGrid(nodes)
+
+
+def owner_of(client: str, rank: int, data: Path, folder: Path) -> Owner:
+    """An owner whose model lies beside the folder of its state."""
+    model = str(folder.parent / "model")
+    return Owner(client, data, folder / f"state-{client}", Budget(rank), model=model)
+
+
+def beside(number: int, answer: Callable[[Mapping[str, Any], bytes], Answer], path: Path):
+    """A node with a worker that listens beside it."""
+    worker = Worker(path, answer)
+    threading.Thread(target=worker.serve, daemon=True).start()
+    return FakeNode(number, worker, path)
 
 
 def stop(grid: FakeGrid) -> None:
     for node in grid.nodes.values():
-        node.worker.close()
+        if isinstance(node, FakeNode):
+            node.worker.close()
 
 
 def settings(folder: Path, ranks: dict[str, int], **changes) -> Experiment:

@@ -55,7 +55,7 @@ def test_a_client_that_lost_what_it_had_merged_says_so(tmp_path):
     entry = adapter(3)
     private = Private(tmp_path / "private")
     private.merge({1: entry, 2: entry})
-    private.merge({4: entry}, held=2)
+    private.merge({4: entry}, held=[1, 2])
     assert len(private.merged(5)) == 3
-    with pytest.raises(Forgotten, match="up to round 4"):
-        Private(tmp_path / "new").merge({5: entry}, held=4)
+    with pytest.raises(Forgotten, match="in rounds"):
+        Private(tmp_path / "new").merge({5: entry}, held=[1, 4])

@@ -173,10 +173,10 @@ def unmerged(state: State, client: Client) -> dict[int, Adapter]:
     return {round: adapter for round, adapter in log(state).items() if round > last}
 
 
-def held(state: State, client: Client) -> int:
-    """The last round whose entry of the log ``client`` has merged; 0 if none."""
+def held(state: State, client: Client) -> list[int]:
+    """The rounds whose entries of the log ``client`` has merged."""
     last = state.facts.get("merged", {}).get(client.id, 0)
-    return max((round for round in log(state) if round <= last), default=0)
+    return [round for round in log(state) if round <= last]
 
 
 def forgotten(state: State, client: str) -> State:

@@ -37,7 +37,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("rank", "memory_bytes", "seconds"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"A client's {name} is {value}; give a number above 0.")
 
     def means(self, here: Workplace, limit: RankType) -> Means:

@@ -122,8 +122,12 @@ def journal_bytes(folder: Path) -> int:
 def write(path: Path, data: bytes) -> None:
     """Write a file atomically: beside its place, to the disk, then renamed."""
     draft = path.with_name(f".{path.name}.partial")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        draft.unlink(missing_ok=True)  # of a full disk, half a file would stay for good
+        raise
     draft.replace(path)

@@ -66,13 +66,23 @@ def check(settings: Experiment) -> None:
     Raises:
         ValueError: with the remedy.
     """
-    Limit.of(settings.ranks)
+    limit, method = Limit.of(settings.ranks), experiment.method_of(settings)
+    if not method.mixed_ranks and limit.several:
+        raise ValueError(
+            f"{method.title} needs one rank for all clients, but ranks.clients and ranks.rank name "
+            "several; name one, or use method 'flexlora'."
+        )
     how = settings.evaluation
-    if experiment.method_of(settings).personal and (how.seen_clients or how.unseen_clients):
+    if method.personal and (how.seen_clients or how.unseen_clients):
         raise ValueError(
             "This method's models are the clients' own and stay with them, so the server cannot "
             "evaluate them: set evaluation.seen_clients = 0 and evaluation.unseen_clients = 0."
         )
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the run's process on the server has begun, or has been and is no more."""
+    return (folder / ALIVE).exists()
 
 
 def is_alive(folder: Path) -> bool:
@@ -84,7 +94,6 @@ def is_alive(folder: Path) -> bool:
         return True
     except BlockingIOError:
         return True
-    forget(folder)
     return False
 
 
@@ -102,10 +111,7 @@ def _living(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         draft.replace(folder / ALIVE)  # locked before anybody sees it
-        try:
-            yield
-        finally:
-            forget(folder)
+        yield
 
 
 def host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:

@@ -37,8 +37,8 @@ class Download:
     The client trains ``adapter``, or one of its ``halves``, at ``rate`` times the learning
     rate. ``rest`` is added to its base for this turn, ``merge`` for good: each entry has the
     number of the round that made it, and holds all that the client has not merged yet, so
-    that one who missed rounds needs nothing special; ``held`` is the last round whose entry it
-    has merged already, as the server knows it (0: none). ``terms`` says which of the server's
+    that one who missed rounds needs nothing special; ``held`` are the rounds whose entries it
+    has merged already, as the server knows it. ``terms`` says which of the server's
     terms the adapter's are, by module; the upload repeats it. ``extra`` and ``facts`` are the
     method's own.
     """
@@ -51,7 +51,7 @@ class Download:
     terms: Mapping[str, Sequence[int]] = field(default_factory=dict)
     extra: Mapping[str, Adapter] = field(default_factory=dict)
     facts: Mapping[str, int] = field(default_factory=dict)
-    held: int = 0
+    held: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

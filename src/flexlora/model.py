@@ -294,7 +294,9 @@ class Source:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, **options
+            )
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(

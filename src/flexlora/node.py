@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from flexlora.model import Base
 from flexlora.private import Forgotten, Private
 from flexlora.ranks import RankType
 from flexlora.terms import Terms
+
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 Answer = tuple[dict[str, Any], bytes]
 """A header fit for JSON, and a payload."""
@@ -117,6 +120,7 @@ class Node:
         base = self._model(agreed)
         folder = self.owner.state / agreed.run
         folder.mkdir(parents=True, exist_ok=True)
+        self.owner.state.chmod(0o700)  # rows lie there as tokens, beside private halves
         cache = self.owner.state / "tokens"
         store = TokenStore.build(self.rows, base.tokenizer, agreed.prompt, agreed.max_tokens, cache)
         place = Workplace(
@@ -135,10 +139,12 @@ class Node:
     def _model(self, agreed: Terms) -> Base:
         """The base model, on the owner's device; loaded once."""
         named = agreed.model.name
-        if self.owner.model is None and named != smollm2.NAME and Path(named).exists():
+        # By its form, and not by what is there: a server shall not learn which files exist.
+        is_path = not _HUB_NAME.fullmatch(named) or (named != smollm2.NAME and Path(named).exists())
+        if self.owner.model is None and is_path:
             raise ValueError(
-                f"The server names the model {named!r}, which is a path on this machine; the "
-                "owner must say where the model is: join with --model."
+                f"The server names the model {named!r}, which is a path on this machine and no "
+                "name of the hub; the owner must say where the model is: join with --model."
             )
         source = replace(agreed.model, name=self.owner.model or named, device=self.owner.device)
         key = repr(source)
@@ -158,6 +164,7 @@ class _Joined:
 
     def trained(self, client: str, round: int, download: bytes) -> bytes:
         """The upload of one turn. The download is read from the disk, module by module."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # it may have been lost meanwhile
         file = self.folder / "download"
         file.unlink(missing_ok=True)
         file.write_bytes(download)
@@ -182,6 +189,11 @@ def training_rows(owner: Owner) -> Corpus:
                 f"{owner.data} has rows of {len(owners)} clients ({', '.join(owners[:3])}, ...); "
                 "say whose to train on: --rows-of NAME."
             )
+    elif owner.rows_of is not None:
+        raise ValueError(
+            f"{owner.data} has no column that names clients, so --rows-of {owner.rows_of} chooses "
+            "nothing; leave it out, or name the column: --columns client=NAME,..."
+        )
     if "split" in corpus.columns:
         codes, splits = corpus.codes("split")
         corpus = corpus.select(np.array([name == "train" for name in splits], np.bool_)[codes])

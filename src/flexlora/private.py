@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -28,15 +28,15 @@ class Private:
 
     folder: Path
 
-    def merge(self, entries: Mapping[int, Adapter], held: int = 0) -> None:
+    def merge(self, entries: Mapping[int, Adapter], held: Sequence[int] = ()) -> None:
         """Keep what a download says to merge into the base for good.
 
         Raises:
-            Forgotten: by the download the entry of round ``held`` is here, and it is not.
+            Forgotten: by the download the entries of rounds ``held`` are here, and one is not.
         """
-        if held and not self._entry(held).exists():
+        if lost := [round for round in held if not self._has(round)]:
             raise Forgotten(
-                f"What was merged up to round {held} is no longer in {self.folder}; the server "
+                f"What was merged in rounds {lost} is no longer whole in {self.folder}; the server "
                 "must hand it out once more."
             )
         for round, adapter in entries.items():
@@ -44,6 +44,18 @@ class Private:
             # An entry is only ever handed out once its round is in a checkpoint: it is final.
             if not path.exists():
                 self._write(path, adapter)
+
+    def _has(self, round: int) -> bool:
+        """Whether an entry is here and can be read; what cannot is removed."""
+        path = self._entry(round)
+        if not path.exists():
+            return False
+        try:
+            wire.open_file(path)
+        except ValueError:
+            path.unlink()
+            return False
+        return True
 
     def _entry(self, round: int) -> Path:
         return self.folder / "merged" / f"{round:05d}.safetensors"

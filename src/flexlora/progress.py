@@ -86,15 +86,15 @@ def sentence(event: Event, tally: _Tally) -> str:
         )
     if kind == "client":
         return (
-            f"  round {event['round']} client {event['client']} ({event['rank_type']}): loss "
-            f"{event['loss_total'] / event['loss_tokens']:.3f}, {event['tokens']} tokens in "
+            f"  round {event['round']} client {event['client']} ({event['rank_type']}): "
+            f"loss {_loss(event):.3f}, {event['tokens']} tokens in "
             f"{event['seconds']:.1f} s ({tally.done}/{tally.turns}, {tally.left()} left)"
         )
     if kind == "lost":
         return f"  round {event['round']} lost client {event['client']}: {event['reason']}"
     if kind == "round":
         return (
-            f"round {event['round']}: loss {event['loss_total'] / event['loss_tokens']:.3f}, "
+            f"round {event['round']}: loss {_loss(event):.3f}, "
             f"{event['tokens'] / event['seconds']:.0f} tokens/s overall, up "
             f"{size(event['bytes_up'])}, down {size(event['bytes_down'])}, "
             f"{event['seconds']:.0f} s ({event['aggregate_seconds']:.1f} s server)"
@@ -106,6 +106,11 @@ def sentence(event: Event, tally: _Tally) -> str:
             if any(row["seen"] is seen for row in event["clients"])
         )
     return ""
+
+
+def _loss(event: Event) -> float:
+    """The mean loss; a client may say that it has had no token of loss."""
+    return float(event["loss_total"] / max(event["loss_tokens"], 1))
 
 
 def _scores(name: str, rows: list[dict[str, Any]]) -> str:

@@ -6,12 +6,14 @@ What needs Flower is imported when it is asked for, as Flower is optional.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,11 +82,16 @@ def serve(
         Path | None, typer.Option(metavar="DIR", help="Go on with a run that was stopped.")
     ] = None,
     clients: Annotated[
-        int | None, typer.Option(help="How many must have joined before the first round.")
+        int | None,
+        typer.Option(min=1, help="How many must have joined before the first round."),
     ] = None,
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where clients reach this server.")
-    ] = f"0.0.0.0:{PORT}",
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help=f"Where clients reach this server; 0.0.0.0:{PORT}, or with --insecure 127.0.0.1.",
+        ),
+    ] = "",
     key_folder: Annotated[
         Path | None, typer.Option("--keys", metavar="DIR", help="Made by: flexlora keys.")
     ] = None,
@@ -101,13 +108,19 @@ def serve(
         if path is not None or changes or folder is not None or clients is not None:
             raise ValueError("--resume takes the folder of a run, --listen and --keys only.")
         settings, target = _stored(resume), resume
+        _same_keys(resume, insecure)
     else:
         if path is None:
             raise ValueError("Give a CONFIG.toml, or --resume DIR.")
         settings = config.load(path, changes or ())
         target = folder or Path(settings.run.folder or f"runs/{path.stem}")
         _refuse_existing(target)
-        first = clients or settings.federation.cohort or settings.federation.quorum
+        how = settings.federation
+        first = clients if clients is not None else how.cohort or how.quorum
+        if key_folder is not None:
+            from flexlora.keys import ServerKeys
+
+            ServerKeys.of(key_folder)  # before anything is written
         hosting.lay_out(target, settings, hosting.Plan.new(first, bound=not insecure))
     _serve(settings, target, listening, status)
 
@@ -158,7 +171,7 @@ def join(
     known = name if found is None else found.name
     if known is None:
         raise ValueError("Without keys this client needs a --name.")
-    most = None if memory is None else int(memory * 2**30)
+    most = None if memory is None else _bytes(memory)
     owner = Owner(
         name=known,
         data=data,
@@ -243,6 +256,7 @@ def _say(line: str) -> None:
 def _listening(listen: str, folder: Path | None, insecure: bool) -> Listening:
     from flexlora.serve import Listening
 
+    listen = listen or f"{'127.0.0.1' if insecure else '0.0.0.0'}:{PORT}"
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"--listen takes HOST:PORT such as 0.0.0.0:{PORT}, not {listen!r}.")
@@ -251,9 +265,23 @@ def _listening(listen: str, folder: Path | None, insecure: bool) -> Listening:
             "Give --keys DIR (made by: flexlora keys DIR --host NAME), or, for a test on this "
             "machine, --insecure."
         )
-    if insecure and listen == f"0.0.0.0:{PORT}":
-        host = "127.0.0.1"
     return Listening(host.strip("[]"), int(port), folder)
+
+
+def _bytes(gibibytes: float) -> int:
+    if not 0 < gibibytes < math.inf:
+        raise ValueError(f"--memory takes a number of GiB above 0, not {gibibytes}.")
+    return int(gibibytes * 2**30)
+
+
+def _same_keys(folder: Path, insecure: bool) -> None:
+    """A run goes on with keys if it began with them: names were bound to them, or were not."""
+    plan = json.loads((folder / hosting.PLAN).read_text(encoding="utf-8"))
+    if plan["bound"] is insecure:
+        raise ValueError(
+            f"The run in {folder} was begun {'with keys' if insecure else 'with --insecure'} and "
+            "goes on in the same way, as names of clients were bound to keys, or were not."
+        )
 
 
 def _rank(text: str) -> int | None:
@@ -268,7 +296,7 @@ def _columns(text: str | None) -> Columns | None:
     """The columns that a text ``corpus name=file's name,...`` gives; others are not there."""
     if text is None:
         return None
-    known = tuple(Columns.__dataclass_fields__)
+    known = [field.name for field in fields(Columns)]
     given: dict[str, str | None] = dict.fromkeys(known)
     for part in text.split(","):
         name, equals, column = (piece.strip() for piece in part.partition("="))

@@ -13,7 +13,7 @@ from flexlora import checkpoint
 from flexlora.config import Ranks, rank_table
 from flexlora.experiment import Population
 from flexlora.method import Client
-from flexlora.ranks import RankType
+from flexlora.ranks import PAPER_TYPES, RankType
 
 FILE = "clients.json"
 ARRIVALS = "arrivals.log"
@@ -22,6 +22,7 @@ NODES = "nodes.json"
 """Flower's number of every node that was let in, by its name."""
 MOST_EXAMPLES = 10**9
 _LONGEST_NAME = 100
+_FASTEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,17 @@ class Limit:
             name: RankType(t.attention, t.feed_forward)
             for name, t in (settings.types or {}).items()
         }
+        types = types or dict(PAPER_TYPES)
         unknown = sorted(set(settings.clients.values()) - types.keys())
         if unknown:
             raise ValueError(f"ranks.clients names the types {unknown}; there are {list(types)}.")
         rank = None if settings.rank is None else RankType(settings.rank, settings.rank)
         return cls(rank, {id: types[kind] for id, kind in settings.clients.items()})
+
+    @property
+    def several(self) -> bool:
+        """Whether not all clients have the same limit."""
+        return len({*self.named.values(), *([] if self.rank is None else [self.rank])}) > 1
 
     def largest(self) -> RankType:
         """The largest of all."""
@@ -101,8 +108,8 @@ class Roll(Population):
     """The clients that came so far, by name; kept in the run's folder.
 
     With ``bound`` a client's name belongs to the node whose key was let in under it; else the
-    last that says to be it is taken for it. With ``alike`` all have
-    the ranks of the first.
+    last that says to be it is taken for it. With ``alike`` all must have
+    the ranks of the limit.
     """
 
     folder: Path
@@ -132,19 +139,23 @@ class Roll(Population):
             )
         limit = self.limit(id)
         speed = said.get("tokens_per_second")
+        # Whole numbers in JSON have any length, and NaN passes for a number.
+        usable = isinstance(speed, int | float) and 0 <= speed <= _FASTEST
         entry = Entry(
             node=node,
             attention=min(limit.attention, _count(said, "attention", id)),
             feed_forward=min(limit.feed_forward, _count(said, "feed_forward", id)),
             examples=_count(said, "examples", id),
             device=str(said.get("device"))[:40],
-            tokens_per_second=float(speed) if isinstance(speed, int | float) else None,
+            tokens_per_second=float(speed) if speed is not None and usable else None,
         )
-        others = {e.rank_type for name, e in self.entries.items() if name != id}
-        if self.alike and others - {entry.rank_type}:
+        if self.alike and (entry.attention, entry.feed_forward) != (
+            limit.attention,
+            limit.feed_forward,
+        ):
             raise ValueError(
                 f"Client {id!r} would train at {entry.rank_type}, but this method needs one rank "
-                f"for all, and the others have {', '.join(others)}; join with that --rank."
+                f"for all, that of the server ({limit}); join with it, or not at all."
             )
         self.entries = dict(sorted({**self.entries, id: entry}.items()))
         held = {name: asdict(each) for name, each in self.entries.items()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -22,6 +24,10 @@ NODES = "nodes"
 
 _LOOK_SECONDS: Final = 0.3
 _MOST_RESTARTS: Final = 20
+_BEGIN_SECONDS: Final = 60.0
+"""How long the run's process may take to begin before Flower is asked what became of it."""
+
+_LOCK: Final = "serve.lock"
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Server:
     link: SuperLink = field(init=False)
     gate: Process | None = field(init=False)
     restarts: int = field(default=0, init=False)
+    run: str = field(default="", init=False)
+    submitted: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         home, here = self.folder / "flower", self.listening
@@ -85,7 +93,7 @@ class Server:
         """
         hosting.forget(self.folder)
         Record(self.folder).rewind(checkpoint.journal_bytes(self.folder))
-        self.link.submit(self.folder)
+        self.run, self.submitted = self.link.submit(self.folder), time.monotonic()
 
     def let_in(self) -> list[str]:
         """Register the nodes whose public keys have come since; their names."""
@@ -98,7 +106,7 @@ class Server:
         found = node_keys(self.listening.keys / NODES)
         new = sorted(found.keys() - known.keys())
         for name in new:
-            known[name] = self.link.register(found[name], name)
+            known[name] = self.link.number(found[name], name)
             checkpoint.write(file, json.dumps(known, indent=1).encode())
         return new
 
@@ -116,12 +124,22 @@ class Server:
             self._once_more(self.link.process)
             self.link.process.stop()
             self.link.start()
-        elif not hosting.is_alive(self.folder):
+        elif self._has_died():
             self._once_more(self.link.process)
         else:
             return False
         self._submit()
         return True
+
+    def _has_died(self) -> bool:
+        """Whether the run's process is gone, without having said that it is over."""
+        if hosting.has_begun(self.folder):
+            gone = not hosting.is_alive(self.folder)
+        else:
+            late = time.monotonic() - self.submitted > _BEGIN_SECONDS
+            gone = late and self.link.status(self.run).startswith("finished")
+            self.submitted = time.monotonic() if late else self.submitted
+        return gone and not any(Record(self.folder).events("finish", "stopped"))
 
     def _once_more(self, process: Process) -> None:
         self.restarts += 1
@@ -144,6 +162,29 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
     Raises:
         ValueError: the run stopped, with its reason; or Flower's processes cannot be had.
     """
+    with _alone(folder):
+        yield from _served(folder, listening)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder: a second server would end the processes of the first.
+
+    Raises:
+        ValueError: another one holds it.
+    """
+    with (folder / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"The run in {folder} is served already, by another process on this machine."
+            ) from None
+        yield
+
+
+def _served(folder: Path, listening: Listening) -> Iterator[Event]:
+    """See ``serve``."""
     arrivals, server = _Arrivals(folder / ARRIVALS), Server(folder, listening)
     try:
         server.start()

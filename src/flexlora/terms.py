@@ -10,9 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora import experiment
 from flexlora.config import Experiment
+from flexlora.layers import attention
 from flexlora.method import Method
 from flexlora.model import Source
 from flexlora.training.optimizer import Training
+
+ATTENTIONS = (attention.NAME, "sdpa", "eager", "flash_attention_2")
+"""The kernels that a server may ask for; transformers would fetch others from the hub."""
 
 
 class Terms(BaseModel):
@@ -82,5 +86,10 @@ def parse(text: str) -> Terms:
             f"The server's terms cannot be read ({faults}). Run the same version of flexlora on "
             "both sides."
         ) from error
+    if found.model.attention not in ATTENTIONS:
+        raise ValueError(
+            f"The server names the attention {found.model.attention!r}, which may be code from the "
+            f"network; this node takes one of {', '.join(ATTENTIONS)}."
+        )
     found.composed()
     return found

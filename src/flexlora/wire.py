@@ -169,7 +169,7 @@ def encode_download(download: Download, dtype: torch.dtype, sparse: bool = False
     if download.rate != 1:
         header["rate"] = download.rate
     if download.held:
-        header["held"] = download.held
+        header["held"] = list(download.held)
     if download.facts:
         header["numbers"] = dict(download.facts)
     return encode(_joined(sections), {**header, **_told(download.terms)}, dtype, sparse)
@@ -190,9 +190,9 @@ def _download(adapter: Adapter, header: Mapping[str, Any]) -> Download:
     halves, rate = header.get("halves", "BA"), header.get("rate", 1.0)
     if halves not in ("BA", "B", "A") or type(rate) not in (int, float) or not 0 < rate < 1e6:
         raise ValueError(f"The download asks for halves {halves!r} at rate {rate!r}.")
-    held = header.get("held", 0)
-    if type(held) is not int or held < 0:
-        raise ValueError(f"The download says that round {str(held)[:30]!r} is merged already.")
+    held = header.get("held", [])
+    if not isinstance(held, list) or any(type(round) is not int or round < 1 for round in held):
+        raise ValueError(f"The download says that rounds {str(held)[:30]!r} are merged already.")
     numbers = header.get("numbers", {})
     if not isinstance(numbers, dict) or any(type(n) is not int for n in numbers.values()):
         raise ValueError("The download's own numbers are no whole numbers.")
@@ -215,7 +215,7 @@ def _download(adapter: Adapter, header: Mapping[str, Any]) -> Download:
         _terms(header, sections.get("", Adapter({}))),
         extra,
         numbers,
-        held,
+        tuple(held),
     )
 
 

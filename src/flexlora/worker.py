@@ -8,6 +8,7 @@ module imports nothing that takes time, as the asking side is started anew for e
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from collections.abc import Callable, Mapping
@@ -33,9 +34,9 @@ class Worker:
         Raises:
             ValueError: the path is too long for a socket, or others may enter its folder.
         """
-        if len(str(path)) > _LONGEST_PATH:
+        if (length := len(os.fsencode(path))) > _LONGEST_PATH:
             raise ValueError(
-                f"The socket's path {path} has {len(str(path))} characters; systems take "
+                f"The socket's path {path} has {length} bytes; systems take "
                 f"{_LONGEST_PATH}. Give a shorter one."
             )
         if path.parent.stat().st_mode & 0o077:
@@ -67,7 +68,8 @@ class Worker:
         try:
             header, payload = _received(asker)
             _send(asker, *self._answer(header, payload))
-        except (OSError, EOFError, ValueError):
+        # Whatever an asker sends, the next one is answered: also a payload too large for memory.
+        except Exception:
             return
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
@@ -23,8 +24,15 @@ _AGAIN_SECONDS: Final = 30.0
 """After which a node that was not let in, or has not answered, is asked again who it is: its
 owner may have mended it, or its answer may be lost with a SuperLink that was killed."""
 
+_AWAY: Final = (3, 4, 5)
+"""Flower's codes for a message or a reply that is gone, and a node that is."""
+
 _LONGEST_SECONDS: Final = 12 * 3600.0
 """How long a message lives, where a round has no deadline."""
+
+
+Asked = tuple[str, int]
+"""A client, and the round of its job."""
 
 
 @dataclass
@@ -46,7 +54,7 @@ class Flower:
     _refused: dict[int, str] = field(default_factory=dict)
     _invited: dict[str, int] = field(default_factory=dict)
     _asked_at: dict[int, float] = field(default_factory=dict)
-    _late: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _late: dict[str, Asked] = field(default_factory=dict)
     _news: list[News] = field(default_factory=list)
 
     def gather(self, clients: int) -> None:
@@ -67,7 +75,7 @@ class Flower:
         """
         yield from self._told()
         started, seconds = time.monotonic(), patience.seconds
-        asked: dict[str, Job] = {}
+        asked: dict[str, Asked] = {}
         held = _Payloads()
         for job in jobs:
             if (message := self._message(job, held, seconds)) is None:
@@ -75,21 +83,21 @@ class Flower:
             elif not (id := next(iter(self.grid.push_messages([message])), None)):
                 yield Lost(job.client, "Flower did not take the message to it.")
             else:
-                asked[id] = job
+                asked[id] = job.client, job.round
                 yield News("asked", {"client": job.client})
         while asked and not patience.enough():
             if seconds is not None and time.monotonic() - started > seconds:
                 late = f"It did not answer within {seconds:g} s."
-                yield from (Lost(job.client, late) for job in asked.values())
+                yield from (Lost(client, late) for client, _ in asked.values())
                 break
             yield from self._heard(asked)
-        self._late |= {id: (job.client, job.round) for id, job in asked.items()}
+        self._late |= asked
 
-    def _heard(self, asked: dict[str, Job]) -> Iterator[Heard]:
+    def _heard(self, asked: dict[str, Asked]) -> Iterator[Heard]:
         """What one look at the grid brings; ``asked`` loses those who have answered."""
-        found = list(self.grid.pull_messages([*asked, *self._late, *self._invited]))
-        for message in found:
-            id = message.metadata.reply_to_message_id
+        found = False
+        for id, message in self._pulled([*asked, *self._late, *self._invited]):
+            found = True
             if id in self._invited:
                 self._welcome(message, self._invited.pop(id))
             elif id in self._late:
@@ -100,13 +108,29 @@ class Flower:
         if not found:
             time.sleep(self.poll_seconds)
 
+    def _pulled(self, ids: list[str]) -> Iterator[tuple[str, Message | ValueError]]:
+        """What has come in answer to these messages, by their ids, one in memory at a time.
+
+        Flower makes objects of a node's bytes while it pulls, and what it has pulled together
+        with something that it cannot read is lost: so each is asked for alone.
+        """
+        for id in ids:
+            try:
+                for message in self.grid.pull_messages([id]):
+                    yield id, message
+            except httpx.HTTPError:
+                raise  # the SuperLink is away
+            except Exception as error:
+                reason = f"Flower cannot read its answer ({type(error).__name__}: {error})."
+                yield id, ValueError(reason[:500])
+
     def _late_answer(
-        self, message: Message, whose: tuple[str, int], asked: dict[str, Job]
+        self, message: Message | ValueError, whose: Asked, asked: dict[str, Asked]
     ) -> Heard:
         """An answer to an earlier request: of use if the same is still asked of its client."""
         client, round = whose
-        again = next((i for i, j in asked.items() if (j.client, j.round) == whose), None)
-        if again is None or message.has_error():
+        again = next((i for i, other in asked.items() if other == whose), None)
+        if again is None or isinstance(message, ValueError) or message.has_error():
             return Stray(client, f"It answers an earlier request, for round {round}.")
         self._late[again] = whose
         return _reply(message, asked.pop(again))
@@ -128,8 +152,7 @@ class Flower:
             self._asked_at = {n: at for n, at in self._asked_at.items() if n in online}
             self._invite(online - self._client.keys())
             if self._invited:
-                for message in self.grid.pull_messages(list(self._invited)):
-                    id = message.metadata.reply_to_message_id
+                for id, message in self._pulled(list(self._invited)):
                     self._welcome(message, self._invited.pop(id))
             here = set(self._client.values())
             if len(here) >= count:
@@ -148,12 +171,19 @@ class Flower:
                 self._invited[id] = node
                 self._asked_at[node] = time.monotonic()
 
-    def _welcome(self, message: Message, node: int) -> None:
+    def _welcome(self, message: Message | ValueError, node: int) -> None:
         """Write down who answered, or why it is not let in."""
-        if message.has_error():
-            self._asked_at.pop(node, None)  # it went away, and is asked when it is back
-            return
+        if node in self._client:
+            return  # it was asked more than once while it loaded its model
         try:
+            if isinstance(message, ValueError):
+                raise message
+            if message.has_error():
+                error = message.error
+                if error.code in _AWAY:
+                    self._asked_at.pop(node, None)  # it is asked when it is back
+                    return
+                raise ValueError(f"Flower's error {error.code}: {error.reason or 'no reason'}")
             said, _ = records.opened(message.content)
             if "error" in said:
                 raise ValueError(str(said["error"])[:2000])
@@ -197,15 +227,18 @@ class _Payloads:
         return self.files[job.download]
 
 
-def _reply(message: Message, job: Job) -> Reply | Lost:
+def _reply(message: Message | ValueError, asked: Asked) -> Reply | Lost:
     """What a client answered: its upload, its own fault, or Flower's."""
+    client, _ = asked
+    if isinstance(message, ValueError):
+        return Lost(client, str(message))
     if message.has_error():
         error = message.error
-        return Lost(job.client, f"Flower's error {error.code}: {error.reason or 'no reason'}"[:500])
+        return Lost(client, f"Flower's error {error.code}: {error.reason or 'no reason'}"[:500])
     try:
         header, data = records.opened(message.content)
-    except ValueError as error:
-        return Lost(job.client, str(error))
+    except ValueError as fault:
+        return Lost(client, str(fault))
     if "error" in header:
-        return Lost(job.client, str(header["error"])[:500], header.get("forgot") is True)
-    return Reply(job.client, data)
+        return Lost(client, str(header["error"])[:500], header.get("forgot") is True)
+    return Reply(client, data)

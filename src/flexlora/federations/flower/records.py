@@ -37,7 +37,7 @@ def opened(content: RecordDict) -> tuple[dict[str, Any], bytes]:
     """
     try:
         header = json.loads(str(content[f"{NAME}.header"]["json"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError("The message is none of flexlora's.") from error
     if not isinstance(header, dict):
         raise ValueError("The message's header is no table.")

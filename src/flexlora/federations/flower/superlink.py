@@ -191,6 +191,20 @@ class SuperLink:
         said = self._flwr("supernode", "register", str(public_key), _CONNECTION, "--name", name)
         return int(said["node-id"])
 
+    def number(self, public_key: Path, name: str) -> int:
+        """Flower's number for a node of this name, registered now or before.
+
+        A server that was killed may have registered a node and not have written it down.
+        """
+        try:
+            return self.register(public_key, name)
+        except ValueError:
+            listed = self._flwr("supernode", "list", _CONNECTION)["nodes"]
+            known = [int(node["node-id"]) for node in listed if node.get("name") == name]
+            if len(known) != 1:
+                raise
+            return known[0]
+
     def submit(self, folder: Path) -> str:
         """Start the run that is laid out in ``folder``; Flower's number for it."""
         app = self.home / "app"
