@@ -371,7 +371,6 @@ def test_whatever_goes_wrong_is_said_with_its_kind(server, here, monkeypatch, er
 # What the owner has decided
 
 
-@pytest.mark.xfail(strict=True, reason="a download of any rank is trained")
 def test_a_rank_above_the_owners_means_is_refused(server, here, turns):
     assert server.enrolled(here)["attention"] == RANK
     server.ranks = dict.fromkeys(server.shapes, 16)

@@ -168,7 +168,26 @@ class _Joined:
         file = self.folder / "download"
         file.unlink(missing_ok=True)
         file.write_bytes(download)
-        return turn(Job(client, round, file), self.workplace)
+        job = Job(client, round, file)
+        self._check(job)
+        return turn(job, self.workplace)
+
+    def _check(self, job: Job) -> None:
+        """Refuse to train more than the owner gives.
+
+        A method that probes hands out all terms, of which the client then chooses; what is no
+        module's factors is a method's own.
+        """
+        shapes = self.workplace.base.shapes
+        most = self.means.rank.by_module(list(shapes))
+        if self.workplace.method.probes:
+            return
+        for module, factors in job.opened().adapter.items():
+            if factors.shape == shapes.get(module) and factors.rank > most[module]:
+                raise ValueError(
+                    f"The server asks client {job.client!r} to train rank {factors.rank} in "
+                    f"{module!r}; its owner gives {most[module]} at most."
+                )
 
 
 def training_rows(owner: Owner) -> Corpus:
