@@ -151,9 +151,11 @@ class Server:
 
     def stop(self) -> None:
         """End both."""
-        if self.gate is not None:
-            self.gate.stop()
-        self.link.process.stop()
+        try:
+            if self.gate is not None:
+                self.gate.stop()
+        finally:
+            self.link.process.stop()
 
 
 def serve(folder: Path, listening: Listening) -> Iterator[Event]:

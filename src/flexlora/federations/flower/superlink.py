@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -65,6 +66,21 @@ def free_port() -> int:
         return port
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM for a while: half a stop would leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    both = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in both]
+    try:
+        yield
+    finally:
+        for number, handler in zip(both, before, strict=True):
+            signal.signal(number, handler)
+
+
 @dataclass
 class Process:
     """A program with all that it starts, and its log; restarted by whoever watches it."""
@@ -115,15 +131,19 @@ class Process:
         return None if self._held is None else self._held.poll()
 
     def stop(self) -> None:
-        """End it and all of its group."""
+        """End it and all of its group, also if this process is told meanwhile to hurry."""
         if self._held is None:
             return
+        with _undisturbed():
+            self._stop(self._held)
+
+    def _stop(self, held: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(self._held.pid, signal.SIGTERM)
-            self._held.wait(_STOP_SECONDS)
+            os.killpg(held.pid, signal.SIGTERM)
+            held.wait(_STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError):  # what it started may outlive it
-            os.killpg(self._held.pid, signal.SIGKILL)
-        self._held.wait()
+            os.killpg(held.pid, signal.SIGKILL)
+        held.wait()
         self._number.unlink(missing_ok=True)
 
     def last_lines(self, count: int = 15) -> str:
