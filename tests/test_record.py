@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -15,7 +16,8 @@ def test_events_come_back_in_order_and_by_kind(record):
     first = record.append("start", clients=3)
     record.append("client", round=1, client="ä")
     record.append("round", round=1)
-    assert first == {"event": "start", "clients": 3}
+    assert first == {"event": "start", "time": first["time"], "clients": 3}
+    assert 0 <= time.time() - first["time"] < 60
     assert [event["event"] for event in record.events()] == ["start", "client", "round"]
     assert [event["event"] for event in record.events("round", "start")] == ["start", "round"]
     assert next(record.events("client"))["client"] == "ä"

@@ -44,7 +44,7 @@ def untimed(folder: Path) -> list[dict]:
 
     Also without the bytes up: see test_wire's test of the clock.
     """
-    left_out = ("seconds", "aggregate_seconds", "bytes_up")
+    left_out = ("time", "seconds", "aggregate_seconds", "bytes_up")
     events = [event for event in Record(folder).events() if event["event"] != "start"]
     for event in events:
         if event["event"] == "finish":
