@@ -41,7 +41,11 @@ class Relay:
     def _accept(self) -> None:
         while True:
             one, _ = self.listener.accept()
-            other = socket.create_connection(("127.0.0.1", self.port))
+            try:
+                other = socket.create_connection(("127.0.0.1", self.port))
+            except OSError:  # the server is not there yet, or no more
+                one.close()
+                continue
             for source, target in ((one, other), (other, one)):
                 threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
 
@@ -60,11 +64,11 @@ class Relay:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=16)
     options = parser.parse_args()
     port = free_port()
     relay = Relay(port)
-    plan = Plan({"word_sorting": options.rank}, options.steps, port, relay.reached)
+    plan = Plan({"word_sorting": options.rank}, options.steps, 100, port, relay.reached)
     with tempfile.TemporaryDirectory() as folder:
         found = show(Path(folder) / "run", plan)
     real, simulated = (median(seconds) for seconds in found.rounds_seconds)

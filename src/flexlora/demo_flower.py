@@ -57,7 +57,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Plan:
-    """The clients with their ranks, and how many steps a turn has.
+    """The clients with their ranks, how many steps a turn has, and rows a client.
 
     ``port`` is the server's, and ``reached`` the one at which clients find it: that of a relay
     in between, where it is another; 0 is any that is free.
@@ -65,6 +65,7 @@ class Plan:
 
     ranks: Mapping[str, int] = field(default_factory=lambda: RANKS)
     steps: int = STEPS
+    rows: int = _ROWS
     port: int = 0
     reached: int = 0
 
@@ -102,7 +103,7 @@ def show(folder: Path, plan: Plan | None = None) -> Compared:
     """
     plan = plan or Plan()
     folder.mkdir(parents=True)
-    rows = procedural.generate(tuple(plan.ranks), examples=_ROWS, seed=5)
+    rows = procedural.generate(tuple(plan.ranks), examples=plan.rows, seed=5)
     files = _files(rows, folder / "data", plan)
     text = settings({"format": "remote"}, plan).model_dump_json(exclude_none=True)
     (folder / "demo.toml").write_text(_toml(json.loads(text)), encoding="utf-8")
