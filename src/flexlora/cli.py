@@ -33,6 +33,7 @@ from flexlora.adapter import Adapter
 from flexlora.check import check as inspect
 from flexlora.merging import merge as merge_adapters
 from flexlora.merging import parse_rank
+from flexlora.real_commands import Changes
 from flexlora.record import JOURNAL, Event, mean_scores
 from flexlora.report import comparison, page
 from flexlora.task import evaluate_each
@@ -46,11 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. federation.rounds=3."),
-]
 
 
 app.command("keys")(real_commands.make_keys)

@@ -90,9 +90,7 @@ def is_alive(folder: Path) -> bool:
     try:
         with (folder / ALIVE).open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except BlockingIOError:
+    except (FileNotFoundError, BlockingIOError):
         return True
     return False
 

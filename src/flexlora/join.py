@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from flexlora.federations.flower.superlink import Process, supernode
 from flexlora.keys import NodeKey
-from flexlora.node import Answer, Node, Owner
+from flexlora.node import Node, Owner
 from flexlora.progress import duration, size
 from flexlora.serve import is_loopback
-from flexlora.worker import Worker
+from flexlora.worker import Answer, Worker
 
 _LOOK_SECONDS: Final = 0.5
 _FIRST_PAUSE_SECONDS: Final = 5.0

@@ -21,11 +21,9 @@ from flexlora.model import Base
 from flexlora.private import Forgotten, Private
 from flexlora.ranks import RankType
 from flexlora.terms import Terms
+from flexlora.worker import Answer
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
-
-Answer = tuple[dict[str, Any], bytes]
-"""A header fit for JSON, and a payload."""
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,8 @@ def _serve(settings: config.Experiment, folder: Path, listening: Listening, stat
             with closing(run) as events:
                 shown = progress.show(events, console, turns)
         except KeyboardInterrupt:
-            print(f"\nstopped; go on with: flexlora serve --resume {folder}", file=sys.stderr)
+            resume = f"flexlora serve --resume {folder}, and --listen and --keys as before"
+            print(f"\nstopped; go on with: {resume}", file=sys.stderr)
             raise SystemExit(130) from None
     console.print(f"adapter: {shown[-1]['adapter']}", soft_wrap=True)
     console.print(f"report:  {page.write(folder)}", soft_wrap=True)

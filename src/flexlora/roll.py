@@ -108,8 +108,8 @@ class Roll(Population):
     """The clients that came so far, by name; kept in the run's folder.
 
     With ``bound`` a client's name belongs to the node whose key was let in under it; else the
-    last that says to be it is taken for it. With ``alike`` all must have
-    the ranks of the limit.
+    last that says to be it is taken for it. With ``alike`` all must have the
+    ranks of the limit.
     """
 
     folder: Path

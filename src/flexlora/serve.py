@@ -200,7 +200,7 @@ def _served(folder: Path, listening: Listening) -> Iterator[Event]:
                 if event["event"] == "stopped":
                     raise ValueError(
                         f"The run stopped: {event['reason']} Go on with: flexlora serve --resume "
-                        f"{folder}"
+                        f"{folder}, and --listen and --keys as before."
                     )
             arrivals.say(_let_in(server))
             arrivals.show()

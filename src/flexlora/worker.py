@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 Answer = tuple[dict[str, Any], bytes]
+"""A header fit for JSON, and a payload."""
 
 LONGEST_HEADER_BYTES: Final = 2**20
 _LENGTHS: Final = struct.Struct("<QQ")

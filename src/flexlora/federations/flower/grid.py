@@ -179,11 +179,10 @@ class Flower:
             if isinstance(message, ValueError):
                 raise message
             if message.has_error():
-                error = message.error
-                if error.code in _AWAY:
+                if message.error.code in _AWAY:
                     self._asked_at.pop(node, None)  # it is asked when it is back
                     return
-                raise ValueError(f"Flower's error {error.code}: {error.reason or 'no reason'}")
+                raise ValueError(_fault(message))
             said, _ = records.opened(message.content)
             if "error" in said:
                 raise ValueError(str(said["error"])[:2000])
@@ -227,14 +226,18 @@ class _Payloads:
         return self.files[job.download]
 
 
+def _fault(message: Message) -> str:
+    """An error of Flower's in words."""
+    return f"Flower's error {message.error.code}: {message.error.reason or 'no reason'}"[:500]
+
+
 def _reply(message: Message | ValueError, asked: Asked) -> Reply | Lost:
     """What a client answered: its upload, its own fault, or Flower's."""
     client, _ = asked
     if isinstance(message, ValueError):
         return Lost(client, str(message))
     if message.has_error():
-        error = message.error
-        return Lost(client, f"Flower's error {error.code}: {error.reason or 'no reason'}"[:500])
+        return Lost(client, _fault(message))
     try:
         header, data = records.opened(message.content)
     except ValueError as fault:
