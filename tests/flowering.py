@@ -5,15 +5,16 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import tiny
-from flexlora.budget import Budget
+from flexlora.budget import Budget, Modules
 from flexlora.config import Experiment
 from flexlora.data.corpus import Corpus
 from flexlora.federations.flower import records
@@ -161,13 +162,19 @@ def data_of(corpus: Corpus, folder: Path) -> dict[str, Path]:
     return files
 
 
-def start(folder: Path, sockets: Path, ranks: dict[str, int]) -> FakeGrid:
-    """A grid with a node for each client of these ranks."""
+def start(
+    folder: Path,
+    sockets: Path,
+    ranks: dict[str, int],
+    modules: Mapping[str, Modules] = MappingProxyType({}),
+) -> FakeGrid:
+    """A grid with a node for each client of these ranks, who may train some modules alone."""
     folder.mkdir(parents=True)
     files = data_of(tiny.corpus(), folder)
     nodes = {}
     for number, (client, rank) in enumerate(ranks.items(), start=2**63 + 7):
         owner = owner_of(client, rank, files[client], folder)
+        owner = replace(owner, budget=Budget(rank, modules=modules.get(client, "all")))
         nodes[number] = beside(number, Node(owner).answer, sockets / f"{client}.sock")
     return FakeGrid(nodes)
 

@@ -133,6 +133,7 @@ def row(name: str) -> str:
         kind.paper,
         "–" if kind.personal else exact,
         "yes" if kind.mixed_ranks else "no",
+        "yes" if kind.by_module else "no",
         f"{formulas[0]}: {kib(found['up'])}",
         f"{formulas[1]}: {kib(found['down'])}",
         kind.server,
@@ -148,7 +149,7 @@ def notes(name: str) -> str:
 
 
 COLUMNS = (
-    *("name", "method", "paper", "exact", "mixed ranks", "up, KiB", "down, KiB"),
+    *("name", "method", "paper", "exact", "mixed ranks", "mixed modules", "up, KiB", "down, KiB"),
     *("server, a module", "composes with", "code"),
 )
 
@@ -160,8 +161,9 @@ One method is one file in `src/flexlora/methods/`, and every one is held to the 
 `tests/methods/test_laws.py`. **Exact** says whether the server's result is the weighted mean of
 the clients' products, up to the rank that it keeps; "term by term" means that each term's mean is
 over the clients that hold it. Methods without **mixed ranks** refuse a federation of unequal
-ranks at start-up. **Up** and **down** count numbers for a module (m, n): r is the client's rank,
-R the largest, S the cohort's summed rank, K its size, p the rank that an energy leaves, b the
+ranks at start-up, and those without **mixed modules** one in which a type has the rank 0 for a
+kind of layers; with the others each module's mean is over the clients that train it. **Up** and
+**down** count numbers for a module (m, n): r is the client's rank, R the largest, S the cohort's summed rank, K its size, p the rank that an energy leaves, b the
 terms that a budget gives the module, c the numbers of a column of what is trained in place of
 factors; "or" means in turn, "then" from a later round on. Beside the formula stand the measured
 KiB of float32 messages for one module of {shape}, a client of rank 8 among clients of ranks 4, 8

@@ -119,6 +119,29 @@ def test_a_turns_steps_are_the_terms(place, steps, free, epochs, most, turns):
     assert Budget(seconds=turns * 3.9).means(here, LIMIT).rank == RankType(20, 20)
 
 
+@pytest.mark.parametrize(
+    ("modules", "given"), [("attention", (30, 0)), ("feed_forward", (0, 24)), ("all", (30, 24))]
+)
+def test_a_client_may_train_some_modules_alone(place, steps, free, modules, given):
+    assert Budget(30, modules=modules).means(place, LIMIT).rank == RankType(*given)
+
+
+def test_modules_that_are_not_trained_need_no_memory(place, steps, free):
+    free(2 * needed(place, 40, 0))
+    assert Budget(modules="attention").means(place, LIMIT).rank == RankType(40, 0)
+    assert Budget().means(place, LIMIT).rank.attention < 40
+
+
+def test_a_client_that_the_server_leaves_nothing_to_train_is_told(place):
+    with pytest.raises(ValueError, match="trains attention alone, for which the server leaves no"):
+        Budget(3, modules="attention").means(place, RankType(0, 24))
+
+
+def test_modules_have_names():
+    with pytest.raises(ValueError, match="not 'mlp'"):
+        Budget(3, modules="mlp")
+
+
 def test_memory_and_time_count_both(place, steps, free):
     free(2 * needed(place, 20, 20))
     assert Budget(seconds=3.1).means(place, LIMIT).rank == RankType(10, 10)

@@ -124,10 +124,16 @@ def test_kinds_of_layers_are_told_apart():
         RankType(3, 5).by_module(["odd.name"])
 
 
-@pytest.mark.parametrize("ranks", [(0, 3), (3, 0), (-1, -1)])
-def test_ranks_are_at_least_one(ranks):
-    with pytest.raises(ValueError, match="A rank is at least 1"):
+@pytest.mark.parametrize("ranks", [(0, 0), (3, -1), (-1, 3), (-1, -1)])
+def test_a_client_trains_something(ranks):
+    with pytest.raises(ValueError, match="A client trains at a rank of at least 1"):
         RankType(*ranks)
+
+
+@pytest.mark.parametrize(("ranks", "held"), [((3, 0), MODULES[:1]), ((0, 5), MODULES[1:])])
+def test_layers_of_rank_0_are_not_trained(ranks, held):
+    assert RankType(*ranks).by_module(MODULES) == dict.fromkeys(held, max(ranks))
+    assert RankType(*ranks).targets == (ranks[0] > 0, ranks[1] > 0)
 
 
 def test_a_table_is_read_with_or_without_its_heading(tmp_path):

@@ -247,6 +247,13 @@ def test_a_rank_is_auto_or_a_number_above_0(refused, rows, rank):
 FORM = "instruction=..., input=..., output=..., messages=..., client=..., category=..., split=..."
 
 
+@pytest.mark.parametrize("modules", ["mlp", "", "attention,feed_forward", "ALL"])
+def test_modules_are_all_or_of_one_kind(refused, rows, modules):
+    words = ["join", "127.0.0.1:8090", "--data", rows, "--insecure", "--name", "ash"]
+    said = refused(*words, "--modules", modules)
+    assert f"--modules takes all, attention, feed_forward, not {modules!r}" in said
+
+
 @pytest.mark.parametrize("columns", ["output", "outptu=a", "=a", ",", "output=output,"])
 def test_columns_are_names_of_a_corpus_with_those_of_the_file(refused, rows, columns):
     words = ["join", "127.0.0.1:8090", "--data", rows, "--insecure", "--name", "ash"]

@@ -65,6 +65,42 @@ def test_a_rank_is_within_both_limits(tmp_path, own, most, given, kind):
     assert list(clients["clinic"].ranks.values()) == list(given)
 
 
+@pytest.mark.parametrize(
+    ("own", "most", "kind"), [((5, 0), (8, 8), "r5-0"), ((5, 5), (0, 4), "r0-4")]
+)
+def test_a_client_may_train_some_modules_alone(tmp_path, own, most, kind):
+    clients = roll(tmp_path, Limit(RankType(*most), {}))
+    _, entry = clients.admit(said(attention=own[0], feed_forward=own[1]), NODE)
+    assert entry.rank_type == kind
+    rank, place = max((entry.attention, 0), (entry.feed_forward, 1))
+    assert clients["clinic"].ranks == {MODULES[place]: rank}
+
+
+def test_a_client_that_its_limit_leaves_nothing_is_refused(tmp_path):
+    clients = roll(tmp_path, Limit(RankType(0, 4), {}))
+    with pytest.raises(ValueError, match=r"'clinic' trains nothing that its limit .* leaves it"):
+        clients.admit(said(feed_forward=0), NODE)
+    assert len(clients) == 0
+
+
+def test_where_all_must_train_all_modules_fewer_are_refused(tmp_path):
+    clients = roll(tmp_path, whole=True)
+    with pytest.raises(ValueError, match=r"at r5-0, .* join with --modules all"):
+        clients.admit(said(feed_forward=0), NODE)
+    clients.admit(said(), NODE)
+    # What the server trains with nobody is nothing to miss.
+    some = roll(tmp_path / "some", Limit(RankType(8, 0), {}), whole=True)
+    (tmp_path / "some").mkdir()
+    assert some.admit(said(), NODE)[1].rank_type == "r5-0"
+
+
+def test_alike_are_those_of_one_rank_in_what_they_train(tmp_path):
+    clients = roll(tmp_path, alike=True)
+    assert clients.admit(said(attention=8, feed_forward=0), NODE)[1].rank_type == "r8-0"
+    with pytest.raises(ValueError, match="needs one rank"):
+        clients.admit(said(attention=5, feed_forward=0), NODE)
+
+
 def test_kinds_and_counts_are_of_those_who_are_there(tmp_path):
     clients = roll(tmp_path, Limit(RankType(9, 9), {}))
     for name, (attention, feed_forward) in {
@@ -103,7 +139,7 @@ def test_any_other_text_is_a_name(tmp_path):
 @pytest.mark.parametrize("field", ["examples", "attention", "feed_forward"])
 @pytest.mark.parametrize(
     "value",
-    [0, -1, True, False, None, 2.0, "3", [3], MOST_EXAMPLES + 1, 10**400, float("nan")],
+    [-1, True, False, None, 2.0, "3", [3], MOST_EXAMPLES + 1, 10**400, float("nan")],
 )
 def test_what_is_no_count_is_refused(tmp_path, field, value):
     clients = roll(tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,3 +144,27 @@ class Adapter(Mapping[str, Factors]):
     def half(self, halves: Halves) -> Adapter:
         """Each module's ``Factors.half``."""
         return Adapter({module: factors.half(halves) for module, factors in self.items()})
+
+    def only(self, modules: Collection[str]) -> Adapter:
+        """Of these modules those that it has, in its own order; none is read before it is needed."""
+        kept = set(modules)
+        return Adapter(_Only(self.modules, tuple(m for m in self.modules if m in kept)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Only(Mapping[str, Factors]):
+    """Some modules of a mapping that may read each from a file."""
+
+    whole: Mapping[str, Factors]
+    names: tuple[str, ...]
+
+    def __getitem__(self, module: str) -> Factors:
+        if module not in self.names:
+            raise KeyError(module)
+        return self.whole[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

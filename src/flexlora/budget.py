@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal, get_args
 
 from flexlora.adapter import Adapter
 from flexlora.client import Workplace
@@ -26,15 +26,27 @@ class Means:
     tokens_per_second: float | None
 
 
+Modules = Literal["all", "attention", "feed_forward"]
+"""Which modules a client trains."""
+
+
 @dataclass(frozen=True)
 class Budget:
-    """An owner's limits: a ``rank``, or what memory and ``seconds`` a turn allow (None)."""
+    """An owner's limits: a ``rank``, or what memory and ``seconds`` a turn allow (None).
+
+    ``modules`` are those that it trains, whatever its rank.
+    """
 
     rank: int | None = None
     memory_bytes: int | None = None
     seconds: float | None = None
+    modules: Modules = "all"
 
     def __post_init__(self) -> None:
+        if self.modules not in get_args(Modules):
+            raise ValueError(
+                f"A client trains {', '.join(get_args(Modules))}, not {self.modules!r}."
+            )
         for name in ("rank", "memory_bytes", "seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -48,8 +60,10 @@ class Budget:
         are given, whose turn would be over in time: one step at that rank is measured.
 
         Raises:
-            ValueError: not even rank 1 is within the limits.
+            ValueError: not even rank 1 is within the limits, or what the client trains is not
+                what the server lets it train.
         """
+        limit = self._trained(limit)
         if self.rank is not None:
             return Means(_at_most(limit, self.rank), None)
         rank = max(limit.attention, limit.feed_forward)
@@ -63,6 +77,18 @@ class Budget:
         raise ValueError(
             f"Not even rank 1 is within this client's means ({self}); give it more memory or time."
         )
+
+    def _trained(self, limit: RankType) -> RankType:
+        """The limit of the modules that the client trains, and 0 of the others."""
+        if self.modules == "all":
+            return limit
+        ranks = {"attention": 0, "feed_forward": 0, self.modules: getattr(limit, self.modules)}
+        if not any(ranks.values()):
+            raise ValueError(
+                f"This client trains {self.modules} alone, for which the server leaves no rank "
+                f"({limit}); join with other --modules."
+            )
+        return RankType(**ranks)
 
     def _fits(self, here: Workplace, rank: RankType) -> bool:
         free = _SHARE_OF_MEMORY * free_bytes(here.base.device)

@@ -220,7 +220,9 @@ def list_methods() -> None:
         options = ", ".join(f"{key}={value!r}" for key, value in values.items()) or "none"
         exact, mixed = "exact" if kind.exact else "inexact", "yes" if kind.mixed_ranks else "no"
         print(f"{name}: {kind.title} ({kind.paper})")
-        print(f"    aggregate {exact}; mixed ranks: {mixed}; options: {options}")
+        modules = "yes" if kind.by_module else "no"
+        told = f"aggregate {exact}; mixed ranks: {mixed}, modules: {modules}; options: {options}"
+        print(f"    {told}")
 
 
 @app.command()

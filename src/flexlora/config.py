@@ -61,15 +61,15 @@ class Data(BaseModel):
 
 
 class Type(BaseModel):
-    """A rank type; a rank for the two kinds of layers, or one for both."""
+    """A rank type: a rank for each of the two kinds of layers; 0 for one that is not trained."""
 
     model_config = CLOSED
-    attention: int = Field(ge=1)
-    feed_forward: int = Field(ge=1)
+    attention: int = Field(ge=0)
+    feed_forward: int = Field(ge=0)
 
 
 class Ranks(BaseModel):
-    """Who trains at which rank: one ``rank`` for all, or types and their shares."""
+    """Who trains what at which rank: one ``rank`` for all, or types and their shares."""
 
     model_config = CLOSED
     rank: int | None = Field(None, ge=1)
@@ -192,6 +192,11 @@ def _rank_faults(rank: Ranks) -> list[str]:
     faults = []
     if rank.rank is not None and (rank.types or rank.clients):
         faults.append("ranks.rank is for all clients; leave out ranks.types and ranks.clients")
+    faults += [
+        f"ranks.types.{name} trains neither attention nor feed_forward; one must be at least 1"
+        for name, kind in (rank.types or {}).items()
+        if kind.attention == kind.feed_forward == 0
+    ]
     given = [name for name in ("rank", "distribution", "table") if getattr(rank, name) is not None]
     if len(given) > 1 or (not given and not rank.clients):
         faults.append(

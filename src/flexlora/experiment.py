@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from flexlora.model import Base
 from flexlora.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution
 from flexlora.seeds import rng
 from flexlora.server_optimizer import Optimized
+from flexlora.targeted import targeted
 from flexlora.task import Question, pick
 from flexlora.training.optimizer import Training
 
@@ -114,6 +115,11 @@ class Ready:
         return Fresh(self.base.shapes, self.experiment.seed).common(self.largest)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shape of every module that anybody trains."""
+        return {m: shape for m, shape in self.base.shapes.items() if m in self.largest}
+
+    @property
     def wire_dtype(self) -> torch.dtype:
         """The kind of numbers that adapters travel in."""
         return dtype(self.experiment.federation.wire_dtype)
@@ -149,7 +155,7 @@ def prepare(
     unseen, corpus, rows = _dealt(corpus, experiment)
     # Ranks and refusals come before the model: they are quick to check.
     assignment = _ranks(experiment.ranks, list(rows), experiment.seed)
-    _check_ranks(method, assignment)
+    method = _among(method, assignment)
     base = experiment.model.load() if base is None else base
     modules = list(base.shapes)
     by_type = {name: kind.by_module(modules) for name, kind in assignment.types.items()}
@@ -170,7 +176,7 @@ def prepare(
         base=base,
         method=method,
         clients=clients,
-        largest={m: max(ranks[m] for ranks in clients.kinds.values()) for m in modules},
+        largest=_largest(modules, clients.kinds.values()),
         unseen=unseen,
         place=workplace,
         questions=_questions(corpus, rows, unseen, experiment),
@@ -188,10 +194,12 @@ def served(
     Raises:
         ValueError: the data or the combination of choices cannot be used.
     """
+    method = method_of(experiment)
     return Ready(
         experiment=experiment,
         base=base,
-        method=method_of(experiment),
+        # Who will come with which modules is not known.
+        method=targeted(method) if method.by_module else method,
         clients=clients,
         largest=largest,
         unseen=[],
@@ -359,13 +367,26 @@ def _ranks(settings: Ranks, clients: list[str], seed: int) -> Assignment:
     return assign(clients, types, shares or {}, rng(seed, "ranks"), settings.clients)
 
 
-def _check_ranks(method: Method, assignment: Assignment) -> None:
+def _among(method: Method, assignment: Assignment) -> Method:
+    """The method among clients of these types.
+
+    Raises:
+        ValueError: it cannot be used among them.
+    """
     used = {assignment.types[name] for name in assignment.of.values()}
-    if len(used) > 1 and not method.mixed_ranks:
+    levels = [{kind.attention for kind in used}, {kind.feed_forward for kind in used}]
+    if any(len(ranks - {0}) > 1 for ranks in levels) and not method.mixed_ranks:
         raise ValueError(
             f"{method.title} needs one rank for all clients, but the clients have "
             f"{assignment.histogram}; set ranks.rank, or use method 'flexlora'."
         )
+    return targeted(method) if len({kind.targets for kind in used}) > 1 else method
+
+
+def _largest(modules: Sequence[str], kinds: Collection[Mapping[str, int]]) -> dict[str, int]:
+    """The largest rank of each module that anybody trains."""
+    most = {m: max((ranks.get(m, 0) for ranks in kinds), default=0) for m in modules}
+    return {module: rank for module, rank in most.items() if rank}
 
 
 def _asked_of(experiment: Experiment, clients: Population) -> list[Question]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flexlora.client import Job
+from flexlora.method import Method, State, Upload
 
 
 @dataclass(frozen=True)
@@ -76,4 +77,13 @@ class Federation(Protocol):
         round are in memory at once. When it has enough, those still at work are not waited
         for; nothing is said of them.
         """
+        ...
+
+
+@runtime_checkable
+class Aggregating(Protocol):
+    """A federation whose workers take a part in the server's step too."""
+
+    def aggregate(self, method: Method, state: State, uploads: Sequence[Upload]) -> State:
+        """What the method's own ``aggregate`` finds, to the bit."""
         ...

@@ -132,8 +132,9 @@ def _host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
     base = settings.model.load()
     modules = list(base.shapes)
     limit = Limit.of(settings.ranks)
-    alike = not experiment.method_of(settings).mixed_ranks
-    roll = Roll(folder, limit, modules, plan.bound, alike)
+    method = experiment.method_of(settings)
+    alike, whole = not method.mixed_ranks, not method.by_module
+    roll = Roll(folder, limit, modules, plan.bound, alike, whole)
     largest = limit.largest()
     told = terms.of(settings, plan.run, asdict(largest)).model_dump_json()
     federation = connect(roll, told, settings.federation.quorum)

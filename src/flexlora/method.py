@@ -164,6 +164,9 @@ class Method(ABC):
     that gradients in the factors may be averaged over both."""
     sparse: ClassVar[bool] = False
     """Whether messages hold so many zeros that they travel without them."""
+    by_module: ClassVar[bool] = False
+    """Whether each module is aggregated by itself, whatever the others are: then parts of a state
+    may be aggregated apart, to the same bits, and clients may train different modules."""
 
     @property
     def by_rank_alone(self) -> bool:

@@ -224,12 +224,19 @@ class Base:
 
     @contextmanager
     def _with(self, adapters: Sequence[Mapping[str, Part]]) -> Iterator[None]:
-        """The layers with the parts of these adapters, then without."""
-        found = {}
-        for path in self._layers:
-            found[path] = tuple(adapter[path] for adapter in adapters if path in adapter)
-            if found[path] and len(found[path]) < len(adapters):
-                raise ValueError(f"Some of the adapters side by side have no module {path!r}.")
+        """The layers with the parts of these adapters, then without.
+
+        An adapter that lacks a module which one beside it has takes part there at rank 0.
+        """
+        found: dict[str, tuple[Part, ...]] = {}
+        for path, (out, in_) in self.shapes.items():
+            held = [adapter.get(path) for adapter in adapters]
+            first = next((part for part in held if part is not None), None)
+            if first is None:
+                found[path] = ()
+                continue
+            nothing = Part(first.A.new_empty(0, in_), first.B.new_empty(out, 0))
+            found[path] = tuple(nothing if part is None else part for part in held)
         try:
             for path, layer in self._layers.items():
                 layer.parts = found[path]

@@ -22,20 +22,32 @@ from flexlora import model
 
 @dataclass(frozen=True)
 class RankType:
-    """A kind of client by its means: a rank for attention and one for feed-forward layers."""
+    """A kind of client by its means: a rank for attention and one for feed-forward layers.
+
+    One of the two may be 0: layers that the client does not train.
+    """
 
     attention: int
     feed_forward: int
 
     def __post_init__(self) -> None:
-        if min(self.attention, self.feed_forward) < 1:
-            raise ValueError(f"A rank is at least 1, got {self}.")
+        if min(self.attention, self.feed_forward) < 0 or self.attention == self.feed_forward == 0:
+            raise ValueError(
+                f"A client trains at a rank of at least 1, or 0 for one of the two kinds of "
+                f"layers, got {self}."
+            )
+
+    @property
+    def targets(self) -> tuple[bool, bool]:
+        """Whether it trains attention, and feed-forward layers."""
+        return self.attention > 0, self.feed_forward > 0
 
     def by_module(self, modules: Sequence[str]) -> dict[str, int]:
-        """The rank of every module."""
+        """The rank of every module that it trains."""
         if self.attention == self.feed_forward:
             return dict.fromkeys(modules, self.attention)
-        return {module: getattr(self, model.kind(module)) for module in modules}
+        ranks = {module: getattr(self, model.kind(module)) for module in modules}
+        return {module: rank for module, rank in ranks.items() if rank}
 
 
 PAPER_TYPES: Mapping[str, RankType] = {

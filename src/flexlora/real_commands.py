@@ -16,13 +16,13 @@ from contextlib import closing, contextmanager
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import Console
 
 from flexlora import checkpoint, config, hosting, progress, tracker, trackers
-from flexlora.budget import Budget
+from flexlora.budget import Budget, Modules
 from flexlora.data.corpora.table import Columns
 from flexlora.node import Owner
 from flexlora.report import page
@@ -131,6 +131,9 @@ def join(
     rank: Annotated[
         str, typer.Option(metavar="auto|N", help="At most; auto measures this machine.")
     ] = "auto",
+    modules: Annotated[
+        str, typer.Option(metavar="all|attention|feed_forward", help="What this client trains.")
+    ] = "all",
     key_folder: Annotated[
         Path | None,
         typer.Option("--keys", metavar="DIR", help="Your NAME.key and the server's ca.crt."),
@@ -176,7 +179,7 @@ def join(
         name=known,
         data=data,
         state=state or Path(f"flexlora-{known}"),
-        budget=Budget(_rank(rank), most, seconds),
+        budget=Budget(_rank(rank), most, seconds, _modules(modules)),
         columns=_columns(columns),
         rows_of=rows_of,
         model=model,
@@ -291,6 +294,12 @@ def _rank(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--rank takes auto or a number above 0, not {text!r}.")
     return int(text)
+
+
+def _modules(text: str) -> Modules:
+    if text not in get_args(Modules):
+        raise ValueError(f"--modules takes {', '.join(get_args(Modules))}, not {text!r}.")
+    return cast(Modules, text)
 
 
 def _columns(text: str | None) -> Columns | None:

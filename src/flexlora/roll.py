@@ -109,7 +109,7 @@ class Roll(Population):
 
     With ``bound`` a client's name belongs to the node whose key was let in under it; else the
     last that says to be it is taken for it. With ``alike`` all must have the
-    ranks of the limit.
+    ranks of the limit, and with ``whole`` all must train all modules that it names.
     """
 
     folder: Path
@@ -117,6 +117,7 @@ class Roll(Population):
     modules: Sequence[str]
     bound: bool = True
     alike: bool = False
+    whole: bool = False
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,16 +144,21 @@ class Roll(Population):
         usable = isinstance(speed, int | float) and 0 <= speed <= _FASTEST
         entry = Entry(
             node=node,
-            attention=min(limit.attention, _count(said, "attention", id)),
-            feed_forward=min(limit.feed_forward, _count(said, "feed_forward", id)),
+            attention=min(limit.attention, _count(said, "attention", id, least=0)),
+            feed_forward=min(limit.feed_forward, _count(said, "feed_forward", id, least=0)),
             examples=_count(said, "examples", id),
             device=str(said.get("device"))[:40],
             tokens_per_second=float(speed) if speed is not None and usable else None,
         )
-        if self.alike and (entry.attention, entry.feed_forward) != (
-            limit.attention,
-            limit.feed_forward,
-        ):
+        pairs = [(entry.attention, limit.attention), (entry.feed_forward, limit.feed_forward)]
+        if not any(rank for rank, _ in pairs):
+            raise ValueError(f"Client {id!r} trains nothing that its limit ({limit}) leaves it.")
+        if self.whole and any(most and not rank for rank, most in pairs):
+            raise ValueError(
+                f"Client {id!r} would train at {entry.rank_type}, but this method decides over all "
+                f"modules at once, and everybody trains them ({limit}); join with --modules all."
+            )
+        if self.alike and any(rank not in (0, most) for rank, most in pairs):
             raise ValueError(
                 f"Client {id!r} would train at {entry.rank_type}, but this method needs one rank "
                 f"for all, that of the server ({limit}); join with it, or not at all."
@@ -202,8 +208,8 @@ class Roll(Population):
         return RankType(entry.attention, entry.feed_forward).by_module(self.modules)
 
 
-def _count(said: Mapping[str, Any], name: str, client: str) -> int:
+def _count(said: Mapping[str, Any], name: str, client: str, least: int = 1) -> int:
     value = said.get(name)
-    if type(value) is not int or not 1 <= value <= MOST_EXAMPLES:
+    if type(value) is not int or not least <= value <= MOST_EXAMPLES:
         raise ValueError(f"Client {client!r} says its {name} are {str(value)[:30]!r}.")
     return value

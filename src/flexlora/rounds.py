@@ -24,10 +24,10 @@ from flexlora.checkpoint import Checkpoint
 from flexlora.client import FACTS, Job
 from flexlora.config import Experiment
 from flexlora.experiment import Ready
-from flexlora.federation import Federation, Lost, News, Patience, Reply, Stray
+from flexlora.federation import Aggregating, Federation, Lost, News, Patience, Reply, Stray
 from flexlora.federations.simulated import Simulated
 from flexlora.linalg import LowRankSum, norm
-from flexlora.method import Client, Draw, Fresh, State, Upload
+from flexlora.method import Client, Draw, Fresh, Method, State, Upload
 from flexlora.private import Private
 from flexlora.record import Event, Record
 from flexlora.seeds import rng
@@ -102,7 +102,7 @@ def _round(
     yield from asking.events(record)
     aggregating = time.perf_counter()
     in_order = [asking.uploads[id] for id in ready.clients if id in asking.uploads]
-    state = ready.method.aggregate(asking.state, in_order)
+    state = _aggregated(ready.method, federation, asking.state, in_order)
     adapter = ready.method.update(state)
     seconds = time.perf_counter() - aggregating
     _export(ready, adapter, adapter_folder(folder, number))
@@ -123,6 +123,15 @@ def _round(
     if ready.experiment.run.keep_adapters == "last" and number > 1:
         shutil.rmtree(adapter_folder(folder, number - 1).parent, ignore_errors=True)
     return point
+
+
+def _aggregated(
+    method: Method, federation: Federation, state: State, uploads: Sequence[Upload]
+) -> State:
+    """The next state, with the help of workers where the federation has any for it."""
+    if isinstance(federation, Aggregating):
+        return federation.aggregate(method, state, uploads)
+    return method.aggregate(state, uploads)
 
 
 def _together(ready: Ready) -> int:
@@ -268,7 +277,7 @@ class _Asking:
                 upload,
                 client,
                 self.number,
-                ready.method.expects(self.state, client, ready.base.shapes),
+                ready.method.expects(self.state, client, ready.shapes),
                 most_examples=client.examples,
             )
             if missing := [name for name in FACTS if name not in upload.facts]:
@@ -368,7 +377,7 @@ def _evaluations(
     if last and how.truncated:
         for name, ranks in ready.clients.kinds.items():
             if dict(ranks) != dict(ready.largest):
-                adapters[name] = adapter.first(ranks)
+                adapters[name] = adapter.only(ranks).first(ranks)
     yield from _evaluated(record, ready, number, adapters)
 
 
@@ -418,7 +427,7 @@ def _export(ready: Ready, adapter: Adapter, target: Path) -> None:
 
 def _start_facts(ready: Ready, resume: bool) -> dict[str, Any]:
     types = ready.clients.kinds
-    shapes = ready.base.shapes
+    shapes = ready.shapes
     return {
         "version": metadata.version("flexlora"),
         "config": ready.experiment.model_dump(mode="json"),

@@ -37,8 +37,8 @@ class Terms(BaseModel):
     regularizer: dict[str, Any] | None = None
     training: Training
     wire_dtype: Literal["float32", "bfloat16", "float16"]
-    attention: int = Field(ge=1)
-    feed_forward: int = Field(ge=1)
+    attention: int = Field(ge=0)
+    feed_forward: int = Field(ge=0)
 
     @property
     def dtype(self) -> torch.dtype:

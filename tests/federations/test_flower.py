@@ -147,6 +147,30 @@ def test_three_rounds_give_the_numbers_of_the_simulation(
             assert mine[key] == theirs[key]
 
 
+def test_clients_of_different_modules_give_the_numbers_of_the_simulation(folder, sockets, tmp_path):
+    """One trains the attention alone, which its owner and not the server decides."""
+    (tmp_path / "model").symlink_to(folder / "model")
+    how = {"federation": {"rounds": 3, "cohort": 3}}
+    corpus = tiny.corpus()
+    mine = corpus.select([owner in RANKS for owner in corpus.keys("client")])
+    here = with_r5(flower.settings(folder, RANKS, **how), feed_forward=0)
+    wanted = list(rounds.run(experiment.prepare(here, mine), tmp_path / "simulated"))
+    grid = flower.start(tmp_path / "nodes", sockets, RANKS, {"client1": "attention"})
+    # Both start from the largest rank of each module, which the server does not learn from nodes.
+    got = serve(tmp_path / "served", grid, with_r5(remote(folder, **how), feed_forward=3))
+    flower.stop(grid)
+    assert got[-1]["event"] == "finish" and of(got, "lost") == []
+    assert {e["rank_type"] for e in of(got, "client", client="client1")} == {"r5-0"}
+    assert weights(got, 3) == weights(wanted, 3)
+
+
+def with_r5(settings, feed_forward):
+    """The settings with another rank for the feed-forward layers of type r5."""
+    kind = settings.ranks.types["r5"].model_copy(update={"feed_forward": feed_forward})
+    types = {**settings.ranks.types, "r5": kind}
+    return settings.model_copy(update={"ranks": settings.ranks.model_copy(update={"types": types})})
+
+
 # What may go wrong with one client, in whole runs
 
 

@@ -279,13 +279,20 @@ def test_a_client_whose_last_step_is_not_finite_is_refused_by_name(base, store):
         train_together(base, some, store, settings())
 
 
-def test_clients_of_different_modules_are_refused(folder, store):
+def test_a_client_of_fewer_modules_trains_as_it_would_alone(folder, store):
     base = Source(str(folder)).load()
-    some = learners(base)
-    fewer = type(some[3].adapter)(dict(list(some[3].adapter.items())[:-1]))
-    some[3] = Learner("client 'd'", fewer, [8], draw())
-    with pytest.raises(ValueError, match="side by side have no module"):
-        train_together(base, some, store, settings())
+    fewer = learners(base)[3].adapter
+    fewer = fewer.only(list(fewer)[::2])
+
+    def fourth():
+        return Learner("client 'd'", fewer, [8], draw())
+
+    together = train_together(base, [*learners(base)[:3], fourth()], store, settings())
+    alone = train_together(base, [fourth()], store, settings())[0]
+    assert list(together[3].adapter) == list(fewer)
+    for module, f in alone.adapter.items():
+        assert torch.allclose(together[3].adapter[module].B, f.B, atol=1e-6)
+        assert torch.allclose(together[3].adapter[module].A, f.A, atol=1e-6)
 
 
 def test_nobody_is_trained_at_once(base, store):

@@ -35,6 +35,7 @@ class FedExLoRA(Method):
     paper = "arXiv 2410.09432"
     exact = True
     mixed_ranks = False
+    by_module = True
     up = "r*(m+n)"
     down = "K*r*(m+n)"
     server = "one SVD of rank S; one of all so far for the export"

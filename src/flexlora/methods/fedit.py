@@ -22,6 +22,7 @@ class FedIT(Method):
     paper = "arXiv 2305.05644"
     exact = False
     mixed_ranks = False
+    by_module = True
     fixed_frame = True
     up = "r*(m+n)"
     down = "r*(m+n)"

@@ -28,6 +28,7 @@ class FedPLoRA(Method):
     paper = "arXiv 2602.16936"
     exact = False
     mixed_ranks = True
+    by_module = True
     up = "r*(m+n)"
     down = "R*(m+n)"
     server = "sums of factors"

@@ -31,6 +31,7 @@ class FedRotLoRA(Method):
     paper = "arXiv 2602.23638"
     exact = False
     mixed_ranks = False
+    by_module = True
     up = "r*(m+n)"
     down = "r*(m+n)"
     server = "sums of factors"

@@ -26,6 +26,7 @@ class FedSALoRA(Method):
     paper = "arXiv 2410.01463"
     exact = False
     mixed_ranks = False
+    by_module = True
     up = "r*n"
     down = "r*n"
     server = "sums of factors"

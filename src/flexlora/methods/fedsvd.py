@@ -24,6 +24,7 @@ class FedSVD(Method):
     paper = "arXiv 2505.12805"
     exact = True
     mixed_ranks = False
+    by_module = True
     up = "r*m"
     down = "r*(m+n)"
     server = "one SVD of rank r"

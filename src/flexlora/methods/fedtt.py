@@ -48,6 +48,7 @@ class FedTT(Method):
     paper = "arXiv 2410.13097"
     exact = False
     mixed_ranks = False
+    by_module = True
     up = "c"
     down = "c"
     server = "sums of cores"

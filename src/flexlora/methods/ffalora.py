@@ -30,6 +30,7 @@ class FFALoRA(Method):
     exact = True
     rank_wise = True
     mixed_ranks = True
+    by_module = True
     fixed_frame = True
     up = "r*m"
     down = "r*m"

@@ -40,6 +40,7 @@ class FLASC(Method):
     paper = "arXiv 2406.05233"
     exact = False
     mixed_ranks = False
+    by_module = True
     sparse = True
     up = "0.28125*r*(m+n)"  # a quarter of the entries and a bit for each
     down = "0.28125*r*(m+n)"

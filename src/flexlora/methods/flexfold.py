@@ -40,6 +40,7 @@ class FlexFold(Method):
     paper = "this library"
     exact = True
     mixed_ranks = True
+    by_module = True
     product = True
     up = "r*(m+n)"
     down = "R*(m+n)"

@@ -35,6 +35,7 @@ class FlexLoRA(Method):
     paper = "arXiv 2402.11505"
     exact = True
     mixed_ranks = True
+    by_module = True
     product = True
     up = "r*(m+n)"
     down = "r*(m+n)"

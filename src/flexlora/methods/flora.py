@@ -27,6 +27,7 @@ class FLoRA(Method):
     paper = "arXiv 2409.05976"
     exact = True
     mixed_ranks = True
+    by_module = True
     up = "r*(m+n)"
     down = "S*(m+n)"
     server = "a stack; one SVD of all so far for the export"

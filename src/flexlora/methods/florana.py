@@ -32,6 +32,7 @@ class FLoRANA(Method):
     paper = "arXiv 2509.26399"
     exact = False
     mixed_ranks = False
+    by_module = True
     up = "r*(m+n)"
     down = "r*(m+n)"
     server = "K^2 products of factors, systems of K unknowns"

@@ -36,6 +36,7 @@ class FLoRIST(Method):
     paper = "arXiv 2506.09199"
     exact = False
     mixed_ranks = True
+    by_module = True
     up = "r*(m+n)"
     down = "p*(m+n)"
     server = "one SVD of rank S; one of all so far for the export"

@@ -28,6 +28,7 @@ class FSLoRA(Method):
     paper = "arXiv 2501.19389"
     exact = False
     mixed_ranks = True
+    by_module = True
     up = "r*(m+n)"
     down = "r*(m+n)"
     server = "sums of factors"

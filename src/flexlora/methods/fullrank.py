@@ -27,6 +27,7 @@ class FullRank(Method):
     paper = "arXiv 2501.06332"
     exact = True
     mixed_ranks = False
+    by_module = True
     up = "r*(m+n)"
     down = "S*(m+n)"
     server = "one SVD of rank S"

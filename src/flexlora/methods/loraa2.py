@@ -33,6 +33,7 @@ class LoRAA2(Method):
     paper = "arXiv 2410.22815"
     exact = True
     mixed_ranks = True
+    by_module = True
     up = "b*m or b*n"
     down = "R*(m+n)"
     server = "sums of factors"

@@ -35,6 +35,7 @@ class LoRAFAIR(Method):
     paper = "arXiv 2411.14961"
     exact = False
     mixed_ranks = False
+    by_module = True
     up = "r*(m+n)"
     down = "r*(m+n)"
     server = "products of factors, one system of r unknowns"

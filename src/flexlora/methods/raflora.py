@@ -36,6 +36,7 @@ class RaFLoRA(Method):
     exact = True
     rank_wise = True
     mixed_ranks = True
+    by_module = True
     product = True
     up = "r*(m+n)"
     down = "r*(m+n)"

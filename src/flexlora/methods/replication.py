@@ -26,6 +26,7 @@ class Replication(Method):
     paper = "arXiv 2406.17477"
     exact = False
     mixed_ranks = True
+    by_module = True
     up = "r*(m+n)"
     down = "r*(m+n)"
     server = "sums of factors"

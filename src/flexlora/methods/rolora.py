@@ -26,6 +26,7 @@ class RoLoRA(Method):
     paper = "arXiv 2409.02346"
     exact = True
     mixed_ranks = False
+    by_module = True
     up = "r*m or r*n"
     down = "r*(m+n)"
     server = "sums of factors"

@@ -74,6 +74,7 @@ class Controlled(Wrapping):
         Wrapping.__post_init__(self)
         object.__setattr__(self, "title", f"{self.method.title}; SCAFFOLD")
         object.__setattr__(self, "mixed_ranks", False)
+        object.__setattr__(self, "by_module", False)  # a module's control is not under its name
 
     def handout(self, state: State, client: Client, draw: Draw) -> Download:
         """The method's download, and the mean control once there is one."""
