@@ -66,7 +66,7 @@ def test_a_run_s_name_is_no_path(said, run):
         ({"seed": True}, "seed"),
         ({"seed": "1"}, "seed"),
         ({"max_tokens": 7}, "max_tokens"),
-        ({"attention": 0}, "attention"),
+        ({"attention": -1}, "attention"),
         ({"attention": -(10**30)}, "attention"),
         ({"feed_forward": 2.0}, "feed_forward"),
         ({"feed_forward": None}, "feed_forward"),

@@ -146,7 +146,7 @@ class Adapter(Mapping[str, Factors]):
         return Adapter({module: factors.half(halves) for module, factors in self.items()})
 
     def only(self, modules: Collection[str]) -> Adapter:
-        """Of these modules those that it has, in its own order; none is read before it is needed."""
+        """Of these modules those that it has, in its own order, each read when it is needed."""
         kept = set(modules)
         return Adapter(_Only(self.modules, tuple(m for m in self.modules if m in kept)))
 
