@@ -191,6 +191,7 @@ def test_a_federation_of_phones_and_sites_runs(folder, tmp_path, name, together)
     for event in Record(tmp_path / "run").events("client"):
         sizes.setdefault(event["rank_type"], set()).add(event["bytes_up"])
     assert max(sizes["phone"]) < min(sizes["site"]) / 2
+    assert events[0]["ranks"] == {"phone": [0, least], "site": [3, 5]}
 
 
 def test_clients_that_train_together_have_the_numbers_of_those_alone(folder, tmp_path):

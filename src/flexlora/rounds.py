@@ -439,7 +439,10 @@ def _start_facts(ready: Ready, resume: bool) -> dict[str, Any]:
         "unseen_clients": len(ready.unseen),
         "modules": len(shapes),
         "rank_types": dict(ready.clients.counts),
-        "ranks": {name: sorted(set(ranks.values())) for name, ranks in types.items()},
+        "ranks": {
+            name: sorted({ranks.get(module, 0) for module in shapes})
+            for name, ranks in types.items()
+        },
         "trainable": {
             name: sum(rank * sum(shapes[m]) for m, rank in ranks.items())
             for name, ranks in types.items()
