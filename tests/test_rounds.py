@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import tiny
-from flexlora import checkpoint, client, experiment, rounds, wire
+from flexlora import asking, checkpoint, client, experiment, rounds, wire
 from flexlora.adapter import Adapter, Factors
 from flexlora.client import Job
 from flexlora.experiment import Ready
@@ -497,7 +497,7 @@ def everybody(honest: Outcome) -> dict[str, bytes]:
     state = honest.ready.method.start(honest.ready.fresh())
     return {
         id: client.turn(
-            next(rounds._jobs(honest.ready, 1, state, (id,), honest.folder / "again")),
+            next(asking.jobs(honest.ready, 1, state, (id,), honest.folder / "again")),
             honest.ready.workplace,
         )
         for id in honest.ready.clients

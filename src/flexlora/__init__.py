@@ -13,7 +13,7 @@ the plural holds its kinds, one per file.
                          decomposition, decompositions                truncated SVDs, routes to them
     evaluate             task, tasks, rouge                           generation, Rouge-L, loss
     report               record, report                               journal -> tables, page
-    the loop             rounds, federation, federations              pick, exchange, aggregate
+    the loop             rounds, asking, federation, federations      pick, exchange, aggregate
     real clients         serve, hosting, roll, terms                  the server's side
                          join, node, budget, worker, keys             the data owner's side
 

@@ -11,26 +11,25 @@ import platform
 import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flexlora import aggregation, checkpoint, peft_directory, sampling, validate, wire
+from flexlora import checkpoint, peft_directory
 from flexlora.adapter import Adapter, Factors
+from flexlora.asking import Asking, draw, facts_of
 from flexlora.checkpoint import Checkpoint
-from flexlora.client import FACTS, Job
 from flexlora.config import Experiment
 from flexlora.experiment import Ready
-from flexlora.federation import Aggregating, Federation, Lost, News, Patience, Reply, Stray
+from flexlora.federation import Aggregating, Federation
 from flexlora.federations.simulated import Simulated
 from flexlora.linalg import LowRankSum, norm
-from flexlora.method import Client, Draw, Fresh, Method, State, Upload
+from flexlora.method import Client, Fresh, Method, State, Upload
 from flexlora.private import Private
 from flexlora.record import Event, Record
-from flexlora.seeds import rng
 from flexlora.task import evaluate_each
 from flexlora.training.together import clients_at_once
 
@@ -98,7 +97,7 @@ def _round(
     started, folder = time.perf_counter(), record.folder
     spool = folder / f"uploads-{number:05d}"
     spool.mkdir(exist_ok=True)
-    asking = _Asking(ready, federation, number, point.state, spool)
+    asking = Asking(ready, federation, number, point.state, spool)
     yield from asking.events(record)
     aggregating = time.perf_counter()
     in_order = [asking.uploads[id] for id in ready.clients if id in asking.uploads]
@@ -111,7 +110,7 @@ def _round(
         round=number,
         cohort=[id for id in ready.clients if id in asking.asked],
         received=len(in_order),
-        **_totals([_facts_of(upload, ready) for upload in in_order]),
+        **_totals([facts_of(upload, ready) for upload in in_order]),
         seconds=time.perf_counter() - started,
         aggregate_seconds=seconds,
         update_norm=math.sqrt(sum(norm(f) ** 2 for f in adapter.values())),
@@ -161,176 +160,6 @@ def _sweep(folder: Path, point: Checkpoint) -> None:
             shutil.rmtree(spool)
     for partial in [*folder.glob(".*.partial"), *folder.glob("rounds/*/.*.partial*")]:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-
-
-@dataclass
-class _Asking:
-    """The asking of one round: who was asked, and what came back that is of use."""
-
-    ready: Ready
-    federation: Federation
-    number: int
-    state: State
-    spool: Path
-    asked: set[str] = field(default_factory=set)
-    uploads: dict[str, Upload] = field(default_factory=dict)
-
-    @property
-    def wanted(self) -> int:
-        """How many uploads the round goes on with at once."""
-        return min(self.ready.cohort_size, len(self.ready.clients))
-
-    def events(self, record: Record) -> Iterator[Event]:
-        """Ask until the quorum is there, or nothing is left to try; what happened.
-
-        Raises:
-            ValueError: too few clients returned a usable upload.
-        """
-        how = self.ready.experiment.federation
-        for attempt in range(1, how.attempts + 1):
-            for found in self._received(self._cohort(attempt)):
-                yield self._recorded(found, record)
-            if len(self.uploads) >= how.quorum:
-                return
-            if how.attempts > 1:
-                facts = {"received": len(self.uploads), "quorum": how.quorum}
-                yield record.append("short", round=self.number, attempt=attempt, **facts)
-        raise ValueError(
-            f"{len(self.uploads)} of {len(self.asked)} clients of round {self.number} returned a "
-            f"usable upload after {how.attempts} attempts; federation.quorum is {how.quorum}. "
-            f"Asked: {sorted(self.asked)[:20]}. Their reasons are in the journal; go on by "
-            "resuming the run."
-        )
-
-    def _recorded(self, found: Upload | Lost | Stray | News, record: Record) -> Event:
-        if isinstance(found, Upload):
-            self.uploads[found.client] = found
-            return record.append("client", **_facts_of(found, self.ready))
-        if isinstance(found, News):
-            return record.append(found.event, round=self.number, **found.facts)
-        if isinstance(found, Lost) and found.forgot:
-            self.state = aggregation.forgotten(self.state, found.client)
-        kind = "lost" if isinstance(found, Lost) else "stray"
-        return record.append(kind, round=self.number, client=found.client, reason=found.reason)
-
-    def _cohort(self, attempt: int) -> list[str]:
-        """Whom an attempt asks, in the clients' order: of those present that have not answered."""
-        how = self.ready.experiment.federation
-        present = self.federation.present(list(self.ready.clients))
-        open_ = [id for id in present if id not in self.uploads]
-        # As many more as the share says, without losing a client to rounding.
-        size = math.ceil((self.wanted - len(self.uploads)) * (1 + how.over_selection) - 1e-9)
-        again = (attempt,) if attempt > 1 else ()
-        draw = rng(self.ready.experiment.seed, "cohort", self.number, *again)
-        cohort = sampling.cohort(open_, size, draw) if open_ else []
-        self.asked |= set(cohort)
-        return cohort
-
-    def _received(self, cohort: list[str]) -> Iterator[Upload | Lost | Stray | News]:
-        """The uploads of a cohort: those already on the disk, then the others' as they come.
-
-        Every upload is written to the disk before it is looked at, so that none is trained
-        twice after a crash and none is held in memory.
-        """
-        waiting: list[str] = []
-        # The longest first: with several at work, none is left for the end alone.
-        order = sorted(cohort, key=lambda id: (-self.ready.clients[id].examples, id))
-        for start in range(0, len(order), self.federation.together):
-            group = order[start : start + self.federation.together]
-            if all(self._place(id).exists() for id in group):
-                yield from map(self._checked, group)
-            else:
-                # Together or not at all: numbers of clients trained together differ by rounding
-                # from those trained in other company, and a resumed run is the same to the bit.
-                waiting += group
-
-        seconds = self.ready.experiment.federation.deadline_seconds
-        jobs = _jobs(self.ready, self.number, self.state, tuple(waiting), self.spool / "downloads")
-        for reply in self.federation.exchange(jobs, Patience(seconds, self._enough)):
-            if isinstance(reply, Stray | News):
-                yield reply
-            elif reply.client not in waiting:
-                yield Stray(reply.client, "It was not asked, or had answered already.")
-            else:
-                waiting.remove(reply.client)
-                yield reply if isinstance(reply, Lost) else self._kept(reply)
-        why = "It was not needed any more." if self._enough() else "It did not answer."
-        yield from (Lost(id, why) for id in waiting)
-
-    def _enough(self) -> bool:
-        return len(self.uploads) >= self.wanted
-
-    def _kept(self, reply: Reply) -> Upload | Lost:
-        checkpoint.write(self._place(reply.client), reply.data)
-        return self._checked(reply.client)
-
-    def _place(self, id: str) -> Path:
-        # A client's name may be anything; its hash is a file name everywhere.
-        return self.spool / f"{hashlib.sha256(id.encode()).hexdigest()[:32]}.safetensors"
-
-    def _checked(self, id: str) -> Upload | Lost:
-        """A client's upload, if it is what was asked for; a client that sent else is lost."""
-        ready, path = self.ready, self._place(id)
-        try:
-            client, upload = ready.clients[id], wire.open_upload(path)
-            validate.upload(
-                upload,
-                client,
-                self.number,
-                ready.method.expects(self.state, client, ready.shapes),
-                most_examples=client.examples,
-            )
-            if missing := [name for name in FACTS if name not in upload.facts]:
-                raise ValueError(f"The upload of client {id!r} does not say its {missing}.")
-        except ValueError as error:
-            path.unlink()
-            return Lost(id, str(error))
-        return replace(upload, facts={**upload.facts, "bytes_up": path.stat().st_size})
-
-
-def _jobs(
-    ready: Ready, number: int, state: State, clients: Sequence[str], folder: Path
-) -> Iterator[Job]:
-    """The jobs of these clients, made one at a time, when they are asked for.
-
-    Where a method hands out by rank alone, a download is made once for all clients of the
-    same ranks and lies on the disk.
-    """
-
-    def made(id: str) -> bytes:
-        client = ready.clients[id]
-        download = ready.method.handout(state, client, _draw(ready, number))
-        download = replace(download, held=aggregation.held(state, client))
-        return wire.encode_download(download, ready.wire_dtype, ready.method.sparse)
-
-    if not ready.method.by_rank_alone:
-        yield from (Job(id, number, made(id)) for id in clients)
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    files: dict[str, Path] = {}
-    for id in clients:
-        kind = ready.clients[id].rank_type
-        if kind not in files:
-            files[kind] = folder / f"{len(files)}.safetensors"
-            files[kind].write_bytes(made(id))
-        yield Job(id, number, files[kind])
-
-
-def _draw(ready: Ready, number: int) -> Draw:
-    """The randomness of a round's handouts."""
-    return lambda name: rng(ready.experiment.seed, "handout", number, name)
-
-
-def _facts_of(upload: Upload, ready: Ready) -> dict[str, Any]:
-    facts = {name: upload.facts[name] for name in (*FACTS, "bytes_up")}
-    return {
-        "round": upload.round,
-        "client": upload.client,
-        "rank_type": ready.clients[upload.client].rank_type,
-        "examples": upload.examples,
-        **facts,
-    }
 
 
 def _totals(clients: list[dict[str, Any]]) -> dict[str, Any]:
@@ -403,7 +232,7 @@ def _evaluated_at_home(record: Record, ready: Ready, number: int, state: State) 
     for id, questions in asked:
         ranks = ready.clients[id].ranks if id in ready.clients else ready.largest
         client = Client(id, ranks, "", 1)
-        handed = ready.method.handout(state, client, _draw(ready, number + 1))
+        handed = ready.method.handout(state, client, draw(ready, number + 1))
         fresh = Fresh(ready.base.shapes, ready.experiment.seed, id, number + 1)
         own = ready.method.receive(handed, private.kept(id, number + 1), fresh).adapter
         how = ready.experiment.evaluation
