@@ -380,6 +380,24 @@ def test_a_rank_above_the_owners_means_is_refused(server, here, turns):
     assert "rank" in fault(said) and turns == []
 
 
+def test_a_rank_above_the_owners_means_is_refused_where_it_is_all_that_travels(folder, tmp_path):
+    """FLoRA hands out no numbers, and the client draws them itself."""
+    server = Server(tmp_path, settings(folder, "flora"))
+    here = Node(owner(folder, tmp_path / "state"))
+    server.client = replace(server.client, ranks=dict.fromkeys(server.shapes, 16))
+    said, _ = here.answer(server.header(1), server.download(1))
+    assert "train rank 16 in" in fault(said) and f"gives {RANK} at most" in fault(said)
+
+
+def test_modules_that_the_owner_leaves_out_are_not_trained(folder, tmp_path, server, turns):
+    budget = Budget(RANK, modules="feed_forward")
+    here = Node(owner(folder, tmp_path / "state", budget=budget))
+    assert server.enrolled(here)["attention"] == 0
+    said, _ = here.answer(server.header(1), server.download(1))
+    assert "self_attn.k_proj', which its owner leaves out." in fault(said)
+    assert turns == []
+
+
 def test_what_a_client_keeps_to_itself_is_its_owners_alone(server, here):
     """Its rows lie there as tokens, beside its private halves."""
     server.turn(here, 1)

@@ -174,14 +174,20 @@ class _Joined:
         """Refuse to train more than the owner gives.
 
         A method that probes hands out all terms, of which the client then chooses; what is no
-        module's factors is a method's own.
+        module's factors, nor tells of them by rank alone, is a method's own.
         """
         shapes = self.workplace.base.shapes
         most = self.means.rank.by_module(list(shapes))
-        if self.workplace.method.probes:
-            return
         for module, factors in job.opened().adapter.items():
-            if factors.shape == shapes.get(module) and factors.rank > most[module]:
+            if module not in shapes:
+                continue  # which training refuses
+            if module not in most:
+                raise ValueError(
+                    f"The server asks client {job.client!r} to train {module!r}, which its owner "
+                    "leaves out."
+                )
+            known = not self.workplace.method.probes and factors.shape in (shapes[module], (0, 0))
+            if known and factors.rank > most[module]:
                 raise ValueError(
                     f"The server asks client {job.client!r} to train rank {factors.rank} in "
                     f"{module!r}; its owner gives {most[module]} at most."
