@@ -6,13 +6,17 @@ import pytest
 import torch
 
 import tiny
-from flexlora import experiment, methods, rounds, wire
-from flexlora.method import State
+from flexlora import checkpoint, experiment, methods, rounds, seeds, wire
+from flexlora.adapter import Adapter
+from flexlora.method import Fresh, Upload
+from flexlora.parts import aggregated, joined, part_of, upload_of
 from flexlora.ranks import RankType
 from flexlora.record import Record
 from flexlora.server_optimizer import MOMENTUM
-from flexlora.targeted import joined, part_of, targeted, upload_of
-from playing import SHAPES, clients_of, draw_of, jolt, made, played, started, turn
+from flexlora.targeted import targeted
+from flexlora.training.loop import Learner, train
+from ingredients import random_factors
+from playing import SHAPES, clients_of, draw_of, fresh, jolt, made, played, started, turn
 
 ATTENTION, FEED_FORWARD = "model.self_attn.q", "model.mlp.up"
 BOTH = dict(zip((ATTENTION, FEED_FORWARD), SHAPES.values(), strict=True))
@@ -139,20 +143,28 @@ def test_a_method_that_decides_over_all_modules_is_refused(name):
         targeted(made(name))
 
 
-def test_facts_that_parts_change_differently_are_refused():
-    state = State(
-        {"global": begun(targeted(made("flexlora")), some(made("flexlora"))).adapters["global"]},
-        {"rounds": 1},
-    )
-    parts = [
-        dataclasses.replace(part_of(state, [m]), facts={"rounds": n}) for n, m in enumerate(BOTH)
-    ]
-    assert joined(state, [dataclasses.replace(p, facts={"rounds": 2}) for p in parts]).facts == {
-        "rounds": 2
-    }
-    parts = [dataclasses.replace(p, facts={"rounds": n}) for n, p in enumerate(parts, start=2)]
-    with pytest.raises(ValueError, match=r"the fact 'rounds' as 2 and as 3"):
-        joined(state, parts)
+@pytest.mark.parametrize("order", [(ATTENTION, FEED_FORWARD), (FEED_FORWARD, ATTENTION)])
+def test_parts_of_a_step_may_have_no_trainer(method, order):
+    """As workers take them: the first part too may be one that stays as it was."""
+    clients = some(method)
+    state = begun(method, clients)
+    uploads = learnt(method, state, clients)[:1]
+    want = method.aggregate(state, uploads)
+    got = joined(state, [aggregated(method, state, uploads, [module]) for module in order])
+    assert got.facts == want.facts and got.adapters.keys() == want.adapters.keys()
+    for name, adapter in want.adapters.items():
+        assert got.adapters[name].keys() == adapter.keys()
+
+
+def test_private_halves_of_a_module_begin_with_it():
+    """A client that trained the attention alone, and now trains all."""
+    method = targeted(made("fedsalora"))
+    clients = some(method)
+    state = begun(method, clients)
+    kept = turn(method, state, clients[0], 2, jolt(2), shapes=BOTH).kept
+    more = dataclasses.replace(clients[0], ranks=clients[1].ranks)
+    start = method.receive(method.handout(state, more, draw_of(3)), kept, fresh(more, 3, BOTH))
+    assert start.adapter[ATTENTION].B.any() and not start.adapter[FEED_FORWARD].B.any()
 
 
 # With the tiny model.
@@ -200,11 +212,69 @@ def test_clients_that_train_together_have_the_numbers_of_those_alone(folder, tmp
         where = tmp_path / str(together)
         run = {"threads": 1, "clients_at_once": together}
         ready, _ = ran(folder, where, run=run)
-        state = rounds.checkpoint.load(where).state
+        state = checkpoint.load(where).state
         found.append(ready.method.update(state))
     one, other = found
     for module, f in one.items():
         assert torch.allclose(f.B @ f.A, other[module].B @ other[module].A, atol=1e-5)
+
+
+def test_updates_beside_the_base_are_seen_in_modules_that_are_not_trained(folder):
+    """Where a base cannot hold what is merged, it is seen beside it, as if it did."""
+    ready = experiment.prepare(tiny.settings(folder, ranks=RANKS), tiny.corpus())
+    shapes, here = ready.base.shapes, ready.workplace
+    ranks = RankType(2, 0).by_module(list(shapes))
+    others = [m for m in shapes if m not in ranks]
+    rest = {m: random_factors(shapes[m][0], 3, shapes[m][1], n) for n, m in enumerate(others)}
+    beside = Adapter(rest).to(torch.float32)
+
+    def loss(rest, folded):
+        start = Fresh(shapes, 1).common(ranks)
+        learner = Learner("a client", start, range(4), seeds.rng(1, "rows"), rest=rest)
+        with ready.base.folded(folded):
+            return train(ready.base, learner, here.store, here.training).loss_total
+
+    assert loss(beside, []) == pytest.approx(loss(None, [beside]), rel=1e-4)
+    assert abs(loss(beside, []) / loss(None, []) - 1) > 1e-3
+
+
+def test_updates_merged_for_good_are_not_read_by_a_step(folder, tmp_path, monkeypatch):
+    """They grow with the rounds, and stay in their files."""
+    how = {"method": {"name": "flora"}, "federation": {"rounds": 2, "cohort": 6}}
+    ready, _ = ran(folder, tmp_path / "run", **how)
+    state = checkpoint.load(tmp_path / "run").state
+    everybody = ready.clients.values()
+    uploads = [
+        Upload(c.id, 3, Fresh(ready.shapes, 1, c.id).own(c.ranks), c.examples) for c in everybody
+    ]
+    read, taken = wire._Stored.__getitem__, []
+
+    def counted(stored, module):
+        taken.append(stored.path.name)
+        return read(stored, module)
+
+    monkeypatch.setattr(wire._Stored, "__getitem__", counted)
+    after = ready.method.aggregate(state, uploads)
+    assert not [name for name in taken if name.startswith("merged")]
+    assert after.adapters["merged-00001"] is state.adapters["merged-00001"]
+
+
+def test_modules_that_nobody_trained_yet_have_no_part_in_the_spectrum(folder, tmp_path):
+    how = {"federation": {"rounds": 1, "cohort": 1}}
+    phones = {"types": TYPES, "clients": {f"client{n}": "phone" for n in range(5)}}
+    ranks = {**phones, "distribution": {"site": 1.0}}
+    ready, events = ran(folder, tmp_path / "run", ranks=ranks, **how)
+    (client,) = (e for e in events if e["event"] == "client")
+    assert client["rank_type"] == "phone"
+    (spectrum,) = (e for e in events if e["event"] == "spectrum")
+    assert spectrum["energy"].keys() == ready.clients.kinds["phone"].keys()
+
+
+def test_a_type_without_a_module_is_refused(folder):
+    types = {**TYPES, "phone": {"attention": 0, "feed_forward": 2}}
+    some = {"ranks": {**RANKS, "types": types}, "model": {"targets": ["q_proj", "v_proj"]}}
+    with pytest.raises(ValueError, match=r"Clients of type 'phone' train nothing"):
+        experiment.prepare(tiny.settings(folder, **some), tiny.corpus())
 
 
 def test_modules_that_no_client_trains_are_in_no_adapter(folder, tmp_path):

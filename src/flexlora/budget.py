@@ -64,6 +64,11 @@ class Budget:
                 what the server lets it train.
         """
         limit = self._trained(limit)
+        if not limit.by_module(list(here.base.shapes)):
+            raise ValueError(
+                f"This client trains {self.modules}, and no module that the server adapts is of "
+                f"that kind: {list(here.base.shapes)[:3]} and so on; join with other --modules."
+            )
         if self.rank is not None:
             return Means(_at_most(limit, self.rank), None)
         rank = max(limit.attention, limit.feed_forward)

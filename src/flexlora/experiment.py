@@ -21,7 +21,7 @@ from flexlora.data.prompt import Prompt, named
 from flexlora.data.tokens import TokenStore
 from flexlora.method import Client, Fresh, Method
 from flexlora.model import Base
-from flexlora.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution
+from flexlora.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution, several
 from flexlora.seeds import rng
 from flexlora.server_optimizer import Optimized
 from flexlora.targeted import targeted
@@ -157,6 +157,12 @@ def prepare(
     base = experiment.model.load() if base is None else base
     modules = list(base.shapes)
     by_type = {name: kind.by_module(modules) for name, kind in assignment.types.items()}
+    for name in set(assignment.of.values()):
+        if not by_type[name]:
+            raise ValueError(
+                f"Clients of type {name!r} train nothing: {assignment.types[name]} names no rank "
+                f"for any of the adapted modules, {modules[:3]} and so on; look at model.targets."
+            )
     encoded = corpus if train else corpus.select([])
     store = TokenStore.build(encoded, base.tokenizer, data.prompt, data.max_tokens, cache)
     workplace = Workplace(
@@ -266,8 +272,7 @@ def _among(method: Method, assignment: Assignment) -> Method:
         ValueError: it cannot be used among them.
     """
     used = {assignment.types[name] for name in assignment.of.values()}
-    levels = [{kind.attention for kind in used}, {kind.feed_forward for kind in used}]
-    if any(len(ranks - {0}) > 1 for ranks in levels) and not method.mixed_ranks:
+    if several(used) and not method.mixed_ranks:
         raise ValueError(
             f"{method.title} needs one rank for all clients, but the clients have "
             f"{assignment.histogram}; set ranks.rank, or use method 'flexlora'."

@@ -91,15 +91,17 @@ class Base:
         Raises:
             ValueError: an adapter's modules or shapes are not the model's.
         """
-        here = [
-            {
-                m: Part(f.A, f.B, flat.scales[m], self._checked(flat.rest).get(m))
-                for m, f in self._checked(flat.factors).items()
-            }
-            for flat in adapters
-        ]
-        with self._with(here):
+        with self._with([self._trainable(flat) for flat in adapters]):
             yield
+
+    def _trainable(self, flat: FlatAdapter) -> dict[str, Part]:
+        """An adapter's parts; of a module that has but a rest, no term is trained."""
+        rest = self._checked(flat.rest)
+        beside = {m: Part(f.A[:0], f.B[:, :0], 1.0, f) for m, f in rest.items()}
+        return beside | {
+            m: Part(f.A, f.B, flat.scales[m], rest.get(m))
+            for m, f in self._checked(flat.factors).items()
+        }
 
     @property
     def folds(self) -> bool:

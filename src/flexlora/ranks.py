@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,12 @@ DISTRIBUTIONS: Mapping[str, tuple[float, ...]] = {
     "normal-code": (0.0575, 0.0575, 0.4425, 0.4425),
 }
 """Shares of the types, from the smallest to the largest. Plain names are the README's."""
+
+
+def several(types: Collection[RankType]) -> bool:
+    """Whether a module is trained at several ranks by clients of these types."""
+    levels = [{kind.attention for kind in types}, {kind.feed_forward for kind in types}]
+    return any(len(ranks - {0}) > 1 for ranks in levels)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def _totals(clients: list[dict[str, Any]]) -> dict[str, Any]:
 def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
     """How the global adapter's energy lies in the blocks between the clients' ranks.
 
-    The last block is what the aggregate held beyond the largest rank, and so lost.
+    The last block is what the aggregate held beyond the largest rank, and so lost. Modules
+    without any energy are left out.
     """
     levels = sorted({rank for ranks in ready.clients.kinds.values() for rank in ranks.values()})
     lost = state.facts.get("step_lost_energy", state.facts.get("lost_energy", {}))
@@ -178,6 +179,8 @@ def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
     energy, values = {}, {}
     for module, factors in adapter.items():
         S = LowRankSum.of([(1.0, factors)]).svd(0).S
+        if not S.any():
+            continue  # nobody has trained it yet
         kept = 1 - lost.get(module, 0.0)
         squares = (S.square() / S.square().sum().clamp_min(1e-300) * kept).tolist()
         edges = [0, *levels, len(squares)]

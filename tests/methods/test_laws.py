@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from flexlora import checkpoint, methods, validate, wire
+from flexlora import checkpoint, methods, parts, validate, wire
 from flexlora.adapter import Adapter, Factors
 from flexlora.method import Upload
 from flexlora.private import Private
@@ -346,3 +346,53 @@ def test_an_upload_carries_its_terms(method, uploads, tmp_path):
         for module, f in upload.adapter.items():
             assert torch.equal(back.adapter[module].B, f.B)
             assert torch.equal(back.adapter[module].A, f.A)
+
+
+APART = {
+    "z.q": (11, 7),
+    "z.up": (13, 5),
+    "a.q": (12, 9),
+    "m.down": (8, 10),
+    "b.k": (6, 14),
+    "c.v": (15, 4),
+}
+"""Modules in an order that is not that of their names, in which a checkpoint's are read."""
+
+
+def test_a_server_step_in_parts_is_the_whole_one_to_the_bit(method, tmp_path):
+    """However the modules are split, from memory and from the disk.
+
+    Parts of several modules have the whole one's order too, in which the journal adds them up.
+    """
+    if not method.by_module:
+        pytest.skip("it decides over all modules at once")
+    mixed = ([2, 1, 2, 3, 1, 2], [3, 4, 2, 2, 3, 1], [5, 3, 4, 4, 2, 4])
+    ranks = mixed if method.mixed_ranks else [mixed[0]] * 3
+    clients = clients_of(method, [dict(zip(APART, each, strict=True)) for each in ranks])
+    state, kept = started(method, clients, APART), dict.fromkeys(c.id for c in clients)
+    for number in (1, 2, 3, 4):
+        learn = jolt(number, method=method)
+        turns = [turn(method, state, c, number, learn, kept[c.id], APART) for c in clients]
+        kept = {t.client.id: t.kept for t in turns}
+        uploads = [_written(t.upload, tmp_path / t.client.id) for t in turns]
+        want = method.aggregate(state, uploads)
+        modules = list(state.adapters["global"])
+        for split in ([[m] for m in modules], [modules[1::2], modules[::2][::-1]], [modules]):
+            found = [parts.aggregated(method, state, uploads, each) for each in split]
+            assert_equal(parts.joined(state, found), want, ordered=len(split) < len(modules))
+        state = want if number % 2 else checkpoint.save(tmp_path, number, 0, want).state
+
+
+def _written(upload, path):
+    path.write_bytes(wire.encode_upload(upload, torch.float32))
+    return wire.open_upload(path)
+
+
+def assert_equal(got, want, ordered):
+    assert got.facts == want.facts and list(got.adapters) == list(want.adapters)
+    for name, adapter in want.adapters.items():
+        assert set(got.adapters[name]) == set(adapter)
+        assert list(got.adapters[name]) == list(adapter) or not ordered
+        for module, f in adapter.items():
+            assert torch.equal(got.adapters[name][module].B, f.B)
+            assert torch.equal(got.adapters[name][module].A, f.A)

@@ -43,7 +43,8 @@ class FedSALoRA(Method):
         whole = {}
         for module, f in download.adapter.items():
             out = fresh.shapes[module][0]
-            B = torch.zeros(out, f.rank) if kept is None else kept[module].B
+            mine = None if kept is None else kept.get(module)  # it may train more than it did
+            B = torch.zeros(out, f.rank) if mine is None else mine.B
             # What never travels is not rounded as what travels is.
             dtype = torch.promote_types(f.A.dtype, B.dtype)
             whole[module] = Factors(B.to(dtype), f.A.to(dtype))
