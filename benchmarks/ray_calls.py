@@ -2,41 +2,41 @@
 
 Calls that do nothing go through the same exchange as clients do: 100 to 10,000 of them, with one
 download for all. A worker is killed in one of many such calls, and the calls that began are
-counted. Rounds of the tiny model of ``growth.py`` are trained by one and by two workers of one
-thread each, and in this process; all must give the same adapter.
+counted. Rounds of the tiny model of ``growth.py`` and of SmolLM2-135M, and server steps at its
+shapes, are made by one process, by workers, and by two processes at once that know nothing of each
+other: what those get is what the machine gives (``ray_rounds.py``). One thread each; all must give
+the same adapter.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import growth
 import ray
-import torch
-from result import Claim, Table, data_file, finish, setting
+import ray_rounds
+from result import Claim, Table, finish, setting
 
-from flexlora import config, rounds
 from flexlora.client import Job
-from flexlora.experiment import prepare
 from flexlora.federation import Patience, Reply
 from flexlora.federations.ray.cluster import cluster
 from flexlora.federations.ray.crew import OnRay
 
 DOWNLOAD_BYTES = 2**16
-CALL_MS, GROWN, TURNS_LOST, FASTER = 2.0, 1.25, 1, 1.8
+CALL_MS, GROWN, TURNS_LOST = 2.0, 1.25, 1
+FASTER, OF_CEILING = 1.8, 0.95
+"""What two workers gain over one process, and that over what two processes at once would."""
 KILLER = "kills its worker"
-IN_PROCESS = "in this process"
+ALONE, BOTH = "one process", "two processes at once"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class NoOp:
 @contextmanager
 def crew(options: argparse.Namespace, work: Path, build: NoOp) -> Iterator[OnRay]:
     """Workers that do nothing on a cluster of their own, called once before anything is timed."""
-    settings = growth.experiment(growth.job(options, work, model="tiny", clients=1))
+    settings = ray_rounds.settings_of_nothing()
     with cluster(settings, options.workers) as found:
         held = OnRay(build, options.workers, {"num_cpus": 1}, scratch=found.scratch)
         try:
@@ -131,65 +131,13 @@ def death(options: argparse.Namespace, work: Path) -> dict[str, float]:
     }
 
 
-def training(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Rounds by so many workers, and in this process, in turn; the first round is not counted."""
-    size, alone = options.clients, argparse.Namespace(**{**vars(options), "threads": 1})
-    source = data_file(options.data, "clients.parquet")
-    growth.populations(source, [size], work)
-    growth.tiny_model(work / "tiny", source)
-    settings = growth.experiment(
-        growth.job(alone, work, model="tiny", clients=size, cohort=size, rounds=options.rounds + 1)
-    )
-    training = replace(settings.training, epochs=options.epochs, max_steps=None)
-    run = settings.run.model_copy(update={"clients_at_once": 1})
-    settings = settings.model_copy(update={"run": run, "training": training})
-    found: dict[str, list[dict[str, Any]]] = {}
-    for repeat in range(options.repeats):
-        for workers in (0, *options.compared):
-            name = f"{workers} workers" if workers else IN_PROCESS
-            folder = work / f"run {repeat}, {name}"
-            found.setdefault(name, []).append(rounds_of(settings, workers, folder))
-    return found
-
-
-def rounds_of(settings: config.Experiment, workers: int, folder: Path) -> dict[str, Any]:
-    """The rounds of one run, on workers or in this process."""
-    ready = prepare(settings)
-    if workers:
-        with (
-            cluster(settings, workers) as found,
-            found.federation(ready, folder) as federation,
-        ):
-            events = list(rounds.run(ready, folder, federation))
-    else:
-        events = list(rounds.run(ready, folder))
-    told = [event for event in events if event["event"] == "round"]
-    adapter = Path(events[-1]["adapter"]) / "adapter_model.safetensors"
-    return {
-        "seconds": [event["seconds"] for event in told[1:]],
-        "first_seconds": told[0]["seconds"],
-        "aggregate_seconds": [event["aggregate_seconds"] for event in told[1:]],
-        "tokens": [event["tokens"] for event in told[1:]],
-        "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest(),
-    }
-
-
-def median_round(turns: Sequence[dict[str, Any]], key: str = "seconds") -> float:
-    return statistics.median(value for turn in turns for value in turn[key])
-
-
 def claims_of(found: dict[str, Any], options: argparse.Namespace) -> list[Claim]:
-    """Milliseconds a call and their growth, what a death costs, and what a second worker gains."""
+    """Milliseconds a call and their growth, what a death costs, and what workers gain."""
     asserted = not options.quick
     each = {size: statistics.median(t["wall"] for t in of) for size, of in found["calls"].items()}
     small, large = (str(size) for size in (options.calls[0], options.calls[-1]))
     died = found["death"]
-    trained = found["training"]
-    one, most = (f"{workers} workers" for workers in (options.compared[0], options.compared[-1]))
-    adapters = {turn["adapter"] for turns in trained.values() for turn in turns}
-    gain = median_round(trained[one]) / median_round(trained[most])
-    bound = FASTER * options.compared[-1] / options.compared[0] / 2
-    return [
+    claims = [
         Claim("ms a no-op call, the slowest size", max(each.values()), CALL_MS, False, asserted),
         Claim(
             f"ms a call of {large} clients over that of {small}",
@@ -200,29 +148,55 @@ def claims_of(found: dict[str, Any], options: argparse.Namespace) -> list[Claim]
         ),
         Claim("turns that began twice as a worker died", died["twice"], TURNS_LOST, False),
         Claim("clients lost as a worker died", died["lost"], 0, False),
-        Claim(f"seconds of a round, {one} over {most}", gain, bound, True, asserted),
-        Claim("different adapters of all runs", float(len(adapters)), 1, False),
     ]
+    most = f"{options.compared[-1]} workers"
+    for kind, text in (("training", "a round"), ("steps", "a server step")):
+        for name, turns in found[kind].items():
+            gain, ceiling = gain_of(turns, most), gain_of(turns, BOTH)
+            what = f"{name}: seconds of {text}, {ALONE} over {most}"
+            if kind == "training":
+                claims.append(Claim(what, gain, FASTER, True, asserted))
+            share = f"{what}, as a share of what the machine gives two processes"
+            claims.append(Claim(share, gain / ceiling, OF_CEILING, True, asserted))
+            adapters = {turn["adapter"] for of in turns.values() for turn in of}
+            claims.append(Claim(f"{name}: different adapters", float(len(adapters)), 1, False))
+    return claims
+
+
+def seconds_of(turns: list[dict[str, Any]]) -> float:
+    """The median round or server step."""
+    return statistics.median(s for turn in turns for s in ray_rounds.seconds_of(turn))
+
+
+def gain_of(found: dict[str, list[dict[str, Any]]], name: str) -> float:
+    """The work that a contestant does in the time in which one process does its own."""
+    works = len(found[BOTH]) // len(found[ALONE]) if name == BOTH else 1
+    return works * seconds_of(found[ALONE]) / seconds_of(found[name])
 
 
 def tables_of(found: dict[str, Any], options: argparse.Namespace) -> list[Table]:
-    """Calls, the death, rounds."""
+    """Calls, the death, the machine, rounds and where they go, server steps."""
     called = [
         [size, *(statistics.median(turn[key] for turn in turns) for key in ("wall", "own"))]
         for size, turns in found["calls"].items()
     ]
-    trained = [
-        [
-            name,
-            median_round(turns),
-            median_round(found["training"][IN_PROCESS]) / median_round(turns),
-            median_round(turns, "aggregate_seconds"),
-            statistics.median(turn["first_seconds"] for turn in turns),
-        ]
-        for name, turns in found["training"].items()
+    died, kernels = found["death"], found["kernels"]
+    machine = [
+        [name, one, sum(both[name] for both in kernels[BOTH]) / one]
+        for name, one in kernels[ALONE][0].items()
     ]
-    died = found["death"]
-    head = ["where", "round, s", "in this process / it", "of it aggregation", "first round, s"]
+    busy = "cores busy on the machine"
+    trained, where, stepped = [], [], []
+    for kind, rows in (("training", trained), ("steps", stepped)):
+        for model, contestants in found[kind].items():
+            for name, turns in contestants.items():
+                cores = statistics.median(turn["busy_cores"] for turn in turns)
+                gain = gain_of(contestants, name)
+                rows.append([model, name, seconds_of(turns), gain, cores])
+                if kind == "training":
+                    phases = list(turns[0]["rounds"][0])[1:]
+                    each = [ray_rounds.median(turns, phase) for phase in phases]
+                    where.append([model, name, *each])
     return [
         Table(
             f"No-op calls, {options.workers} workers, one download of {DOWNLOAD_BYTES // 1024} KiB",
@@ -235,10 +209,26 @@ def tables_of(found: dict[str, Any], options: argparse.Namespace) -> list[Table]
             [[died[k] for k in ("began", "twice", "lost", "seconds_with", "seconds_without")]],
         ),
         Table(
-            f"Rounds of {options.clients} clients, {options.epochs} epochs each, a thread a worker "
-            "(the first loads the model)",
-            head,
+            "What the machine gives two processes of one thread",
+            ["work", "calls a second of one process", "of two at once, over that"],
+            machine,
+        ),
+        Table(
+            f"Rounds ({options.clients} clients of {options.epochs} epochs; SmolLM2-135M "
+            f"{options.smollm2_clients} of one step), a thread each, the first not counted",
+            ["model", "by", "round, s", "work over one process's", busy],
             trained,
+        ),
+        Table(
+            "Where their seconds go (turns: their sum over the workers)",
+            ["model", "by", *phases],
+            where,
+        ),
+        Table(
+            f"Server steps, uploads of ranks 8 to 64, {options.layers} layers of SmolLM2-135M's "
+            "shapes, a thread each",
+            ["method", "by", "step, s", "work over one process's", busy],
+            stepped,
         ),
     ]
 
@@ -249,22 +239,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--workers", type=int, default=2, help="of the calls that do nothing")
     parser.add_argument("--beside", type=int, default=200, help="calls beside the one that kills")
-    parser.add_argument("--clients", type=int, default=16, help="of a round, all of them")
-    parser.add_argument("--epochs", type=int, default=4, help="of a client in a round")
+    parser.add_argument("--clients", type=int, default=32, help="of a round, all of them")
+    parser.add_argument("--smollm2-clients", type=int, default=8, help="0 leaves the model out")
+    parser.add_argument("--epochs", type=int, default=2, help="of a client in a round")
+    parser.add_argument("--layers", type=int, default=30, help="of SmolLM2's, in a server step")
+    parser.add_argument("--methods", nargs="+", default=["flexlora", "replication"])
     parser.add_argument("--rounds", type=int, default=3, help="after the first")
     parser.add_argument(
         "--compared", type=int, nargs="+", default=[1, 2], help="numbers of workers"
     )
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--quick", action="store_true", help="100 and 400 calls, 4 clients, 1 epoch, once"
+        "--quick", action="store_true", help="100 and 400 calls, 4 clients, 1 epoch, 2 layers, once"
     )
     options = parser.parse_args()
     if options.quick:
         options.calls, options.repeats, options.rounds = [100, 400], 1, 1
-        options.clients, options.epochs = 4, 1
+        options.clients, options.epochs, options.smollm2_clients, options.layers = 4, 1, 0, 2
     return options
 
 
@@ -277,7 +269,12 @@ def main() -> int:
         found = {
             "calls": calls(options, work),
             "death": death(options, work),
-            "training": training(options, work),
+            "kernels": {
+                ALONE: ray_rounds.at_once({"kind": "kernels"}),
+                BOTH: ray_rounds.at_once({"kind": "kernels"}, {"kind": "kernels"}),
+            },
+            "training": ray_rounds.training(options, work),
+            "steps": ray_rounds.steps(options, work),
         }
     name = Path(__file__).stem + ("-quick" if options.quick else "")
     return finish(name, place, found, tables_of(found, options), claims_of(found, options))

@@ -10,29 +10,36 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import tiny
-from flexlora import experiment, rounds, wire
+from flexlora import experiment, methods, rounds, wire
+from flexlora.adapter import Adapter
 from flexlora.client import Job
 from flexlora.config import Experiment
 from flexlora.experiment import Ready
 from flexlora.federation import Lost, Patience, Reply
+from flexlora.method import Download, Method, State, Upload
 from flexlora.private import Private
 from flexlora.record import Record
 from flexlora.seeds import rng
+from flexlora.wrapping import Wrapping
+from ingredients import random_adapter
+from playing import clients_of, jolt, started, turn
 
 ray = pytest.importorskip("ray", reason="Ray is not installed; it is in the extra 'ray'.")
 
 from flexlora.federations.ray.cluster import Cluster, Machine, cluster, fitted, shared  # noqa: E402
 from flexlora.federations.ray.crew import ATTEMPTS, OnRay  # noqa: E402
 from flexlora.federations.ray.resident import Resident, described  # noqa: E402
+from flexlora.federations.ray.step import Step  # noqa: E402
 
 pytestmark = [
     # What Ray opens for its daemons, and the daemons that it leaves to end by themselves.
@@ -188,7 +195,7 @@ def test_numbers_are_the_same_when_a_worker_dies(folder, connected):
     here = list(rounds.run(ready, folder / "alive"))
     private, died = Private(folder / "dying" / rounds.PRIVATE), folder / "died"
     resident = Resident(ready.experiment.model_dump_json(), private, folder, 1, described(ready))
-    crew = OnRay(Mortal(resident, died), 2, {"num_cpus": 1}, 1, private, connected.scratch)
+    crew = OnRay(Mortal(resident, died), 2, {"num_cpus": 1}, 1, connected.scratch)
     try:
         there = list(rounds.run(ready, folder / "dying", crew))
     finally:
@@ -196,6 +203,150 @@ def test_numbers_are_the_same_when_a_worker_dies(folder, connected):
     assert died.exists() and files(there) == files(here)
     assert sum(event["event"] == "client" for event in there) == 12
     assert not any(event["event"] in ("lost", "stray") for event in there)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Turns that merge the entries which all downloads bring, each as soon as all may, and read."""
+
+    private: Private
+    workers: int
+
+    def __call__(self):
+        def turns(jobs: Iterable[Job]) -> list[bytes]:
+            return [self._turn(job) for job in jobs]
+
+        return turns
+
+    def _turn(self, job: Job) -> bytes:
+        entries = job.opened().merge
+        for number, entry in entries.items():
+            here = self.private.folder / f"{job.client} {number}"
+            here.touch()
+            until = time.monotonic() + 60
+            while len(list(here.parent.glob(f"* {number}"))) < self.workers:
+                assert time.monotonic() < until
+            self.private.merge({number: entry})
+            found = self.private.merged(number + 1)
+            assert len(found) == number
+            assert all(
+                torch.equal(f.B, entries[round][m].B)
+                for round, adapter in enumerate(found, 1)
+                for m, f in adapter.items()
+            )
+        return b"merged"
+
+
+@pytest.mark.slow
+def test_workers_may_write_the_same_merged_entry_at_once(connected, tmp_path):
+    """Nobody reads half an entry, and no draft is left."""
+    private, count = Private(tmp_path / "private"), 20
+    private.folder.mkdir()
+    shapes = {f"model.{n}": (64, 96) for n in range(20)}
+    entries = {number: random_adapter(shapes, 8, number) for number in range(1, count + 1)}
+    download = Download(Adapter({}), merge=entries)
+    data = wire.encode_download(download, torch.float32)
+    scratch = connected.scratch / "merging"
+    crew = OnRay(Merging(private, 2), 2, {"num_cpus": 0}, scratch=scratch)
+    try:
+        jobs = [Job(name, count + 1, data) for name in ("anna", "ben")]
+        replies = list(crew.exchange(jobs, Patience()))
+    finally:
+        crew.close()
+    assert [reply.data for reply in replies] == [b"merged"] * 2
+    kept = sorted(path.name for path in (private.folder / "merged").iterdir())
+    assert kept == [f"{number:05d}.safetensors" for number in range(1, count + 1)]
+
+
+@dataclass(frozen=True)
+class Telling(Wrapping):
+    """Says where each module was aggregated; ends a process other than ``own``, once or always."""
+
+    own: int = 0
+    died: Path | None = None
+    always: bool = False
+
+    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+        here = os.getpid()
+        if self.died is not None and here != self.own and (self._first() or self.always):
+            os._exit(1)
+        found = self.method.aggregate(state, uploads)
+        where = dict.fromkeys(state.adapters["global"], here)
+        return State(found.adapters, {**found.facts, "where": where})
+
+    def _first(self) -> bool:
+        """Whether nobody died before, told to one process alone."""
+        try:
+            self.died.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+WIDE = {f"model.{n}": (20 + n, 40 - n) for n in range(24)}
+
+
+def step_of(name: str, folder: Path) -> tuple[Method, State, list[Upload]]:
+    """A server step over uploads on the disk."""
+    method = methods.make(name)
+    clients = clients_of(method, [dict.fromkeys(WIDE, rank) for rank in (2, 3, 4)])
+    state, uploads = started(method, clients, WIDE), []
+    for client in clients:
+        path = folder / client.id
+        upload = turn(method, state, client, 1, jolt(1), shapes=WIDE).upload
+        path.write_bytes(wire.encode_upload(upload, torch.float32))
+        uploads.append(wire.open_upload(path))
+    return method, state, uploads
+
+
+def aggregated(crew: OnRay, method: Method, state: State, uploads: list[Upload]) -> set[int]:
+    """Where a server step was made, once it is shown to be that of one process."""
+    list(crew.exchange([], Patience()))  # until both workers are there
+    got, want = crew.aggregate(method, state, uploads), method.aggregate(state, uploads)
+    where = [dict(state.facts.pop("where")) for state in (got, want)]
+    assert where[0].keys() == where[1].keys() == set(WIDE)
+    assert got.facts == want.facts
+    for module, f in want.adapters["global"].items():
+        assert torch.equal(got.adapters["global"][module].B, f.B)
+        assert torch.equal(got.adapters["global"][module].A, f.A)
+    return set(where[0].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flexlora", "replication"])
+def test_workers_take_a_server_step_in_parts(scripted, tmp_path, name):
+    method, *step = step_of(name, tmp_path)
+    assert os.getpid() not in aggregated(scripted[0], Telling(method), *step)
+
+
+@pytest.mark.slow
+def test_a_step_over_all_modules_at_once_is_not_shared(scripted, tmp_path):
+    method, *step = step_of("hetlora", tmp_path)
+    assert aggregated(scripted[0], Telling(method), *step) == {os.getpid()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("always", [False, True])
+def test_a_worker_that_dies_in_a_server_step_costs_its_part(scripted, tmp_path, always):
+    """It is taken by another; where none is left, by the process that has the federation."""
+    method, *step = step_of("flexlora", tmp_path)
+    dying = Telling(method, os.getpid(), tmp_path / "died", always)
+    where = aggregated(scripted[0], dying, *step)
+    assert dying.died.exists() and (where == {os.getpid()}) is always
+    found = list(scripted[0].exchange([Job(f"on {always}", 2, b"x")], Patience()))
+    assert found == [Reply(f"on {always}", b"x")]
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_see_the_uploads_are_not_asked(scripted, tmp_path, monkeypatch):
+    method, *step = step_of("flexlora", tmp_path)
+    made = Step.of(Telling(method), *step)
+    assert made.seen() and len(made.files) == 3
+    (tmp_path / "c1").write_bytes(b"another file")
+    assert not made.seen()
+    monkeypatch.setattr(Step, "of", lambda *_: made)
+    method, *step = step_of("flexlora", tmp_path)
+    assert aggregated(scripted[0], Telling(method), *step) == {os.getpid()}
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Cluster:
             settings.model_dump_json(), private, Path.cwd(), together, described(ready)
         )
         resources = {"num_cpus": self.threads, "num_gpus": self.gpus}
-        crew = OnRay(resident, self.workers, resources, together, private, self.scratch)
+        crew = OnRay(resident, self.workers, resources, together, self.scratch)
         try:
             yield crew
         finally:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,11 +20,13 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from flexlora import parts
 from flexlora.client import Job
 from flexlora.federation import Lost, Patience, Reply
+from flexlora.federations.ray.step import Step
 from flexlora.federations.ray.waiting import Group, Waiting
 from flexlora.federations.ray.worker import Build, Worker
-from flexlora.private import Private
+from flexlora.method import Method, State, Upload
 
 ATTEMPTS: Final = 3
 """How many workers a group of clients may lose before it is lost itself."""
@@ -61,9 +64,8 @@ class _Place:
 class OnRay:
     """A federation on workers of a Ray cluster that is connected already.
 
-    ``resources`` are those of one worker, as Ray names them. ``private`` is where clients keep
-    what never travels, on a disk that this process and all workers share. A worker that dies
-    is replaced, and its group is the next to begin; an error in a turn is a fault to see.
+    ``resources`` are those of one worker, as Ray names them. A worker that dies is replaced, and
+    its group is the next to begin; an error in a turn is a fault to see.
     """
 
     def __init__(
@@ -72,12 +74,11 @@ class OnRay:
         workers: int,
         resources: Mapping[str, float],
         together: int = 1,
-        private: Private | None = None,
         scratch: Path | None = None,
     ) -> None:
         self._make = ray.remote(Worker).options(**resources, max_restarts=0)
         self._build = build
-        self._together, self._private = together, private
+        self._together = together
         # A relative folder is on the worker's machine, among its temporary files.
         self._scratch = scratch or Path(f"flexlora-{uuid.uuid4().hex}")
         self._places = [_Place() for _ in range(workers)]
@@ -108,7 +109,7 @@ class OnRay:
         self._exchanges += 1
         for place in self._places:
             place.files.clear()
-        waiting = Waiting(iter(jobs), self.together, self._private)
+        waiting = Waiting(iter(jobs), self.together)
         busy: dict[Any, tuple[_Place, Group]] = {}
         started = time.monotonic()
         try:
@@ -132,6 +133,46 @@ class OnRay:
             for place, _ in busy.values():
                 self._dismiss(place)
         self._staff()
+
+    def aggregate(self, method: Method, state: State, uploads: Sequence[Upload]) -> State:
+        """The method's aggregate, to the bit; where it goes ``by_module``, made by the workers.
+
+        Whoever is free takes the next part. Workers take one where they see the run's files, and
+        those that are not built yet are not waited for; what a worker that dies had is done again,
+        and what nobody takes is done here.
+        """
+        step = Step.of(method, state, uploads)
+        ready = [place for place in self._places if place.ready]
+        left = deque(step.dealt(len(ready)))
+        if len(left) < 2:
+            return method.aggregate(state, uploads)
+        stored, found = ray.put(step), []
+        busy: dict[Any, tuple[_Place, list[str] | None]] = {
+            place.actor.hold.remote(stored): (place, None) for place in ready
+        }
+        try:
+            while busy:
+                done = ray.wait([*busy])[0][0]
+                place, part = busy.pop(done)
+                try:
+                    made = ray.get(done)
+                except RayTaskError as error:
+                    raise _cause(error) from error
+                except _DEATHS:
+                    self._dismiss(place)
+                    left.extendleft([part] if part else [])
+                    continue
+                if left and (part or made):
+                    following = left.popleft()
+                    busy[place.actor.part.remote(following)] = place, following
+                if part:
+                    found.append(made.part())
+        finally:
+            for place, _ in busy.values():
+                self._dismiss(place)
+        self._staff()
+        found += [parts.aggregated(method, state, uploads, part) for part in left]
+        return parts.joined(state, found)
 
     def close(self) -> None:
         """Stop the workers."""

@@ -14,7 +14,6 @@ import ray
 
 from flexlora.client import Job
 from flexlora.federations.ray.worker import Asked
-from flexlora.private import Private
 
 _STORED_BYTES: Final = 100_000
 """Downloads of one client that are larger are kept for it in Ray's object store."""
@@ -35,7 +34,6 @@ class Waiting:
 
     jobs: Iterator[Job]
     together: int
-    private: Private | None
     drawn: deque[Group] = field(default_factory=deque)
     files: dict[Path, tuple[str, Any]] = field(default_factory=dict)
 
@@ -60,9 +58,6 @@ class Waiting:
         if isinstance(held, Path) and held in self.files:
             name, stored = self.files[held]
             return Asked(job.client, job.round, name), stored
-        if self.private is not None:
-            # By one hand before anybody needs it: workers would write the same file at once.
-            self.private.merge(job.opened().merge)
         if isinstance(held, Path):
             name = f"{len(self.files)}.safetensors"
             self.files[held] = name, ray.put(np.fromfile(held, np.uint8))

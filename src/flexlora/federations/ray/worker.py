@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexlora.client import Job
+from flexlora.federations.ray.step import Made, Step
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 """How bytes travel: Ray hands arrays over in shared memory, without a copy for each reader."""
@@ -43,6 +44,7 @@ class Worker:
         self._build = build
         self._turns: Turns | None = None
         self._exchange = 0
+        self._step: Step | None = None
         self._folder = Path(tempfile.gettempdir()) / folder
         self._empty()
         # So that nothing is left behind when it is killed in a turn, which has such files too.
@@ -54,13 +56,23 @@ class Worker:
 
     def turns(self, exchange: int, asked: Sequence[Asked], *downloads: Bytes | None) -> list[Bytes]:
         """The uploads of a group; None is a shared download that came before in this exchange."""
-        turns = self._made()
+        turns, self._step = self._made(), None
         if exchange != self._exchange:
             self._empty()
             self._exchange = exchange
         # Drawn by whoever trains, so that a download that it writes to the disk is not kept.
         uploads = turns(self._jobs(asked, downloads))
         return [np.frombuffer(upload, np.uint8) for upload in uploads]
+
+    def hold(self, step: Step) -> bool:
+        """Keep what a server step starts from; whether the files that it names are here."""
+        self._step = step if step.seen() else None
+        return self._step is not None
+
+    def part(self, modules: Sequence[str]) -> Made:
+        """These modules of the step that it holds, after the step."""
+        assert self._step is not None
+        return self._step.made(modules)
 
     def close(self) -> None:
         """Remove its files."""
