@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-flower test test-all test-kills check bench docs clean
+.PHONY: help demo demo-flower test test-all test-kills test-kills-short check bench docs clean
 
 help:  ## Say what the targets are
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,7 +28,11 @@ test-all: $(READY)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m ''
 
 test-kills: $(READY)  ## Real clients whose processes are killed, and the commands of docs/deploying.md
-	$(BIN)/python -m pytest -m '' tests/federations/test_surviving.py tests/test_deploying.py
+	$(BIN)/python -m pytest -m '' tests/federations/test_surviving.py \
+	  tests/federations/test_namespaces.py tests/test_deploying.py
+
+test-kills-short: $(READY)  ## The most telling of these kills, in two rounds and two and a half minutes
+	$(BIN)/python -m pytest -m '' tests/federations/test_surviving.py -k most_telling
 
 check: $(READY)  ## Lint and types
 	$(BIN)/ruff check .

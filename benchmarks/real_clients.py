@@ -51,7 +51,7 @@ class Relay:
 
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         try:
-            while data := source.recv(2**16):
+            while data := source.recv(2**20):
                 with self.lock:
                     self.bytes += len(data)
                 target.sendall(data)

@@ -4,22 +4,25 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import flowering
 import tiny
-from flexlora import keys
+from flexlora import experiment, keys, rounds
 from flexlora.federations.flower.superlink import free_port
+from flexlora.peft_directory import WEIGHTS
 from flexlora.record import Record
 from flexlora.serve import NODES
 
 RANKS = {"client0": 2, "client1": 5, "client2": 3}
+
+SOONER = {"PYTHONPATH": str(Path(__file__).parent / "sooner")}
+"""The environment in which Flower counts a node that was killed as online for 20 seconds alone."""
 
 CONFIG = """
 seed = 3
@@ -33,7 +36,7 @@ max_tokens = 32
 types.r2 = {{ attention = 2, feed_forward = 2 }}
 types.r5 = {{ attention = 5, feed_forward = 5 }}
 types.r3 = {{ attention = 3, feed_forward = 3 }}
-clients = {{ client0 = "r2", client1 = "r5", client2 = "r3" }}
+clients = {{ {named} }}
 [method]
 name = "{method}"
 [training]
@@ -42,8 +45,8 @@ batch_examples = 4
 pack_tokens = 24
 [federation]
 rounds = {rounds}
-cohort = 3
-quorum = 3
+cohort = {clients}
+quorum = {quorum}
 attempts = 20
 deadline_seconds = {deadline}
 [evaluation]
@@ -58,36 +61,64 @@ threads = 1
 
 @dataclass
 class Site:
-    """A folder with a model, keys, the clients' data, and the processes that run there."""
+    """A folder with a model, keys, the clients' data, and the processes that run there.
+
+    ``within`` has, by the name of a process, the command that runs it where it shall run.
+    """
 
     folder: Path
     rounds: int
     method: str = "flexlora"
     deadline: float = 45.0
+    ranks: Mapping[str, int] = field(default_factory=lambda: RANKS)
+    quorum: int | None = None
     address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
+    within: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tiny.save(self.folder / "model")
         (self.folder / "data").mkdir()
         self.files = flowering.data_of(tiny.corpus(), self.folder / "data")
-        keys.make_server(self.folder / "keys", ["localhost"])
+        keys.make_server(self.folder / "keys", [self.address.rpartition(":")[0]])
         (self.folder / "keys" / NODES).mkdir(mode=0o700)
-        for client in RANKS:
-            public = keys.make_node(self.folder / "keys" / client, client)
-            shutil.copy(self.folder / "keys" / "ca.crt", public.parent)
-            shutil.copy(public, self.folder / "keys" / NODES)
+        for client in self.ranks:
+            self.give_key(client)
         text = CONFIG.format(
             model=self.folder / "model",
             method=self.method,
             rounds=self.rounds,
             deadline=self.deadline,
+            clients=len(self.ranks),
+            quorum=self.quorum or len(self.ranks),
+            named=", ".join(f'{client} = "r{rank}"' for client, rank in self.ranks.items()),
         )
         (self.folder / "plan.toml").write_text(text)
 
     @property
     def run(self) -> Path:
         return self.folder / "run"
+
+    def give_key(self, client: str) -> None:
+        """Make a client's key, and let it in; it may have had another before."""
+        place = self.folder / "keys" / client
+        shutil.rmtree(place, ignore_errors=True)
+        public = keys.make_node(place, client)
+        shutil.copy(self.folder / "keys" / "ca.crt", place)
+        shutil.copy(public, self.let_in(client))
+
+    def let_in(self, client: str) -> Path:
+        """The server's file by which a client may take part."""
+        return self.folder / "keys" / NODES / f"{client}.pub"
+
+    def said(self, name: str) -> str:
+        """What a process has printed, in one line."""
+        return " ".join((self.folder / f"{name}.log").read_text(errors="replace").split())
+
+    def state(self, client: str) -> Path:
+        """What a client keeps to itself."""
+        return self.folder / f"state-{client}"
 
     def serve(self, resume: bool = False) -> None:
         what = (
@@ -100,18 +131,18 @@ class Site:
 
     def join(self, client: str) -> None:
         place = self.folder / "keys" / client
-        told = ["--data", str(self.files[client]), "--rank", str(RANKS[client])]
-        told += ["--keys", str(place), "--state", str(self.folder / f"state-{client}")]
+        told = ["--data", str(self.files[client]), "--rank", str(self.ranks[client])]
+        told += ["--keys", str(place), "--state", str(self.state(client))]
         told += ["--model", str(self.folder / "model")]
         self._start(client, ["join", self.address, *told])
 
     def _start(self, name: str, arguments: list[str]) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "flexlora", *arguments],
+                [*self.within.get(name, ()), sys.executable, "-m", "flexlora", *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.env},
             )
 
     def events(self, *kinds: str) -> list[dict]:
@@ -142,10 +173,44 @@ class Site:
     def finished(self) -> bool:
         return bool(self.events("finish"))
 
+    def lost(self, round: int, client: str) -> list[str]:
+        """Why a client's turn of a round was lost, as often as it was."""
+        events = self.events("lost")
+        return [e["reason"] for e in events if (e["round"], e["client"]) == (round, client)]
+
+    def has_come(self, round: int, client: str) -> bool:
+        """Whether a client's upload of a round is there."""
+        return any((e["round"], e["client"]) == (round, client) for e in self.events("client"))
+
     def listens(self) -> bool:
         host, _, port = self.address.rpartition(":")
-        with socket.socket() as probe:
-            return probe.connect_ex((host, int(port))) == 0
+        probe = f"import socket; socket.create_connection(({host!r}, {port}), 1).close()"
+        command = [*self.within.get("serve", ()), sys.executable, "-c", probe]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def begin(self) -> None:
+        """Start the server, and all clients once it listens."""
+        self.serve()
+        self.until(self.listens, 90, "the server to listen")
+        for client in self.ranks:
+            self.join(client)
+
+    def assert_as_if_nothing_happened(self) -> None:
+        """Of a finished run: every round had every client, and the adapter is a simulation's."""
+        how = {
+            "method": {"name": self.method},
+            "federation": {"rounds": self.rounds, "cohort": len(self.ranks)},
+        }
+        corpus = tiny.corpus()
+        mine = corpus.select([owner in self.ranks for owner in corpus.keys("client")])
+        settings = flowering.settings(self.folder, dict(self.ranks), **how)
+        ready = experiment.prepare(settings, mine)
+        *_, wanted = rounds.run(ready, self.folder / "simulated")
+        got = Path(self.events("finish")[-1]["adapter"])
+        expected = Path(wanted["adapter"])
+        assert (got / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
+        assert [e["round"] for e in self.events("round")] == list(range(1, self.rounds + 1))
+        assert all(e["received"] == len(self.ranks) for e in self.events("round"))
 
     def pids(self, *words: str) -> list[int]:
         """The processes of this site in whose command all of these words stand."""

@@ -3,7 +3,12 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -101,6 +106,29 @@ def test_several_ranks_for_a_method_of_one_are_refused_before_anything_is_writte
         hosting.lay_out(tmp_path / "run", made, Plan.new(2, bound=True))
 
 
+PHONES = {
+    "distribution": None,
+    "types": {
+        "phone": {"attention": 3, "feed_forward": 0},
+        "site": {"attention": 3, "feed_forward": 3},
+    },
+    "clients": {"ash": "phone", "birch": "site"},
+}
+
+
+def test_limits_that_leave_out_modules_need_a_method_that_goes_by_module(folder, tmp_path):
+    """As a simulation refuses it; and one rank is one where a module is trained."""
+    plan = Plan.new(2, bound=True)
+    made = settings(folder, ranks=PHONES, method={"name": "hetlora"})
+    with pytest.raises(ValueError, match="decides over all modules at once"):
+        hosting.lay_out(tmp_path / "run", made, plan)
+    assert not (tmp_path / "run").exists()
+    hosting.lay_out(
+        tmp_path / "fedit", settings(folder, ranks=PHONES, method={"name": "fedit"}), plan
+    )
+    hosting.lay_out(tmp_path / "flexlora", settings(folder, ranks=PHONES), plan)
+
+
 # Whether it lives
 
 
@@ -175,6 +203,13 @@ def test_nodes_are_told_the_terms_of_the_config(folder, tmp_path):
     assert (agreed.attention, agreed.feed_forward, quorum) == (5, 5, 2)
     assert roll.folder == tmp_path / "run" and roll.limit == Limit(RankType(5, 5), {})
     assert len(roll.modules) == 14
+
+
+def test_the_roll_knows_what_a_client_weighs_at_most(folder, tmp_path):
+    how = {"federation": {"rounds": 2, "cohort": 3, "most_examples": 500}}
+    plan = Plan.new(3, bound=True)
+    (roll, *_), _ = hosted(tmp_path / "run", settings(folder, **how), plan)
+    assert roll.most_examples == 500
 
 
 @pytest.mark.parametrize("bound", [True, False])
@@ -262,10 +297,15 @@ class FakeLink:
         self.registered.append(name)
         return 1000 + len(FakeLink.known)
 
-    def number(self, public, name):
+    def number(self, public, name, known):
         if public.read_bytes() in FakeLink.known:
-            return 1001 + FakeLink.known.index(public.read_bytes())
+            found = 1001 + FakeLink.known.index(public.read_bytes())
+            assert found not in known
+            return found
         return self.register(public, name)
+
+    def unregister(self, node):
+        FakeLink.out.append(node)
 
     def status(self, run):
         return "finished:failed"
@@ -288,7 +328,7 @@ def serving(monkeypatch):
     monkeypatch.setattr(serve, "SuperLink", FakeLink)
     monkeypatch.setattr(serve, "Process", FakeProcess)
     monkeypatch.setattr(serve.time, "sleep", nap)
-    FakeLink.known = []
+    FakeLink.known, FakeLink.out = [], []
 
     def events(folder, *acts, keys=None, then=()):
         """``then`` is what happens between one look and the next."""
@@ -378,9 +418,9 @@ def test_what_ends_again_and_again_ends_the_server(serving, tmp_path):
     assert FakeLink.last.process.ended == -15
 
 
-@pytest.mark.xfail(strict=True, reason="it counts as one that has not begun, for ever")
-def test_a_process_that_ends_before_it_begins_is_not_waited_for(serving, tmp_path):
+def test_a_process_that_ends_before_it_begins_is_not_waited_for(serving, tmp_path, monkeypatch):
     """Python or Flower could not start it: Flower knows that it has failed."""
+    monkeypatch.setattr("flexlora.serve._BEGIN_SECONDS", -1.0)
     with pytest.raises(ValueError, match="log"):
         list(serving(tmp_path, *[lambda folder: "1"] * 30))
 
@@ -393,6 +433,50 @@ def test_two_servers_in_one_folder_are_one_too_many(serving, tmp_path):
             pytest.raises(ValueError, match="already"),
         ):
             next(other)
+
+
+# What a crash left behind
+
+
+@pytest.fixture
+def sleeper(tmp_path):
+    """Flower's process, of a log: it sleeps."""
+    superlink = pytest.importorskip("flexlora.federations.flower.superlink")
+    made = []
+
+    def make(log="its.log"):
+        command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+        made.append(superlink.Process(command, tmp_path / log, dict(os.environ)))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.stop()
+
+
+def number(process) -> int:
+    return int(process.log.with_suffix(".pid").read_text())
+
+
+def test_what_a_crash_left_behind_is_ended_before_it_is_started_again(sleeper):
+    first, second = sleeper(), sleeper()
+    first.start()
+    while not first.last_lines():  # it has its environment
+        time.sleep(0.01)
+    second.start()
+    assert first._held.wait(5) == -signal.SIGKILL
+    assert number(second) == second._held.pid and second.ended is None
+
+
+def test_another_process_that_has_its_number_by_now_is_left_alone(sleeper):
+    """After a reboot numbers are given anew: to another Python, or to another of one's own."""
+    other, gone = sleeper("another.log"), sleeper()
+    other.start()
+    while not other.last_lines():
+        time.sleep(0.01)
+    gone.log.with_suffix(".pid").write_text(str(number(other)))
+    gone.start()
+    assert other.ended is None and gone.ended is None
 
 
 # Nodes whose keys come while it serves
@@ -450,6 +534,92 @@ def test_nodes_are_not_registered_again(serving, pairs, held, tmp_path):
     assert known == FakeLink.known and nodes(run) == {"ash": 1001}
 
 
+def goes_on(serving, run, held, *then):
+    """A run during which these things happen one after the other."""
+    run.mkdir(exist_ok=True)
+    rest = [lambda: None, lambda: None, lambda: ran(FINISH)(run)]
+    list(serving(run, ran(LONG), keys=held, then=[*then, *rest]))
+
+
+def test_a_node_whose_key_is_taken_out_is_put_out(serving, pairs, held, tmp_path, capsys):
+    run = tmp_path / "run"
+    comes(pairs, held, "ash")
+    comes(pairs, held, "birch")
+    goes_on(serving, run, held, (held / "nodes" / "ash.pub").unlink)
+    assert FakeLink.out == [1001] and nodes(run) == {"birch": 1002}
+    assert "node ash is put out: it has no key here any more\n" in capsys.readouterr().err
+
+
+def test_a_node_with_another_key_is_another_node(serving, pairs, held, tmp_path, capsys):
+    run = tmp_path / "run"
+    comes(pairs, held, "ash")
+    goes_on(
+        *(serving, run, held),
+        lambda: shutil.copy(pairs / "birch" / "birch.pub", held / "nodes" / "ash.pub"),
+    )
+    assert FakeLink.out == [1001] and nodes(run) == {"ash": 1002}
+    said = capsys.readouterr().err
+    assert "node ash is put out: it has another key\nnode ash may join\n" in said
+
+
+def test_a_key_that_was_put_out_does_not_come_back_and_it_is_said_why(
+    serving, pairs, held, tmp_path, capsys
+):
+    """Flower takes no key twice."""
+    run = tmp_path / "run"
+    comes(pairs, held, "ash")
+    goes_on(
+        *(serving, run, held),
+        (held / "nodes" / "ash.pub").unlink,
+        lambda: comes(pairs, held, "ash"),
+        lambda: comes(pairs, held, "birch"),
+    )
+    assert nodes(run) == {"birch": 1002}
+    said = capsys.readouterr().err
+    assert "node ash is not let in: its key SHA256:" in said
+    assert "make a new one: flexlora keys DIR --node ash" in said
+    assert "node birch may join" in said
+
+
+def test_keys_that_went_while_nobody_served_are_noticed(serving, pairs, held, tmp_path):
+    run = tmp_path / "run"
+    comes(pairs, held, "ash")
+    goes_on(serving, run, held)
+    (held / "nodes" / "ash.pub").unlink()
+    round_(run, 1, LONG)
+    list(serving(run, ran(FINISH), keys=held))
+    assert FakeLink.out == [1001] and nodes(run) == {}
+
+
+def test_nodes_of_a_run_that_knew_no_fingerprints_stay_in(serving, pairs, held, tmp_path):
+    run = tmp_path / "run"
+    comes(pairs, held, "ash")
+    goes_on(serving, run, held)
+    (run / hosting.NUMBERS).unlink()
+    round_(run, 1, LONG)
+    list(serving(run, ran(FINISH), keys=held))
+    assert FakeLink.out == [] and nodes(run) == {"ash": 1001}
+    assert list(json.loads((run / hosting.NUMBERS).read_text()).values()) == [1001]
+
+
+def test_a_folder_of_keys_that_is_gone_puts_nobody_out(serving, pairs, held, tmp_path, capsys):
+    """It may be a disk that is not there for a while."""
+    run = tmp_path / "run"
+    comes(pairs, held, "ash")
+    goes_on(serving, run, held, lambda: (held / "nodes").rename(held / "elsewhere"))
+    assert FakeLink.out == [] and nodes(run) == {"ash": 1001}
+    assert "no node is let in or put out: " in capsys.readouterr().err
+
+
+def test_a_fingerprint_is_the_one_that_openssh_says(pairs):
+    from flexlora.keys import fingerprint
+
+    public = pairs / "ash" / "ash.pub"
+    said = subprocess.run(["ssh-keygen", "-l", "-f", public], capture_output=True, text=True)
+    assert fingerprint(public) == said.stdout.split()[1]
+    assert fingerprint(public) != fingerprint(pairs / "birch" / "birch.pub")
+
+
 @pytest.mark.parametrize("content", [b"", b"half of a k", b"\xff"])
 def test_a_key_that_is_still_being_copied_does_not_end_the_server(
     serving, pairs, held, tmp_path, content
@@ -473,7 +643,8 @@ def test_a_server_killed_between_registering_and_writing_it_down_goes_on(
     run.mkdir()
     comes(pairs, held, "ash")
     list(serving(run, ran(FINISH), keys=held))
-    (run / hosting.NODES).unlink()  # as if the kill had come before it was written
+    for file in (hosting.NODES, hosting.NUMBERS):
+        (run / file).unlink()  # as if the kill had come before it was written
     round_(run, 1, LONG)
     assert [e["event"] for e in serving(run, ran(FINISH), keys=held)] == ["finish"]
     assert nodes(run) == {"ash": 1001}

@@ -83,6 +83,20 @@ def test_a_client_that_its_limit_leaves_nothing_is_refused(tmp_path):
     assert len(clients) == 0
 
 
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (MODULES[:1], "none of the adapted modules is of that kind"),
+        ([*MODULES, "model.layers.0.fc1"], "is neither in an attention nor"),
+    ],
+)
+def test_a_client_without_a_module_is_refused_before_it_is_written_down(tmp_path, modules, message):
+    clients = Roll(tmp_path, Limit(RankType(8, 8), {}), modules, bound=False)
+    with pytest.raises(ValueError, match=message):
+        clients.admit(said(attention=0), NODE)
+    assert len(clients) == 0 and not (tmp_path / FILE).exists()
+
+
 def test_where_all_must_train_all_modules_fewer_are_refused(tmp_path):
     clients = roll(tmp_path, whole=True)
     with pytest.raises(ValueError, match=r"at r5-0, .* join with --modules all"):

@@ -673,3 +673,22 @@ def test_a_download_is_made_once_for_all_clients_of_the_same_ranks(
     types = [event["rank_type"] for event in events if event["event"] == "client"]
     assert len(set(types)) < len(types) == 4
     assert len(made) == (len(set(types)) if method == "flexlora" else 4)
+
+
+def test_nobody_weighs_more_than_the_config_lets_it(tmp_path):
+    """At most one example each is to weigh all alike; a limit above all of them changes nothing."""
+    tiny.save(tmp_path / "model")
+    how = {"rounds": 1, "cohort": 3}
+    found = {}
+    for name, most, weights in (
+        ("capped", 1, "examples"),
+        ("uniform", None, "uniform"),
+        ("free", None, "examples"),
+        ("roomy", 10**6, "examples"),
+    ):
+        limit = {} if most is None else {"most_examples": most}
+        method = {"name": "flexlora", "weights": weights}
+        ran = go(tmp_path, name, federation={**how, **limit}, method=method)
+        assert len({event["examples"] for event in ran.of("client")}) > 1
+        found[name] = (ran.adapter / WEIGHTS).read_bytes()
+    assert found["capped"] == found["uniform"] != found["free"] == found["roomy"]

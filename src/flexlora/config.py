@@ -85,7 +85,8 @@ class Rounds(BaseModel):
     A round wants ``cohort`` uploads, or those of a ``fraction`` of the clients. It asks
     ``over_selection`` times as many more and goes on with the first that come. Once
     ``deadline_seconds`` are over it goes on with those it has, if they are ``quorum``; else it
-    asks others, at most so many times as there are ``attempts``.
+    asks others, at most so many times as there are ``attempts``. No client weighs more than
+    ``most_examples``: a real one's count is its own word.
     """
 
     model_config = CLOSED
@@ -96,6 +97,7 @@ class Rounds(BaseModel):
     deadline_seconds: float | None = Field(None, gt=0)
     quorum: int = Field(1, ge=1)
     attempts: int = Field(3, ge=1)
+    most_examples: int | None = Field(None, ge=1)
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 

@@ -94,7 +94,8 @@ def _keep_up(process: Process, say: Say) -> None:
         why = (
             "the server does not let this node in (yet): has it your public key?"
             if process.ended == _REFUSED
-            else f"Flower's SuperNode ended with code {process.ended}; see {process.log}"
+            else f"Flower's SuperNode ended with code {process.ended}, as it does when the server "
+            f"takes your key out; see {process.log}."
         )
         say(f"{why} Trying again in {pause:.0f} s.")
         time.sleep(pause)

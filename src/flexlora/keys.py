@@ -7,6 +7,8 @@ others may read them. What the server needs to run is without ``ca.key``, which 
 elsewhere until a certificate is to be renewed.
 """
 
+import base64
+import hashlib
 import os
 import re
 import stat
@@ -205,6 +207,16 @@ def node_keys(folder: Path) -> dict[str, Path]:
             )
         found[path.stem] = path
     return found
+
+
+def fingerprint(path: Path) -> str:
+    """A public key in short, as ``ssh-keygen -l`` writes it: the same for no two keys.
+
+    Raises:
+        ValueError: the file is no public key on a NIST curve.
+    """
+    blob = base64.b64decode(_public_key(path).split()[1])
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
 def check_private(path: Path) -> None:

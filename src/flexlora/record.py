@@ -19,8 +19,9 @@ written, in seconds since 1970. The kinds and their fields:
 ``start``       version, config, hardware, versions, clients, unseen_clients, modules,
                 rank_types {name: clients}, ranks {name: [ranks in use]},
                 trainable {name: parameters}, clients_at_once, resumed (bool)
-``joined``      client, rank_type, ranks (those in use), examples, device, tokens_per_second:
-                a client that came to a real federation, or came back
+``joined``      client, rank_type, ranks (those in use), examples, device, tokens_per_second,
+                note (what is to be said of it): a client that came to a real federation, or
+                came back
 ``asked``       round, client: it was handed its job (a real federation)
 ``client``      round, client, rank_type, examples, tokens (of the examples), computed
                 (tokens that went through the model: shared ones once), steps,

@@ -13,7 +13,7 @@ from flexlora import checkpoint
 from flexlora.config import Ranks, rank_table
 from flexlora.experiment import Population
 from flexlora.method import Client
-from flexlora.ranks import PAPER_TYPES, RankType
+from flexlora.ranks import PAPER_TYPES, RankType, several
 
 FILE = "clients.json"
 ARRIVALS = "arrivals.log"
@@ -81,15 +81,25 @@ class Limit:
         return cls(rank, {id: types[kind] for id, kind in settings.clients.items()})
 
     @property
+    def every(self) -> list[RankType]:
+        """The limits of all clients."""
+        return [*self.named.values(), *([] if self.rank is None else [self.rank])]
+
+    @property
     def several(self) -> bool:
-        """Whether not all clients have the same limit."""
-        return len({*self.named.values(), *([] if self.rank is None else [self.rank])}) > 1
+        """Whether not all clients that train a module have the same limit there."""
+        return several(self.every)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all clients may train the same modules."""
+        return len({limit.targets for limit in self.every}) == 1
 
     def largest(self) -> RankType:
         """The largest of all."""
-        limits = [*self.named.values(), *([] if self.rank is None else [self.rank])]
         return RankType(
-            max(limit.attention for limit in limits), max(limit.feed_forward for limit in limits)
+            max(limit.attention for limit in self.every),
+            max(limit.feed_forward for limit in self.every),
         )
 
     def __call__(self, client: str) -> RankType:
@@ -109,7 +119,8 @@ class Roll(Population):
 
     With ``bound`` a client's name belongs to the node whose key was let in under it; else the
     last that says to be it is taken for it. With ``alike`` all must have the
-    ranks of the limit, and with ``whole`` all must train all modules that it names.
+    ranks of the limit, and with ``whole`` all must train all modules that it names. None weighs
+    more than ``most_examples``.
     """
 
     folder: Path
@@ -118,6 +129,7 @@ class Roll(Population):
     bound: bool = True
     alike: bool = False
     whole: bool = False
+    most_examples: int | None = None
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -153,6 +165,11 @@ class Roll(Population):
         pairs = [(entry.attention, limit.attention), (entry.feed_forward, limit.feed_forward)]
         if not any(rank for rank, _ in pairs):
             raise ValueError(f"Client {id!r} trains nothing that its limit ({limit}) leaves it.")
+        if not self._ranks(entry):
+            raise ValueError(
+                f"Client {id!r} would train at {entry.rank_type}, but none of the adapted modules "
+                f"is of that kind: {list(self.modules)[:3]} and so on; join with other --modules."
+            )
         if self.whole and any(most and not rank for rank, most in pairs):
             raise ValueError(
                 f"Client {id!r} would train at {entry.rank_type}, but this method decides over all "
@@ -167,6 +184,16 @@ class Roll(Population):
         held = {name: asdict(each) for name, each in self.entries.items()}
         checkpoint.write(self.folder / FILE, json.dumps(held, indent=1).encode())
         return id, entry
+
+    def capped(self, id: str) -> str | None:
+        """What is to be said of a client that says it has more examples than it may weigh."""
+        says, most = self.entries[id].examples, self.most_examples
+        if most is None or says <= most:
+            return None
+        return (
+            f"Client {id!r} says that it has {says} examples; its uploads weigh as much as {most}, "
+            "which is federation.most_examples."
+        )
 
     def note(self, line: str) -> None:
         """Say who came, or was not let in, to whoever looks on."""

@@ -27,7 +27,7 @@ from flexlora.experiment import Ready
 from flexlora.federation import Aggregating, Federation
 from flexlora.federations.simulated import Simulated
 from flexlora.linalg import LowRankSum, norm
-from flexlora.method import Client, Fresh, Method, State, Upload
+from flexlora.method import Client, Fresh, State, Upload
 from flexlora.private import Private
 from flexlora.record import Event, Record
 from flexlora.task import evaluate_each
@@ -101,7 +101,7 @@ def _round(
     yield from asking.events(record)
     aggregating = time.perf_counter()
     in_order = [asking.uploads[id] for id in ready.clients if id in asking.uploads]
-    state = _aggregated(ready.method, federation, asking.state, in_order)
+    state = _aggregated(ready, federation, asking.state, in_order)
     adapter = ready.method.update(state)
     seconds = time.perf_counter() - aggregating
     _export(ready, adapter, adapter_folder(folder, number))
@@ -125,12 +125,18 @@ def _round(
 
 
 def _aggregated(
-    method: Method, federation: Federation, state: State, uploads: Sequence[Upload]
+    ready: Ready, federation: Federation, state: State, uploads: Sequence[Upload]
 ) -> State:
-    """The next state, with the help of workers where the federation has any for it."""
+    """The next state, with the help of workers where the federation has any for it.
+
+    No client weighs more than the config lets it.
+    """
+    most = ready.experiment.federation.most_examples
+    if most is not None:
+        uploads = [replace(upload, examples=min(upload.examples, most)) for upload in uploads]
     if isinstance(federation, Aggregating):
-        return federation.aggregate(method, state, uploads)
-    return method.aggregate(state, uploads)
+        return federation.aggregate(ready.method, state, uploads)
+    return ready.method.aggregate(state, uploads)
 
 
 def _together(ready: Ready) -> int:

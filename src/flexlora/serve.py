@@ -15,7 +15,7 @@ from typing import Final
 
 from flexlora import checkpoint, hosting
 from flexlora.federations.flower.superlink import Process, SuperLink, environment, free_port
-from flexlora.keys import ServerKeys, node_keys
+from flexlora.keys import ServerKeys
 from flexlora.record import Event, Record
 from flexlora.roll import ARRIVALS
 
@@ -66,6 +66,7 @@ class Server:
     listening: Listening
     link: SuperLink = field(init=False)
     gate: Process | None = field(init=False)
+    nodes: hosting.Nodes | None = field(init=False)
     restarts: int = field(default=0, init=False)
     run: str = field(default="", init=False)
     submitted: float = field(default=0.0, init=False)
@@ -76,6 +77,8 @@ class Server:
         # Without keys the clients, on this machine, reach the SuperLink itself.
         self.link = SuperLink(home, here.port if keys is None else free_port(), keys)
         self.gate = None if keys is None else _gate(home, here, self.link.url, keys)
+        held = None if here.keys is None else here.keys / NODES
+        self.nodes = None if held is None else hosting.Nodes(self.folder, held, self.link)
 
     def start(self) -> None:
         """Start both, let the known nodes in, and submit the run."""
@@ -96,19 +99,8 @@ class Server:
         self.run, self.submitted = self.link.submit(self.folder), time.monotonic()
 
     def let_in(self) -> list[str]:
-        """Register the nodes whose public keys have come since; their names."""
-        if self.listening.keys is None:
-            return []
-        known: dict[str, int] = {}
-        file = self.folder / hosting.NODES
-        if file.exists():
-            known = json.loads(file.read_text(encoding="utf-8"))
-        found = node_keys(self.listening.keys / NODES)
-        new = sorted(found.keys() - known.keys())
-        for name in new:
-            known[name] = self.link.number(found[name], name)
-            checkpoint.write(file, json.dumps(known, indent=1).encode())
-        return new
+        """Let nodes in by the public keys that there are now, and no others; what is new."""
+        return [] if self.nodes is None else self.nodes.look()
 
     def look(self) -> bool:
         """Start again what has ended; whether the run is resumed, from its last checkpoint.
@@ -215,9 +207,9 @@ def _served(folder: Path, listening: Listening) -> Iterator[Event]:
 def _let_in(server: Server) -> str:
     """Who may join now; or what is wrong with a key, which does not stop those that are in."""
     try:
-        return "".join(f"node {name} may join\n" for name in server.let_in())
+        return "".join(f"{line}\n" for line in server.let_in())
     except ValueError as error:
-        return f"no new node is let in: {error}\n"
+        return f"no node is let in or put out: {error}\n"
 
 
 @dataclass

@@ -400,6 +400,66 @@ def test_every_client_gets_its_own_job_and_its_answer_is_its_own(three):
     ]
 
 
+def test_a_client_with_other_means_is_asked_again_who_it_is(tmp_path):
+    """Its owner has started it again with a smaller rank, before it was seen to be away."""
+    means = {"rank": 3}
+
+    def says(header, payload):
+        if header["kind"] == "enrol":
+            ranks = {"attention": means["rank"], "feed_forward": means["rank"]}
+            return {"client": "ash", "examples": 7, "device": "cpu", **ranks}, b""
+        if means["rank"] < made.roll.entries["ash"].attention:
+            return {"error": "The server asks to train rank 3; its owner gives 2 at most."}, b""
+        return {"round": header["round"]}, b"ash"
+
+    made = federation(tmp_path, flower.Scripted(2**63, says))
+    means["rank"] = 2
+    found = heard(made, "ash")
+    assert [type(e) for e in answers(found)] == [Lost]
+    assert made.present(["ash"]) == ["ash"]  # at once, not after half a minute
+    assert made.roll.entries["ash"].attention == 2
+    found = heard(made, "ash")
+    assert [e["ranks"] for e in news(found, "joined")] == [[2]]
+    assert answers(found) == [Reply("ash", b"ash")]
+
+
+def test_a_client_that_fails_and_is_who_it_was_does_not_join_again(tmp_path):
+    fails = iter([True, False])
+
+    def says(header, payload):
+        return ({"error": "full"}, b"") if next(fails) else ({"round": 1}, b"ash")
+
+    made = federation(tmp_path, client(2**63, "ash", says))
+    first = heard(made, "ash")
+    assert len(made.grid.asked("enrol")) == 2
+    made.present(["ash"])
+    found = [*first, *heard(made, "ash")]
+    assert [type(e) for e in answers(found)] == [Lost, Reply]
+    assert len(news(found, "joined")) == 1
+
+
+def test_a_client_that_forgot_is_not_asked_who_it_is(tmp_path):
+    forgets = {"error": "lost it", "forgot": True}
+    made = federation(tmp_path, client(2**63, "ash", lambda header, payload: (forgets, b"")))
+    assert [e.forgot for e in answers(heard(made, "ash"))] == [True]
+    assert len(made.grid.asked("enrol")) == 1
+
+
+def test_what_a_client_says_it_has_weighs_no_more_than_the_limit_and_it_is_said(tmp_path):
+    ash = client(2**63, "ash", examples=7000)
+    ash.online = False
+    made = federation(tmp_path, ash)
+    made.roll.most_examples, ash.online = 500, True
+    made.gather(1)
+    (fact,) = news(heard(made, "ash"), "joined")
+    assert fact["note"] == (
+        "Client 'ash' says that it has 7000 examples; its uploads weigh as much as 500, which is "
+        "federation.most_examples."
+    )
+    assert fact["note"] in (tmp_path / ARRIVALS).read_text()
+    assert fact["examples"] == 7000  # what it was asked for is checked against its word
+
+
 def test_who_came_is_told_once(three):
     first = heard(three, "ash")
     assert [e["client"] for e in news(first, "joined")] == ["ash", "birch", "cedar"]
@@ -550,7 +610,6 @@ def test_an_answer_that_flower_itself_cannot_read_is_a_loss(three, monkeypatch):
     assert {type(e): e.client for e in found} == {Lost: "ash", Reply: "birch"}
 
 
-@pytest.mark.xfail(strict=True, reason="every download stays in memory as long as the exchange")
 def test_downloads_that_are_handed_out_are_not_held(three):
     """Methods with a download for each client: a round's would be in memory at once."""
     held = []
@@ -565,13 +624,21 @@ def test_downloads_that_are_handed_out_are_not_held(three):
             yield Job(name, 1, Weighed(number + 3))
             assert len(held) <= 2
 
-    three.grid.pushed = _Nothing()
+    three.grid.pushed, three.grid.waiting = _Nothing(), _Sent()
     list(three.exchange(jobs(), Patience()))
+    assert len(held) <= 1
 
 
 class _Nothing(list):
     def append(self, item):
         """A grid that forgets what it took."""
+
+
+class _Sent(dict):
+    def __setitem__(self, id, message):
+        """A grid that keeps no payload that it has sent, as Flower's own."""
+        del message.content["flexlora.payload"]
+        super().__setitem__(id, message)
 
 
 # Answers that come late

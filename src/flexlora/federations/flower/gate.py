@@ -9,6 +9,7 @@ would register itself do not.
 
 import argparse
 import asyncio
+import functools
 import json
 import logging
 import signal
@@ -21,6 +22,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from flexlora.federations.flower.held import MOST_QUESTION_BYTES, NOTHING_YET, Held, parts
 from flexlora.keys import ServerKeys, check_private
 
 try:
@@ -81,6 +83,7 @@ class Gate:
     upstream: str
     client: httpx.AsyncClient
     most_body_bytes: int
+    held: Held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or open and close with the server."""
@@ -110,7 +113,7 @@ class Gate:
         try:
             length = _check(scope, self.most_body_bytes)
             async with asyncio.timeout(_SECONDS):
-                await self._pass(scope, _body(receive, length, self.most_body_bytes), answer)
+                await self._pass(await self._replied(scope, receive, length), answer)
         except Exception as error:
             refused = _refusal(error)
             who = (scope.get("client") or ("?",))[0]
@@ -121,27 +124,44 @@ class Gate:
             if not begun:
                 await _refuse(refused, send)
 
-    async def _pass(self, scope: Scope, body: AsyncIterator[bytes], send: Send) -> None:
+    async def _replied(self, scope: Scope, receive: Receive, length: int | None) -> httpx.Response:
+        """The SuperLink's reply; while that is "nothing yet", it is asked again for a while."""
+        body = _body(receive, length, self.most_body_bytes)
+        nothing = NOTHING_YET.get(scope["raw_path"])
+        if nothing is None or length is None or length > MOST_QUESTION_BYTES:
+            return await self._sent(scope, body)
+        question = b"".join([part async for part in body])
+        ask = functools.partial(self._sent, scope, question)
+        if (reply := await self.held.answer(ask, nothing, receive)) is None:
+            raise _Refused(400, "The node hung up before there was anything for it.")
+        return reply
+
+    async def _sent(self, scope: Scope, body: AsyncIterator[bytes] | bytes) -> httpx.Response:
         url = self.upstream + scope["raw_path"].decode("ascii")
         request = self.client.build_request("POST", url, headers=_onward(scope), content=body)
-        reply = await self.client.send(request, stream=True)
+        return await self.client.send(request, stream=True)
+
+    async def _pass(self, reply: httpx.Response, send: Send) -> None:
         try:
             start = {"type": "http.response.start", "status": reply.status_code}
             await send({**start, "headers": _back(reply.headers.raw)})
-            async for chunk in reply.aiter_raw():
+            async for chunk in parts(reply):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:
             await reply.aclose()
         await send({"type": "http.response.body", "body": b""})
 
 
-def app(upstream: str, verify: Path | None, most_body_bytes: int = 2**26) -> ASGIApp:
+def app(
+    upstream: str, verify: Path | None, most_body_bytes: int = 2**26, held: Held | None = None
+) -> ASGIApp:
     """The gate to the SuperLink at ``upstream``, as an ASGI application.
 
     Args:
         upstream: scheme, host and port, as https://127.0.0.1:8000; http only to loopback.
         verify: the CA certificate the SuperLink's own must be signed by; none with http.
         most_body_bytes: the largest body let through; Flower's own are at most some 5 MiB.
+        held: how long a node's question is held while the SuperLink has nothing for it.
 
     Raises:
         ValueError: the upstream is not such an address, or ``verify`` does not go with it.
@@ -157,7 +177,7 @@ def app(upstream: str, verify: Path | None, most_body_bytes: int = 2**26) -> ASG
         timeout=httpx.Timeout(_IDLE_SECONDS, connect=10.0),
         limits=httpx.Limits(max_connections=_UPSTREAM_CONNECTIONS, keepalive_expiry=_KEPT_SECONDS),
     )
-    return Gate(upstream.rstrip("/"), client, most_body_bytes)
+    return Gate(upstream.rstrip("/"), client, most_body_bytes, held or Held())
 
 
 def serve(
@@ -192,7 +212,8 @@ def serve(
         proxy_headers=False,
         server_header=False,
         limit_concurrency=_MOST_CONNECTIONS,
-        timeout_graceful_shutdown=5,
+        # After three seconds a node that was told that there is nothing finds out by itself.
+        timeout_graceful_shutdown=3,
         ssl_certfile=None if keys is None else keys.certificate,
         ssl_keyfile=None if keys is None else keys.key,
         ssl_ciphers=_CIPHERS,
@@ -200,6 +221,9 @@ def serve(
     config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    server = uvicorn.Server(config)
+    if isinstance(app, Gate):
+        app.held.ending = lambda: server.should_exit
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=config.backlog) as listener:
         address = f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
@@ -207,7 +231,7 @@ def serve(
         try:
             if ready is not None:
                 _write_whole(ready, address + "\n")
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         finally:
             if ready is not None:
                 ready.unlink(missing_ok=True)
@@ -368,7 +392,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # By default SIGTERM would end the process before it has tidied up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    # httpx tells of every request; a node asks every three seconds.
+    # httpx tells of every request; the SuperLink is asked several times a second.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         keys = None if None in files else ServerKeys(*files)

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flexlora.client import Job
 from flexlora.federation import Heard, Lost, News, Patience, Reply, Stray
 from flexlora.federations.flower import records
-from flexlora.roll import Roll
+from flexlora.roll import Entry, Roll
 
 _ENROL_SECONDS: Final = 3600.0
 """How long a node may take to load its model and say who it is."""
@@ -48,12 +48,13 @@ class Flower:
     roll: Roll
     terms: str
     quorum: int = 1
-    poll_seconds: float = 0.5
+    poll_seconds: float = 0.25
     together: int = 1
     _client: dict[int, str] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
     _invited: dict[str, int] = field(default_factory=dict)
     _asked_at: dict[int, float] = field(default_factory=dict)
+    _doubted: set[int] = field(default_factory=set)
     _late: dict[str, Asked] = field(default_factory=dict)
     _news: list[News] = field(default_factory=list)
 
@@ -103,6 +104,8 @@ class Flower:
             elif id in self._late:
                 yield self._late_answer(message, self._late.pop(id), asked)
             elif id in asked:
+                if _complains(message):
+                    self._ask_anew(asked[id][0])
                 yield _reply(message, asked.pop(id))
         yield from self._told()
         if not found:
@@ -171,6 +174,14 @@ class Flower:
                 self._invited[id] = node
                 self._asked_at[node] = time.monotonic()
 
+    def _ask_anew(self, client: str) -> None:
+        """Ask a client at once who it is: it may have been started again, with other means."""
+        for node in [n for n, name in self._client.items() if name == client]:
+            del self._client[node]
+            self._asked_at.pop(node, None)
+            self._doubted.add(node)
+            self._invite([node])
+
     def _welcome(self, message: Message | ValueError, node: int) -> None:
         """Write down who answered, or why it is not let in."""
         if node in self._client:
@@ -186,6 +197,7 @@ class Flower:
             said, _ = records.opened(message.content)
             if "error" in said:
                 raise ValueError(str(said["error"])[:2000])
+            entries = dict(self.roll.entries)
             client, entry = self.roll.admit(said, node)
         except ValueError as error:
             before, self._refused[node] = self._refused.get(node), str(error)
@@ -193,9 +205,17 @@ class Flower:
                 self.roll.note(f"a node was not let in: {error}")
                 self._news.append(News("refused", {"reason": str(error)}))
             return
-        self.roll.note(f"{client} has come: {entry.rank_type}, {entry.examples} rows")
         # A client that was restarted without a key has a new node.
         self._client = {n: c for n, c in self._client.items() if c != client} | {node: client}
+        doubted = node in self._doubted
+        self._doubted.discard(node)
+        if doubted and entries.get(client) == entry:
+            return
+        self._announce(client, entry)
+
+    def _announce(self, client: str, entry: Entry) -> None:
+        """Say who has come, and with what."""
+        self.roll.note(f"{client} has come: {entry.rank_type}, {entry.examples} rows")
         facts: dict[str, Any] = {
             "client": client,
             "rank_type": entry.rank_type,
@@ -204,6 +224,9 @@ class Flower:
             "device": entry.device,
             "tokens_per_second": entry.tokens_per_second,
         }
+        if note := self.roll.capped(client):
+            self.roll.note(note)
+            facts["note"] = note
         self._news.append(News("joined", facts))
 
     def _told(self) -> Iterator[News]:
@@ -229,6 +252,17 @@ class _Payloads:
 def _fault(message: Message) -> str:
     """An error of Flower's in words."""
     return f"Flower's error {message.error.code}: {message.error.reason or 'no reason'}"[:500]
+
+
+def _complains(message: Message | ValueError) -> bool:
+    """Whether a client says itself why it has not trained; not that it forgot what it had."""
+    if isinstance(message, ValueError) or message.has_error():
+        return False
+    try:
+        header, _ = records.opened(message.content)
+    except ValueError:
+        return False
+    return "error" in header and header.get("forgot") is not True
 
 
 def _reply(message: Message | ValueError, asked: Asked) -> Reply | Lost:

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from flexlora import hosting
 from flexlora.federations.flower.grid import Flower
+from flexlora.federations.flower.pulling import ask_sooner
 
 app = ServerApp()
 
@@ -16,6 +17,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that ``flexlora serve`` has laid out in the run's folder."""
+    ask_sooner()
     folder = str(context.run_config.get("folder") or "")
     if not folder:
         raise ValueError(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +26,22 @@ _STOP_SECONDS: Final = 10.0
 _START_SECONDS: Final = 60.0
 _CONNECTION: Final = "run"
 """What Flower's own config calls the SuperLink of this run."""
+_POLL: Final = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
+_MEMORY: Final = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**26),
+    "MALLOC_TRIM_THRESHOLD_": str(2**28),
+}
+"""For the C library of Linux: chunks of 5 MiB come and go, and to have the system clear their pages
+each time takes longer than to fill them. A process keeps up to 256 MiB that it does not use."""
+_DATABASE: Final = "state.db"
+_PAGE_BYTES: Final = 65536
+"""Of the database: payloads lie there in chunks of megabytes. Flower's own pages, of 4096, take
+three times as long to write and twice as long to delete."""
+_IN_USE: Final = "already in use"
+"""Flower's words about a public key that it has."""
+_LOG: Final = "FLEXLORA_LOG"
+"""In the environment of a process and of all that it starts: whose they are."""
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -40,7 +58,8 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        **_MEMORY,
+        _POLL: "0.2",
     }
 
 
@@ -91,6 +110,10 @@ class Process:
     _held: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
+    def _mark(self) -> str:
+        return str(self.log.resolve())
+
+    @property
     def _number(self) -> Path:
         return self.log.with_suffix(".pid")
 
@@ -104,7 +127,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=dict(self.env),
+                env={**self.env, _LOG: self._mark},
                 start_new_session=True,
             )
         self._number.write_text(str(self._held.pid))
@@ -114,16 +137,29 @@ class Process:
         if not self._number.exists():
             return
         group = self._number.read_text()
-        # The number may be another program's by now.
+        # The number may be another program's by now, above all after a reboot.
         listed = subprocess.run(
-            ["ps", "-A", "-ww", "-o", "pgid=,args="], capture_output=True, text=True, check=True
+            ["ps", "-A", "-ww", "-o", "pgid=,pid=,args="],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.splitlines()
-        name = Path(self.arguments[0]).name
-        mine = [line for line in listed if line.split(None, 1)[0] == group and name in line]
+        held = [line.split(None, 2) for line in listed]
+        mine = [pid for of, pid, *args in held if of == group and self._is_mine(pid, "".join(args))]
         if group.isdecimal() and mine:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(group), signal.SIGKILL)
         self._number.unlink()
+
+    def _is_mine(self, pid: str, args: str) -> bool:
+        """Whether a process is of an earlier start: by its environment; without /proc, its name."""
+        if not Path("/proc/self/environ").exists():
+            return Path(self.arguments[0]).name in args
+        try:
+            held = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:  # it has ended, or is another user's
+            return False
+        return os.fsencode(f"{_LOG}={self._mark}") in held.split(b"\0")
 
     @property
     def ended(self) -> int | None:
@@ -175,12 +211,14 @@ class SuperLink:
         )
         arguments = [
             *(program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--database", str(self.home / "state.db"), *secure),
+            *("--database", str(self.home / _DATABASE), *secure),
             "--disable-runtime-dependency-installation",
         ]
         log = self.home / "superlink.log"
-        self.process = Process(arguments, log, environment(self.home))
+        env = environment(self.home) | {_POLL: "1.0"}  # it starts the run, and nothing else
+        self.process = Process(arguments, log, env)
         self._write_connection()
+        self._make_database()
 
     @property
     def url(self) -> str:
@@ -211,19 +249,29 @@ class SuperLink:
         said = self._flwr("supernode", "register", str(public_key), _CONNECTION, "--name", name)
         return int(said["node-id"])
 
-    def number(self, public_key: Path, name: str) -> int:
-        """Flower's number for a node of this name, registered now or before.
+    def number(self, public_key: Path, name: str, known: Collection[int]) -> int:
+        """Flower's number for a node, registered now or before; none of those ``known``.
 
-        A server that was killed may have registered a node and not have written it down.
+        A server that was killed may have registered a node and not have written it down. Flower
+        says of no node which key it has, but it is the one that is not known.
         """
         try:
             return self.register(public_key, name)
-        except ValueError:
-            listed = self._flwr("supernode", "list", _CONNECTION)["nodes"]
-            known = [int(node["node-id"]) for node in listed if node.get("name") == name]
-            if len(known) != 1:
+        except ValueError as error:
+            left = self._registered() - set(known) if _IN_USE in str(error) else set()
+            if len(left) != 1:
                 raise
-            return known[0]
+            return left.pop()
+
+    def unregister(self, node: int) -> None:
+        """End a node's right to take part, also if it is connected; it may have none any more."""
+        if node in self._registered():
+            self._flwr("supernode", "unregister", str(node), _CONNECTION)
+
+    def _registered(self) -> set[int]:
+        """Flower's numbers of the nodes that may take part."""
+        listed = self._flwr("supernode", "list", _CONNECTION)["nodes"]
+        return {int(node["node-id"]) for node in listed if node["status"] != "unregistered"}
 
     def submit(self, folder: Path) -> str:
         """Start the run that is laid out in ``folder``; Flower's number for it."""
@@ -273,6 +321,15 @@ class SuperLink:
             )
         return said
 
+    def _make_database(self) -> None:
+        """An empty database, where there is none: the size of its pages is decided for good."""
+        file = self.home / _DATABASE
+        if file.exists() and file.stat().st_size:
+            return
+        with contextlib.closing(sqlite3.connect(file)) as made:
+            made.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            made.execute("VACUUM")
+
     def _write_connection(self) -> None:
         """Tell Flower's command line where the SuperLink is."""
         trust = (
@@ -293,9 +350,21 @@ def supernode(address: str, home: Path, worker: Path, keys: NodeKey | None) -> P
         if keys is None
         else ["--root-certificates", str(keys.ca), "--auth-supernode-private-key", str(keys.key)]
     )
-    home.mkdir(parents=True, exist_ok=True)
+    programs = home / "programs"
+    programs.mkdir(parents=True, exist_ok=True)
+    _write_program(programs / "flwr-clientapp", "flexlora.federations.flower.pulling")
+    env = environment(home)
+    env["PATH"] = os.pathsep.join([str(programs.resolve()), env["PATH"]])
     arguments = [
         *(program("flower-supernode"), "--superlink", address, *secure),
         *("--port", str(free_port()), "--node-config", f'worker="{worker}"'),
     ]
-    return Process(arguments, home / "supernode.log", environment(home))
+    return Process(arguments, home / "supernode.log", env)
+
+
+def _write_program(path: Path, module: str) -> None:
+    """A program that runs a module, by this Python, and takes none from where it is started."""
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m {module} "$@"\n')
+    draft.chmod(0o700)
+    draft.replace(path)
