@@ -200,6 +200,7 @@ def test_the_adapter_loads_in_peft_and_is_the_servers(folder, done):
 
 def test_only_the_last_checkpoint_and_every_adapter_are_kept(done):
     assert sorted(path.name for path in done.folder.iterdir()) == [
+        ".lock",
         "checkpoint.json",
         "metrics.jsonl",
         "rounds",
@@ -692,3 +693,17 @@ def test_nobody_weighs_more_than_the_config_lets_it(tmp_path):
         assert len({event["examples"] for event in ran.of("client")}) > 1
         found[name] = (ran.adapter / WEIGHTS).read_bytes()
     assert found["capped"] == found["uniform"] != found["free"] == found["roomy"]
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
+    tiny.save(tmp_path / "model")
+    settings = tiny.settings(tmp_path, federation={"rounds": 1, "cohort": 2})
+    ready = experiment.prepare(settings, tiny.corpus())
+    first = rounds.run(ready, tmp_path / "run")
+    next(first)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="Another process runs in"):
+            next(rounds.run(ready, tmp_path / "run", resume=resume))
+    assert list(first)[-1]["event"] == "finish"
+    with pytest.raises(ValueError, match="already holds a run"):
+        next(rounds.run(ready, tmp_path / "run"))

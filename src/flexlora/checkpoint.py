@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,13 @@ import torch
 from flexlora import wire
 from flexlora.method import State
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 POINTER = "checkpoint.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,28 @@ class Checkpoint:
     state: State
     identity: str = ""
     together: int = 1
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let no other process run in ``folder`` meanwhile; the lock falls with this process.
+
+    Nothing is locked where the system has no such locks, as Windows has not.
+
+    Raises:
+        ValueError: another process runs there.
+    """
+    if fcntl is None or not folder.is_dir():
+        yield
+        return
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process runs in {folder}; let it end, or give another folder."
+            ) from error
+        yield
 
 
 def save(

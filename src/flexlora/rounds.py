@@ -50,8 +50,18 @@ def run(
 
     Raises:
         ValueError: there is nothing to resume or it was another experiment, the folder holds
-            a run already, or nobody returned a usable upload in a round.
+            a run already, another process runs there, or nobody returned a usable upload in a
+            round.
     """
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.alone(folder):
+        yield from _run(ready, folder, federation, resume)
+
+
+def _run(
+    ready: Ready, folder: Path, federation: Federation | None, resume: bool
+) -> Iterator[Event]:
     started = time.perf_counter()
     record = Record(folder)
     experiment = ready.experiment
@@ -68,7 +78,6 @@ def run(
     elif (folder / checkpoint.POINTER).exists():
         raise ValueError(f"{folder} already holds a run; resume it, or give another folder.")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         together = federation.together if federation else _together(ready)
         # No name for the first state: it would stay in memory as long as the run.
         start = ready.method.start
