@@ -40,14 +40,7 @@ def loaded() -> dict[str, model.Base]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, loaded):
     """The same model is read from the disk once."""
-    load = model.Source.load
-
-    def once(source):
-        if repr(source) not in loaded:
-            loaded[repr(source)] = load(source)
-        return loaded[repr(source)]
-
-    monkeypatch.setattr(model.Source, "load", once)
+    tiny.load_once(monkeypatch, loaded)
 
 
 def settings(folder, **changes):

@@ -47,14 +47,7 @@ def loaded() -> dict[str, model.Base]:
 def quick(monkeypatch, loaded):
     """The same model is read from the disk once, and nothing waits for the disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    load = model.Source.load
-
-    def once(source):
-        if repr(source) not in loaded:
-            loaded[repr(source)] = load(source)
-        return loaded[repr(source)]
-
-    monkeypatch.setattr(model.Source, "load", once)
+    tiny.load_once(monkeypatch, loaded)
 
 
 def owner(folder: Path, state: Path, **changes) -> Owner:

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flexlora.config import Experiment, parse
 from flexlora.data.corpus import Corpus
+from flexlora.model import Base, Source
 
 WORDS = [
     "red",
@@ -65,6 +67,18 @@ def save(path: Path) -> Path:
     model.save_pretrained(path)
     words_tokenizer().save_pretrained(path)
     return path
+
+
+def load_once(monkeypatch: pytest.MonkeyPatch, loaded: dict[str, Base]) -> None:
+    """Let the same model be read from the disk once: ``loaded`` holds those that were."""
+    load = Source.load
+
+    def once(source: Source) -> Base:
+        if repr(source) not in loaded:
+            loaded[repr(source)] = load(source)
+        return loaded[repr(source)]
+
+    monkeypatch.setattr(Source, "load", once)
 
 
 def corpus(clients: int = 6, rows: int = 10) -> Corpus:
