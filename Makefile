@@ -28,11 +28,11 @@ test-all: $(READY)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m ''
 
 test-kills: $(READY)  ## Real clients whose processes are killed, and the commands of docs/deploying.md
-	$(BIN)/python -m pytest -m '' tests/federations/test_surviving.py \
-	  tests/federations/test_namespaces.py tests/test_deploying.py
+	$(BIN)/python -m pytest -m '' tests/deployment/test_kills.py \
+	  tests/deployment/test_namespaces.py tests/docs/test_deploying.py
 
 test-kills-short: $(READY)  ## The most telling of these kills, in two rounds and two and a half minutes
-	$(BIN)/python -m pytest -m '' tests/federations/test_surviving.py -k most_telling
+	$(BIN)/python -m pytest -m '' tests/deployment/test_kills.py -k most_telling
 
 check: $(READY)  ## Lint and types
 	$(BIN)/ruff check .

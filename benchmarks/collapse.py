@@ -18,7 +18,7 @@ from pathlib import Path
 
 import result
 
-from flexlora.record import Record
+from flexlora.journal.record import Record
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 58, 170, 20, 46
 COLOURS = ("#d2722a", "#4a7fc1", "#3f9c8c", "#a06cc4", "#c2578a", "#8f8a2c", "#5f8f3e", "#7d7f86")

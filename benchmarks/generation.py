@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from result import Claim, Table, data_file, finish, setting
 
-from flexlora.adapter import Adapter, Factors
 from flexlora.data.corpora import table
 from flexlora.data.prompt import alpaca
 from flexlora.data.tokens import Int32s
-from flexlora.model import Base, Source
+from flexlora.evaluation import decoding, generation, padded
+from flexlora.evaluation.prefix_tree import tree
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.model.base import Base
+from flexlora.model.source import Source
 from flexlora.seeds import rng
-from flexlora.tasks import decoding, generation, padded
-from flexlora.tasks.prefixes import tree
 
 Answers = list[list[list[int]]]
 """The ids written, by adapter and prompt, up to the stop token."""

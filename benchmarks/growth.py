@@ -29,11 +29,12 @@ import transformers
 from memory import sampling
 from result import Claim, Table, data_file, finish, setting, status_kib
 
-from flexlora import config, smollm2
-from flexlora.experiment import prepare
-from flexlora.ranks import PAPER_TYPES, RankType, assign
-from flexlora.rounds import run
-from flexlora.sampling import cohort
+from flexlora import config
+from flexlora.config.ranks import PAPER_TYPES, RankType, assign
+from flexlora.federation.rounds import run
+from flexlora.federation.sampling import cohort
+from flexlora.federation.setup import prepare
+from flexlora.model import smollm2
 from flexlora.seeds import rng
 
 ROWS = 20
@@ -112,7 +113,7 @@ def seed_of(size: int, rounds: int) -> int:
     """A seed under which each round's cohort holds two clients of each rank type.
 
     So that rounds of different populations do the same work. The draws are those of
-    ``flexlora.experiment`` and ``flexlora.rounds``; the measured process checks the outcome.
+    ``federation.setup`` and ``federation.rounds``; the measured process checks the outcome.
     """
     clients, shares = names(size), dict.fromkeys(PAPER_TYPES, 0.25)
     for seed in range(1_000_000):

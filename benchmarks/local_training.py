@@ -32,17 +32,18 @@ import transformers
 from result import Claim, Table, data_file, finish, setting
 from torch import Tensor
 
-from flexlora import smollm2
-from flexlora.adapter import Adapter, Factors
 from flexlora.data.corpora import table
 from flexlora.data.packing import Pack, pack, steps
 from flexlora.data.tokens import TokenStore
-from flexlora.linalg import LowRankSum, norm
-from flexlora.model import Base, Source
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.lowrank.sums import LowRankSum, norm
+from flexlora.model import smollm2
+from flexlora.model.base import Base
+from flexlora.model.source import Source
 from flexlora.seeds import rng
+from flexlora.training.concurrency import clients_at_once
 from flexlora.training.loop import Learner, train_together
 from flexlora.training.optimizer import Training
-from flexlora.training.together import clients_at_once
 
 KEYS = ("k_proj", "v_proj")
 """What every token needs in the last layer too."""

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from result import Claim, Table, data_file, finish, setting, status_kib
 
-from flexlora import config, smollm2
-from flexlora.experiment import Ready, prepare
-from flexlora.model import Source
-from flexlora.rounds import run
+from flexlora import config
+from flexlora.federation.rounds import run
+from flexlora.federation.setup import Ready, prepare
+from flexlora.model import smollm2
+from flexlora.model.source import Source
 
 MODEL = "smollm2-135m-instruct"
 LARGEST = "type4"

@@ -26,10 +26,10 @@ import ray
 import ray_rounds
 from result import Claim, Table, finish, setting
 
-from flexlora.client import Job
-from flexlora.federation import Patience, Reply
-from flexlora.federations.ray.cluster import cluster
-from flexlora.federations.ray.crew import OnRay
+from flexlora.federation.client_turn import Job
+from flexlora.federation.ray.cluster import cluster
+from flexlora.federation.ray.pool import OnRay
+from flexlora.federation.transport import Patience, Reply
 
 DOWNLOAD_BYTES = 2**16
 CALL_MS, GROWN, TURNS_LOST = 2.0, 1.25, 1

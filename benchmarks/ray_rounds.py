@@ -25,13 +25,15 @@ import torch
 from result import data_file
 from server_round import write_uploads
 
-from flexlora import config, methods, rounds, smollm2, wire
-from flexlora.adapter import Adapter, Factors
-from flexlora.experiment import prepare
-from flexlora.federation import Patience
-from flexlora.federations.ray.cluster import cluster
-from flexlora.federations.ray.crew import OnRay
-from flexlora.method import State, Upload
+from flexlora import config, methods, wire
+from flexlora.federation import rounds
+from flexlora.federation.ray.cluster import cluster
+from flexlora.federation.ray.pool import OnRay
+from flexlora.federation.setup import prepare
+from flexlora.federation.transport import Patience
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.method.interface import State, Upload
+from flexlora.model import smollm2
 from flexlora.seeds import rng
 
 KERNEL_SECONDS = 2.0

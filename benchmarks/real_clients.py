@@ -17,8 +17,8 @@ from statistics import median
 
 from result import Claim, Table, finish, setting
 
-from flexlora.demo_flower import Plan, show
-from flexlora.federations.flower.superlink import free_port
+from flexlora.deployment.demo import Plan, show
+from flexlora.deployment.flower.superlink import free_port
 
 MOST_OVERHEAD = 0.20
 MOST_BYTES = 0.02

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Factors
-from flexlora.decompositions import decompose
-from flexlora.linalg import LowRankSum
+from flexlora.lowrank.decomposition import decompose
+from flexlora.lowrank.factors import Factors
+from flexlora.lowrank.sums import LowRankSum
 from flexlora.seeds import rng
 
 Weighted = list[tuple[float, Factors]]

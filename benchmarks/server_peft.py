@@ -8,7 +8,7 @@ import peft
 import torch
 from server_contestants import Cuts, Weighted
 
-from flexlora.adapter import Factors
+from flexlora.lowrank.factors import Factors
 
 
 def merged(

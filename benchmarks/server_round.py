@@ -16,8 +16,8 @@ from result import status_kib
 from server_contestants import Case
 
 from flexlora import wire
-from flexlora.adapter import Adapter, Factors
-from flexlora.method import Upload
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.method.interface import Upload
 from flexlora.methods.flexlora import FlexLoRA
 from flexlora.seeds import rng
 

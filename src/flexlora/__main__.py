@@ -1,6 +1,6 @@
 """``python -m flexlora``."""
 
-from flexlora.cli import main
+from flexlora.cli.main import main
 
 if __name__ == "__main__":
     main()

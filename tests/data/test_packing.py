@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flexlora.data import packing
 from flexlora.data.packing import Forest, Pack, first_fit, join, pack, packs, steps
-from rows import FORESTS, dense_mask, examples, sharing_store, store_of
+from support.rows import FORESTS, dense_mask, examples, sharing_store, store_of
 
 quick = settings(deadline=None, max_examples=150)
 

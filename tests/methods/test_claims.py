@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from flexlora import aggregation
-from flexlora.adapter import Adapter, Factors
-from flexlora.linalg import LowRankSum
-from flexlora.method import Client, Download, Upload
-from ingredients import random_factors
-from oracle import best, product, relative_error, weighted_sum
-from playing import (
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.lowrank.sums import LowRankSum
+from flexlora.method import averaging
+from flexlora.method.interface import Client, Download, Upload
+from support.factors import random_factors
+from support.oracle import best, product, relative_error, weighted_sum
+from support.rounds import (
     EXAMPLES,
     MIXED,
     SAME,
@@ -96,7 +96,7 @@ def test_others_keep_it(name, options):
 def test_rank_wise_weights_are_those_of_rb_lora():
     """p_k N / N_j with a rank rarity N / N_j is n_k / N_j."""
     held = [(p, random_factors(rank=r, seed=r)) for p, r in zip(SHARES, (2, 3, 6), strict=True)]
-    for (p, f), got in zip(held, aggregation.rank_wise(held), strict=True):
+    for (p, f), got in zip(held, averaging.rank_wise(held), strict=True):
         for term in range(f.rank):
             rarity = 1 / sum(q for q, g in held if g.rank > term)
             assert float(got[term]) == pytest.approx(p * rarity, rel=1e-12)
@@ -217,7 +217,7 @@ def test_the_ridge_of_lorafair_is_stationary():
     """g = ((B + D) A - W) A' + strength * scale * D is zero at its minimum."""
     method = made("lorafair", strength=0.2)
     held = [(p, random_factors(seed=i)) for i, p in enumerate(SHARES)]
-    mean = aggregation.factor_means(held)
+    mean = averaging.factor_means(held)
     D = method._ridge(held, mean)
     missed = product(Factors(mean.B + D, mean.A)) - weighted_sum(held)
     scale = 0.2 * (mean.A @ mean.A.T).diagonal().mean()

@@ -3,11 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexlora.adapter import Adapter
-from flexlora.method import Upload
+from flexlora.lowrank.factors import Adapter
+from flexlora.method.interface import Upload
 from flexlora.methods.fedit import FedIT
-from ingredients import random_factors
-from oracle import product, relative_error, weighted_sum
+from support.factors import random_factors
+from support.oracle import product, relative_error, weighted_sum
 
 M = "model.q"
 EXAMPLES = (13, 17, 29)

@@ -8,10 +8,21 @@ import pytest
 import torch
 
 from flexlora import wire
-from flexlora.method import Client
+from flexlora.method.interface import Client
 from flexlora.methods.fedtt import _matrix, _split
-from oracle import product, relative_error
-from playing import EXAMPLES, SHAPES, clients_of, draw_of, jolt, made, opened, played, started, turn
+from support.oracle import product, relative_error
+from support.rounds import (
+    EXAMPLES,
+    SHAPES,
+    clients_of,
+    draw_of,
+    jolt,
+    made,
+    opened,
+    played,
+    started,
+    turn,
+)
 
 Q = "model.q"
 

@@ -4,13 +4,14 @@ import math
 import pytest
 import torch
 
-import tiny
-from flexlora import checkpoint, experiment, methods, rounds, wire
-from flexlora.adapter import Adapter
+from flexlora import methods, wire
+from flexlora.federation import checkpoint, rounds, setup
+from flexlora.lowrank.factors import Adapter
 from flexlora.methods.flasc import FIRST, FLASC, SECOND, largest
-from ingredients import random_factors
-from oracle import relative_error
-from playing import SHAPES, clients_of, draw_of, jolt, made, played, turn
+from support import models
+from support.factors import random_factors
+from support.oracle import relative_error
+from support.rounds import SHAPES, clients_of, draw_of, jolt, made, played, turn
 
 
 def entries(adapter) -> torch.Tensor:
@@ -168,17 +169,17 @@ def test_it_is_made_from_a_config():
 
 def test_a_run_learns_with_fewer_bytes_both_ways(tmp_path):
     """Through rounds, clients and files; downloads are made once for all."""
-    tiny.save(tmp_path / "model")
+    models.save(tmp_path / "model")
     totals = {}
     for name in ("flasc", "fedit"):
-        how = tiny.settings(
+        how = models.settings(
             tmp_path,
             method={"name": name},
             ranks={"rank": 3, "types": None, "distribution": None},
             training={"epochs": 2},
             evaluation={"seen_clients": 0},
         )
-        ready = experiment.prepare(how, tiny.corpus())
+        ready = setup.prepare(how, models.corpus())
         events = list(rounds.run(ready, tmp_path / name))
         totals[name] = [event for event in events if event["event"] == "round"]
         handed = [event for event in events if event["event"] == "client"]

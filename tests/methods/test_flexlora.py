@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora import methods
-from flexlora.adapter import Adapter, Factors
-from flexlora.method import Client, State, Upload
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.method.interface import Client, State, Upload
 from flexlora.methods.flexlora import FlexLoRA
 from flexlora.seeds import rng
-from ingredients import random_factors
-from oracle import best, product, relative_error, weighted_sum
+from support.factors import random_factors
+from support.oracle import best, product, relative_error, weighted_sum
 
 M = "model.q"
 OUT, IN = 11, 7
@@ -242,7 +242,7 @@ def test_modules_side_by_side_give_what_one_by_one_gives(threads):
 
 
 def test_how_each_module_was_decomposed_is_recorded(monkeypatch):
-    monkeypatch.setattr("flexlora.decompositions.RISK", 0.0)
+    monkeypatch.setattr("flexlora.lowrank.decomposition.RISK", 0.0)
     state, uploads = federation_of(5)
     bounded, exact = (
         FlexLoRA(accuracy=accuracy).aggregate(state, uploads) for accuracy in ("bounded", "exact")
@@ -263,7 +263,7 @@ def test_how_each_module_was_decomposed_is_recorded(monkeypatch):
 
 
 def test_a_refused_bound_is_recorded(monkeypatch):
-    monkeypatch.setattr("flexlora.decompositions.RISK", 0.0)
+    monkeypatch.setattr("flexlora.lowrank.decomposition.RISK", 0.0)
     flat = Factors(torch.eye(211, 113).double(), torch.eye(113, 307).double())
     method = FlexLoRA()
     state = method.start(Adapter({M: random_factors(211, 5, 307)}))

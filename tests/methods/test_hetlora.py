@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora import methods
-from flexlora.adapter import Adapter, Factors
-from flexlora.method import Client, Download, State, Upload
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.method.interface import Client, Download, State, Upload
 from flexlora.methods.hetlora import HetLoRA
 from flexlora.seeds import rng
-from ingredients import random_factors
-from oracle import product
+from support.factors import random_factors
+from support.oracle import product
 
 Q, UP = "model.q", "model.up"
 SHAPES = {Q: (11, 7), UP: (13, 5)}

@@ -5,13 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from flexlora import checkpoint, methods, parts, validate, wire
-from flexlora.adapter import Adapter, Factors
-from flexlora.method import Upload
-from flexlora.private import Private
-from ingredients import random_factors
-from oracle import best, product, relative_error
-from playing import (
+from flexlora import methods, wire
+from flexlora.federation import checkpoint
+from flexlora.federation.client_store import Private
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.method import partial_step
+from flexlora.method.interface import Upload
+from flexlora.wire import validate
+from support.factors import random_factors
+from support.oracle import best, product, relative_error
+from support.rounds import (
     EXAMPLES,
     SHAPES,
     clients_of,
@@ -378,8 +381,8 @@ def test_a_server_step_in_parts_is_the_whole_one_to_the_bit(method, tmp_path):
         want = method.aggregate(state, uploads)
         modules = list(state.adapters["global"])
         for split in ([[m] for m in modules], [modules[1::2], modules[::2][::-1]], [modules]):
-            found = [parts.aggregated(method, state, uploads, each) for each in split]
-            assert_equal(parts.joined(state, found), want, ordered=len(split) < len(modules))
+            found = [partial_step.aggregated(method, state, uploads, each) for each in split]
+            assert_equal(partial_step.joined(state, found), want, ordered=len(split) < len(modules))
         state = want if number % 2 else checkpoint.save(tmp_path, number, 0, want).state
 
 

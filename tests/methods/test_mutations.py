@@ -19,12 +19,12 @@ LAWS = [f"tests/methods/test_{name}.py" for name in ("laws", "claims", "hetlora"
 
 FAULTS = {
     "rank guessed from sizes": (
-        "adapter.py",
+        "lowrank/factors.py",
         "        return self.B.shape[1]\n",
         "        return min(self.B.shape)\n",
     ),
     "V where V' belongs": (
-        "decompositions/qr.py",
+        "lowrank/routes/qr.py",
         "right.expand(Vt[:rank].T)",
         "right.expand(Vt[:, :rank])",
     ),
@@ -39,7 +39,7 @@ FAULTS = {
         "",
     ),
     "weights on both factors": (
-        "linalg.py",
+        "lowrank/sums.py",
         "B = torch.cat([f.B.to(dtype) for _, f in self.terms], dim=1)",
         "B = torch.cat([weight * f.B.to(dtype) for weight, f in self.terms], dim=1)",
     ),
@@ -49,12 +49,12 @@ FAULTS = {
         "Factors(mean.B - f.B, f.A - mean.A)",
     ),
     "missed rounds are not sent again": (
-        "aggregation.py",
+        "method/averaging.py",
         "if round > last}",
         "if round > last and round == max(log(state))}",
     ),
     "bytes that are not bytes": (
-        "wire.py",
+        "wire/messages.py",
         'tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()',
         'tensors[f"{module}.A"] = factors.A.detach().contiguous()',
     ),
@@ -64,12 +64,12 @@ FAULTS = {
         "Factors(last.B.mul_(share.to(last.B.dtype)), last.A)",
     ),
     "weights by nothing": (
-        "aggregation.py",
+        "method/averaging.py",
         'u.examples if weights == "examples" else 1',
         "1",
     ),
     "rarity of ranks forgotten": (
-        "aggregation.py",
+        "method/averaging.py",
         "return [weight / held[: f.rank].clamp_min(1e-300) for weight, f in weighted]",
         "return [weight + 0 * held[: f.rank] for weight, f in weighted]",
     ),
@@ -89,7 +89,7 @@ FAULTS = {
         "Factors(mean.B, 0.5 * last.A) if",
     ),
     "terms of another client": (
-        "handout.py",
+        "method/handout.py",
         "terms[module] = tuple(sorted(drawn[: client.ranks[module]].tolist()))",
         "terms[module] = tuple(range(client.ranks[module]))",
     ),

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from flexlora import wire
-from flexlora.method import Client
+from flexlora.method.interface import Client
 from flexlora.methods.ravan import _bases
-from oracle import product, relative_error
-from playing import draw_of, fresh, jolt, made, opened, started, turn
+from support.oracle import product, relative_error
+from support.rounds import draw_of, fresh, jolt, made, opened, started, turn
 
 SHAPES = {"model.q": (41, 29), "model.up": (31, 37)}
 Q, UP = SHAPES

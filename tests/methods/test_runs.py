@@ -5,22 +5,23 @@ import dataclasses
 import pytest
 import torch
 
-import tiny
-from flexlora import experiment, methods, peft_directory, rounds
-from flexlora.model import Base
-from flexlora.record import Record
+from flexlora import methods, peft_format
+from flexlora.federation import rounds, setup
+from flexlora.journal.record import Record
+from flexlora.model.base import Base
+from support import models
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.save(folder / "model")
+    models.save(folder / "model")
     return folder
 
 
 @pytest.fixture(scope="module")
 def base(folder) -> Base:
-    return tiny.settings(folder).model.load()
+    return models.settings(folder).model.load()
 
 
 def prepared(folder, base, name, number):
@@ -33,7 +34,7 @@ def prepared(folder, base, name, number):
     if not methods.kind(name).mixed_ranks:
         same = {"all": {"attention": 3, "feed_forward": 3}}
         changes["ranks"] = {"types": same, "distribution": {"all": 1.0}}
-    return experiment.prepare(tiny.settings(folder, **changes), tiny.corpus(), base=base)
+    return setup.prepare(models.settings(folder, **changes), models.corpus(), base=base)
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -44,9 +45,7 @@ def test_a_resumed_run_is_the_run(name, folder, base, tmp_path):
     before = {path: W.detach().clone() for path, W in base.model.state_dict().items()}
     list(rounds.run(prepared(folder, base, name, 3), parts, resume=True))
     assert all(torch.equal(W, before[path]) for path, W in base.model.state_dict().items())
-    ends = [
-        peft_directory.read(rounds.adapter_folder(where, 3)).adapter for where in (whole, parts)
-    ]
+    ends = [peft_format.read(rounds.adapter_folder(where, 3)).adapter for where in (whole, parts)]
     for module, f in ends[0].items():
         assert torch.equal(f.B, ends[1][module].B) and torch.equal(f.A, ends[1][module].A)
     turns = [list(Record(where).events("client")) for where in (whole, parts)]
@@ -62,13 +61,13 @@ def test_a_base_that_cannot_merge_sees_merged_updates_beside_it(folder, tmp_path
     """In float32 both ways are the same training."""
     found = []
     for folds in (True, False):
-        base = tiny.settings(folder).model.load()
+        base = models.settings(folder).model.load()
         monkeypatch.setattr(Base, "folds", property(lambda self, folds=folds: folds))
         ready = prepared(folder, base, "flora", 3)
         sgd = dataclasses.replace(ready.workplace.training, optimizer="sgd", learning_rate=0.1)
         ready = dataclasses.replace(ready, place=dataclasses.replace(ready.workplace, training=sgd))
         list(rounds.run(ready, tmp_path / str(folds)))
-        found.append(peft_directory.read(rounds.adapter_folder(tmp_path / str(folds), 3)).adapter)
+        found.append(peft_format.read(rounds.adapter_folder(tmp_path / str(folds), 3)).adapter)
     for module, f in found[0].items():
         error = (f.B @ f.A - found[1][module].B @ found[1][module].A).norm()
         assert error < 1e-4 * (f.B @ f.A).norm()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flexlora import wire
-from oracle import best, product, relative_error
-from playing import (
+from support.oracle import best, product, relative_error
+from support.rounds import (
     EXAMPLES,
     SHAPES,
     clients_of,

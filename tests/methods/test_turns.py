@@ -5,23 +5,24 @@ import dataclasses
 import pytest
 import torch
 
-import tiny
-from flexlora import client, experiment, methods, wire
-from flexlora.client import Job
-from flexlora.private import Private
+from flexlora import methods, wire
+from flexlora.federation import client_turn, setup
+from flexlora.federation.client_store import Private
+from flexlora.federation.client_turn import Job
 from flexlora.seeds import rng
+from support import models
 
 
 @pytest.fixture(scope="module", params=methods.names())
 def ready(request, tmp_path_factory):
     """A federation of this method, of mixed ranks where it takes them."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.save(folder / "model")
+    models.save(folder / "model")
     changes = {"method": {"name": request.param}}
     if not methods.make(request.param).mixed_ranks:
         same = {"all": {"attention": 3, "feed_forward": 3}}
         changes["ranks"] = {"types": same, "distribution": {"all": 1.0}}
-    return experiment.prepare(tiny.settings(folder, **changes), tiny.corpus())
+    return setup.prepare(models.settings(folder, **changes), models.corpus())
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +53,14 @@ def test_turns_together_are_the_turns(ready, jobs, tokens, tmp_path):
     here = dataclasses.replace(
         ready.workplace, training=training, private=Private(tmp_path / "private")
     )
-    together = client.turns(jobs, here)
+    together = client_turn.turns(jobs, here)
     assert len({who.examples for who in ready.clients.values()}) > 1
     assert (len({str(who.ranks) for who in ready.clients.values()}) > 1) == (
         ready.method.mixed_ranks
     )
     for job, data in zip(jobs, together, strict=True):
         got = opened(data, tmp_path / f"{job.client}-together")
-        want = opened(client.turn(job, here), tmp_path / f"{job.client}-alone")
+        want = opened(client_turn.turn(job, here), tmp_path / f"{job.client}-alone")
         assert (got.client, got.round, got.examples) == (want.client, want.round, want.examples)
         assert got.client == job.client
         assert got.adapter.ranks == want.adapter.ranks and got.terms == want.terms

@@ -11,16 +11,26 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import tiny
-from flexlora.adapter import Adapter, Factors
 from flexlora.data.packing import pack, steps
 from flexlora.data.tokens import TokenStore
-from flexlora.model import Base, Source
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.model.base import Base
+from flexlora.model.source import Source
 from flexlora.training.loop import Learner, Trained, label_losses, train
 from flexlora.training.optimizer import Training
-from learning import SGD, SLOW, adapter_of, assert_close, assert_moved, draw, of_rank, settings
-from oracle import relative_error
-from rows import sharing_store, store_of
+from support import models
+from support.learning import (
+    SGD,
+    SLOW,
+    adapter_of,
+    assert_close,
+    assert_moved,
+    draw,
+    of_rank,
+    settings,
+)
+from support.oracle import relative_error
+from support.rows import sharing_store, store_of
 
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5), (4, 6), (6, 2), (2, 2), (3, 7))
 """Prompt and response tokens of each row."""
@@ -28,7 +38,7 @@ SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5), (4, 6), (6, 2), (2, 2), (3, 7))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("tiny"))
+    return models.save(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

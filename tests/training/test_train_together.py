@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 
-import tiny
 from flexlora.data.tokens import TokenStore
-from flexlora.model import Base, Source
+from flexlora.model.base import Base
+from flexlora.model.source import Source
 from flexlora.training.loop import Learner, train, train_together
 from flexlora.training.optimizer import Training
-from learning import (
+from support import models
+from support.learning import (
     SLOW,
     adapter_of,
     assert_close,
@@ -23,14 +24,14 @@ from learning import (
     of_rank,
     settings,
 )
-from rows import sharing_store
+from support.rows import sharing_store
 
 ADAMW = {"optimizer": "adamw", "learning_rate": 0.01}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("tiny"))
+    return models.save(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_a_model_without_layers_of_our_own_too(store):
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = transformers.GemmaForCausalLM(config)
-    base = Base(model, tiny.words_tokenizer(), "gemma")
+    base = Base(model, models.words_tokenizer(), "gemma")
     assert_as_alone(base, store, settings(**SLOW, pack_tokens=1000))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flexlora.errors import DataError
 from flexlora.seeds import rng
 
 SPLITS: Final = ("train", "validation", "test")
@@ -56,7 +57,7 @@ class Corpus:
     not read them again; see ``flexlora.data.corpora.mapped``.
 
     Raises:
-        ValueError: the table is not of that form.
+        DataError: the table is not of that form.
     """
 
     table: pa.Table
@@ -65,14 +66,14 @@ class Corpus:
     def __post_init__(self) -> None:
         names = set(self.table.column_names)
         if not (names >= {"instruction", "input", "output"}) ^ ("messages" in names):
-            raise ValueError(
+            raise DataError(
                 f"A corpus holds either 'messages' or 'instruction', 'input' and 'output'; "
                 f"this table's columns are {', '.join(self.table.column_names)}."
             )
         for held in self.table.schema:
             wanted = {**dict.fromkeys(KEYS, _KEY_TYPE), **dict.fromkeys(TEXTS, _TEXT_TYPE)}
             if held.type != wanted.get(held.name):
-                raise ValueError(
+                raise DataError(
                     f"Column '{held.name}' of type {held.type} is none of a corpus; make "
                     f"the corpus with Corpus.build, which takes {', '.join(wanted)}."
                 )
@@ -84,7 +85,7 @@ class Corpus:
         ``place`` is where the rows came from and stands in the errors; rows count from 1.
 
         Raises:
-            ValueError: a value is null, a split has a name unknown, a conversation does not
+            DataError: a value is null, a split has a name unknown, a conversation does not
                 end with the assistant, or the columns are not those of a corpus.
         """
         return cls(_table({n: _encoded(n, values, place) for n, values in columns.items()}, place))
@@ -118,7 +119,7 @@ class Corpus:
         The strings are shared, not copied: the cost is one pointer a row.
 
         Raises:
-            ValueError: the corpus has no such column, or it does not repeat.
+            DataError: the corpus has no such column, or it does not repeat.
         """
         codes, values = self.codes(column)
         shared = np.empty(len(values), object)
@@ -132,10 +133,10 @@ class Corpus:
         The values are those that occur, in order of first appearance. Four bytes a row.
 
         Raises:
-            ValueError: the corpus has no such column, or it does not repeat.
+            DataError: the corpus has no such column, or it does not repeat.
         """
         if column not in KEYS or column not in self.columns:
-            raise ValueError(
+            raise DataError(
                 f"The corpus has no key column '{column}'; it has "
                 f"{', '.join(n for n in self.columns if n in KEYS) or 'none'}. Name the "
                 "source's column when reading, or set it with Corpus.with_column."
@@ -159,7 +160,7 @@ class Corpus:
         chosen = np.asarray(rows)
         if chosen.dtype == np.bool_:
             if len(chosen) != len(self):
-                raise ValueError(
+                raise DataError(
                     f"A mask of {len(chosen)} values cannot choose among {len(self)} rows."
                 )
             chosen = np.flatnonzero(chosen)
@@ -206,10 +207,10 @@ def split_rows(corpus: Corpus, seed: int) -> Corpus:
     on the seed and its name alone.
 
     Raises:
-        ValueError: the corpus has splits already, or no clients.
+        DataError: the corpus has splits already, or no clients.
     """
     if "split" in corpus.columns:
-        raise ValueError(
+        raise DataError(
             "The corpus has a 'split' column already; read it with columns.split = None to "
             "draw new splits."
         )
@@ -228,7 +229,7 @@ def split_rows(corpus: Corpus, seed: int) -> Corpus:
 def _table(arrays: Mapping[str, pa.ChunkedArray], place: str) -> pa.Table:
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"The columns of {place} differ in length: {lengths}.")
+        raise DataError(f"The columns of {place} differ in length: {lengths}.")
     return pa.table(dict(arrays)).unify_dictionaries().combine_chunks()
 
 
@@ -251,7 +252,7 @@ def _typed(name: str, values: Column, place: str) -> pa.ChunkedArray:
         column = pa.chunked_array([pa.array(_strings(name, values, place), _TEXT_TYPE)])
     if column.null_count:
         row = pc.index(column.is_null(), pa.scalar(True)).as_py() + 1
-        raise ValueError(
+        raise DataError(
             f"Column '{name}' of {place} is null in row {row}; fill or drop such rows "
             f"({column.null_count} in all)."
         )
@@ -268,14 +269,14 @@ def _strings(name: str, values: Sequence[str], place: str) -> list[str]:
     for row, value in enumerate(values, 1):
         if not isinstance(value, str):
             found = "null" if value is None else f"{value!r}, a {type(value).__name__}"
-            raise ValueError(f"Column '{name}' of {place} needs text, but row {row} holds {found}.")
+            raise DataError(f"Column '{name}' of {place} needs text, but row {row} holds {found}.")
     return list(values)
 
 
 def _check_splits(column: pa.ChunkedArray, place: str) -> None:
     for value in pc.unique(column).to_pylist():
         if value not in SPLITS:
-            raise ValueError(
+            raise DataError(
                 f"Column 'split' of {place} holds '{value}'; the splits are "
                 f"{', '.join(SPLITS)}. Rename it in the source, or leave the column out."
             )
@@ -285,7 +286,7 @@ def _check_conversations(column: pa.ChunkedArray, place: str) -> None:
     for row, text in enumerate(column.to_pylist(), 1):
         fault = _fault(text)
         if fault:
-            raise ValueError(f"Column 'messages' of {place}, row {row}: {fault}.")
+            raise DataError(f"Column 'messages' of {place}, row {row}: {fault}.")
 
 
 def _fault(text: str) -> str | None:

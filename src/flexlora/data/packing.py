@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flexlora.data.tokens import Int32s, Int64s, TokenStore
+from flexlora.errors import DataError
 
 _WORTH_TOKENS: Final = 8
 """What a shared prefix must save: about the cost of the attention calls that it adds."""
@@ -35,7 +36,7 @@ class Forest:
     nothing itself, and the segments that continue it follow it at once.
 
     Raises:
-        ValueError: a segment is empty or continues what it cannot.
+        DataError: a segment is empty or continues what it cannot.
     """
 
     edges: tuple[int, ...]
@@ -45,10 +46,10 @@ class Forest:
         bounds = itertools.pairwise(self.edges)
         sized = self.edges[:1] == (0,) and len(self.edges) == len(self.prefixes) + 1
         if not sized or any(b <= a for a, b in bounds):
-            raise ValueError(f"Edges {self.edges} do not bound {len(self.prefixes)} segments.")
+            raise DataError(f"Edges {self.edges} do not bound {len(self.prefixes)} segments.")
         for index, prefix in enumerate(self.prefixes):
             if prefix != -1 and (index == 0 or prefix != self.root(index - 1)):
-                raise ValueError(f"Segment {index} cannot continue segment {prefix}.")
+                raise DataError(f"Segment {index} cannot continue segment {prefix}.")
 
     def root(self, segment: int) -> int:
         """The segment with which this one's tree begins."""
@@ -136,10 +137,10 @@ def steps(
     """One epoch over ``indices``: the rows of each optimiser step, of which the last may be few.
 
     Raises:
-        ValueError: a step would be empty by order.
+        DataError: a step would be empty by order.
     """
     if examples_per_step < 1:
-        raise ValueError(f"Steps of {examples_per_step} examples hold nothing; give at least 1.")
+        raise DataError(f"Steps of {examples_per_step} examples hold nothing; give at least 1.")
     shuffled = rng.permutation(np.asarray(indices, np.int64)).tolist()
     starts = range(0, len(shuffled), examples_per_step)
     return [shuffled[start : start + examples_per_step] for start in starts]
@@ -154,10 +155,10 @@ def packs(
     into the first pack with room (first-fit decreasing).
 
     Raises:
-        ValueError: a pack would be empty by order.
+        DataError: a pack would be empty by order.
     """
     if tokens_per_pack < 1:
-        raise ValueError(f"Packs of {tokens_per_pack} tokens hold nothing; give at least 1.")
+        raise DataError(f"Packs of {tokens_per_pack} tokens hold nothing; give at least 1.")
     ids = [store[row].ids for row in rows]
     pieces = [p for tree in _trees(ids, share) for p in _split(tree, ids, tokens_per_pack)]
     # By cost, not by tokens: of any rows ``pack`` finds trees that cost no more than these.
@@ -174,10 +175,10 @@ def pack(
     example's first, which nothing precedes. Without ``share`` no two examples share a token.
 
     Raises:
-        ValueError: there are no rows.
+        DataError: there are no rows.
     """
     if not len(rows):
-        raise ValueError("A pack of no examples has no tokens; give at least one row.")
+        raise DataError("A pack of no examples has no tokens; give at least one row.")
     examples = [store[int(row)] for row in rows]
     ids = [tokens.ids for tokens in examples]
     segments: list[tuple[Int32s, int]] = []

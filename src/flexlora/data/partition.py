@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from flexlora.data.corpus import Codes
+from flexlora.errors import DataError
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -91,7 +92,7 @@ def iid(rows: int, clients: int, rng: np.random.Generator) -> Partition:
     """Rows dealt at random to clients 0 .. clients - 1, in shares that differ by one at most.
 
     Raises:
-        ValueError: there are fewer rows than clients.
+        DataError: there are fewer rows than clients.
     """
     _check(rows, clients, 1)
     return _named(np.array_split(rng.permutation(rows), clients))
@@ -109,11 +110,11 @@ def dirichlet(
     which might never end for a small alpha.
 
     Raises:
-        ValueError: alpha is not a positive number, or the rows do not suffice.
+        DataError: alpha is not a positive number, or the rows do not suffice.
     """
     _check(len(labels), clients, minimum)
     if not (alpha > 0 and np.isfinite(alpha)):
-        raise ValueError(f"The Dirichlet concentration alpha is {alpha}; give a number > 0.")
+        raise DataError(f"The Dirichlet concentration alpha is {alpha}; give a number > 0.")
     held: list[list[int]] = [[] for _ in range(clients)]
     for rows in by_key(labels).values():
         proportions = _proportions(clients, alpha, rng)
@@ -133,11 +134,11 @@ def shards(
     section 3). Shards differ by one row at most.
 
     Raises:
-        ValueError: there are fewer rows than shards.
+        DataError: there are fewer rows than shards.
     """
     _check(len(labels), clients, shards_per_client)
     if shards_per_client < 1:
-        raise ValueError(f"Each client needs at least one shard, not {shards_per_client}.")
+        raise DataError(f"Each client needs at least one shard, not {shards_per_client}.")
     codes, _ = _codes(labels)
     shuffled = rng.permutation(len(codes))
     by_label = shuffled[np.argsort(codes[shuffled], kind="stable")]
@@ -181,9 +182,9 @@ def _level(held: list[list[int]], minimum: int, rng: np.random.Generator) -> Non
 
 def _check(rows: int, clients: int, per_client: int) -> None:
     if clients < 1:
-        raise ValueError(f"Cannot share rows among {clients} clients; ask for at least one.")
+        raise DataError(f"Cannot share rows among {clients} clients; ask for at least one.")
     if rows < clients * max(per_client, 0):
-        raise ValueError(
+        raise DataError(
             f"{rows} rows do not suffice for {clients} clients of at least {per_client} each; "
             f"ask for at most {rows // max(per_client, 1)} clients."
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from flexlora.data.corpus import Example
+from flexlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ def named(name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """The prompt of that name, one of ``NAMES``; ``chat`` is written as the tokenizer's is.
 
     Raises:
-        ValueError: the name is unknown, or the tokenizer has no chat template.
+        ConfigError: the name is unknown, or the tokenizer has no chat template.
     """
     if name == "chat":
         return chat(tokenizer)
@@ -41,7 +42,7 @@ def named(name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     if name not in prompts:
         near = difflib.get_close_matches(name, NAMES, n=1)
         guess = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"There is no prompt '{name}'; there are {', '.join(NAMES)}.{guess}")
+        raise ConfigError(f"There is no prompt '{name}'; there are {', '.join(NAMES)}.{guess}")
     return prompts[name]
 
 
@@ -49,7 +50,7 @@ def alpaca(example: Example) -> tuple[str, str]:
     """The template of Stanford Alpaca and Alpaca-LoRA, for models without a chat template.
 
     Raises:
-        ValueError: the example is a conversation.
+        ConfigError: the example is a conversation.
     """
     _refuse_messages(example, "alpaca")
     template = _ALPACA_WITH_INPUT if example.input else _ALPACA
@@ -61,7 +62,7 @@ def plain(example: Example) -> tuple[str, str]:
     """The instruction and the input, each ended by a new line, and nothing else.
 
     Raises:
-        ValueError: the example is a conversation.
+        ConfigError: the example is a conversation.
     """
     _refuse_messages(example, "plain")
     parts = [part for part in (example.instruction, example.input) if part]
@@ -77,10 +78,10 @@ def chat(tokenizer: PreTrainedTokenizerBase) -> Prompt:
     read the clock writes the day on which the tokens are made.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise ConfigError(
             f"The tokenizer '{tokenizer.name_or_path}' has no chat template; use the prompt "
             "'alpaca' or 'plain', or a tokenizer whose model was trained for chat."
         )
@@ -101,7 +102,7 @@ def chat(tokenizer: PreTrainedTokenizerBase) -> Prompt:
 
 def _refuse_messages(example: Example, name: str) -> None:
     if example.messages is not None:
-        raise ValueError(
+        raise ConfigError(
             f"The prompt '{name}' cannot write a conversation of {len(example.messages)} "
             "messages; use the prompt 'chat', or a corpus of instruction, input and output."
         )

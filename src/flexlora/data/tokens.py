@@ -16,6 +16,7 @@ import numpy as np
 
 from flexlora.data.corpus import Corpus, Example
 from flexlora.data.prompt import Prompt, named
+from flexlora.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def encode(
     ends with the tokenizer's EOS.
 
     Raises:
-        ValueError: the tokenizer has no EOS, or the prompt has no tokens.
+        DataError: the tokenizer has no EOS, or the prompt has no tokens.
     """
     ((prompt_ids, response_ids),) = _encode_all([example], prompt, tokenizer)
     ids, prompt_tokens = shorten(prompt_ids, response_ids, max_tokens)
@@ -79,10 +80,10 @@ def shorten(
     instruction, its tail the marker after which the response begins.
 
     Raises:
-        ValueError: ``max_tokens`` is below 2, which leaves no room for both.
+        DataError: ``max_tokens`` is below 2, which leaves no room for both.
     """
     if max_tokens < 2:
-        raise ValueError(f"max_tokens is {max_tokens}; prompt and response need at least 2.")
+        raise DataError(f"max_tokens is {max_tokens}; prompt and response need at least 2.")
     if len(prompt) + len(response) <= max_tokens:
         return [*prompt, *response], len(prompt)
     kept = response[: max(max_tokens // 2, max_tokens - len(prompt))]
@@ -123,7 +124,7 @@ class TokenStore:
         Rows are encoded by the thousand, so memory stays bounded either way.
 
         Raises:
-            ValueError: the prompt is unknown or does not suit the corpus or tokenizer, the
+            DataError: the prompt is unknown or does not suit the corpus or tokenizer, the
                 tokenizer is not a fast one, a prompt has no tokens, or a cached store is
                 damaged.
         """
@@ -146,7 +147,7 @@ class TokenStore:
         """The store in a folder that ``build`` has written, memory-mapped.
 
         Raises:
-            ValueError: the folder holds no store of this format, or a damaged one.
+            DataError: the folder holds no store of this format, or a damaged one.
         """
         try:
             facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -160,10 +161,10 @@ class TokenStore:
                 or facts["rows"] != len(prompt_tokens)
                 or len(offsets) != facts["rows"] + 1
             ):
-                raise ValueError(f"its files do not agree with facts.json, {facts}")
+                raise DataError(f"its files do not agree with facts.json, {facts}")
             return cls(ids, offsets, prompt_tokens, int(facts["cut"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
+            raise DataError(
                 f"The token store in '{folder}' cannot be read ({error}); delete the folder "
                 "and it will be made again."
             ) from error
@@ -205,7 +206,7 @@ def _encode_all(
         if bos and prompt_ids[:1] != bos:
             prompt_ids = bos + prompt_ids
         if not prompt_ids:
-            raise ValueError(
+            raise DataError(
                 f"The prompt of row {row} has no tokens, so nothing precedes its response; "
                 "give it an instruction or an input."
             )
@@ -228,7 +229,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError(
+        raise DataError(
             f"The tokenizer '{tokenizer.name_or_path}' names no token that ends a response; "
             "set its eos_token."
         )
@@ -274,7 +275,7 @@ def _key(
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(
+        raise DataError(
             f"The tokenizer '{tokenizer.name_or_path}' is not a fast one; give a model "
             "folder that has a tokenizer.json."
         )
@@ -311,7 +312,7 @@ def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
             file.seek(0)
             # NumPy pads the header so that the first axis can grow in place.
             if _header(file, tokens) != body:
-                raise ValueError(f"The header of {tokens} tokens does not fit its place.")
+                raise DataError(f"The header of {tokens} tokens does not fit its place.")
             _flush(file)
         offsets, prompt_tokens, cut = _layout(sizes)
         arrays: tuple[tuple[str, np.ndarray[Any, Any]], ...] = (

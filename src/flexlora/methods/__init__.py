@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from flexlora.errors import ConfigError
 from flexlora.method import Method
 
 
@@ -24,12 +25,12 @@ def kind(name: str) -> type[Method]:
     """The class of the method called ``name``.
 
     Raises:
-        ValueError: there is no such method.
+        ConfigError: there is no such method.
     """
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
+        raise ConfigError(
             f"There is no method {name!r}.{hint} The methods are: {', '.join(names())}."
         )
     module = importlib.import_module(f"{__name__}.{name}")
@@ -47,7 +48,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """The method called ``name`` with these hyper-parameters.
 
     Raises:
-        ValueError: the method or one of its options is unknown.
+        ConfigError: the method or one of its options is unknown.
     """
     cls, options = kind(name), dict(options or {})
     fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -55,7 +56,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
         if option not in fields:
             near = difflib.get_close_matches(option, fields, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
+            raise ConfigError(
                 f"Method {name!r} has no option {option!r}.{hint} "
                 f"It has: {', '.join(fields) or 'none'}."
             )
@@ -64,7 +65,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
     except ValidationError as error:
         fault = error.errors()[0]
         option = ".".join(str(part) for part in fault["loc"]) or "options"
-        raise ValueError(
+        raise ConfigError(
             f"Method {name!r}, option {option!r} is {fault['input']!r}: {fault['msg']}."
         ) from error
     return made

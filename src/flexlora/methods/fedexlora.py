@@ -13,9 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import (
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import (
+    Client,
     Decomposing,
+    Download,
+    Draw,
+    Method,
+    State,
+    Upload,
     Weighted,
     Weights,
     factor_means,
@@ -24,7 +30,6 @@ from flexlora.aggregation import (
     unmerged,
     weighted,
 )
-from flexlora.method import Client, Download, Draw, Method, State, Upload
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexlora.adapter import Adapter
-from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.method import Method, State, Upload
+from flexlora.lowrank import Adapter
+from flexlora.method import Method, State, Upload, Weights, factor_means, weighted
 
 
 @dataclass(frozen=True)

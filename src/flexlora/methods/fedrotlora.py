@@ -15,9 +15,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.method import Client, Download, Draw, Method, State, Upload
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Method,
+    State,
+    Upload,
+    Weights,
+    factor_means,
+    weighted,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class FedRotLoRA(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.softness <= 1:
-            raise ValueError(f"softness is a share in [0, 1], got {self.softness}.")
+            raise ConfigError(f"softness is a share in [0, 1], got {self.softness}.")
 
     def handout(self, state: State, client: Client, draw: Draw) -> Download:
         """The global factors, and how many rounds they have seen."""

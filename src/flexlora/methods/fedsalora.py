@@ -12,10 +12,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.handout import half_expected
-from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload, at_ranks
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Expected,
+    Fresh,
+    Method,
+    State,
+    Upload,
+    Weights,
+    at_ranks,
+    factor_means,
+    half_expected,
+    weighted,
+)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Decomposing, Weighted, Weights, factor_means, weighted
-from flexlora.handout import half_expected
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import (
+    Client,
+    Decomposing,
+    Download,
+    Draw,
+    Expected,
+    Method,
+    State,
+    Upload,
+    Weighted,
+    Weights,
+    factor_means,
+    half_expected,
+    weighted,
+)
 
 
 @dataclass(frozen=True)

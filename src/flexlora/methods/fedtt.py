@@ -29,12 +29,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.handout import hollow, seed_of
-from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors, Form, column
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Expected,
+    Fresh,
+    Method,
+    State,
+    Upload,
+    Weights,
+    factor_means,
+    hollow,
+    seed_of,
+    weighted,
+)
 from flexlora.seeds import rng
-from flexlora.training.formed import Form, column
 
 Shape = tuple[int, int, int, int]
 """A core's: the rank before it, its rows, its columns, the rank after it."""
@@ -60,7 +72,7 @@ class FedTT(Method):
 
     def __post_init__(self) -> None:
         if self.cores < 2 or self.train_rank < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"cores is at least 2 and train_rank at least 1, got {self.cores} and "
                 f"{self.train_rank}."
             )

@@ -15,10 +15,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, rank_wise_means, weighted
-from flexlora.handout import half_expected
-from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Expected,
+    Fresh,
+    Method,
+    State,
+    Upload,
+    Weights,
+    half_expected,
+    rank_wise_means,
+    weighted,
+)
 
 
 @dataclass(frozen=True)

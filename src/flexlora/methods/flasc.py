@@ -25,9 +25,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.method import Client, Download, Draw, Method, State, Upload, at_ranks
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Method,
+    State,
+    Upload,
+    Weights,
+    at_ranks,
+    factor_means,
+    weighted,
+)
 
 FIRST, SECOND = "first moment", "second moment"
 
@@ -57,13 +68,13 @@ class FLASC(Method):
     def __post_init__(self) -> None:
         for name in ("density_down", "density_up"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share in (0, 1], got {getattr(self, name)}.")
+                raise ConfigError(f"{name} is a share in (0, 1], got {getattr(self, name)}.")
         for name in ("rate", "tau"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is finite and above 0, got {value}.")
+                raise ConfigError(f"{name} is finite and above 0, got {value}.")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas lie in [0, 1), got {self.betas}.")
+            raise ConfigError(f"betas lie in [0, 1), got {self.betas}.")
 
     @property
     def by_rank_alone(self) -> bool:

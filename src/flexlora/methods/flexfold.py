@@ -25,11 +25,22 @@ from typing import Literal
 
 import torch
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Decomposing, Weighted, Weights, rank_wise, weighted
-from flexlora.decomposition import Split
-from flexlora.decompositions import Accuracy
-from flexlora.method import Client, Download, Draw, Method, State, Upload, at_ranks
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Accuracy, Adapter, Factors, Split
+from flexlora.method import (
+    Client,
+    Decomposing,
+    Download,
+    Draw,
+    Method,
+    State,
+    Upload,
+    Weighted,
+    Weights,
+    at_ranks,
+    rank_wise,
+    weighted,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class FlexFold(Method):
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
-            raise ValueError(f"energy is a share in (0, 1], got {self.energy}.")
+            raise ConfigError(f"energy is a share in (0, 1], got {self.energy}.")
 
     def handout(self, state: State, client: Client, draw: Draw) -> Download:
         """The first terms to train, and the others to fold in."""

@@ -18,10 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flexlora.aggregation import Decomposing, Weights, weighted
-from flexlora.decomposition import Split
-from flexlora.decompositions import Accuracy
-from flexlora.method import Method, State, Upload
+from flexlora.lowrank import Accuracy, Split
+from flexlora.method import Decomposing, Method, State, Upload, Weights, weighted
 
 
 @dataclass(frozen=True)

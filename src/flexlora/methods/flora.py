@@ -12,11 +12,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flexlora.adapter import Adapter
-from flexlora.aggregation import Weights, logged, summed, unmerged, weighted
-from flexlora.handout import hollow
-from flexlora.linalg import LowRankSum
-from flexlora.method import Client, Download, Draw, Fresh, Method, State, Upload
+from flexlora.lowrank import Adapter, LowRankSum
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Fresh,
+    Method,
+    State,
+    Upload,
+    Weights,
+    hollow,
+    logged,
+    summed,
+    unmerged,
+    weighted,
+)
 
 
 @dataclass(frozen=True)

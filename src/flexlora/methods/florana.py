@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weighted, Weights, factor_means, weighted
-from flexlora.method import Method, State, Upload
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import Method, State, Upload, Weighted, Weights, factor_means, weighted
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FLoRANA(Method):
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:
-            raise ValueError(f"sweeps is at least 1, got {self.sweeps}.")
+            raise ConfigError(f"sweeps is at least 1, got {self.sweeps}.")
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """K^2 products of factors of each module, and 2 ``sweeps`` systems of K unknowns."""

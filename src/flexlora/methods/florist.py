@@ -14,18 +14,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import (
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import (
+    Client,
     Decomposing,
+    Download,
+    Draw,
+    Fresh,
+    Method,
+    State,
+    Upload,
     Weights,
+    hollow,
     in_parallel,
     logged,
     summed,
     unmerged,
     weighted,
 )
-from flexlora.handout import hollow
-from flexlora.method import Client, Download, Draw, Fresh, Method, State, Upload
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class FLoRIST(Method):
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
-            raise ValueError(f"energy is a share in (0, 1], got {self.energy}.")
+            raise ConfigError(f"energy is a share in (0, 1], got {self.energy}.")
 
     def start(self, adapter: Adapter) -> State:
         """No update at all; ``global`` tells shapes alone."""

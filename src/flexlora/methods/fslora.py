@@ -14,10 +14,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, weights_of
-from flexlora.handout import drawn_terms, numbered
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Expected,
+    Method,
+    State,
+    Upload,
+    Weights,
+    drawn_terms,
+    numbered,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flexlora.adapter import Adapter
-from flexlora.aggregation import Decomposing, Weights, logged, summed, unmerged, weighted
-from flexlora.method import Client, Download, Draw, Method, State, Upload
+from flexlora.lowrank import Adapter
+from flexlora.method import (
+    Client,
+    Decomposing,
+    Download,
+    Draw,
+    Method,
+    State,
+    Upload,
+    Weights,
+    logged,
+    summed,
+    unmerged,
+    weighted,
+)
 
 
 @dataclass(frozen=True)

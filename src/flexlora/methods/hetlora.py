@@ -22,9 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora import linalg
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import shares
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors, normalized, sums
 from flexlora.method import Client, Download, Draw, Method, State, Upload, at_ranks
 
 
@@ -46,11 +45,11 @@ class HetLoRA(Method):
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise ValueError(f"keep is a share of the rank in (0, 1], got {self.keep}.")
+            raise ConfigError(f"keep is a share of the rank in (0, 1], got {self.keep}.")
         if not 0 <= self.decay < math.inf:
-            raise ValueError(f"decay is finite and not negative, got {self.decay}.")
+            raise ConfigError(f"decay is finite and not negative, got {self.decay}.")
         if self.smallest_rank < 1:
-            raise ValueError(f"smallest_rank is at least 1, got {self.smallest_rank}.")
+            raise ConfigError(f"smallest_rank is at least 1, got {self.smallest_rank}.")
 
     def handout(self, state: State, client: Client, draw: Draw) -> Download:
         """The first terms of the global factors, at the rank that the client has pruned to."""
@@ -70,7 +69,7 @@ class HetLoRA(Method):
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """Padded factor means with norm weights; reads every upload twice."""
-        weights = shares([_norm(u.adapter) for u in uploads])
+        weights = normalized([_norm(u.adapter) for u in uploads])
         known = state.adapters["global"]
         modules = {
             module: _padded_mean(
@@ -97,7 +96,7 @@ class HetLoRA(Method):
 
 def _norm(adapter: Adapter) -> float:
     """The Frobenius norm of the whole update, all modules together."""
-    return math.sqrt(sum(linalg.norm(factors) ** 2 for factors in adapter.values()))
+    return math.sqrt(sum(sums.norm(factors) ** 2 for factors in adapter.values()))
 
 
 def _padded_mean(weighted: list[tuple[float, Factors]], last: Factors) -> Factors:

@@ -19,10 +19,19 @@ from dataclasses import dataclass
 
 import torch
 
-from flexlora.adapter import Adapter, Factors, Halves
-from flexlora.aggregation import Weights, weights_of
-from flexlora.handout import half_shape
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload
+from flexlora.lowrank import Adapter, Factors, Halves
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Expected,
+    Method,
+    State,
+    Upload,
+    Weights,
+    half_shape,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)

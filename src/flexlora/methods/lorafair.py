@@ -21,10 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weighted, Weights, factor_means, weighted
-from flexlora.linalg import LowRankSum
-from flexlora.method import Method, State, Upload
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors, LowRankSum
+from flexlora.method import Method, State, Upload, Weighted, Weights, factor_means, weighted
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class LoRAFAIR(Method):
     def __post_init__(self) -> None:
         for name in ("strength", "step_size"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is finite and above 0, got {getattr(self, name)}.")
+                raise ConfigError(f"{name} is finite and above 0, got {getattr(self, name)}.")
         if self.steps < 1:
-            raise ValueError(f"steps is at least 1, got {self.steps}.")
+            raise ConfigError(f"steps is at least 1, got {self.steps}.")
 
     def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
         """Factor means and a correction of ``B``; products of factors, never the full matrix."""

@@ -20,11 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flexlora.adapter import Factors
-from flexlora.aggregation import Decomposing, Weighted, Weights, rank_wise, weighted
-from flexlora.decomposition import Split
-from flexlora.decompositions import Accuracy
-from flexlora.method import Method, State, Upload
+from flexlora.lowrank import Accuracy, Factors, Split
+from flexlora.method import (
+    Decomposing,
+    Method,
+    State,
+    Upload,
+    Weighted,
+    Weights,
+    rank_wise,
+    weighted,
+)
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import Weights, weights_of
-from flexlora.handout import chosen_of, seed_of
-from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors, Form
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Expected,
+    Fresh,
+    Method,
+    State,
+    Upload,
+    Weights,
+    chosen_of,
+    seed_of,
+    weights_of,
+)
 from flexlora.seeds import rng
-from flexlora.training.formed import Form
 
 
 @dataclass(frozen=True)
@@ -57,18 +68,18 @@ class RAVAN(Method):
 
     def __post_init__(self) -> None:
         if self.heads < 1 or (self.head_rank is not None and self.head_rank < 1):
-            raise ValueError(
+            raise ConfigError(
                 f"heads and head_rank are at least 1, got {self.heads} and {self.head_rank}."
             )
 
     def start(self, adapter: Adapter) -> State:
-        """Cores of zero. Raises ValueError where heads do not stand side by side."""
+        """Cores of zero. Raises ConfigError where heads do not stand side by side."""
         cores = {}
         for module, f in adapter.items():
             most = min(f.shape) // self.heads
             q = self.head_rank or min(isqrt(f.rank * sum(f.shape) // self.heads), most)
             if not 0 < q <= most:
-                raise ValueError(
+                raise ConfigError(
                     f"{self.heads} heads of rank {q} do not stand side by side in {module!r} of "
                     f"shape {f.shape}; lower method.heads or method.head_rank."
                 )

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexlora.adapter import Adapter
-from flexlora.aggregation import Weights, rank_wise_means, weighted
-from flexlora.method import Method, State, Upload
+from flexlora.lowrank import Adapter
+from flexlora.method import Method, State, Upload, Weights, rank_wise_means, weighted
 
 
 @dataclass(frozen=True)

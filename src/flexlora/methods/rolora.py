@@ -12,10 +12,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flexlora.adapter import Adapter, Factors, Halves
-from flexlora.aggregation import Weights, factor_means, weighted
-from flexlora.handout import half_expected
-from flexlora.method import Client, Download, Draw, Expected, Method, State, Upload, at_ranks
+from flexlora.lowrank import Adapter, Factors, Halves
+from flexlora.method import (
+    Client,
+    Download,
+    Draw,
+    Expected,
+    Method,
+    State,
+    Upload,
+    Weights,
+    at_ranks,
+    factor_means,
+    half_expected,
+    weighted,
+)
 
 
 @dataclass(frozen=True)

@@ -27,21 +27,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors
-from flexlora.aggregation import (
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Adapter, Factors, Form, column
+from flexlora.method import (
+    Client,
     Decomposing,
+    Download,
+    Draw,
+    Expected,
+    Fresh,
+    Method,
+    State,
+    Upload,
     Weighted,
     Weights,
     factor_means,
     logged,
+    seed_of,
     summed,
     unmerged,
     weighted,
 )
-from flexlora.handout import seed_of
-from flexlora.method import Client, Download, Draw, Expected, Fresh, Method, State, Upload
 from flexlora.seeds import rng
-from flexlora.training.formed import Form, column
 
 _DEAD = 1e-6
 """Singular values below this share of the largest are rounding; their terms would never train."""
@@ -67,7 +74,7 @@ class SLoRA(Method):
 
     def __post_init__(self) -> None:
         if self.rounds_sparse < 1 or not 0 < self.density <= self.columns <= 1:
-            raise ValueError(
+            raise ConfigError(
                 "rounds_sparse is at least 1 and 0 < density <= columns <= 1, got "
                 f"{self.rounds_sparse}, {self.density} and {self.columns}."
             )

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexlora.adapter import Adapter, Factors, Halves
-from flexlora.data.packing import Pack, first_fit, join, pack, packs, steps
-from flexlora.data.tokens import TokenStore
-from flexlora.model import Base, to_device
-from flexlora.training.flat import FlatAdapter
-from flexlora.training.formed import Form, FormedAdapter
+from flexlora.data import Pack, TokenStore, first_fit, join, pack, packs, steps
+from flexlora.errors import DataError
+from flexlora.lowrank import Adapter, Factors, Form, Halves
+from flexlora.model import Base, FlatAdapter, to_device
 from flexlora.training.optimizer import Training
+from flexlora.training.reparametrized import FormedAdapter
 
 Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
 """A term of the loss, from the factors as they are and as they were at the start."""
@@ -92,7 +91,7 @@ def train_together(
     rounding. A client with fewer steps than others is done before them.
 
     Raises:
-        ValueError: a client has no rows, or its loss is not finite (with client and step).
+        DataError: a client has no rows, or its loss is not finite (with client and step).
     """
     started = time.perf_counter()
     seats = [_Seat.of(learner, base, settings) for learner in learners]
@@ -124,7 +123,7 @@ class _Seat:
     @classmethod
     def of(cls, learner: Learner, base: Base, settings: Training) -> _Seat:
         if len(learner.rows) == 0:
-            raise ValueError(f"{learner.name} has no rows to train on.")
+            raise DataError(f"{learner.name} has no rows to train on.")
         flat = _flat(learner, base, settings)
         return cls(learner, flat, settings.make([flat.values]), _plan(learner, settings))
 
@@ -134,7 +133,7 @@ class _Seat:
         self.losses.clear()
         if not math.isfinite(summed):
             what = f"The training loss of {self.learner.name} is {summed}"
-            raise ValueError(_out_of_bounds(what, index + 1, settings))
+            raise DataError(_out_of_bounds(what, index + 1, settings))
         self.loss_total += summed
         for group in self.optimizer.param_groups:
             group["lr"] = self.learner.rate * settings.rate(index, len(self.plan), round)
@@ -154,7 +153,7 @@ class _Seat:
         adapter = self.flat.finish()
         if not all(f.B.isfinite().all() and f.A.isfinite().all() for f in adapter.values()):
             what = f"The adapter of {self.learner.name} is not finite"
-            raise ValueError(_out_of_bounds(what, len(self.plan), settings))
+            raise DataError(_out_of_bounds(what, len(self.plan), settings))
         return Trained(
             adapter=adapter,
             steps=len(self.plan),

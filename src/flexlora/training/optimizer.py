@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flexlora.training.flat import Scale
+from flexlora.errors import ConfigError
+from flexlora.model import Scale
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,15 @@ class Training:
         for name in ("epochs", "batch_examples", "pack_tokens", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"training.{name} is {value}; give at least 1.")
+                raise ConfigError(f"training.{name} is {value}; give at least 1.")
         for name in ("learning_rate", "round_decay", "clip_norm", "alpha"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise ValueError(f"training.{name} is {value}; give a finite number above 0.")
+                raise ConfigError(f"training.{name} is {value}; give a finite number above 0.")
         for name in ("weight_decay", "momentum", "warmup_steps", "recompute_above"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"training.{name} is {value}; give 0 or more.")
+                raise ConfigError(f"training.{name} is {value}; give 0 or more.")
 
     @property
     def scale(self) -> Scale:

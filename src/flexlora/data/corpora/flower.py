@@ -10,6 +10,7 @@ import pyarrow as pa
 from flexlora.data.corpora.hub import arrow
 from flexlora.data.corpora.table import Columns, corpus_of
 from flexlora.data.corpus import Corpus
+from flexlora.errors import DataError
 
 
 class Federated(Protocol):
@@ -26,11 +27,11 @@ def read(federated: Federated, partitions: int, columns: Columns) -> Corpus:
     The partition decides who is a client, so ``columns.client`` is not read.
 
     Raises:
-        ValueError: there are no partitions, a column is missing in one, or a value is null
+        DataError: there are no partitions, a column is missing in one, or a value is null
             or ill-typed.
     """
     if partitions < 1:
-        raise ValueError(f"Cannot read {partitions} partitions; ask for at least one.")
+        raise DataError(f"Cannot read {partitions} partitions; ask for at least one.")
     tables = []
     for number in range(partitions):
         table = arrow(federated.load_partition(number))

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from flexlora.data.corpora.table import Columns, corpus_of
 from flexlora.data.corpus import SPLITS, Corpus
+from flexlora.errors import DataError
 
 
 def read(
@@ -28,7 +29,7 @@ def read(
     is run.
 
     Raises:
-        ValueError: a split or column is missing or misnamed, or a value is null or ill-typed.
+        DataError: a split or column is missing or misnamed, or a value is null or ill-typed.
         ImportError: the package ``datasets`` is not installed.
     """
     try:
@@ -63,9 +64,9 @@ def arrow(dataset: Any) -> pa.Table:
 def _check_splits(chosen: Mapping[str, str], held: list[str], place: str) -> None:
     for source, split in chosen.items():
         if source not in held:
-            raise ValueError(f"{place} has no split '{source}'; it has {', '.join(held)}.")
+            raise DataError(f"{place} has no split '{source}'; it has {', '.join(held)}.")
         if split not in SPLITS:
-            raise ValueError(
+            raise DataError(
                 f"{place}: the split '{source}' would become '{split}', which is none of "
                 f"{', '.join(SPLITS)}; say which it is, as in splits = {{'{source}': 'test'}}."
             )

@@ -13,6 +13,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from flexlora.data.corpus import Corpus
+from flexlora.errors import DataError
 
 FORMAT: Final = 1
 """Raised when what lies in such a file, or how a source is read, changes."""
@@ -31,7 +32,7 @@ def kept(
     it: one pass over the bytes of the sources, about a second for a GiB.
 
     Raises:
-        ValueError: a source cannot be read, or the file is damaged; and what ``make`` raises.
+        DataError: a source cannot be read, or the file is damaged; and what ``make`` raises.
     """
     path = cache / f"corpus-{_key(sources, settings)}.arrow"
     if not path.exists():
@@ -61,7 +62,7 @@ def read(path: Path) -> Corpus:
     """The corpus in a file that ``write`` has written, memory-mapped.
 
     Raises:
-        ValueError: the file holds no corpus of this form.
+        DataError: the file holds no corpus of this form.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -69,10 +70,10 @@ def read(path: Path) -> Corpus:
         digests = json.loads(table.schema.metadata[_DIGESTS])
         corpus = Corpus(table.replace_schema_metadata(), digests)
         if set(digests) != set(corpus.columns):
-            raise ValueError(f"it has digests of {', '.join(digests)} and other columns")
+            raise DataError(f"it has digests of {', '.join(digests)} and other columns")
         return corpus
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise DataError(
             f"The corpus in '{path}' cannot be read ({error}); delete the file and it will be "
             "made again."
         ) from error
@@ -86,7 +87,7 @@ def _key(sources: Iterable[Path], settings: Mapping[str, Any]) -> str:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "blake2b").hexdigest()
         except OSError as error:
-            raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
+            raise DataError(f"'{path}' cannot be read: {error.strerror}.") from error
         files.append([path.name, found])
     text = json.dumps([FORMAT, files, dict(settings)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

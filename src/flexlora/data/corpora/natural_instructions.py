@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.data.corpus import Corpus, split_rows
+from flexlora.errors import DataError
 from flexlora.seeds import rng
 
 
@@ -28,10 +29,10 @@ def read(
     first is taken. The files are in github.com/allenai/natural-instructions under ``tasks``.
 
     Raises:
-        ValueError: there is no task file, or one is not of that form.
+        DataError: there is no task file, or one is not of that form.
     """
     if not 0 < share <= 1 or most < 1:
-        raise ValueError(
+        raise DataError(
             f"A share of {share} and at most {most} instances leave nothing to read; share "
             "is in (0, 1] and most is at least 1."
         )
@@ -56,14 +57,14 @@ def read(
 def _files(folder: Path, tasks: Collection[str] | None) -> list[Path]:
     paths = {path.stem: path for path in sorted(folder.glob("task*.json"))}
     if not paths:
-        raise ValueError(
+        raise DataError(
             f"There are no files task*.json in '{folder}'; give the folder 'tasks' of a copy "
             "of github.com/allenai/natural-instructions."
         )
     asked = set(tasks or ())
     absent = asked - set(paths)
     if absent:
-        raise ValueError(
+        raise DataError(
             f"'{folder}' has no file '{min(absent)}.json' ({len(absent)} of {len(asked)} "
             f"tasks asked for missing); it holds {len(paths)}, such as '{min(paths)}.json'."
         )
@@ -74,10 +75,10 @@ def _parsed(path: Path) -> dict[str, Any]:
     try:
         task: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is no JSON: {error}.") from error
+        raise DataError(f"'{path}' is no JSON: {error}.") from error
     for key in ("Definition", "Categories", "Instances"):
         if not isinstance(task, dict) or not task.get(key):
-            raise ValueError(
+            raise DataError(
                 f"'{path}' is no task of Natural Instructions: '{key}' is missing or empty."
             )
     return task
@@ -87,7 +88,7 @@ def _definition(task: dict[str, Any], path: Path) -> str:
     definition = task["Definition"]
     parts = [definition] if isinstance(definition, str) else definition
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"'{path}': 'Definition' is {definition!r:.60}, no text or list of it.")
+        raise DataError(f"'{path}': 'Definition' is {definition!r:.60}, no text or list of it.")
     return "\n".join(parts)
 
 
@@ -95,7 +96,7 @@ def _first_category(task: dict[str, Any], path: Path) -> str:
     categories = task["Categories"]
     first = categories[0] if isinstance(categories, list) else categories
     if not isinstance(first, str):
-        raise ValueError(f"'{path}': 'Categories' is {categories!r:.60}, no list of text.")
+        raise DataError(f"'{path}': 'Categories' is {categories!r:.60}, no list of text.")
     return first
 
 
@@ -105,7 +106,7 @@ def _instances(task: dict[str, Any], path: Path) -> list[dict[str, Any]]:
         outputs = instance.get("output") if isinstance(instance, dict) else None
         first = outputs[0] if isinstance(outputs, list) and outputs else outputs
         if not isinstance(first, str) or not isinstance(instance.get("input"), str):
-            raise ValueError(
+            raise DataError(
                 f"'{path}': instance {number} needs an 'input' (text) and an 'output' (text "
                 f"or a list of it), not {instance!r:.80}."
             )

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from flexlora.data.corpus import Corpus, split_rows
+from flexlora.errors import DataError
 from flexlora.seeds import rng
 
 
@@ -214,11 +215,11 @@ def generate(
     not on the other families. Cost: about 0.2 ms an example.
 
     Raises:
-        ValueError: a family is unknown, or has not so many short and different questions.
+        DataError: a family is unknown, or has not so many short and different questions.
         ImportError: the package ``reasoning_gym`` is not installed.
     """
     if examples < 1:
-        raise ValueError(f"Cannot generate {examples} examples a family; ask for at least one.")
+        raise DataError(f"Cannot generate {examples} examples a family; ask for at least one.")
     columns: dict[str, list[str]] = {
         name: [] for name in ("client", "category", "instruction", "input", "output")
     }
@@ -231,7 +232,7 @@ def generate(
             if len(found) == examples:
                 break
         else:
-            raise ValueError(
+            raise DataError(
                 f"The family '{name}' gave only {len(found)} different questions of at most "
                 f"{max_prompt_chars} characters (answers of {max_answer_chars}), fewer than "
                 f"the {examples} asked for; ask for fewer examples or leave it out."
@@ -249,7 +250,7 @@ def _family(name: str) -> Family:
         return _FAMILIES[name]
     near = difflib.get_close_matches(name, FAMILIES, n=1)
     guess = f"Did you mean '{near[0]}'? " if near else ""
-    raise ValueError(f"There is no family '{name}'. {guess}There are {', '.join(FAMILIES)}.")
+    raise DataError(f"There is no family '{name}'. {guess}There are {', '.join(FAMILIES)}.")
 
 
 def _draws(name: str, family: Family, examples: int, seed: int) -> Iterator[tuple[str, str]]:

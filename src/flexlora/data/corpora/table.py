@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from flexlora.data.corpus import Corpus
+from flexlora.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Columns:
 
     def __post_init__(self) -> None:
         if self.messages is None and self.output is None:
-            raise ValueError(
+            raise DataError(
                 "Columns need an 'output' (the text to learn) or 'messages'; both are None."
             )
 
@@ -65,7 +66,7 @@ def read(
     parts that hold them.
 
     Raises:
-        ValueError: the suffix is unknown, a column or a client is missing, or a value is
+        DataError: the suffix is unknown, a column or a client is missing, or a value is
             null or of the wrong type.
     """
     columns = columns or Columns()
@@ -76,14 +77,14 @@ def read(
         ".csv": _csv,
     }
     if path.suffix not in kinds:
-        raise ValueError(
+        raise DataError(
             f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'; name it "
             f"{', '.join(kinds)}, whichever it is."
         )
     if not path.is_file():
-        raise ValueError(f"There is no file '{path}' to read a corpus from.")
+        raise DataError(f"There is no file '{path}' to read a corpus from.")
     if clients is not None and columns.client is None:
-        raise ValueError(
+        raise DataError(
             f"Cannot choose clients of '{path}': columns.client is None. Name the column."
         )
     asked = None if clients is None else {str(client) for client in clients}
@@ -92,7 +93,7 @@ def read(
     corpus = corpus_of(table, columns, place)
     missing = (asked or set()) - set(corpus.keys("client") if asked else ())
     if missing:
-        raise ValueError(
+        raise DataError(
             f"'{path}' has no rows of {len(missing)} of the clients asked for, such as "
             f"'{min(missing)}'; its column '{columns.client}' names the clients it has."
         )
@@ -103,20 +104,20 @@ def column_names(path: Path) -> list[str]:
     """The names of a file's columns; of JSON those of the first record.
 
     Raises:
-        ValueError: the suffix is unknown, or there is no such file or no record in it.
+        DataError: the suffix is unknown, or there is no such file or no record in it.
     """
     if not path.is_file():
-        raise ValueError(f"There is no file '{path}' to read a corpus from.")
+        raise DataError(f"There is no file '{path}' to read a corpus from.")
     if path.suffix == ".parquet":
         return list(pq.read_schema(path).names)
     if path.suffix == ".csv":
         with pyarrow.csv.open_csv(path) as head:
             return list(head.schema.names)
     if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'.")
+        raise DataError(f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'.")
     _, record = next(_records(path), (0, None))
     if not isinstance(record, dict):
-        raise ValueError(f"'{path}' has no record of named columns.")
+        raise DataError(f"'{path}' has no record of named columns.")
     return list(record)
 
 
@@ -124,7 +125,7 @@ def corpus_of(table: pa.Table, columns: Columns, place: str) -> Corpus:
     """The corpus in an Arrow table whose columns are named as ``columns`` says.
 
     Raises:
-        ValueError: a column is missing, or a value is null or of the wrong type.
+        DataError: a column is missing, or a value is null or of the wrong type.
     """
     check_names(columns, table.column_names, place)
     found: dict[str, pa.ChunkedArray | Sequence[str]] = {}
@@ -141,13 +142,13 @@ def check_names(columns: Columns, names: Sequence[str], place: str) -> None:
     """Refuse a source that lacks a column.
 
     Raises:
-        ValueError: with the column, those that there are, and the nearest of them.
+        DataError: with the column, those that there are, and the nearest of them.
     """
     for name, source in columns.wanted().items():
         if source not in names:
             near = difflib.get_close_matches(source, names, n=1)
             guess = f"Did you mean '{near[0]}'? " if near else ""
-            raise ValueError(
+            raise DataError(
                 f"{place} has no column '{source}' for the {name}; its columns are "
                 f"{', '.join(names)}. {guess}Set columns.{name} to the right name, or to "
                 "None if there is none."
@@ -167,7 +168,7 @@ def _text(name: str, source: str, column: pa.ChunkedArray, place: str) -> Any:
         return [None if row is None else _messages(row) for row in column.to_pylist()]
     if pa.types.is_null(value):
         return column.cast(pa.string())
-    raise ValueError(
+    raise DataError(
         f"Column '{source}' of {place} holds {value} where the {name} needs text; its first "
         f"row is {column[0].as_py() if len(column) else None!r}. Convert it in the source."
     )
@@ -218,7 +219,7 @@ def _json(path: Path, columns: Columns, clients: set[str] | None) -> pa.Table:
     for row, record in _records(path):
         place = f"'{path}', row {row},"
         if not isinstance(record, dict):
-            raise ValueError(f"{place} is {record!r:.60}, no JSON object of named columns.")
+            raise DataError(f"{place} is {record!r:.60}, no JSON object of named columns.")
         if clients is not None and str(record.get(columns.client)) not in clients:
             continue
         check_names(columns, list(record), place)
@@ -237,7 +238,7 @@ def _json_text(name: str, source: str, value: Any, place: str) -> str:
     if name == "messages" and isinstance(value, list):
         return _messages(value)
     found = "null" if value is None else f"{value!r:.60}, a {type(value).__name__}"
-    raise ValueError(
+    raise DataError(
         f"{place} holds {found}, in the column '{source}', where the {name} needs text; "
         "correct it in the source."
     )
@@ -260,4 +261,4 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON: {error}.") from error
+        raise DataError(f"{place} is no JSON: {error}.") from error

@@ -1,0 +1,1 @@
+"""Real clients on machines of their own, over Flower."""

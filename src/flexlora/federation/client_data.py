@@ -1,0 +1,171 @@
+"""Which rows are whose: the corpus that a config names, dealt to clients; who is asked what."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from flexlora.config import Experiment
+from flexlora.data import Corpus, partition, split_rows
+from flexlora.data.corpora import hub, mapped, natural_instructions, procedural, table
+from flexlora.errors import DataError
+from flexlora.evaluation import Question, pick
+from flexlora.seeds import rng
+
+
+def read(experiment: Experiment, cache: Path) -> Corpus:
+    """The rows of the clients that the config chooses, from the disk wherever they can be."""
+    data, seed = experiment.data, experiment.seed
+    if data.format == "remote":
+        raise DataError(
+            "data.format 'remote' says that the rows are with real clients: start it by "
+            "`flexlora serve`, or name a format that can be simulated."
+        )
+    if data.format == "procedural":
+        families = data.families or procedural.FAMILIES
+        made = procedural.generate(families, examples=data.examples, seed=seed)
+        return chosen(made, experiment)
+    if data.format == "hub":
+        return chosen(hub.read(str(data.path), data.columns), experiment)
+    path = Path(str(data.path))
+    # All that decides which rows are read, apart from the files.
+    settings: dict[str, Any] = {"clients": data.clients and [data.clients, seed]}
+    if data.format == "natural-instructions":
+        sources = sorted(path.glob("task*.json"))
+        settings |= {"format": data.format, "share": data.share, "seed": seed}
+        make = partial(natural_instructions.read, path, share=data.share, seed=seed)
+    else:
+        sources = [path] if path.is_file() else []
+        settings |= {"format": path.suffix, "columns": asdict(data.columns)}
+        make = partial(table.read, path, data.columns)
+    if not sources:
+        return chosen(make(), experiment)  # which says what is missing
+    return mapped.kept(cache, sources, settings, lambda: chosen(make(), experiment))
+
+
+def chosen(corpus: Corpus, experiment: Experiment) -> Corpus:
+    """The corpus of at most so many clients as the config asks for."""
+    most = experiment.data.clients
+    if most is None or "client" not in corpus.columns:
+        return corpus
+    codes, owners = corpus.codes("client")
+    if most >= len(owners):
+        return corpus
+    everybody = sorted(owners)
+    drawn = rng(experiment.seed, "clients").choice(len(everybody), most, replace=False)
+    kept = {everybody[i] for i in drawn}
+    return corpus.select(np.array([owner in kept for owner in owners])[codes])
+
+
+def dealt(corpus: Corpus, experiment: Experiment) -> tuple[list[str], Corpus, partition.Partition]:
+    """The clients held out, the corpus with clients and splits, and each client's rows."""
+    data, seed = experiment.data, experiment.seed
+    natural = "client" in corpus.columns
+    if not natural and (data.partition.kind == "natural" or data.unseen_clients or data.clients):
+        raise DataError(
+            "The data has no client column, so data.partition.kind 'natural', data.clients and "
+            "data.unseen_clients do not apply; give data.columns.client or another partition."
+        )
+    unseen, inside = _held_out(corpus, experiment) if natural else ([], np.arange(len(corpus)))
+    dealt = _partition(corpus, inside, experiment).within(inside)
+    if not natural:
+        owner = np.empty(len(corpus), np.int32)
+        owner[dealt.rows] = np.repeat(np.arange(len(dealt)), dealt.sizes)
+        owners = pa.DictionaryArray.from_arrays(owner, pa.array(list(dealt), pa.string()))
+        corpus = corpus.with_column("client", owners)
+    if "split" not in corpus.columns:
+        corpus = split_rows(corpus, seed)
+    rows = dealt.where(_in_split(corpus, "train"))
+    if not rows:
+        raise DataError("No client has a training row; look at the data's split column.")
+    return unseen, corpus, rows
+
+
+def _in_split(corpus: Corpus, split: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    codes, splits = corpus.codes("split")
+    return np.array([name == split for name in splits], np.bool_)[codes]
+
+
+def _held_out(corpus: Corpus, experiment: Experiment) -> tuple[list[str], np.ndarray]:
+    """The clients that never train, and the rows of the others."""
+    codes, owners = corpus.codes("client")
+    kept, unseen = sorted(owners), experiment.data.unseen_clients
+    if unseen >= len(kept):
+        raise DataError(f"data.unseen_clients is {unseen} of {len(kept)} clients; some must train.")
+    order = rng(experiment.seed, "unseen").permutation(len(kept))[:unseen]
+    names = [kept[i] for i in sorted(order)]
+    never = set(names)
+    return names, np.flatnonzero(np.array([owner not in never for owner in owners])[codes])
+
+
+def _partition(corpus: Corpus, inside: np.ndarray, experiment: Experiment) -> partition.Partition:
+    """Positions within ``inside`` by training client."""
+    how, draw = experiment.data.partition, rng(experiment.seed, "partition")
+    clients = how.clients or 1
+    if how.kind == "iid":
+        return partition.iid(len(inside), clients, draw)
+    if how.kind == "natural":
+        codes, owners = corpus.codes("client")
+        return partition.by_code(codes[inside], owners)
+    if "category" not in corpus.columns:
+        raise DataError(f"data.partition.kind {how.kind!r} needs data.columns.category.")
+    labels = corpus.keys("category")[inside]
+    if how.kind == "dirichlet":
+        return partition.dirichlet(labels, clients, how.alpha, draw)
+    if how.kind == "shards":
+        return partition.shards(labels, clients, how.shards_per_client, draw)
+    return partition.by_key(labels)
+
+
+def asked_of(experiment: Experiment, clients: Collection[str]) -> list[Question]:
+    """The server's own test rows: of clients that are here, and of others."""
+    data, how = experiment.data, experiment.evaluation
+    if data.path is None or not (how.seen_clients or how.unseen_clients):
+        return []
+    corpus = table.read(Path(data.path), data.columns)
+    if "split" in corpus.columns:
+        corpus = corpus.select(_in_split(corpus, "test"))
+    owners = sorted(set(corpus.keys("client"))) if "client" in corpus.columns else []
+    if not owners:
+        raise DataError(
+            f"{data.path} has no test row with a client; the server's data needs the columns "
+            "data.columns.client and, where it also holds training rows, data.columns.split."
+        )
+    here, found = set(clients), []
+    for seen, count in ((True, how.seen_clients), (False, how.unseen_clients)):
+        group = [owner for owner in owners if (owner in here) is seen]
+        draw = rng(experiment.seed, "evaluated", "seen" if seen else "unseen")
+        chosen = {group[i] for i in draw.permutation(len(group))[:count]}
+        if chosen:
+            found += pick(corpus, chosen, seen, how.rows_per_client, experiment.seed)
+    return found
+
+
+def questions(
+    corpus: Corpus, rows: partition.Partition, unseen: list[str], experiment: Experiment
+) -> list[Question]:
+    """The test rows of some clients that train and of some that never do."""
+    how, seed = experiment.evaluation, experiment.seed
+    codes, owners = corpus.codes("client")
+    test = _in_split(corpus, "test")
+    tested = {owners[code] for code in np.unique(codes[test])}
+    trained = {owners[code] for code in np.unique(codes[rows.rows])}
+    groups = [
+        (True, sorted(tested & trained), how.seen_clients),
+        (False, sorted(tested & set(unseen)), how.unseen_clients),
+    ]
+    found = []
+    for seen, clients, count in groups:
+        draw = rng(seed, "evaluated", "seen" if seen else "unseen")
+        chosen = {clients[i] for i in draw.permutation(len(clients))[:count]}
+        if chosen:
+            # Of a large corpus only these few rows are looked at.
+            theirs = test & np.array([owner in chosen for owner in owners])[codes]
+            found += pick(corpus.select(theirs), chosen, seen, how.rows_per_client, seed)
+    return found

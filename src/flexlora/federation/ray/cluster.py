@@ -1,0 +1,246 @@
+"""A Ray cluster, joined or started here, and the workers that a run has on it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+import torch
+
+from flexlora.config import Experiment
+from flexlora.errors import ConfigError
+from flexlora.federation.client_store import Private
+from flexlora.federation.ray.pool import OnRay
+from flexlora.federation.ray.resident import Resident, described
+from flexlora.federation.rounds import PRIVATE
+from flexlora.federation.setup import Ready
+from flexlora.training import clients_at_once
+
+_SECONDS_TO_ANSWER: Final = 10.0
+_HOW_MANY: Final = (
+    "Nothing says how many workers there are to be; give --workers, or set run.threads."
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one machine has for workers."""
+
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connected cluster, and how many workers of so many threads a run has on it.
+
+    ``gpus`` is 1 if each worker has a GPU to itself. ``scratch`` is where workers keep
+    downloads; None where that is for their machine to say.
+    """
+
+    workers: int
+    threads: int
+    gpus: int = 0
+    scratch: Path | None = None
+
+    def settings(self, experiment: Experiment) -> Experiment:
+        """The experiment with this many threads, in this process too: others round otherwise."""
+        run = experiment.run.model_copy(update={"threads": self.threads})
+        return experiment.model_copy(update={"run": run})
+
+    @contextmanager
+    def federation(
+        self, ready: Ready, folder: Path, together: int | None = None
+    ) -> Iterator[OnRay]:
+        """The clients of an experiment that runs in ``folder``, on workers that end with this.
+
+        Each worker reads the data and loads the model by itself, from the same paths as this
+        process. ``together`` clients are trained at a time, by default as many as the config
+        says or as are worth it, measured here.
+
+        Raises:
+            ConfigError: at the first exchange, if a worker cannot do so or finds other data.
+        """
+        together = together or self._together(ready)
+        settings = self.settings(ready.experiment)
+        if self.gpus:
+            # Ray shows a worker its own GPU alone, whatever its number.
+            model = replace(settings.model, device="cuda")
+            settings = settings.model_copy(update={"model": model})
+        private = Private((folder / PRIVATE).resolve())
+        resident = Resident(
+            settings.model_dump_json(), private, Path.cwd(), together, described(ready)
+        )
+        resources = {"num_cpus": self.threads, "num_gpus": self.gpus}
+        crew = OnRay(resident, self.workers, resources, together, self.scratch)
+        try:
+            yield crew
+        finally:
+            crew.close()
+
+    def _together(self, ready: Ready) -> int:
+        """How many clients a worker trains at a time: as the config says, or measured.
+
+        No more than leave every worker something to do, and as if all workers shared one
+        machine's memory.
+        """
+        here, shapes = ready.workplace, ready.base.shapes
+        parameters = sum(rank * sum(shapes[module]) for module, rank in ready.largest.items())
+        cohort = min(ready.cohort_size, len(ready.clients))
+        return ready.experiment.run.clients_at_once or clients_at_once(
+            ready.base,
+            here.store,
+            (here.rows[id] for id in ready.clients),
+            here.training,
+            parameters * (1 if self.gpus else self.workers),
+            math.ceil(cohort / self.workers),
+        )
+
+
+@contextmanager
+def cluster(
+    experiment: Experiment, workers: int | None = None, address: str | None = None
+) -> Iterator[Cluster]:
+    """The cluster at an address, or one on this machine alone, which ends with this.
+
+    Without an address a cluster to which this process is connected is used, and left alone.
+
+    Raises:
+        ConfigError: nobody answers there, or there is no room for so many workers.
+    """
+    on_gpu = torch.device(experiment.model.device).type == "cuda"
+    threads = experiment.run.threads
+    if address is None and not ray.is_initialized():
+        here = Machine(_cores(), torch.cuda.device_count() if on_gpu else 0)
+        with _started(shared(here, threads, workers, on_gpu)) as found:
+            yield found
+        return
+    joined = address is not None
+    if joined:
+        _join(str(address))
+    try:
+        machines = [
+            Machine(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            if node["Alive"]
+        ]
+        yield fitted(machines, threads, workers, on_gpu)
+    finally:
+        if joined:
+            ray.shutdown()
+
+
+def shared(machine: Machine, threads: int | None, workers: int | None, on_gpu: bool) -> Cluster:
+    """This machine's cores in equal groups, one a worker; more threads than cores if told so.
+
+    Raises:
+        ConfigError: there are fewer GPUs than workers, or nothing says how many workers.
+    """
+    if on_gpu:
+        workers = workers or machine.gpus
+        if not workers:
+            raise ConfigError("The model is to lie on CUDA, and this machine has no GPU.")
+        if workers > machine.gpus:
+            raise ConfigError(
+                f"{workers} workers on CUDA need a GPU each, and this machine has "
+                f"{machine.gpus}; give fewer --workers."
+            )
+    workers = workers or (machine.cpus // threads if threads else 0)
+    if not workers:
+        raise ConfigError(_HOW_MANY)
+    return Cluster(workers, threads or max(machine.cpus // workers, 1), int(on_gpu))
+
+
+def fitted(
+    machines: Sequence[Machine], threads: int | None, workers: int | None, on_gpu: bool
+) -> Cluster:
+    """Workers on a cluster's machines: as many as asked for, of as many threads as all can have.
+
+    Raises:
+        ConfigError: there is no room for them, or nothing says how many workers.
+    """
+
+    def room(threads: int) -> int:
+        """For how many workers of so many threads."""
+        return sum(min(m.cpus // threads, m.gpus if on_gpu else m.cpus) for m in machines)
+
+    if workers is None:
+        workers = room(threads or 1) if on_gpu or threads else 0
+        if not workers and not on_gpu and not threads:
+            raise ConfigError(_HOW_MANY)
+    wanted = max(workers, 1)
+    most = max((machine.cpus for machine in machines), default=0)
+    fits = next((t for t in range(most, 0, -1) if room(t) >= wanted), 1)
+    found = Cluster(wanted, threads or fits, int(on_gpu))
+    if room(found.threads) < wanted:
+        each = f"{found.threads} threads{' and a GPU' if on_gpu else ''}"
+        raise ConfigError(
+            f"The Ray cluster has room for {room(found.threads)} workers of {each}, not for "
+            f"{wanted}; give fewer --workers, or set run.threads to less."
+        )
+    return found
+
+
+@contextmanager
+def _started(plan: Cluster) -> Iterator[Cluster]:
+    """A cluster of this machine with just enough room."""
+    # Ray's sockets lie there too, and their paths must be short.
+    place = "/tmp" if os.name == "posix" else None
+    with tempfile.TemporaryDirectory(
+        prefix="flexlora-ray-", dir=place, ignore_cleanup_errors=True
+    ) as folder:
+        _connect(
+            num_cpus=plan.workers * plan.threads,
+            num_gpus=plan.workers * plan.gpus,
+            include_dashboard=False,
+            _temp_dir=folder,
+        )
+        try:
+            yield replace(plan, scratch=Path(folder) / "downloads")
+        finally:
+            ray.shutdown()
+
+
+def _join(address: str) -> None:
+    if ray.is_initialized():
+        raise ConfigError(
+            f"This process is connected to a Ray cluster already; leave it before {address!r}."
+        )
+    try:
+        _answers(address)
+        _connect(address=address)
+    except Exception as error:  # of many kinds, by the kind of address
+        raise ConfigError(
+            f"No Ray cluster can be joined at {address!r} ({error}). Start one with: ray start "
+            "--head, and give its address: HOST:PORT, ray://HOST:PORT or auto."
+        ) from error
+
+
+def _answers(address: str) -> None:
+    """Ask whether anybody listens there: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER).close()
+
+
+def _connect(**options: Any) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # What Ray will do by default, and warns of until then: on CPUs GPUs are not hidden.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

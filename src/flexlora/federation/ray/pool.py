@@ -1,0 +1,279 @@
+"""The exchange with workers: whoever is free takes the next group of clients."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from flexlora.errors import ConfigError
+from flexlora.federation.client_turn import Job
+from flexlora.federation.ray.partial_step import Step
+from flexlora.federation.ray.queue import Group, Waiting
+from flexlora.federation.ray.worker import Build, Worker
+from flexlora.federation.transport import Lost, Patience, Reply
+from flexlora.method import Method, State, Upload, partial_step
+
+ATTEMPTS: Final = 3
+"""How many workers a group of clients may lose before it is lost itself."""
+
+_DEATHS: Final = (
+    RayActorError,
+    NodeDiedError,
+    OutOfMemoryError,
+    WorkerCrashedError,
+    ObjectLostError,
+)
+_SECONDS_TO_CLEAR: Final = 5.0
+
+
+@dataclass
+class _Place:
+    """A place for a worker: who is there, what there is once it is built, and what it was sent."""
+
+    actor: Any = None
+    opened: Any = None
+    ready: bool = False
+    files: set[str] = field(default_factory=set)
+
+    def unsent(self, group: Group) -> Iterator[Any]:
+        """The group's downloads, but None for a shared one that the worker has on its disk.
+
+        Every call takes twice as long if Ray has to look for a download in its store.
+        """
+        for each, data in zip(group.asked, group.downloads, strict=True):
+            yield None if each.file in self.files else data
+            if each.file is not None:
+                self.files.add(each.file)
+
+
+class OnRay:
+    """A federation on workers of a Ray cluster that is connected already.
+
+    ``resources`` are those of one worker, as Ray names them. A worker that dies is replaced, and
+    its group is the next to begin; an error in a turn is a fault to see.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        workers: int,
+        resources: Mapping[str, float],
+        together: int = 1,
+        scratch: Path | None = None,
+    ) -> None:
+        self._make = ray.remote(Worker).options(**resources, max_restarts=0)
+        self._build = build
+        self._together = together
+        # A relative folder is on the worker's machine, among its temporary files.
+        self._scratch = scratch or Path(f"flexlora-{uuid.uuid4().hex}")
+        self._places = [_Place() for _ in range(workers)]
+        self._unbuilt = self._exchanges = 0
+        self._staff()
+
+    @property
+    def together(self) -> int:
+        """How many consecutive jobs one worker takes at a time."""
+        return self._together
+
+    def present(self, clients: Collection[str]) -> list[str]:
+        """All of them."""
+        return list(clients)
+
+    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost]:
+        """The replies as they come. Seconds count from when all workers are built.
+
+        One group is drawn ahead. Workers that are still busy when the round
+        goes on without them are stopped, and others take their place.
+
+        Raises:
+            ConfigError: workers die before they are built; and what is raised in a worker.
+        """
+        self._staff()
+        while opening := self._opening():
+            self._welcome(ray.wait(opening)[0][0])
+        self._exchanges += 1
+        for place in self._places:
+            place.files.clear()
+        waiting = Waiting(iter(jobs), self.together)
+        busy: dict[Any, tuple[_Place, Group]] = {}
+        started = time.monotonic()
+        try:
+            while not patience.enough():
+                self._occupy(busy, waiting)
+                # Asked first, as it draws: whoever is free next does not wait for a download.
+                if not waiting.left and not busy:
+                    break
+                left = None
+                if patience.seconds is not None:
+                    left = max(0.0, started + patience.seconds - time.monotonic())
+                done, _ = ray.wait([*busy, *self._opening()], timeout=left)
+                if done and done[0] in busy:
+                    yield from self._replies(*busy.pop(done[0]), done[0], waiting)
+                elif done:
+                    self._welcome(done[0])
+                else:
+                    yield from _late(busy, waiting, patience.seconds)
+                    break
+        finally:
+            for place, _ in busy.values():
+                self._dismiss(place)
+        self._staff()
+
+    def aggregate(self, method: Method, state: State, uploads: Sequence[Upload]) -> State:
+        """The method's aggregate, to the bit; where it goes ``by_module``, made by the workers.
+
+        Whoever is free takes the next part. Workers take one where they see the run's files, and
+        those that are not built yet are not waited for; what a worker that dies had is done again,
+        and what nobody takes is done here.
+        """
+        step = Step.of(method, state, uploads)
+        ready = [place for place in self._places if place.ready]
+        left = deque(step.dealt(len(ready)))
+        if len(left) < 2:
+            return method.aggregate(state, uploads)
+        stored, found = ray.put(step), []
+        busy: dict[Any, tuple[_Place, list[str] | None]] = {
+            place.actor.hold.remote(stored): (place, None) for place in ready
+        }
+        try:
+            while busy:
+                done = ray.wait([*busy])[0][0]
+                place, part = busy.pop(done)
+                try:
+                    made = ray.get(done)
+                except RayTaskError as error:
+                    raise _cause(error) from error
+                except _DEATHS:
+                    self._dismiss(place)
+                    left.extendleft([part] if part else [])
+                    continue
+                if left and (part or made):
+                    following = left.popleft()
+                    busy[place.actor.part.remote(following)] = place, following
+                if part:
+                    found.append(made.part())
+        finally:
+            for place, _ in busy.values():
+                self._dismiss(place)
+        self._staff()
+        found += [partial_step.aggregated(method, state, uploads, part) for part in left]
+        return partial_step.joined(state, found)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if cleared := [place.actor.close.remote() for place in self._places if place.actor]:
+            ray.wait(cleared, num_returns=len(cleared), timeout=_SECONDS_TO_CLEAR)
+        for place in self._places:
+            self._dismiss(place)
+
+    def _occupy(self, busy: dict[Any, tuple[_Place, Group]], waiting: Waiting) -> None:
+        """Give every free worker a group, as long as there are any."""
+        taken = {id(place) for place, _ in busy.values()}
+        for place in self._places:
+            if place.ready and id(place) not in taken and waiting.left:
+                group = waiting.drawn.popleft()
+                downloads = place.unsent(group)
+                ref = place.actor.turns.remote(self._exchanges, group.asked, *downloads)
+                busy[ref] = place, group
+
+    def _replies(
+        self, place: _Place, group: Group, ref: Any, waiting: Waiting
+    ) -> Iterator[Reply | Lost]:
+        """What came of a group's turns; one whose worker died is the next to begin."""
+        try:
+            uploads = ray.get(ref)
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except _DEATHS as death:
+            self._dismiss(place)
+            self._staff()
+            group.deaths += 1
+            if group.deaths < ATTEMPTS:
+                waiting.drawn.appendleft(group)
+                return
+            why = f"{ATTEMPTS} workers died in its turn, the last so: {_line(death)}"
+            yield from (Lost(each.client, why) for each in group.asked)
+            return
+        for each, upload in zip(group.asked, uploads, strict=True):
+            yield Reply(each.client, upload.tobytes())
+
+    def _opening(self) -> list[Any]:
+        """What is there as soon as workers that are not built yet are."""
+        return [place.opened for place in self._places if place.actor and not place.ready]
+
+    def _welcome(self, opened: Any) -> None:
+        """Count on a worker that is built, or try it with another one.
+
+        Raises:
+            ConfigError: so many have died before they were built; and what ``build`` raises.
+        """
+        (place,) = (place for place in self._places if place.opened == opened)
+        try:
+            ray.get(opened)
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except _DEATHS as death:
+            self._dismiss(place)
+            if isinstance(death, RayActorError) and death.actor_init_failed:
+                raise ConfigError(
+                    f"A worker could not be started: {str(death).strip().splitlines()[-1]}. All "
+                    "machines need flexlora, Ray and Python in the same versions."
+                ) from death
+            self._unbuilt += 1
+            if self._unbuilt >= ATTEMPTS:
+                raise ConfigError(
+                    f"{self._unbuilt} workers died before they had their base model, the last "
+                    f"so: {_line(death)} Give fewer --workers if memory is short."
+                ) from death
+            self._staff()
+            return
+        place.ready, self._unbuilt = True, 0
+
+    def _staff(self) -> None:
+        """Put a new worker in every place that is empty."""
+        for number, place in enumerate(self._places):
+            if place.actor is None:
+                place.actor = self._make.remote(self._build, str(self._scratch / str(number)))
+                place.opened = place.actor.open.remote()
+
+    def _dismiss(self, place: _Place) -> None:
+        """Stop a worker, whatever it is at."""
+        if place.actor is not None:
+            ray.kill(place.actor)
+        place.actor, place.opened, place.ready = None, None, False
+        place.files.clear()
+
+
+def _late(
+    busy: Mapping[Any, tuple[_Place, Group]], waiting: Waiting, seconds: float | None
+) -> Iterator[Lost]:
+    for _, group in busy.values():
+        for each in group.asked:
+            yield Lost(each.client, f"Its turn was not over after {seconds:g} s.")
+    for client in waiting.clients():
+        yield Lost(client, f"Its turn had not begun after {seconds:g} s.")
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """What was raised in the worker, its notes included, rather than Ray's report of it."""
+    return error.cause if isinstance(error.cause, Exception) else error
+
+
+def _line(death: Exception) -> str:
+    """Ray's account of a death, many lines, as one that ends with a full stop."""
+    return " ".join(str(death).split())[:400].rstrip(".") + "."

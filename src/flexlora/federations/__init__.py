@@ -1,1 +1,0 @@
-"""Where clients may be, one kind of place per file."""

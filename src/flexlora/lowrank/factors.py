@@ -1,0 +1,172 @@
+"""The values that everything passes around: one layer's factors, and an adapter of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexlora.errors import AdapterError
+
+Halves = Literal["BA", "B", "A"]
+"""Which of the two factors are meant, of each module alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A low-rank matrix ``B @ A``: the effective update of one linear layer.
+
+    ``B`` is (out, rank) and ``A`` is (rank, in). The LoRA scale is already folded into
+    ``B``, so the product needs no further factor, ever.
+
+    Raises:
+        AdapterError: a factor is not a matrix, the ranks differ, or dtypes differ.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        B, A = self.B, self.A
+        if B.ndim != 2 or A.ndim != 2:
+            raise AdapterError(
+                f"Factors need two matrices, got B of shape {tuple(B.shape)} and A of "
+                f"shape {tuple(A.shape)}."
+            )
+        if B.shape[1] != A.shape[0]:
+            raise AdapterError(
+                f"B is {tuple(B.shape)} (out, rank) and A is {tuple(A.shape)} (rank, in): "
+                f"their ranks, {B.shape[1]} and {A.shape[0]}, differ."
+            )
+        if B.dtype != A.dtype:
+            raise AdapterError(f"B is {B.dtype} and A is {A.dtype}; give both one dtype.")
+
+    @property
+    def rank(self) -> int:
+        """The number of rank-one terms held, which bounds the product's rank."""
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (out, in) of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def to(self, target: torch.dtype | torch.device | str) -> Factors:
+        """The same factors in another dtype or on another device."""
+        return Factors(self.B.to(target), self.A.to(target))
+
+    def half(self, halves: Halves) -> Factors:
+        """These halves alone; the other one has its terms but no width, and so no numbers."""
+        B = self.B if "B" in halves else self.B[:0]
+        return Factors(B, self.A if "A" in halves else self.A[:, :0])
+
+    def terms(self, chosen: Sequence[int]) -> Factors:
+        """The terms of these numbers, in this order."""
+        at = torch.tensor(list(chosen), dtype=torch.int64, device=self.B.device)
+        return Factors(self.B[:, at], self.A[at])
+
+    def first(self, rank: int) -> Factors:
+        """The first ``rank`` terms; of an SVD in descending order, its best truncation.
+
+        Raises:
+            AdapterError: there are fewer terms than asked for.
+        """
+        if not 0 <= rank <= self.rank:
+            raise AdapterError(f"Cannot take {rank} terms of factors of rank {self.rank}.")
+        return Factors(self.B[:, :rank], self.A[:rank])
+
+    def padded(self, rank: int) -> Factors:
+        """The same product with zero terms appended up to ``rank``.
+
+        Raises:
+            AdapterError: the factors already have more terms.
+        """
+        missing = rank - self.rank
+        if missing < 0:
+            raise AdapterError(f"Cannot pad factors of rank {self.rank} to rank {rank}.")
+        return Factors(
+            torch.nn.functional.pad(self.B, (0, missing)),
+            torch.nn.functional.pad(self.A, (0, 0, 0, missing)),
+        )
+
+    def widened(self, rank: int, draw: np.random.Generator) -> Factors:
+        """The same product with *trainable* terms appended up to ``rank``.
+
+        New columns of ``B`` are zero and new rows of ``A`` have LoRA's standard start,
+        uniform in +-1/sqrt(in). Zeros on both sides would have no gradient, for ever. The
+        rows come from ``draw`` in order, so that fewer of them are a prefix of more.
+        """
+        B, bound = self.padded(rank).B, self.A.shape[1] ** -0.5
+        rows = draw.uniform(-bound, bound, size=(rank - self.rank, self.A.shape[1]))
+        return Factors(B, torch.cat([self.A, torch.from_numpy(rows).to(self.A)]))
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter(Mapping[str, Factors]):
+    """Low-rank updates by module path, such as ``model.layers.0.self_attn.q_proj``.
+
+    Iteration is in the order of ``modules``. Ranks may differ from module to module.
+    ``modules`` may be any mapping: one that reads each module from a file when it is
+    asked for keeps a large adapter out of memory.
+    """
+
+    modules: Mapping[str, Factors]
+
+    def __getitem__(self, module: str) -> Factors:
+        return self.modules[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank held for each module."""
+        return {module: factors.rank for module, factors in self.items()}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(f.B.numel() + f.A.numel() for f in self.values())
+
+    def to(self, target: torch.dtype | torch.device | str) -> Adapter:
+        """The same adapter in another dtype or on another device."""
+        return Adapter({module: factors.to(target) for module, factors in self.items()})
+
+    def first(self, ranks: Mapping[str, int]) -> Adapter:
+        """Each module's first terms, as many as ``ranks`` names, fewer where it has fewer."""
+        return Adapter({m: f.first(min(ranks[m], f.rank)) for m, f in self.items()})
+
+    def half(self, halves: Halves) -> Adapter:
+        """Each module's ``Factors.half``."""
+        return Adapter({module: factors.half(halves) for module, factors in self.items()})
+
+    def only(self, modules: Collection[str]) -> Adapter:
+        """Of these modules those that it has, in its own order, each read when it is needed."""
+        kept = set(modules)
+        return Adapter(_Only(self.modules, tuple(m for m in self.modules if m in kept)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Only(Mapping[str, Factors]):
+    """Some modules of a mapping that may read each from a file."""
+
+    whole: Mapping[str, Factors]
+    names: tuple[str, ...]
+
+    def __getitem__(self, module: str) -> Factors:
+        if module not in self.names:
+            raise KeyError(module)
+        return self.whole[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

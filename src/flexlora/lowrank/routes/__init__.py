@@ -1,0 +1,1 @@
+"""Ways to a truncated SVD, one per file; ``decomposition`` chooses between them by cost."""

@@ -1,0 +1,73 @@
+"""What a federated method decides: the interface, and what its authors build on."""
+
+from flexlora.method.averaging import (
+    Decomposing,
+    Weighted,
+    Weights,
+    factor_means,
+    in_parallel,
+    logged,
+    rank_wise,
+    rank_wise_means,
+    summed,
+    unmerged,
+    weighted,
+    weights_of,
+)
+from flexlora.method.handout import (
+    chosen_of,
+    drawn_terms,
+    half_expected,
+    half_shape,
+    hollow,
+    numbered,
+    seed_of,
+    stacked,
+)
+from flexlora.method.interface import (
+    Client,
+    Download,
+    Draw,
+    Expected,
+    Fresh,
+    Method,
+    State,
+    Upload,
+    at_ranks,
+)
+from flexlora.method.mixed_modules import targeted
+from flexlora.method.server_optimizer import Optimized
+
+__all__ = [
+    "Client",
+    "Decomposing",
+    "Download",
+    "Draw",
+    "Expected",
+    "Fresh",
+    "Method",
+    "Optimized",
+    "State",
+    "Upload",
+    "Weighted",
+    "Weights",
+    "at_ranks",
+    "chosen_of",
+    "drawn_terms",
+    "factor_means",
+    "half_expected",
+    "half_shape",
+    "hollow",
+    "in_parallel",
+    "logged",
+    "numbered",
+    "rank_wise",
+    "rank_wise_means",
+    "seed_of",
+    "stacked",
+    "summed",
+    "targeted",
+    "unmerged",
+    "weighted",
+    "weights_of",
+]

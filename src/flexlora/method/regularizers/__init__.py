@@ -1,0 +1,13 @@
+"""The client regularisers, one file each; the file's name is the name in configs."""
+
+import sys
+
+from flexlora.config import Kinds
+from flexlora.method.regularizer import Regularizer
+
+KINDS: Kinds[Regularizer] = Kinds(
+    sys.modules[__name__],
+    Regularizer,  # type: ignore[type-abstract]
+    "regularizer",
+)
+names, make = KINDS.names, KINDS.make

@@ -1,0 +1,16 @@
+"""The base model in memory, with the layers that carry adapters."""
+
+from flexlora.model.base import Base, to_device
+from flexlora.model.blocks import kind
+from flexlora.model.source import Source
+from flexlora.model.trainable import FlatAdapter, Scale, leaf
+
+__all__ = [
+    "Base",
+    "FlatAdapter",
+    "Scale",
+    "Source",
+    "kind",
+    "leaf",
+    "to_device",
+]

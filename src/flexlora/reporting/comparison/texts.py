@@ -1,0 +1,256 @@
+"""A comparison as tables of text, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexlora import methods
+from flexlora.reporting import page
+from flexlora.reporting.comparison.numbers import COSTS, DIGITS
+from flexlora.reporting.comparison.values import (
+    Comparison,
+    Row,
+    Spread,
+    Standing,
+    block,
+    blocks_of,
+    groups_of,
+    score,
+    text_of,
+)
+from flexlora.reporting.comparison.verdict import verdict
+
+BEST, LEVEL = "★", "≈"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One table of text; ``names`` are the columns of words, ``spans`` as ``page`` has them."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    names: set[int]
+    spans: Sequence[tuple[str, int]] = ()
+    long: bool = False
+
+
+def listings(comparison: Comparison) -> list[Listing]:
+    """The tables: scores, what is missing, best rounds, costs, kinds of methods, energy."""
+    groups = groups_of(comparison)
+    found = [scores(comparison, groups)]
+    if any(row.state for row in comparison.rows):
+        found.append(_missing(comparison))
+    runs = [run for row in comparison.rows for run in row.runs]
+    if any(len(run.scores.get(group, {})) > 2 for run in runs for group in groups):
+        found.append(_best_rounds(comparison, groups))
+    found += [_costs(comparison), _kinds(comparison)]
+    blocks = blocks_of(comparison)
+    if len(blocks) > 2:
+        found += [_energy(comparison, blocks, whole) for whole in (False, True)]
+    return found
+
+
+def scores(comparison: Comparison, groups: Sequence[str]) -> Listing:
+    """The scores on these groups after the last round, best first."""
+    head, spans = ["", "Method", "Seeds"], [("", 3)]
+    if comparison.group is None:
+        head, spans = [*head, "Training loss", "Behind the best"], [*spans, ("", 2)]
+    for group in groups:
+        behind = ["Behind the best"] if group == comparison.group else []
+        head += ["Loss", *behind, "Rouge-L", "Exact match"]
+        spans.append((f"{group.capitalize()} clients", 3 + len(behind)))
+    lines = [_scores(row, comparison, groups) for row in comparison.rows]
+    if before := _before(comparison, groups):
+        lines.append(before)
+    note = (
+        "After the last round, the lowest loss first. Loss in nats per token, Rouge-L and exact "
+        f"match in percent; mean ± sample standard deviation over seeds. {BEST} is the best; "
+        f"{LEVEL} is behind it by no more than the larger of the two standard deviations. "
+        "“Behind the best” is the difference in loss seed by seed, for a seed fixes clients, "
+        "data and questions of all methods alike: it tells more than the two means do."
+    )
+    return Listing("Scores", note, head, lines, {1}, spans)
+
+
+def _missing(comparison: Comparison) -> Listing:
+    lines = [[row.method, row.state] for row in comparison.rows if row.state]
+    note = "Methods that refuse the config, as it is to them, or that did not come to its end."
+    return Listing("Not finished", note, ["Method", "Why"], lines, {0, 1})
+
+
+def _scores(row: Row, comparison: Comparison, groups: Sequence[str]) -> list[str]:
+    standing = comparison.standing(row)
+    away = text_of(standing.behind, 3, "+") if standing and row is not comparison.best else "–"
+    cells = [_mark(row, comparison, standing), row.method, _finished(row, comparison)]
+    if comparison.group is None:
+        cells += [text_of(row.spread(comparison.loss), 3), away]
+    for group in groups:
+        loss, *others = (
+            text_of(row.spread(score(group, key)), digits) for key, digits in DIGITS.items()
+        )
+        cells += [loss, away, *others] if group == comparison.group else [loss, *others]
+    return cells
+
+
+def _finished(row: Row, comparison: Comparison) -> str:
+    """How many seeds have finished, or in one word why none has."""
+    states = {other.state for other in row.others}
+    if not row.runs and len(states) == 1 and "open" not in states:
+        return states.pop()
+    return f"{len(row.runs)} of {len(comparison.seeds)}"
+
+
+def _mark(row: Row, comparison: Comparison, standing: Standing | None) -> str:
+    if row is comparison.best:
+        return BEST
+    return LEVEL if standing and standing.level else ""
+
+
+def _before(comparison: Comparison, groups: Sequence[str]) -> list[str]:
+    """The base model's line, from all the seeds in which it was evaluated."""
+    by_seed = {run.seed: run for row in comparison.rows for run in row.runs}
+    cells = []
+    for group in groups:
+        rows = [row for run in by_seed.values() if (row := run.before(group))]
+        for key, digits in DIGITS.items():
+            values = [value for row in rows if (value := getattr(row, key)) is not None]
+            cells.append(text_of(Spread.of(values) if values else None, digits))
+            if key == "loss" and group == comparison.group:
+                cells.append("–")
+    known = sum(any(run.before(group) for group in groups) for run in by_seed.values())
+    return ["", "(before training)", f"{known} of {len(comparison.seeds)}", *cells] if known else []
+
+
+def _best_rounds(comparison: Comparison, groups: Sequence[str]) -> Listing:
+    lines = []
+    for row in (row for row in comparison.rows if row.runs):
+        cells = [row.method]
+        for group in groups:
+            found = [best.round for run in row.runs if (best := run.best(group))]
+            cells.append(", ".join(map(str, found)) or "–")
+            cells += [
+                text_of(row.spread(score(group, key, best=True)), digits)
+                for key, digits in DIGITS.items()
+            ]
+        lines.append(cells)
+    head = ["Method", *["Round", "Loss", "Rouge-L", "Exact match"] * len(groups)]
+    spans = [("", 1), *((f"{group.capitalize()} clients", 4) for group in groups)]
+    note = (
+        "After the round of the lowest loss on these same clients, chosen for each seed: what "
+        "stopping early could have gained at most."
+    )
+    return Listing("Best round", note, head, lines, {0}, spans)
+
+
+def _costs(comparison: Comparison) -> Listing:
+    lines = []
+    for row in comparison.rows:
+        spreads = {key: row.spread(value) for key, value in COSTS.items()}
+        lost = spreads["lost_turns"]
+        sizes = (spreads["bytes_up"], spreads["bytes_down"])
+        lines.append(
+            [
+                row.method,
+                text_of(spreads["training_loss"], 3),
+                *("–" if size is None else page._bytes(round(size.mean)) for size in sizes),
+                text_of(spreads["server_seconds"], 2),
+                "–" if lost is None else f"{sum(lost.values):.0f}",
+            ]
+        )
+    head = ["Method", "Training loss", "Up", "Down", "Server (s)", "Lost turns"]
+    note = (
+        "Training loss is of the last round, in nats per token. Bytes are of all clients and "
+        "rounds of one seed, server seconds those of all aggregations; the mean over seeds. Lost "
+        "turns are summed over seeds."
+    )
+    return Listing("Cost", note, head, lines, {0})
+
+
+def _kinds(comparison: Comparison) -> Listing:
+    kinds = {row.method: methods.kind(row.method) for row in comparison.rows}
+    lines = [
+        [
+            name,
+            kind.title,
+            kind.paper,
+            "exact" if kind.exact else "inexact",
+            "yes" if kind.mixed_ranks else "no",
+            "one per client" if kind.personal else "one",
+        ]
+        for name, kind in kinds.items()
+    ]
+    head = ["Method", "Title", "Paper", "Aggregate", "Mixed ranks", "Model"]
+    note = (
+        "An aggregate is exact if its product is the weighted mean of the clients' products. Where "
+        "each client has a model of its own, that model answers the client's questions: scores on "
+        "seen clients are then of another kind than those of one model for all."
+    )
+    return Listing("Methods", note, head, lines, set(range(6)))
+
+
+def _energy(comparison: Comparison, blocks: Sequence[str], whole: bool) -> Listing:
+    """The energy by block after the last round, or after every one."""
+    lines = []
+    for row in comparison.rows:
+        shares = [row.by_round(block(name)) for name in blocks]
+        numbers = sorted({number for share in shares for number in share})
+        for number in numbers if whole else numbers[-1:]:
+            cells = [text_of(share.get(number), 2) for share in shares]
+            lines.append([row.method, *([str(number)] if whole else []), *cells])
+    head = ["Method", *(["Round"] if whole else []), *(f"Ranks {name}" for name in blocks)]
+    if whole:
+        return Listing("Energy by round", "In percent, as above.", head, lines, {0}, long=True)
+    note = (
+        "Share of the squared singular values of the global update in each block of ranks, in "
+        "percent, mean over modules and seeds, after the last round. The last block is what no "
+        "client could be handed, and so was lost."
+    )
+    return Listing("Energy by rank", note, head, lines, {0})
+
+
+def title(comparison: Comparison) -> str:
+    """What the comparison is of."""
+    names = [row.method for row in comparison.rows]
+    return f"{' and '.join(names)} compared" if len(names) < 3 else f"{len(names)} methods compared"
+
+
+def facts(comparison: Comparison) -> dict[str, str]:
+    """What all cells have in common."""
+    run = next((run for row in comparison.rows for run in row.runs), None)
+    seeds = ", ".join(map(str, comparison.seeds))
+    if run is None:
+        return {"Seeds": seeds}
+    found = run.facts
+    return {
+        "Base model": found.base_model or "",
+        "Clients": page._client_count(found),
+        "Rank types": ", ".join(page._type_name(kind) for kind in run.rank_types),
+        "Rounds": f"{found.rounds_done:,}",
+        "Seeds": seeds,
+        "flexlora": found.version or "",
+        "Hardware": page._plain(found.hardware),
+    }
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison's words and tables as Markdown."""
+    parts = [f"# {title(comparison)}", " ".join(verdict(comparison))]
+    parts.append("\n".join(f"- {name}: {text}" for name, text in facts(comparison).items() if text))
+    for listing in listings(comparison):
+        rule = ["---" if place in listing.names else "---:" for place in range(len(listing.head))]
+        groups = [name for name, width in listing.spans for _ in range(width)]
+        head = [
+            f"{name} ({groups[place].lower()})" if groups and groups[place] else name
+            for place, name in enumerate(listing.head)
+        ]
+        parts += [f"## {listing.title}", listing.note]
+        parts.append("\n".join(map(_line, (head, rule, *listing.lines))))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    words = (" ".join(cell.split()).replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(words)} |"

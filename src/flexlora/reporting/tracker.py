@@ -1,0 +1,184 @@
+"""A tracker: where a run is followed beside its own journal, such as TensorBoard or MLflow."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+from flexlora.errors import ConfigError
+from flexlora.journal import Event, Journal, mean_scores
+from flexlora.reporting.tables import energy_table
+
+PATIENCE_SECONDS = 30.0
+"""How long the end of a run waits for a tracker that is behind."""
+
+
+class Tracker(ABC):
+    """Told all that the journal of one run holds, in order, in a thread of its own.
+
+    A kind is a class in a file of its own under ``trackers/``. It is told the whole journal each
+    time that the run is gone on with, so it must not keep what it was told before twice.
+    """
+
+    title: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def of(cls, folder: Path) -> Tracker:
+        """The tracker of the run in ``folder``; nothing is opened or written yet.
+
+        Raises:
+            ConfigError: a package that it needs is not installed.
+        """
+
+    @abstractmethod
+    def on(self, event: Event) -> None:
+        """Take note of the next event; whatever is raised ends the tracker, not the run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write what is left and let go; said once, after the last event."""
+
+
+def following(
+    events: Iterable[Event], trackers: Sequence[Tracker], folder: Path
+) -> Generator[Event, None, None]:
+    """The events of the run in ``folder`` as they come, while the trackers follow its journal.
+
+    They never hold the run up but at its end, for ``PATIENCE_SECONDS``. One that fails is said on
+    stderr, once, and told nothing more. Close the iterator where it is not drawn to its end.
+    """
+    followers = [_Follower(tracker, folder) for tracker in trackers]
+    try:
+        for event in events:
+            for follower in followers:
+                follower.wake()
+            yield event
+    finally:
+        for follower in followers:
+            follower.finish()
+        for follower in followers:
+            follower.await_end()
+
+
+class _Follower:
+    """One tracker and the thread that reads the journal to it."""
+
+    def __init__(self, tracker: Tracker, folder: Path) -> None:
+        self.tracker, self.folder, self.journal = tracker, folder, Journal(folder)
+        self.woken, self.over = threading.Event(), False
+        name = f"flexlora-{tracker.title}"
+        self.thread = threading.Thread(target=self._follow, name=name, daemon=True)
+
+    def wake(self) -> None:
+        """There is something new; the first time, what a resumed run forgets is cut off."""
+        if self.thread.ident is None:
+            self.thread.start()
+        self.woken.set()
+
+    def finish(self) -> None:
+        """Let the tracker come to the end of the journal, and close it."""
+        self.over = True
+        self.woken.set()
+
+    def await_end(self) -> None:
+        """Wait until it has; a tracker that was told nothing has nothing to close."""
+        if self.thread.ident is None:
+            return
+        self.thread.join(PATIENCE_SECONDS)
+        if self.thread.is_alive():
+            self._complain(f"it was still behind {PATIENCE_SECONDS:.0f} s after the last event")
+
+    def _follow(self) -> None:
+        try:
+            over = False
+            while not over:
+                self.woken.wait()
+                self.woken.clear()
+                # Looked at before the journal is read: what came until then is still told.
+                over = self.over
+                for event in self.journal.news():
+                    if event is None:
+                        # A server that died was replaced: the journal is told from its beginning.
+                        self.tracker.close()
+                        self.tracker = self.tracker.of(self.folder)
+                    else:
+                        self.tracker.on(event)
+            self.tracker.close()
+        # Whatever goes wrong with a tracker must not end hours of training; even what asks for an
+        # exit would end the thread without a word.
+        except BaseException as error:
+            self._complain(f"{type(error).__name__}: {error}")
+            with suppress(Exception):
+                self.tracker.close()
+
+    def _complain(self, reason: str) -> None:
+        print(
+            f"warning: {self.tracker.title} does not follow this run any more: "
+            f"{reason.rstrip('.')}. The run is not touched by it; {self.journal.path} holds "
+            f"everything, and {self.tracker.title} is told all of it when the run is resumed.",
+            file=sys.stderr,
+        )
+
+
+def scalars(event: Event) -> dict[str, float]:
+    """What an event says in numbers, by name, for its round; empty for most kinds.
+
+    Losses are in nats a token, scores and energies in percent, bytes of all clients together.
+    """
+    match event["event"]:
+        case "round":
+            return _round(event)
+        case "evaluation":
+            return {
+                f"evaluation/{name}/{event['adapter']}/{group}": mean
+                for group, seen in (("seen", True), ("unseen", False))
+                if (rows := [row for row in event["clients"] if row["seen"] is seen])
+                for name, mean in mean_scores(rows).items()
+                if name != "examples"
+            }
+        case "spectrum" if event["energy"]:
+            blocks = energy_table([event])
+            return {f"energy/ranks_{_plain(row.block)}": row.share for row in blocks}
+    return {}
+
+
+def _round(event: Event) -> dict[str, float]:
+    found = {
+        "clients/asked": len(event["cohort"]),
+        "clients/received": event["received"],
+        "bytes/up": event["bytes_up"],
+        "bytes/down": event["bytes_down"],
+        "seconds/round": event["seconds"],
+        "seconds/server": event["aggregate_seconds"],
+        "training/update_norm": event["update_norm"],
+    }
+    if event["loss_tokens"]:
+        found["training/loss"] = event["loss_total"] / event["loss_tokens"]
+    if event["seconds"]:
+        found["training/tokens_per_second"] = event["tokens"] / event["seconds"]
+    return {name: float(value) for name, value in found.items()}
+
+
+def _plain(block: str) -> str:
+    return block.replace("–", "-").replace(" ", "_")
+
+
+def require(title: str, *packages: str) -> None:
+    """Refuse where a package that a tracker needs is not installed; nothing is imported.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"The tracker {title} needs the package {package!r}; install it with: "
+                "pip install 'flexlora[track]'."
+            )

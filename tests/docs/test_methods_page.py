@@ -1,0 +1,23 @@
+"""The page of methods is true: its formulas are measured, its text is up to date."""
+
+import statistics
+
+import pytest
+
+from flexlora import methods
+from support.methods_page import PAGE, code_lines, measured, page, predicted
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_formulas_are_the_bytes_measured(name):
+    found = measured(name)
+    said = predicted(name, found)
+    assert found["up"] == said["up"] and found["down"] == said["down"]
+
+
+def test_the_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: PYTHONPATH=tests python -m support.methods_page"
+
+
+def test_a_method_is_a_small_file():
+    assert statistics.median(code_lines(name) for name in methods.names()) < 60

@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flexlora import peft_format
+from flexlora.lowrank.factors import Adapter
+from flexlora.peft_format.merging import merge, parse_rank
+from support.factors import random_factors
+from support.oracle import best, product, relative_error, weighted_sum
+
+SHAPES = {"model.layers.0.self_attn.q_proj": (11, 7), "model.layers.0.mlp.up_proj": (13, 5)}
+Q, UP = SHAPES
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Three directories of ranks 2, 3 and 4, as values and on the disk."""
+    made = []
+    for index, rank in enumerate((2, 3, 4)):
+        adapter = Adapter(
+            {
+                module: random_factors(out, rank, in_, seed=10 * index + place, dtype=torch.float32)
+                for place, (module, (out, in_)) in enumerate(SHAPES.items())
+            }
+        )
+        peft_format.write(adapter, tmp_path / f"a{index}", base_model="tiny/base")
+        made.append((tmp_path / f"a{index}", adapter))
+    return made
+
+
+def merged(out):
+    return peft_format.read(out).adapter
+
+
+def test_the_mean_of_products_without_loss(adapters, tmp_path):
+    kept = merge([d for d, _ in adapters], tmp_path / "out", weights=[3, 1, 2])
+    for module in SHAPES:
+        terms = [(w / 6, a[module]) for w, (_, a) in zip([3, 1, 2], adapters, strict=True)]
+        assert relative_error(product(merged(tmp_path / "out")[module]), weighted_sum(terms)) < 1e-6
+    assert [facts.energy for facts in kept] == pytest.approx([1, 1])
+    assert {k.module: (k.summed_rank, k.rank) for k in kept} == {Q: (9, 7), UP: (9, 5)}
+
+
+def test_a_rank_gives_the_best_approximation_and_its_energy(adapters, tmp_path):
+    kept = merge([d for d, _ in adapters], tmp_path / "out", rank=2)
+    for facts in kept:
+        dense = weighted_sum([(1 / 3, a[facts.module]) for _, a in adapters])
+        assert (
+            relative_error(product(merged(tmp_path / "out")[facts.module]), best(dense, 2)) < 1e-5
+        )
+        assert facts.energy == pytest.approx(1 - relative_error(best(dense, 2), dense) ** 2)
+
+
+def test_an_energy_share_is_kept_in_every_module_with_the_least_rank(adapters, tmp_path):
+    kept = merge([d for d, _ in adapters], tmp_path / "out", rank=0.9)
+    for facts in kept:
+        dense = weighted_sum([(1 / 3, a[facts.module]) for _, a in adapters])
+        assert facts.energy >= 0.9
+        assert 1 - relative_error(best(dense, facts.rank - 1), dense) ** 2 < 0.9
+
+
+def test_merging_an_adapter_with_itself_does_not_raise_its_rank(adapters, tmp_path):
+    directory, adapter = adapters[1]
+    kept = merge([directory, directory], tmp_path / "out")
+    assert [facts.rank for facts in kept] == [3, 3]
+    assert relative_error(product(merged(tmp_path / "out")[Q]), product(adapter[Q])) < 1e-6
+
+
+def test_scales_and_patterns_are_honoured(adapters, tmp_path):
+    """The same tensors under alpha 6 for rank 3 are twice the update."""
+    directory, adapter = adapters[1]
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config |= {"lora_alpha": 6, "alpha_pattern": {"up_proj": 12}}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    merge([directory], tmp_path / "out")
+    for module, scale in ((Q, 2), (UP, 4)):
+        want = scale * product(adapter[module])
+        assert relative_error(product(merged(tmp_path / "out")[module]), want) < 1e-6
+
+
+def test_a_module_that_one_adapter_lacks_counts_as_no_update(adapters, tmp_path):
+    only = Adapter({UP: adapters[0][1][UP]})
+    peft_format.write(only, tmp_path / "only", base_model="tiny/base")
+    merge([adapters[0][0], tmp_path / "only"], tmp_path / "out")
+    want = 0.5 * product(adapters[0][1][Q])
+    assert relative_error(product(merged(tmp_path / "out")[Q]), want) < 1e-6
+
+
+def test_on_any_error_nothing_is_written(adapters, tmp_path):
+    directories = [d for d, _ in adapters]
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="weight for each of 3 adapters, not 2"):
+        merge(directories, out, weights=[1, 2])
+    with pytest.raises(ValueError, match=r"positive and finite, got -1"):
+        merge(directories, out, weights=[1, -1, 2])
+    with pytest.raises(ValueError, match="nowhere"):
+        merge([*directories, tmp_path / "nowhere"], out)
+    weights = directories[2] / "adapter_model.safetensors"
+    tensors = {f"base_model.model.{UP}.lora_A.weight": torch.full((4, 5), torch.nan)}
+    tensors |= {f"base_model.model.{UP}.lora_B.weight": torch.ones(13, 4)}
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors.*up_proj.*NaN|NaN.*up_proj"):
+        merge(directories, out)
+    assert not out.exists()
+
+
+def test_other_shapes_and_other_bases_are_refused(adapters, tmp_path):
+    other = Adapter({Q: random_factors(7, 2, 11, dtype=torch.float32)})
+    peft_format.write(other, tmp_path / "other", base_model="tiny/base")
+    with pytest.raises(ValueError, match=r"differs in shape .*\(7, 11\), \(11, 7\)"):
+        merge([adapters[0][0], tmp_path / "other"], tmp_path / "out")
+    peft_format.write(adapters[0][1], tmp_path / "else", base_model="another/base")
+    with pytest.raises(ValueError, match="different base models"):
+        merge([adapters[0][0], tmp_path / "else"], tmp_path / "out")
+    merge([adapters[0][0], tmp_path / "else"], tmp_path / "out", base="tiny/base")
+    assert peft_format.read(tmp_path / "out").base_model == "tiny/base"
+
+
+def test_ranks_as_people_write_them():
+    assert [parse_rank(text) for text in ("16", "0.99", "max")] == [16, 0.99, "max"]
+    for text in ("0", "-3", "1.5", "0.0", "nan", "many", "1e999"):
+        with pytest.raises(ValueError, match="rank"):
+            parse_rank(text)

@@ -1,0 +1,390 @@
+"""Comparisons of invented journals: what is best, how sure that is, and how it is shown."""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from flexlora import methods
+from flexlora.federation.compare import Cell, Outcome
+from flexlora.journal.record import Record
+from flexlora.reporting import comparison
+from flexlora.reporting.comparison import curves, texts, values
+from flexlora.reporting.comparison.values import Spread
+from support import models
+
+METHODS = methods.names()
+ROUNDS = (1, 2, 3)
+
+
+def scored(loss, rouge, seen):
+    return {
+        "client": f"client-{seen}",
+        "category": None,
+        "seen": seen,
+        "examples": 5,
+        "rouge_l": 5 * rouge / 100,
+        "exact_match": 1,
+        "loss_total": 17 * loss,
+        "loss_tokens": 17,
+    }
+
+
+def evaluation(number, adapter, loss, rouge):
+    rows = [scored(loss, rouge, False), scored(loss - 0.25, rouge + 3, True)]
+    return {
+        "event": "evaluation",
+        "round": number,
+        "adapter": adapter,
+        "seconds": 1.0,
+        "clients": rows,
+    }
+
+
+def journal(losses, rouge=20.0, base=None, seed=3):
+    """A run whose loss on unseen clients is ``losses``, round by round."""
+    yield {
+        "event": "start",
+        "version": "0.1.0",
+        "config": {"seed": seed, "model": {"name": "tiny/base"}, "method": {"name": "any"}},
+        "hardware": "2 cores",
+        "versions": {},
+        "clients": 13,
+        "unseen_clients": 7,
+        "modules": 2,
+        "rank_types": {"small": 8, "large": 5},
+        "ranks": {"small": [2], "large": [5]},
+        "trainable": {"small": 36, "large": 90},
+        "clients_at_once": 1,
+        "resumed": False,
+    }
+    if base is not None:
+        yield evaluation(0, "base", base, 10.0)
+    for number, loss in enumerate(losses, 1):
+        yield {
+            "event": "round",
+            "round": number,
+            "cohort": ["a", "b"],
+            "received": 2,
+            "examples": 29,
+            "tokens": 300,
+            "loss_total": 11 * (loss - 0.5),
+            "loss_tokens": 11,
+            "bytes_up": 2048,
+            "bytes_down": 1024,
+            "seconds": 3.0,
+            "aggregate_seconds": 0.25,
+            "update_norm": 1.0,
+        }
+        yield {
+            "event": "spectrum",
+            "round": number,
+            "rank_levels": [2, 5],
+            "energy": {"q": [0.75, 0.15, 0.1], "up": [0.5, 0.25 + number / 100, 0.25]},
+            "values": {"q": [3.0, 1.0]},
+        }
+        yield evaluation(number, "global", loss, rouge + number)
+    yield {"event": "finish", "rounds": len(losses), "seconds": 9.0, "adapter": "a"}
+
+
+@pytest.fixture
+def outcome(tmp_path):
+    """Writes a cell's journal and says that it finished; without losses, that it did not."""
+    settings = models.settings(tmp_path)
+
+    def outcome(method, seed, losses=None, state="finished", reason="", **given):
+        folder = tmp_path / "cells" / method / f"seed-{seed}"
+        section = {"method": {"name": method}, "seed": seed}
+        cell = Cell(method, seed, folder, settings.model_copy(update=section))
+        if losses is not None:
+            folder.mkdir(parents=True)
+            for event in journal(losses, seed=seed, **given):
+                Record(folder).append(**event)
+        return Outcome(cell, state, reason)
+
+    return outcome
+
+
+@pytest.fixture
+def three(outcome):
+    """Three methods and a refused one over three seeds.
+
+    hetlora is behind flexlora with every seed, but by less than the seeds differ; flora is
+    far behind.
+    """
+    found = []
+    for seed, shift in ((3, 0.0), (4, 0.25), (5, 0.5)):
+        base = 3 + shift
+        found += [
+            outcome("hetlora", seed, [2.5 + shift, 2.25 + shift, 2.125 + shift], rouge=30.0),
+            outcome("fedit", seed, state="refused", reason=f"FedIT needs | one rank ({seed})."),
+            outcome("flexlora", seed, [2.5 + shift, 1.75 + shift, 2.0 + shift], base=base),
+            outcome("flora", seed, [2.5 + shift, 3.0 + shift, 4.0 + shift]),
+        ]
+    return found
+
+
+class Words(HTMLParser):
+    """Collects the words of a page outside of scripts and styles."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.found = []
+        self.feed(markup)
+
+    def handle_data(self, data):
+        if self.cdata_elem is None:
+            self.found.append(data)
+
+
+def words(markup):
+    return " ".join(" ".join(Words(markup).found).split())
+
+
+def test_a_spread_is_the_mean_and_the_sample_standard_deviation():
+    assert Spread.of([1.0, 2.0, 6.0]) == Spread(3.0, pytest.approx(7**0.5), (1.0, 2.0, 6.0))
+    assert Spread.of([2.0]).deviation is None
+    assert values.text_of(Spread.of([1.0, 2.0]), 2) == "1.50 ± 0.71"
+    assert values.text_of(Spread.of([0.25]), 2, "+") == "+0.25"
+    assert values.text_of(None, 2) == "–"
+
+
+def test_methods_stand_by_their_loss_on_unseen_clients_after_the_last_round(three):
+    found = values.compared(three)
+    assert [row.method for row in found.rows] == ["flexlora", "hetlora", "flora", "fedit"]
+    assert found.group == "unseen" and found.seeds == (3, 4, 5)
+    best = found.rows[0]
+    assert found.best is best
+    assert best.spread(found.loss).values == pytest.approx((2.0, 2.25, 2.5))
+    assert best.spread(values.score("seen", "loss")).mean == pytest.approx(2.0)
+    assert best.spread(values.score("unseen", "loss", best=True)).mean == pytest.approx(2.0)
+    assert best.spread(values.score("unseen", "rouge_l", best=True)).mean == pytest.approx(22)
+    assert {run.best("unseen").round for run in best.runs} == {2}
+    assert best.spread(values.score("unseen", "exact_match")).mean == pytest.approx(20)
+
+
+def test_costs_are_totals_over_the_rounds(three):
+    (run, *_) = values.compared(three).rows[0].runs
+    assert (run.bytes_up, run.bytes_down, run.server_seconds) == (3 * 2048, 3 * 1024, 0.75)
+    assert run.training == pytest.approx({1: 2.0, 2: 1.25, 3: 1.5})
+    assert values.last_training(run) == pytest.approx(1.5)
+
+
+def test_energy_is_the_mean_over_modules_by_block_and_round(three):
+    found = values.compared(three)
+    (run, *_) = found.rows[0].runs
+    assert values.blocks_of(found) == ["1–2", "3–5", "6 and beyond"]
+    assert list(run.energy[2].values()) == pytest.approx([62.5, 21, 17.5])
+    assert values.highest_block(run) == pytest.approx({1: 20.5, 2: 21, 3: 21.5})
+
+
+def test_the_base_model_s_score_of_a_seed_is_every_method_s(three):
+    found = values.compared(three)
+    for row in found.rows[:3]:
+        assert [run.before("unseen").loss for run in row.runs] == pytest.approx([3, 3.25, 3.5])
+        assert [list(run.scores["seen"]) for run in row.runs] == [[0, *ROUNDS]] * 3
+
+
+def test_a_difference_is_held_against_the_spread_of_the_seeds_and_taken_by_seed(three):
+    found = values.compared(three)
+    near, far = (found.standing(row) for row in found.rows[1:3])
+    assert near.behind.values == pytest.approx((0.125, 0.125, 0.125))
+    assert near.level and near.always
+    assert not far.level and far.always
+    assert found.standing(found.rows[3]) is None
+    said = " ".join(comparison.verdict(found))
+    assert "lowest loss on unseen clients after the last round: 2.250 ± 0.250" in said
+    assert "larger of the two standard deviations): hetlora." in said
+    assert "Of these, behind flexlora with every single seed: hetlora." in said
+    assert "The rest is behind flexlora by more than the spread of the seeds." in said
+    assert "The highest Rouge-L has hetlora: 33.0 ± 0.0 %, against 23.0 ± 0.0 %." in said
+
+
+def test_no_rival_within_the_spread(outcome):
+    found = [outcome("flexlora", s, [2.0 + s / 100]) for s in (3, 4)]
+    found += [outcome("flora", s, [3.0 + s / 100]) for s in (3, 4)]
+    said = " ".join(comparison.verdict(values.compared(found)))
+    assert "Every other method is behind flexlora by more than the spread of the seeds." in said
+    assert "It also has the highest Rouge-L" in said
+
+
+def test_one_seed_has_no_spread(outcome):
+    found = values.compared([outcome("flexlora", 3, [2.0]), outcome("flora", 3, [2.1])])
+    assert found.standing(found.rows[1]).level is None
+    assert "With one seed the spread is not known" in " ".join(comparison.verdict(found))
+    assert "±" not in texts.markdown(found).split("## Scores")[1].split("|", 1)[1]
+
+
+def test_a_method_that_lacks_a_seed_is_not_the_best(outcome):
+    found = values.compared(
+        [
+            outcome("flora", 3, [1.0]),
+            outcome("flora", 4, state="failed", reason="The loss is nan."),
+            outcome("flexlora", 3, [2.0]),
+            outcome("flexlora", 4, [2.5]),
+            outcome("hetlora", 3, state="open"),
+            outcome("hetlora", 4, state="open"),
+        ]
+    )
+    assert [row.method for row in found.rows] == ["flexlora", "flora", "hetlora"]
+    assert found.rows[1].state == "seed 4 failed: The loss is nan."
+    assert found.rows[2].state == "seed 3, 4 not run to its end"
+    assert "Too few seeds finished to tell: flora." in " ".join(comparison.verdict(found))
+
+
+def test_nothing_finished(outcome, tmp_path):
+    found = comparison.write(tmp_path, [outcome("flexlora", 3, state="failed", reason="No.")])
+    assert found.best is None
+    assert comparison.verdict(found) == ["No method has come to its end, so none is the best."]
+    page = (tmp_path / "comparison.html").read_text()
+    assert "failed: No." in page and "<script>" not in page
+
+
+def test_without_evaluation_the_training_loss_decides(outcome):
+    found = [outcome("flora", 3, [2.5]), outcome("flexlora", 3, [2.0])]
+    for one in found:
+        record = Record(one.cell.folder)
+        events = [event for event in record.events() if event["event"] != "evaluation"]
+        record.path.unlink()
+        for event in events:
+            record.append(**event)
+    compared = values.compared(found)
+    assert compared.group is None and compared.best.method == "flexlora"
+    assert "lowest training loss after the last round: 1.500" in comparison.verdict(compared)[0]
+    assert "Training loss" in texts.listings(compared)[0].head
+    assert "Nothing was evaluated" in words(comparison.render(compared))
+
+
+def test_the_markdown_has_every_method_and_says_who_refused(three):
+    text = texts.markdown(values.compared(three))
+    lines = [line for line in text.splitlines() if line.startswith("| ★")]
+    assert lines == [
+        "| ★ | flexlora | 3 of 3 | 2.250 ± 0.250 | – | 23.0 ± 0.0 | 20.0 ± 0.0 "
+        "| 2.000 ± 0.250 | 26.0 ± 0.0 | 20.0 ± 0.0 |"
+    ]
+    assert "| ≈ | hetlora | 3 of 3 | 2.375 ± 0.250 | +0.125 ± 0.000 | 33.0" in text
+    assert "|  | fedit | refused | – | – |" in text
+    assert r"| fedit | refused: FedIT needs \| one rank (3). |" in text
+    assert "| (before training) | 3 of 3 | 3.250 ± 0.250 | – | 10.0 ± 0.0 |" in text
+    assert "| flexlora | 2, 2, 2 | 2.000 ± 0.250 | 22.0 ± 0.0 |" in text
+    assert "| flexlora | 1.750 ± 0.250 | 6.0 KiB | 3.0 KiB | 0.75 ± 0.00 | 0 |" in text
+    assert "| arXiv 2305.05644 | inexact | no | one |" in text
+    assert "| flexlora | 62.50 ± 0.00 | 21.50 ± 0.00 | 17.50 ± 0.00 |" in text
+    for line in (line for line in text.splitlines() if line.startswith("|")):
+        assert len(re.findall(r"(?<!\\)\|", line)) >= 3
+
+
+def test_the_tables_are_whole(three):
+    for listing in texts.listings(values.compared(three)):
+        assert {len(line) for line in listing.lines} == {len(listing.head)}
+        if listing.spans:
+            assert sum(width for _, width in listing.spans) == len(listing.head)
+
+
+def test_the_json_holds_every_number(three, tmp_path):
+    comparison.write(tmp_path, three)
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["best"] == "flexlora" and found["seeds"] == [3, 4, 5]
+    best, second, _, refused = found["methods"]
+    assert best["last"]["unseen"]["loss"] == {
+        "mean": pytest.approx(2.25),
+        "deviation": pytest.approx(0.25),
+        "values": pytest.approx([2.0, 2.25, 2.5]),
+    }
+    assert best["best"]["unseen"]["loss"]["mean"] == pytest.approx(2.0)
+    assert best["costs"]["bytes_up"]["mean"] == 6144
+    assert best["by_round"]["energy of ranks 3–5"]["2"]["mean"] == pytest.approx(21)
+    assert best["by_round"]["loss (unseen)"]["0"]["mean"] == pytest.approx(3.25)
+    assert second["standing"]["level"] and second["standing"]["always"]
+    assert refused["cells"][1] == {
+        "seed": 4,
+        "state": "refused",
+        "reason": "FedIT needs | one rank (4).",
+    }
+    assert refused["last"]["unseen"]["loss"] is None
+    assert (best["exact"], best["mixed_ranks"]) == (True, True)
+    assert (refused["exact"], refused["mixed_ranks"]) == (False, False)
+
+
+def test_the_page_is_whole_and_opens_no_connection(three, tmp_path):
+    comparison.write(tmp_path, three)
+    page = (tmp_path / "comparison.html").read_text()
+    # Loss and Rouge-L at a glance and by round, training loss and energy by round.
+    assert page.count("<figure>") == 6
+    assert page.count("plotly.js v") == 1
+    assert not re.search(r"<(link|iframe|img|object|form|base)\b|<script[^>]* src", page)
+    assert "default-src 'none'" in page
+    said = words(page)
+    for text in ("4 methods compared", "tiny/base", "small (8 clients of rank 2)", "refused: "):
+        assert text in said
+    assert all(sentence in said for sentence in comparison.verdict(values.compared(three)))
+    assert comparison.render(values.compared(three)) == page
+
+
+def test_what_a_cell_said_is_no_markup(outcome):
+    found = values.compared(
+        [
+            outcome("flexlora", 3, [2.0]),
+            outcome("flora", 3, state="failed", reason="</td><script>alert(1)</script>"),
+        ]
+    )
+    page = comparison.render(found)
+    assert "<script>alert" not in page
+    assert html.escape("</td><script>alert(1)</script>") in page
+
+
+def test_many_methods_are_told_apart(outcome):
+    names = [f"{name}{copy}" for copy in ("", "b", "c") for name in METHODS][:25]
+    many = values.Comparison(
+        rows=tuple(
+            values.Row(
+                name,
+                tuple(
+                    values.measured(seed, list(journal([2.0 + place / 50, 1.5 + place / 50])))
+                    for seed in (3, 4)
+                ),
+                (),
+            )
+            for place, name in enumerate(names)
+        ),
+        group="unseen",
+        seeds=(3, 4),
+    )
+    series = values.curve("unseen", "loss")
+    figure = curves.by_round(many, series, "Loss (nats per token)", 3)
+    thick = [trace for trace in figure.data if trace.showlegend is not False]
+    assert len(thick) == len(names)
+    assert len({(t.line.color, t.line.dash) for t in thick}) == len(names)
+    assert len({(t.line.color, t.marker.symbol) for t in thick}) == len(names)
+    # The legend: all of it beside the figure, in the table's order, the best on top.
+    by_rank = sorted(thick, key=lambda trace: trace.legendrank)
+    assert [trace.name for trace in by_rank] == [f"★ {names[0]}", *names[1:]]
+    assert figure.layout.legend.orientation == "v" and figure.layout.legend.x > 1
+    assert figure.layout.height >= 20 * len(names)
+    assert figure.data[-1].name == f"★ {names[0]}"
+    assert names[3] in by_rank[3].hovertemplate
+    # The seeds go with their method.
+    thin = [trace for trace in figure.data if trace.showlegend is False]
+    assert len(thin) == 2 * len(names)
+    assert {trace.legendgroup for trace in thin} == set(names)
+
+
+def test_few_methods_have_their_legend_above(three):
+    found = values.compared(three)
+    figure = curves.by_round(found, values.highest_block, "Energy (%)", 2)
+    assert figure.layout.legend.orientation == "h"
+    assert list(figure.data[-1].y) == pytest.approx([20.5, 21, 21.5])
+    ranking = curves.ranking(found, values.score("unseen", "loss"), "Loss (nats per token)", 3)
+    seeds, means = ranking.data
+    assert list(means.x) == pytest.approx([2.25, 2.375, 4.25])
+    assert list(means.error_x.array) == pytest.approx([0.25] * 3)
+    assert len(seeds.x) == 9
+    assert list(ranking.layout.yaxis.ticktext) == ["flexlora", "hetlora", "flora"]
+
+
+def test_the_terminal_sees_the_scores_that_decide(three):
+    table, *said = comparison.printed(values.compared(three))
+    assert table.row_count == 5
+    assert said[-1] == "fedit: refused: FedIT needs | one rank (3)."

@@ -1,0 +1,111 @@
+from collections.abc import Callable
+
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexlora.journal.record import Event
+from flexlora.reporting import figures, tables
+
+Make = Callable[..., list[Event]]
+
+
+def every_figure(events: list[Event]) -> dict[str, go.Figure]:
+    rows = tables.evaluation_table(events)
+    metric = tables.METRICS[0]
+    types, traffic = tables.rank_type_table(events), tables.traffic_table(events)
+    return {
+        "training": figures.training_loss(tables.training_table(events)),
+        "curve": figures.learning_curve(tables.trajectory(rows), metric),
+        "rank clients": figures.rank_clients(types),
+        "rank parameters": figures.rank_parameters(types),
+        "spectrum": figures.spectrum(tables.spectrum_table(events)[:6]),
+        "energy": figures.energy(tables.energy_table(events)),
+        "kept": figures.kept(tables.kept_table(events)),
+        "truncated": figures.truncated(tables.truncated_table(rows), metric),
+        "categories": figures.categories(tables.category_table(events, "unseen"), metric),
+        "traffic": figures.traffic(traffic),
+        "traffic total": figures.traffic_total(traffic),
+        "times": figures.times(tables.time_table(events)),
+    }
+
+
+def test_every_figure_has_axis_titles_a_legend_and_no_title(make_journal: Make):
+    for name, figure in every_figure(make_journal()).items():
+        assert figure.layout.xaxis.title.text, name
+        assert figure.layout.yaxis.title.text, name
+        assert figure.layout.showlegend, name
+        assert all(trace.name for trace in figure.data), name
+        assert figure.layout.title.text is None, name
+
+
+def test_training_draws_all_clients_last_and_so_on_top(make_journal: Make):
+    names = [t.name for t in every_figure(make_journal(clients=60))["training"].data]
+    assert names == ["type1", "type2", "type3", "type4", "all clients"]
+
+
+def test_spectrum_is_logarithmic_and_leaves_out_zeros():
+    rows = [
+        tables.SpectrumRow(1, "q", (2.0, 1.0, 0.0)),
+        tables.SpectrumRow(2, "q", (3.0, 0.5, 0.1)),
+    ]
+    figure = figures.spectrum(rows)
+    assert figure.layout.yaxis.type == "log"
+    assert [len(t.y) for t in figure.data] == [2, 3]
+    assert figure.data[0].line.color != figure.data[1].line.color
+
+
+def test_many_rounds_have_a_colour_scale_instead_of_a_legend():
+    rows = [tables.SpectrumRow(n, "q", (2.0, 1.0)) for n in range(3, 20)]
+    figure = figures.spectrum(rows)
+    scale = figure.data[-1].marker
+    assert scale.showscale and (scale.cmin, scale.cmax) == (3, 19)
+    assert not figure.layout.showlegend
+
+
+def test_stacked_energy_reaches_a_hundred_percent(make_journal: Make):
+    figure = every_figure(make_journal())["energy"]
+    totals = [sum(shares) for shares in zip(*(t.y for t in figure.data), strict=True)]
+    assert totals == pytest.approx([100] * 6)
+
+
+def test_categories_keep_their_height_and_order():
+    def drawn(count: int) -> go.Figure:
+        rows = [
+            tables.CategoryRow(f"task number {n} of a long name", "seen", 3, 1.0, 9.0 - n / 9, 0)
+            for n in range(count)
+        ]
+        return figures.categories(rows, tables.METRICS[0])
+
+    short, tall = drawn(11), drawn(41)
+    assert tall.layout.height - short.layout.height == 30 * 24
+    top, bottom = tall.layout.yaxis.range[1], tall.layout.yaxis.range[0]
+    assert top < 0 < 40 < bottom
+    assert len(tall.layout.yaxis.ticktext) == 41
+
+
+def test_names_cut_alike_keep_bars_of_their_own():
+    rows = [tables.RankTypeRow(f"{'x' * 30}{n}{'y' * 30}", n, None) for n in (2, 3, 5)]
+    bars = figures.rank_clients(rows).data[0]
+    assert list(bars.y) == [2, 3, 5]
+    assert len(set(bars.x)) == 3
+
+
+@pytest.mark.parametrize(
+    ("largest", "unit"),
+    [(0, "bytes"), (1023, "bytes"), (1024, "KiB"), (5 << 20, "MiB"), (7 << 30, "GiB")],
+)
+def test_byte_units(largest: int, unit: str):
+    divisor, name = figures.byte_unit(largest)
+    assert name == unit
+    assert largest == 0 or 1 <= largest / divisor < 1024
+
+
+@settings(deadline=None)
+@given(st.text(max_size=90), st.integers(2, 40))
+def test_names_are_shown_short_and_without_markup(text: str, longest: int):
+    shown = figures.shown(text, longest)
+    assert "<" not in shown and ">" not in shown and "\n" not in shown
+    plain = shown.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    assert len(plain) <= longest

@@ -1,0 +1,126 @@
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+
+from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.method.interface import Client, Expected, Upload
+from flexlora.wire import validate
+from support import factors as ingredients
+
+random_factors = functools.partial(ingredients.random_factors, dtype=torch.float32)
+SHAPES = {"model.q": (11, 7), "model.up": (13, 5)}
+CLIENT = Client("anna", {"model.q": 3, "model.up": 2}, "small", 17)
+EXPECTED = {m: Expected(SHAPES[m], 1, rank) for m, rank in CLIENT.ranks.items()}
+GOOD = Upload(
+    "anna",
+    4,
+    Adapter(
+        {
+            "model.q": random_factors(11, 3, 7),
+            "model.up": random_factors(13, 2, 5),
+        }
+    ),
+    17,
+)
+
+
+def check(**changes) -> None:
+    validate.upload(dataclasses.replace(GOOD, **changes), CLIENT, 4, EXPECTED, 17)
+
+
+def with_module(module: str, factors: Factors) -> Adapter:
+    return Adapter({**GOOD.adapter, module: factors})
+
+
+def test_what_was_asked_for_passes():
+    check()
+    check(adapter=with_module("model.q", random_factors(11, 1, 7)))
+
+
+def holding(value: float, half: str) -> Factors:
+    factors = random_factors(11, 3, 7)
+    getattr(factors, half)[1, 1] = value
+    return factors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"client": "bo"}, "says it is of 'bo', round 4"),
+        ({"round": 3}, "says it is of 'anna', round 3"),
+        ({"examples": 0}, "counts 0 examples"),
+        ({"examples": -5}, "counts -5 examples"),
+        ({"examples": 18}, "counts 18 examples"),
+        (
+            {"adapter": Adapter({"model.q": GOOD.adapter["model.q"]})},
+            r"lacks \['model.up'\]",
+        ),
+        (
+            {"adapter": with_module("lm_head", random_factors())},
+            r"unexpected \['lm_head'\]",
+        ),
+        (
+            {"adapter": with_module("model.q", random_factors(7, 3, 11))},
+            r"'model.q' is \(7, 11\) \(out, in\), not \(11, 7\)",
+        ),
+        (
+            {"adapter": with_module("model.q", random_factors(11, 4, 7))},
+            "'model.q' has rank 4; this client's rank is 3",
+        ),
+        (
+            {"adapter": with_module("model.up", random_factors(13, 0, 5))},
+            "'model.up' has rank 0",
+        ),
+        ({"adapter": with_module("model.q", holding(math.nan, "A"))}, "holds NaN or infinity"),
+        ({"adapter": with_module("model.q", holding(-math.inf, "B"))}, "holds NaN or infinity"),
+        ({"adapter": with_module("model.q", holding(3e38, "B"))}, "has the norm 3e\\+38; at most"),
+        ({"adapter": with_module("model.q", holding(-2e6, "A"))}, "has the norm 2e\\+06; at most"),
+    ],
+)
+def test_everything_else_is_refused_with_its_place(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check(**changes)
+    assert str(caught.value).startswith("The upload of client 'anna' for round 4")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_numbers_of_a_kind_that_nobody_trains_are_refused(dtype):
+    odd = Factors(torch.ones(11, 3).to(dtype), torch.ones(3, 7).to(dtype))
+    with pytest.raises(ValueError, match=r"model\.q"):
+        check(adapter=with_module("model.q", odd))
+
+
+NUMBERED = {m: Expected(SHAPES[m], 1, rank, 5) for m, rank in CLIENT.ranks.items()}
+TERMS = {"model.q": (0, 4, 2), "model.up": (1, 3)}
+
+
+def test_numbered_terms_pass():
+    numbered = dataclasses.replace(GOOD, terms=TERMS)
+    validate.upload(numbered, CLIENT, 4, NUMBERED, 17)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {},
+        {"model.q": (0, 4, 2)},
+        {**TERMS, "lm_head": (1,)},
+        {**TERMS, "model.up": (1,)},
+        {**TERMS, "model.up": (1, 1)},
+        {**TERMS, "model.up": (1, 5)},
+        {**TERMS, "model.up": (-1, 2)},
+        {**TERMS, "model.up": (True, 2)},
+        {**TERMS, "model.up": (1.0, 2)},
+    ],
+)
+def test_terms_that_the_server_does_not_know_are_refused(terms):
+    with pytest.raises(ValueError, match="numbers"):
+        validate.upload(dataclasses.replace(GOOD, terms=terms), CLIENT, 4, NUMBERED, 17)
+
+
+def test_terms_that_nobody_asked_for_are_refused():
+    with pytest.raises(ValueError, match="numbers the terms of 2 modules, not of the 0"):
+        check(terms=TERMS)
