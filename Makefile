@@ -39,6 +39,9 @@ check: $(READY)  ## Lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)  ## Write the pages of docs/ that are made from the code
+	PYTHONPATH=tests $(BIN)/python -m support.methods_page
+
 BENCHMARKS := server_step local_training generation memory growth simulation ray_calls real_clients
 
 bench: $(READY)  ## All benchmarks, some two hours on two idle cores; those missed are named at the end

@@ -42,7 +42,7 @@ from flexlora.model.base import Base
 from flexlora.model.source import Source
 from flexlora.seeds import rng
 from flexlora.training.concurrency import clients_at_once
-from flexlora.training.loop import Learner, train_together
+from flexlora.training.loop import ClientTask, train_together
 from flexlora.training.optimizer import Training
 
 KEYS = ("k_proj", "v_proj")
@@ -126,7 +126,7 @@ def ours(base: Base, work: Work, together: int) -> Turn:
     started, found = time.perf_counter(), []
     for first in range(0, len(work.clients), together):
         learners = [
-            Learner(f"client {first + i}", work.start, rows, rng(work.seed, "order"))
+            ClientTask(f"client {first + i}", work.start, rows, rng(work.seed, "order"))
             for i, rows in enumerate(work.clients[first : first + together])
         ]
         found += train_together(base, learners, work.store, work.settings)

@@ -27,7 +27,7 @@ from result import Claim, Table, data_file, finish, setting, status_kib
 
 from flexlora import config
 from flexlora.federation.rounds import run
-from flexlora.federation.setup import Ready, prepare
+from flexlora.federation.setup import PreparedRun, prepare
 from flexlora.model import smollm2
 from flexlora.model.source import Source
 
@@ -146,7 +146,7 @@ def sampling() -> Iterator[dict[str, float]]:
 
 def _prepared(
     options: argparse.Namespace, clients: int, work: Path
-) -> tuple[Ready, dict[str, Any]]:
+) -> tuple[PreparedRun, dict[str, Any]]:
     before = set((work / "tokens").glob("*"))
     started = time.perf_counter()
     ready = prepare(experiment(options, clients, work))

@@ -26,10 +26,10 @@ import ray
 import ray_rounds
 from result import Claim, Table, finish, setting
 
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.ray.cluster import cluster
-from flexlora.federation.ray.pool import OnRay
-from flexlora.federation.transport import Patience, Reply
+from flexlora.federation.ray.pool import RayTransport
+from flexlora.federation.transport import Reply, WaitPolicy
 
 DOWNLOAD_BYTES = 2**16
 CALL_MS, GROWN, TURNS_LOST = 2.0, 1.25, 1
@@ -48,11 +48,11 @@ class NoOp:
 
     notes: Path | None = None
 
-    def __call__(self) -> Callable[[Iterable[Job]], list[bytes]]:
+    def __call__(self) -> Callable[[Iterable[TurnRequest]], list[bytes]]:
         """In a worker: an empty upload for each job."""
         return lambda jobs: [self.turn(job) for job in jobs]
 
-    def turn(self, job: Job) -> bytes:
+    def turn(self, job: TurnRequest) -> bytes:
         """Nothing, or the end of the worker."""
         if self.notes is not None:
             before = self.notes.read_text() if self.notes.exists() else ""
@@ -64,24 +64,24 @@ class NoOp:
 
 
 @contextmanager
-def crew(options: argparse.Namespace, work: Path, build: NoOp) -> Iterator[OnRay]:
+def crew(options: argparse.Namespace, work: Path, build: NoOp) -> Iterator[RayTransport]:
     """Workers that do nothing on a cluster of their own, called once before anything is timed."""
     settings = ray_rounds.settings_of_nothing()
     with cluster(settings, options.workers) as found:
-        held = OnRay(build, options.workers, {"num_cpus": 1}, scratch=found.scratch)
+        held = RayTransport(build, options.workers, {"num_cpus": 1}, scratch=found.scratch)
         try:
-            list(held.exchange(jobs(work, [f"warm {n}" for n in range(20)]), Patience()))
+            list(held.exchange(jobs(work, [f"warm {n}" for n in range(20)]), WaitPolicy()))
             yield held
         finally:
             held.close()
 
 
-def jobs(work: Path, clients: Iterable[str]) -> Iterator[Job]:
+def jobs(work: Path, clients: Iterable[str]) -> Iterator[TurnRequest]:
     """A job for each of these clients, with a download that all share."""
     download = work / "download"
     if not download.exists():
         download.write_bytes(os.urandom(DOWNLOAD_BYTES))
-    return (Job(client, 1, download) for client in clients)
+    return (TurnRequest(client, 1, download) for client in clients)
 
 
 def calls(options: argparse.Namespace, work: Path) -> dict[str, list[dict[str, float]]]:
@@ -97,7 +97,7 @@ def calls(options: argparse.Namespace, work: Path) -> dict[str, list[dict[str, f
                 started, own = time.perf_counter(), time.process_time()
                 asked = jobs(work, (f"client-{n:06d}" for n in range(size)))
                 answered = sum(
-                    isinstance(reply, Reply) for reply in federation.exchange(asked, Patience())
+                    isinstance(reply, Reply) for reply in federation.exchange(asked, WaitPolicy())
                 )
                 if answered != size:
                     raise RuntimeError(f"{answered} of {size} calls were answered.")
@@ -116,7 +116,7 @@ def death(options: argparse.Namespace, work: Path) -> dict[str, float]:
             clients = [f"client-{n:06d}" for n in range(options.beside)]
             clients.insert(options.beside // 2, killer)
             started = time.perf_counter()
-            replies = list(federation.exchange(jobs(work, clients), Patience()))
+            replies = list(federation.exchange(jobs(work, clients), WaitPolicy()))
             seconds[name] = time.perf_counter() - started
             if sorted(reply.client for reply in replies) != sorted(clients):
                 raise RuntimeError(f"{len(replies)} of {len(clients)} calls were answered.")

@@ -28,9 +28,9 @@ from server_round import write_uploads
 from flexlora import config, methods, wire
 from flexlora.federation import rounds
 from flexlora.federation.ray.cluster import cluster
-from flexlora.federation.ray.pool import OnRay
+from flexlora.federation.ray.pool import RayTransport
 from flexlora.federation.setup import prepare
-from flexlora.federation.transport import Patience
+from flexlora.federation.transport import WaitPolicy
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method.interface import State, Upload
 from flexlora.model import smollm2
@@ -276,8 +276,8 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     workers = options.compared[-1]
     with cluster(settings_of_nothing(), workers) as place:
-        crew = OnRay(idle, workers, {"num_cpus": 1}, scratch=place.scratch)
-        list(crew.exchange([], Patience()))
+        crew = RayTransport(idle, workers, {"num_cpus": 1}, scratch=place.scratch)
+        list(crew.exchange([], WaitPolicy()))
         torch.set_num_threads(1)
         for name in options.methods:
             job = {"kind": "stepped", "method": name, "folder": str(folder), "layers": layers}

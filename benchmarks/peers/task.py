@@ -17,7 +17,7 @@ from flexlora import config, peft_format
 from flexlora.data.corpora import table
 from flexlora.data.corpus import Corpus
 from flexlora.federation import rounds
-from flexlora.federation.setup import Ready, prepare
+from flexlora.federation.setup import PreparedRun, prepare
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model import smollm2
 from flexlora.seeds import rng
@@ -81,7 +81,7 @@ def corpus_of(options: argparse.Namespace) -> Corpus:
     return whole.select(np.concatenate([rows for _, _, rows in found[: options.clients]]))
 
 
-def order(ready: Ready, client: str, number: int) -> list[int]:
+def order(ready: PreparedRun, client: str, number: int) -> list[int]:
     """A client's rows in a round (from 1), in the order in which our loop draws its steps.
 
     Were it another order, the trained products would be apart.
@@ -92,7 +92,7 @@ def order(ready: Ready, client: str, number: int) -> list[int]:
     return found
 
 
-def write(ready: Ready, options: argparse.Namespace, folder: Path, clients: int) -> None:
+def write(ready: PreparedRun, options: argparse.Namespace, folder: Path, clients: int) -> None:
     """The task as the peers read it (``recipe.Work``), for the first so many clients."""
     store, how = ready.workplace.store, ready.workplace.training
     ids = list(ready.clients)[:clients]

@@ -14,7 +14,7 @@ from flexlora.cli import deploy, main
 from flexlora.data.corpora.table import Columns
 from flexlora.deployment import keys
 from flexlora.deployment.node import join as joining
-from flexlora.deployment.node.capacity import Budget
+from flexlora.deployment.node.capacity import Capacity
 from flexlora.deployment.server import server_run
 
 
@@ -334,7 +334,7 @@ def test_an_owner_is_what_the_words_say(call, rows, joined, held):
     ((server, owner, found, _),) = joined
     assert server == "fed.example.org:8090" and found.name == "clinic"
     assert (owner.name, owner.data, str(owner.state)) == ("clinic", rows, "flexlora-clinic")
-    assert owner.budget == Budget(16, int(1.5 * 2**30), 600.0)
+    assert owner.budget == Capacity(16, int(1.5 * 2**30), 600.0)
     assert (owner.model, owner.device, owner.rows_of) == ("/models/base", "cuda:0", "ward 7")
     assert owner.columns is None
 
@@ -349,7 +349,7 @@ def test_columns_that_are_not_named_are_not_there(call, rows, joined):
 def test_without_words_the_machine_is_measured(call, rows, joined, tmp_path):
     call("join", "127.0.0.1:8090", "--data", rows, "--insecure", "--name", "ash", "--state", "mine")
     ((_, owner, found, _),) = joined
-    assert found is None and owner.budget == Budget() and owner.columns is None
+    assert found is None and owner.budget == Capacity() and owner.columns is None
     assert (owner.name, str(owner.state), owner.device) == ("ash", "mine", "cpu")
 
 

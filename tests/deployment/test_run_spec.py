@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flexlora.deployment import run_spec
-from flexlora.method.server_optimizer import Optimized
+from flexlora.method.server_optimizer import WithServerOptimizer
 from flexlora.methods.flora import FLoRA
 from support import models
 
@@ -22,7 +22,7 @@ def said(tmp_path) -> dict:
     return json.loads(made.model_dump_json())
 
 
-def parsed(said: dict, **changes) -> run_spec.Terms:
+def parsed(said: dict, **changes) -> run_spec.RunSpec:
     return run_spec.parse(json.dumps({**said, **changes}))
 
 
@@ -41,7 +41,7 @@ def test_a_server_optimizer_is_part_of_the_terms(tmp_path):
         tmp_path, method={"name": "flexlora"}, server_optimizer={"name": "fedadam"}
     )
     made = run_spec.of(settings, RUN, {"attention": 5, "feed_forward": 3})
-    assert isinstance(run_spec.parse(made.model_dump_json()).composed(), Optimized)
+    assert isinstance(run_spec.parse(made.model_dump_json()).composed(), WithServerOptimizer)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_formulas_are_the_bytes_measured(name):
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: PYTHONPATH=tests python -m support.methods_page"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: make docs"
 
 
 def test_a_method_is_a_small_file():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexlora.federation.client_store import Forgotten, Private
+from flexlora.federation.client_store import ClientStore, Forgotten
 from flexlora.lowrank.factors import Adapter
 from support.factors import random_factors
 
@@ -17,7 +17,7 @@ def same(got, want):
 
 
 def test_merged_updates_are_those_of_earlier_rounds(tmp_path):
-    private = Private(tmp_path)
+    private = ClientStore(tmp_path)
     private.merge({1: adapter(1), 12: adapter(12)})
     private.merge({2: adapter(2)})
     assert private.merged(1) == []
@@ -29,7 +29,7 @@ def test_merged_updates_are_those_of_earlier_rounds(tmp_path):
 
 
 def test_a_repeated_round_finds_what_it_found_the_first_time(tmp_path):
-    private = Private(tmp_path)
+    private = ClientStore(tmp_path)
     assert private.kept("anna", 1) is None
     private.keep("anna", 1, adapter(1))
     private.keep("anna", 4, adapter(4))
@@ -43,7 +43,7 @@ def test_a_repeated_round_finds_what_it_found_the_first_time(tmp_path):
 
 
 def test_clients_of_any_name_have_places_of_their_own(tmp_path):
-    private = Private(tmp_path / "private")
+    private = ClientStore(tmp_path / "private")
     names = ["../../etc", "a/b", "a", "ä" * 400]
     for number, name in enumerate(names):
         private.keep(name, 1, adapter(number))
@@ -53,9 +53,9 @@ def test_clients_of_any_name_have_places_of_their_own(tmp_path):
 
 def test_a_client_that_lost_what_it_had_merged_says_so(tmp_path):
     entry = adapter(3)
-    private = Private(tmp_path / "private")
+    private = ClientStore(tmp_path / "private")
     private.merge({1: entry, 2: entry})
     private.merge({4: entry}, held=[1, 2])
     assert len(private.merged(5)) == 3
     with pytest.raises(Forgotten, match="in rounds"):
-        Private(tmp_path / "new").merge({5: entry}, held=[1, 4])
+        ClientStore(tmp_path / "new").merge({5: entry}, held=[1, 4])

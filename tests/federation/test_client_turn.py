@@ -6,12 +6,12 @@ import torch
 
 from flexlora import methods, wire
 from flexlora.federation import client_turn, setup
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method.handout import chosen_of
 from flexlora.method.interface import Download
 from flexlora.seeds import rng
-from flexlora.training.loop import Learner, train
+from flexlora.training.loop import ClientTask, train
 from support import models
 from support.factors import random_adapter
 from support.oracle import product, relative_error
@@ -28,7 +28,7 @@ def ready(tmp_path_factory):
 def job(ready):
     start = ready.method.start(ready.fresh())
     handed = ready.method.handout(start, ready.clients["client4"], lambda m: rng(1, m))
-    return Job("client4", 2, wire.encode_download(handed, torch.float32))
+    return TurnRequest("client4", 2, wire.encode_download(handed, torch.float32))
 
 
 def opened(data: bytes, tmp_path):
@@ -45,7 +45,7 @@ def test_a_turn_trains_the_download_on_the_clients_own_rows(ready, job, tmp_path
     upload = opened(client_turn.turn(job, here), tmp_path)
     want = train(
         here.base,
-        Learner(
+        ClientTask(
             "client 'client4'",
             wire.decode_download(job.download).adapter,
             here.rows["client4"],
@@ -76,7 +76,7 @@ def test_seed_client_and_round_decide_and_nothing_else(ready, job, tmp_path):
         return torch.cat([f.A.flatten() for f in adapter.values()])
 
     once = result()
-    result(Job("client1", 2, job.download))
+    result(TurnRequest("client1", 2, job.download))
     assert torch.equal(result(), once)
     for other in (
         {"job": dataclasses.replace(job, round=3)},
@@ -96,7 +96,7 @@ def test_the_upload_has_the_numbers_of_the_wire(ready, job, tmp_path):
 
 def test_a_coarse_download_is_trained_in_single_precision(ready, job, tmp_path):
     adapter = wire.decode_download(job.download).adapter
-    coarse = Job("client4", 2, wire.encode_download(Download(adapter), torch.bfloat16))
+    coarse = TurnRequest("client4", 2, wire.encode_download(Download(adapter), torch.bfloat16))
     upload = opened(client_turn.turn(coarse, ready.workplace), tmp_path)
     assert {f.B.dtype for f in upload.adapter.values()} == {torch.float32}
 
@@ -111,14 +111,14 @@ def test_the_methods_client_half_is_asked(ready, job, tmp_path):
     assert first.ranks == plain.ranks  # the tail of a fresh start is zero: it can only grow
     module = "model.layers.0.mlp.up_proj"
     assert relative_error(product(first[module]), product(plain[module])) > 1e-3
-    again = Job("client4", 3, wire.encode_download(Download(plain), torch.float32))
+    again = TurnRequest("client4", 3, wire.encode_download(Download(plain), torch.float32))
     pruned = opened(client_turn.turn(again, here), tmp_path).adapter
     assert set(pruned.ranks.values()) == {1, 3}
 
 
 def test_what_is_no_download_is_refused(ready):
     with pytest.raises(ValueError, match="no adapter"):
-        client_turn.turn(Job("client4", 2, b"noise"), ready.workplace)
+        client_turn.turn(TurnRequest("client4", 2, b"noise"), ready.workplace)
 
 
 def test_clients_train_together_in_one_round_only(ready, job):
@@ -132,7 +132,7 @@ def test_who_breaks_a_turn_is_named(ready, job):
     broken = wire.decode_download(job.download).adapter
     broken["model.layers.0.mlp.down_proj"].B[0, 0] = math.nan
     data = wire.encode_download(Download(broken), torch.float32)
-    jobs = [dataclasses.replace(job, client="client1"), Job("client3", 2, data), job]
+    jobs = [dataclasses.replace(job, client="client1"), TurnRequest("client3", 2, data), job]
     with pytest.raises(ValueError, match="loss of client 'client3' is nan"):
         client_turn.turns(jobs, ready.workplace)
 
@@ -140,7 +140,7 @@ def test_who_breaks_a_turn_is_named(ready, job):
 def test_a_download_may_be_a_file(ready, job, tmp_path):
     path = tmp_path / "download"
     path.write_bytes(job.download)
-    held = Job("client4", 2, path)
+    held = TurnRequest("client4", 2, path)
     assert held.bytes_down == job.bytes_down == len(job.download)
     got, want = (opened(client_turn.turn(each, ready.workplace), tmp_path) for each in (held, job))
     for module, factors in want.adapter.items():
@@ -157,7 +157,7 @@ def sgd(ready, **changes):
 
 def sent(download, here, tmp_path):
     data = wire.encode_download(download, torch.float32)
-    return opened(client_turn.turn(Job("client4", 2, data), here), tmp_path).adapter
+    return opened(client_turn.turn(TurnRequest("client4", 2, data), here), tmp_path).adapter
 
 
 def test_the_rest_of_a_download_is_seen_as_if_it_were_in_the_base(ready, job, tmp_path):

@@ -16,10 +16,10 @@ import transformers
 
 from flexlora import wire
 from flexlora.federation import checkpoint, client_turn, collect, rounds, setup
-from flexlora.federation.client_turn import Job
-from flexlora.federation.setup import Ready
-from flexlora.federation.simulated import Simulated
-from flexlora.federation.transport import Lost, Patience, Reply, Stray
+from flexlora.federation.client_turn import TurnRequest
+from flexlora.federation.setup import PreparedRun
+from flexlora.federation.simulated import SimulatedTransport
+from flexlora.federation.transport import LateReply, Lost, Reply, WaitPolicy
 from flexlora.journal.record import Record
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.peft_format import WEIGHTS
@@ -31,14 +31,14 @@ from support.oracle import product, relative_error, weighted_sum
 class Watched:
     """A federation that keeps copies of what passes."""
 
-    inner: Simulated
-    jobs: list[Job]
+    inner: SimulatedTransport
+    jobs: list[TurnRequest]
     replies: list[Reply]
 
     together: int = 1
     present = staticmethod(list)
 
-    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost]:
+    def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Reply | Lost]:
         def watch():
             for job in jobs:
                 held = job.download
@@ -53,7 +53,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Outcome:
-    ready: Ready
+    ready: PreparedRun
     folder: Path
     events: list[dict]
     watched: Watched
@@ -69,7 +69,7 @@ class Outcome:
 
 def go(folder: Path, name: str, **changes) -> Outcome:
     ready = setup.prepare(models.settings(folder, **changes), models.corpus())
-    watched = Watched(Simulated(ready.workplace), [], [])
+    watched = Watched(SimulatedTransport(ready.workplace), [], [])
     events = list(rounds.run(ready, folder / name, watched))
     return Outcome(ready, folder / name, events, watched)
 
@@ -314,7 +314,7 @@ class Replayed:
     together: int = 1
     present = staticmethod(list)
 
-    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost]:
+    def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Reply | Lost]:
         for job in jobs:
             data = self.replies[job.client]
             if job.client != self.victim:
@@ -398,7 +398,7 @@ def honest(folder) -> Outcome:
     return go(folder, "honest", federation={"rounds": 1}, evaluation={"seen_clients": 0})
 
 
-def with_bad(honest: Outcome, target: Path, change, ready: Ready | None = None) -> list[dict]:
+def with_bad(honest: Outcome, target: Path, change, ready: PreparedRun | None = None) -> list[dict]:
     replies = {reply.client: reply.data for reply in honest.watched.replies}
     shutil.rmtree(target, ignore_errors=True)
     ready = ready or honest.ready
@@ -548,7 +548,7 @@ def test_answers_nobody_waits_for_are_recorded_and_change_nothing(honest, tmp_pa
             for job in jobs:
                 yield replies[job.client]
                 yield replies[job.client]
-            yield Stray("client3", "It answers round 0.")
+            yield LateReply("client3", "It answers round 0.")
 
     events = list(rounds.run(honest.ready, tmp_path / "run", Chatty()))
     strays = [event for event in events if event["event"] == "stray"]

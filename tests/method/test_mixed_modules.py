@@ -14,7 +14,7 @@ from flexlora.method.interface import Fresh, Upload
 from flexlora.method.mixed_modules import targeted
 from flexlora.method.partial_step import aggregated, joined, part_of, upload_of
 from flexlora.method.server_optimizer import MOMENTUM
-from flexlora.training.loop import Learner, train
+from flexlora.training.loop import ClientTask, train
 from flexlora.wire import messages
 from support import models
 from support.factors import random_factors
@@ -232,7 +232,7 @@ def test_updates_beside_the_base_are_seen_in_modules_that_are_not_trained(folder
 
     def loss(rest, folded):
         start = Fresh(shapes, 1).common(ranks)
-        learner = Learner("a client", start, range(4), seeds.rng(1, "rows"), rest=rest)
+        learner = ClientTask("a client", start, range(4), seeds.rng(1, "rows"), rest=rest)
         with ready.base.folded(folded):
             return train(ready.base, learner, here.store, here.training).loss_total
 

@@ -12,7 +12,7 @@ from flexlora.method import partial_step
 from flexlora.method.interface import State
 from flexlora.method.regularizers.fedprox import FedProx
 from flexlora.method.regularizers.scaffold import Scaffold
-from flexlora.method.server_optimizer import Optimized
+from flexlora.method.server_optimizer import WithServerOptimizer
 from flexlora.method.server_optimizers.fedadam import FedAdam
 from flexlora.method.server_optimizers.fedavgm import FedAvgM
 from flexlora.training.optimizer import Training
@@ -28,8 +28,8 @@ def numbers(state):
 @pytest.mark.parametrize(
     "method",
     [
-        Optimized(made("flexlora"), FedAdam()),
-        Optimized(made("raflora"), FedAvgM()),
+        WithServerOptimizer(made("flexlora"), FedAdam()),
+        WithServerOptimizer(made("raflora"), FedAvgM()),
         FedProx().around(made("flexfold"), SGD),
     ],
     ids=lambda method: method.title,

@@ -9,14 +9,14 @@ import torch
 from flexlora import methods, wire
 from flexlora.errors import ConfigError
 from flexlora.federation import checkpoint, client_turn, rounds, setup
-from flexlora.federation.client_store import Private
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_store import ClientStore
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method import regularizers
 from flexlora.method.interface import Download, Upload
 from flexlora.method.regularizers.fedprox import FedProx, Proximal, squared_distance
 from flexlora.method.regularizers.scaffold import CONTROL, HEARD, OWN, Controlled, Scaffold
-from flexlora.method.server_optimizer import Optimized
+from flexlora.method.server_optimizer import WithServerOptimizer
 from flexlora.seeds import rng
 from flexlora.training.optimizer import Training
 from flexlora.wire import validate
@@ -115,11 +115,13 @@ def ready_for(folder, name, same=False, **changes):
 def a_turn(ready, tmp_path, method=None, training=SGD, who="client4", number=1, state=None):
     """A client's turn from the fresh state: its upload, and what it keeps."""
     method = method or ready.method
-    private = Private(tmp_path / f"private-{who}")
+    private = ClientStore(tmp_path / f"private-{who}")
     here = dataclasses.replace(ready.workplace, method=method, training=training, private=private)
     state = method.start(ready.fresh()) if state is None else state
     handed = method.handout(state, ready.clients[who], lambda m: rng(1, m))
-    data = client_turn.turn(Job(who, number, wire.encode_download(handed, torch.float32)), here)
+    data = client_turn.turn(
+        TurnRequest(who, number, wire.encode_download(handed, torch.float32)), here
+    )
     path = tmp_path / "upload"
     path.write_bytes(data)
     upload = wire.open_upload(path)
@@ -168,7 +170,9 @@ def test_fedprox_goes_with_a_server_optimizer(folder, tmp_path):
         federation={"rounds": 2},
         evaluation={"seen_clients": 0},
     )
-    assert isinstance(ready.method, Proximal) and isinstance(ready.method.method, Optimized)
+    assert isinstance(ready.method, Proximal) and isinstance(
+        ready.method.method, WithServerOptimizer
+    )
     assert "FedProx 0.5" in ready.method.title and "FedAvgM" in ready.method.title
     events = list(rounds.run(ready, tmp_path / "run"))
     assert [event["round"] for event in events if event["event"] == "round"] == [1, 2]
@@ -411,7 +415,7 @@ def test_a_run_keeps_controls_on_both_sides_and_goes_on_with_them(folder, tmp_pa
     states = [checkpoint.load(tmp_path / each).state for each in ("whole", "again")]
     for adapter in ("global", CONTROL):
         assert torch.equal(*(entries(state.adapters[adapter]) for state in states))
-    heard, private = states[0].facts[HEARD], Private(tmp_path / "whole" / "private")
+    heard, private = states[0].facts[HEARD], ClientStore(tmp_path / "whole" / "private")
     assert 4 <= len(heard) <= 6
     module = "model.layers.0.mlp.up_proj"
     own = {id: private.kept(id, 99)[f"control/{module}"].B for id in heard}

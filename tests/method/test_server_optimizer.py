@@ -12,10 +12,10 @@ from flexlora.federation import checkpoint, rounds, setup
 from flexlora.lowrank.factors import Adapter
 from flexlora.method import server_optimizers
 from flexlora.method.interface import Method
-from flexlora.method.server_optimizer import MOMENTS, MOMENTUM, Optimized
+from flexlora.method.server_optimizer import MOMENTS, MOMENTUM, WithServerOptimizer
 from flexlora.method.server_optimizers.fedadam import FedAdam
 from flexlora.method.server_optimizers.fedavgm import FedAvgM
-from flexlora.method.wrapper import Wrapping
+from flexlora.method.wrapper import MethodWrapper
 from support import models
 from support.oracle import best, product, relative_error
 from support.rounds import EXAMPLES, SHAPES, clients_of, jolt, made, played, started, still, turn
@@ -44,7 +44,7 @@ def test_fedavgm_without_momentum_at_a_whole_step_is_the_method(name):
     """In every round, also where clients of mixed ranks were handed what it made."""
     method = made(name)
     clients = clients_of(method)
-    optimized = Optimized(method, FedAvgM(momentum=0.0, rate=1.0))
+    optimized = WithServerOptimizer(method, FedAvgM(momentum=0.0, rate=1.0))
     for count in (1, 2, 4):
         got, want = (played(m, clients, count, jolt) for m in (optimized, method))
         assert_same(got.adapters["global"], want.adapters["global"])
@@ -57,7 +57,7 @@ def test_fedavgm_without_momentum_at_a_whole_step_is_the_method(name):
 def test_factors_are_split_as_the_method_splits_them(split):
     method = made("flexlora", split=split)
     clients = clients_of(method)
-    state = played(Optimized(method, FedAvgM()), clients, 2, jolt)
+    state = played(WithServerOptimizer(method, FedAvgM()), clients, 2, jolt)
     for f in state.adapters["global"].values():
         rows = f.A.norm(dim=1)
         even = torch.allclose(rows, torch.ones_like(rows))
@@ -68,7 +68,7 @@ def test_factors_are_split_as_the_method_splits_them(split):
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_fedavgm_is_the_dense_recursion(name, momentum, rate):
     """M = beta M + (aggregate - W), W = W + rate M, where no rank is cut."""
-    method = Optimized(made(name), FedAvgM(momentum, rate))
+    method = WithServerOptimizer(made(name), FedAvgM(momentum, rate))
     clients = clients_of(method, FULL)
     state = started(method, clients)
     W = {m: torch.zeros(s, dtype=torch.float64) for m, s in SHAPES.items()}
@@ -85,7 +85,7 @@ def test_fedavgm_is_the_dense_recursion(name, momentum, rate):
 
 
 def test_fedadam_is_the_dense_recursion_with_a_moment_for_each_module():
-    method = Optimized(made("flexlora"), FedAdam(rate=0.02, betas=(0.8, 0.7), tau=0.1))
+    method = WithServerOptimizer(made("flexlora"), FedAdam(rate=0.02, betas=(0.8, 0.7), tau=0.1))
     clients = clients_of(method, FULL)
     state = started(method, clients)
     W = {m: torch.zeros(s, dtype=torch.float64) for m, s in SHAPES.items()}
@@ -106,7 +106,9 @@ def test_fedadam_is_the_dense_recursion_with_a_moment_for_each_module():
 def test_a_first_step_of_fedadam_has_entries_of_its_rate():
     """The mean square of what it adds is the rate's square, whatever the change's size."""
     for size in (0.01, 1.0, 100.0):
-        method = Optimized(made("flexlora"), FedAdam(rate=0.02, betas=(0.9, 0.99), tau=1e-9))
+        method = WithServerOptimizer(
+            made("flexlora"), FedAdam(rate=0.02, betas=(0.9, 0.99), tau=1e-9)
+        )
         clients = clients_of(method, FULL)
         state = played(method, clients, 1, lambda n, size=size: jolt(n, size=size))
         for f in state.adapters["global"].values():
@@ -115,7 +117,7 @@ def test_a_first_step_of_fedadam_has_entries_of_its_rate():
 
 def test_what_truncation_loses_is_said():
     """The energy of the model and of the momentum beyond the ranks that the server keeps."""
-    method = Optimized(made("flexlora"), FedAvgM(0.9, 0.7))
+    method = WithServerOptimizer(made("flexlora"), FedAvgM(0.9, 0.7))
     clients = clients_of(method)
     before = played(method, clients, 2, jolt)
     turns = [turn(method, before, c, 3, jolt(3)) for c in clients]
@@ -139,7 +141,7 @@ def test_what_truncation_loses_is_said():
 
 @pytest.mark.parametrize("optimizer", [FedAvgM(), FedAdam()])
 def test_order_of_clients_is_irrelevant(optimizer):
-    method = Optimized(made("raflora"), optimizer)
+    method = WithServerOptimizer(made("raflora"), optimizer)
     clients = clients_of(method)
     state = played(method, clients, 2, jolt)
     uploads = [turn(method, state, c, 3, jolt(3)).upload for c in clients]
@@ -150,7 +152,7 @@ def test_order_of_clients_is_irrelevant(optimizer):
 
 def test_momentum_goes_on_when_nobody_learns_anything():
     """Fold and method hand back the model itself, so that D is zero, and M shrinks by beta."""
-    method = Optimized(made("flexfold"), FedAvgM(0.5, 1.0))
+    method = WithServerOptimizer(made("flexfold"), FedAvgM(0.5, 1.0))
     clients = clients_of(method)
     state = played(method, clients, 1, jolt)
     after = played(method, clients, 1, lambda number: still, state)
@@ -163,7 +165,7 @@ def test_momentum_goes_on_when_nobody_learns_anything():
 
 @pytest.mark.parametrize("optimizer", [FedAvgM(), FedAdam()])
 def test_state_survives_save_and_load(optimizer, tmp_path):
-    method = Optimized(made("flexlora"), optimizer)
+    method = WithServerOptimizer(made("flexlora"), optimizer)
     clients = clients_of(method)
     state = played(method, clients, 2, jolt)
     state = dataclasses.replace(
@@ -180,7 +182,7 @@ def test_state_survives_save_and_load(optimizer, tmp_path):
 
 
 def test_inputs_are_not_changed():
-    method = Optimized(made("flexlora"), FedAvgM())
+    method = WithServerOptimizer(made("flexlora"), FedAvgM())
     clients = clients_of(method)
     state = played(method, clients, 2, jolt)
     uploads = [turn(method, state, c, 3, jolt(3)).upload for c in clients]
@@ -198,13 +200,13 @@ def test_inputs_are_not_changed():
 def test_other_methods_are_refused_by_name_and_reason(name):
     method = made(name)
     with pytest.raises(ValueError, match="is not a product alone") as caught:
-        Optimized(method, FedAvgM())
+        WithServerOptimizer(method, FedAvgM())
     assert method.title in str(caught.value) and FedAvgM.title in str(caught.value)
 
 
 def test_a_model_that_its_method_cuts_by_energy_is_refused():
     with pytest.raises(ValueError, match=r"at an energy of 0\.9, .* set method\.energy = 1"):
-        Optimized(made("flexfold", energy=0.9), FedAvgM())
+        WithServerOptimizer(made("flexfold", energy=0.9), FedAvgM())
 
 
 def test_every_decision_is_handed_on_and_everything_declared_is_the_methods():
@@ -212,10 +214,10 @@ def test_every_decision_is_handed_on_and_everything_declared_is_the_methods():
     decisions = {n for n, v in vars(Method).items() if n[0] != "_" and callable(v)}
     properties = {n for n, v in vars(Method).items() if isinstance(v, property)}
     assert "penalty" in decisions and "by_rank_alone" in properties
-    assert decisions | properties <= vars(Wrapping).keys()
+    assert decisions | properties <= vars(MethodWrapper).keys()
     for name in methods.names():
         inner = made(name)
-        outer = Wrapping(inner)
+        outer = MethodWrapper(inner)
         assert outer.by_rank_alone == inner.by_rank_alone
         for declared in Method.__annotations__:
             assert getattr(outer, declared) == getattr(inner, declared)
@@ -283,7 +285,7 @@ def test_a_run_has_momentum_and_goes_on_with_it(folder, tmp_path, monkeypatch):
     encode = wire.encode_download
     monkeypatch.setattr(wire, "encode_download", lambda *a: made_.append(1) or encode(*a))
     whole = setup.prepare(models.settings(folder, **how), models.corpus())
-    assert isinstance(whole.method, Optimized)
+    assert isinstance(whole.method, WithServerOptimizer)
     events = list(rounds.run(whole, tmp_path / "whole"))
     asked = [event["rank_type"] for event in events if event["event"] == "client"]
     assert len(made_) < len(asked)

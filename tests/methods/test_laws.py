@@ -7,7 +7,7 @@ import torch
 
 from flexlora import methods, wire
 from flexlora.federation import checkpoint
-from flexlora.federation.client_store import Private
+from flexlora.federation.client_store import ClientStore
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method import partial_step
 from flexlora.method.interface import Upload
@@ -284,7 +284,7 @@ def test_uploads_are_what_is_expected_and_nothing_else_is(method, state, clients
 
 def test_a_client_that_skips_rounds_ends_with_the_same_base(method, clients, tmp_path):
     """Through the files that a client keeps: always there, or there in the last round alone."""
-    state, always, late = started(method, clients), *(Private(tmp_path / n) for n in "ab")
+    state, always, late = started(method, clients), *(ClientStore(tmp_path / n) for n in "ab")
     here, other = clients[0], clients[1]
     for number in (1, 2, 3):
         turns = [turn(method, state, c, number, jolt(number, method=method)) for c in (here, other)]

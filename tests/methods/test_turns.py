@@ -7,8 +7,8 @@ import torch
 
 from flexlora import methods, wire
 from flexlora.federation import client_turn, setup
-from flexlora.federation.client_store import Private
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_store import ClientStore
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.seeds import rng
 from support import models
 
@@ -34,7 +34,7 @@ def jobs(ready):
         for name, who in ready.clients.items()
     }
     return [
-        Job(name, 2, wire.encode_download(download, torch.float32))
+        TurnRequest(name, 2, wire.encode_download(download, torch.float32))
         for name, download in handed.items()
     ]
 
@@ -51,7 +51,7 @@ def test_turns_together_are_the_turns(ready, jobs, tokens, tmp_path):
         ready.workplace.training, optimizer="sgd", learning_rate=0.1, pack_tokens=tokens
     )
     here = dataclasses.replace(
-        ready.workplace, training=training, private=Private(tmp_path / "private")
+        ready.workplace, training=training, private=ClientStore(tmp_path / "private")
     )
     together = client_turn.turns(jobs, here)
     assert len({who.examples for who in ready.clients.values()}) > 1

@@ -21,7 +21,7 @@ from flexlora.journal.reader import Journal
 from flexlora.journal.record import JOURNAL, Record
 from flexlora.reporting import watch
 from flexlora.reporting.watch import page, words
-from flexlora.reporting.watch.run_state import FAILED, LOSSES, Standing, kind_of_loss
+from flexlora.reporting.watch.run_state import FAILED, LOSSES, RunState, kind_of_loss
 
 pytest.importorskip("fastapi", reason="needs the extra flexlora[watch]")
 prometheus = pytest.importorskip("prometheus_client.parser", reason="needs flexlora[watch]")
@@ -86,7 +86,7 @@ def write(folder, *events):
 
 
 def standing(*events):
-    found = Standing()
+    found = RunState()
     for event in events:
         found.add(event)
     return found
@@ -230,7 +230,7 @@ def test_a_round_that_is_short_of_its_quorum_waits():
 
 
 def test_a_run_ends_stops_and_goes_on():
-    assert Standing().state == "waiting"
+    assert RunState().state == "waiting"
     now = standing(start(), asked("a"))
     assert now.state == "running"
     now.add({"event": "stopped", "reason": "ValueError: nobody"})

@@ -17,8 +17,8 @@ from flexlora.config.experiment import Experiment
 from flexlora.data.corpus import Corpus
 from flexlora.deployment.flower import records
 from flexlora.deployment.flower.client_app import WORKER, app
-from flexlora.deployment.node.capacity import Budget, Modules
-from flexlora.deployment.node.node import Answer, Node, Owner
+from flexlora.deployment.node.capacity import Capacity, Modules
+from flexlora.deployment.node.node import Answer, Node, NodeConfig
 from flexlora.deployment.node.worker_socket import Worker
 from flexlora.deployment.server.registry import NODES
 from support import models
@@ -174,15 +174,15 @@ def start(
     nodes = {}
     for number, (client, rank) in enumerate(ranks.items(), start=2**63 + 7):
         owner = owner_of(client, rank, files[client], folder)
-        owner = replace(owner, budget=Budget(rank, modules=modules.get(client, "all")))
+        owner = replace(owner, budget=Capacity(rank, modules=modules.get(client, "all")))
         nodes[number] = beside(number, Node(owner).answer, sockets / f"{client}.sock")
     return FakeGrid(nodes)
 
 
-def owner_of(client: str, rank: int, data: Path, folder: Path) -> Owner:
+def owner_of(client: str, rank: int, data: Path, folder: Path) -> NodeConfig:
     """An owner whose model lies beside the folder of its state."""
     model = str(folder.parent / "model")
-    return Owner(client, data, folder / f"state-{client}", Budget(rank), model=model)
+    return NodeConfig(client, data, folder / f"state-{client}", Capacity(rank), model=model)
 
 
 def beside(number: int, answer: Callable[[Mapping[str, Any], bytes], Answer], path: Path):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from flexlora import peft_format
 from flexlora.federation import checkpoint, rounds, setup
-from flexlora.federation.client_turn import Job
-from flexlora.federation.setup import Ready
-from flexlora.federation.simulated import Simulated
-from flexlora.federation.transport import Federation, Lost, Patience, Reply, Stray
+from flexlora.federation.client_turn import TurnRequest
+from flexlora.federation.setup import PreparedRun
+from flexlora.federation.simulated import SimulatedTransport
+from flexlora.federation.transport import LateReply, Lost, Reply, Transport, WaitPolicy
 from flexlora.journal.record import Record
 from flexlora.methods.flexlora import FlexLoRA
 from support import models
@@ -33,7 +33,7 @@ def die() -> None:
 class Noted:
     """A federation that notes whom it trains, and dies after so many turns."""
 
-    inner: Federation
+    inner: Transport
     notes: Path
     turns: int | None = None
 
@@ -44,13 +44,15 @@ class Noted:
     def present(self, clients: Collection[str]) -> list[str]:
         return self.inner.present(clients)
 
-    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost | Stray]:
+    def exchange(
+        self, jobs: Iterable[TurnRequest], patience: WaitPolicy
+    ) -> Iterator[Reply | Lost | LateReply]:
         for reply in self.inner.exchange(self._noting(jobs), patience):
             if self.turns is not None and len(self.notes.read_text().split()) >= self.turns:
                 die()
             yield reply
 
-    def _noting(self, jobs: Iterable[Job]) -> Iterator[Job]:
+    def _noting(self, jobs: Iterable[TurnRequest]) -> Iterator[TurnRequest]:
         for job in jobs:
             with self.notes.open("a") as file:
                 file.write(f"{job.round}:{job.client}\n")
@@ -133,7 +135,7 @@ def at_change(folder: Path, number: int) -> None:
     sys.addaudithook(watch)
 
 
-def go(ready: Ready, folder: Path, point: str | None, resume: bool) -> None:
+def go(ready: PreparedRun, folder: Path, point: str | None, resume: bool) -> None:
     turns = None
     if point is not None and point.isdigit():
         folder.mkdir(exist_ok=True)
@@ -142,12 +144,12 @@ def go(ready: Ready, folder: Path, point: str | None, resume: bool) -> None:
         turns = POINTS[point]()
     notes = folder.with_suffix(".resumed" if resume else ".notes")
     notes.touch()
-    federation = Noted(Simulated(ready.workplace, 2), notes, turns)
+    federation = Noted(SimulatedTransport(ready.workplace, 2), notes, turns)
     for _ in rounds.run(ready, folder, federation, resume=resume):
         pass
 
 
-def forked(ready: Ready, folder: Path, point: str | None, resume: bool = False) -> str:
+def forked(ready: PreparedRun, folder: Path, point: str | None, resume: bool = False) -> str:
     """How the run ended: ``killed``, ``finished`` or ``failed``."""
     child = os.fork()
     if child == 0:

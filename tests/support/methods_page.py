@@ -155,7 +155,7 @@ COLUMNS = (
 
 HEAD = """# Methods
 
-Made by `PYTHONPATH=tests python -m support.methods_page` from the methods themselves; a test keeps it true.
+Made by `make docs` from the methods themselves; a test keeps it true.
 
 One method is one file in `src/flexlora/methods/`, and every one is held to the laws of
 `tests/methods/test_laws.py`. **Exact** says whether the server's result is the weighted mean of

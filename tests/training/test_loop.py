@@ -16,7 +16,7 @@ from flexlora.data.tokens import TokenStore
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model.base import Base
 from flexlora.model.source import Source
-from flexlora.training.loop import Learner, Trained, label_losses, train
+from flexlora.training.loop import ClientTask, Trained, label_losses, train
 from flexlora.training.optimizer import Training
 from support import models
 from support.learning import (
@@ -63,7 +63,7 @@ ROWS = list(range(len(SIZES)))
 
 def run(base, adapter, store, rows=ROWS, how=None, order=None, penalty=None, round=1) -> Trained:
     """One client alone."""
-    learner = Learner("client 'c7'", adapter, rows, order or draw(), penalty)
+    learner = ClientTask("client 'c7'", adapter, rows, order or draw(), penalty)
     return train(base, learner, store, how or settings(), round)
 
 

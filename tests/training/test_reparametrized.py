@@ -13,7 +13,7 @@ from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.parametrization import Form, column
 from flexlora.model.base import Base
 from flexlora.model.source import Source
-from flexlora.training.loop import Learner, train, train_together
+from flexlora.training.loop import ClientTask, train, train_together
 from flexlora.training.reparametrized import FormedAdapter
 from support import models
 from support.factors import random_adapter, random_factors
@@ -56,7 +56,7 @@ def forms_of(shapes, seed=0):
 def learner_of(shapes, seed=0, name="client 'f'", rows=ROWS, **options):
     forms = forms_of(shapes, seed)
     start = {m: form.factors() for m, form in forms.items()}
-    return Learner(name, start, rows, draw(seed), form=forms, **options)
+    return ClientTask(name, start, rows, draw(seed), form=forms, **options)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_who_else_is_trained_changes_nothing(base, store):
     def learners():
         return [
             learner_of(base.shapes, 0, "client 'a'", ROWS),
-            Learner("client 'b'", of_rank(base, 2), [4, 1, 8, 6, 2], draw(3)),
+            ClientTask("client 'b'", of_rank(base, 2), [4, 1, 8, 6, 2], draw(3)),
             learner_of(base.shapes, 50, "client 'c'", [3, 0]),
         ]
 

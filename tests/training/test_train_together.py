@@ -11,7 +11,7 @@ import transformers
 from flexlora.data.tokens import TokenStore
 from flexlora.model.base import Base
 from flexlora.model.source import Source
-from flexlora.training.loop import Learner, train, train_together
+from flexlora.training.loop import ClientTask, train, train_together
 from flexlora.training.optimizer import Training
 from support import models
 from support.learning import (
@@ -62,14 +62,14 @@ def pull(now, start):
     return 0.05 * sum(f.B.square().sum() + f.A.square().sum() for f in now.values())
 
 
-def learners(base: Base) -> list[Learner]:
+def learners(base: Base) -> list[ClientTask]:
     """Four clients alike in nothing: of 3, 1, 2 and 1 steps of four rows."""
     mixed = adapter_of(base, {"attention": 2, "feed_forward": 5})
     return [
-        Learner("client 'a'", mixed, range(9), draw(1)),
-        Learner("client 'b'", of_rank(base, 3, 20), [4, 1], draw(2), pull),
-        Learner("client 'c'", of_rank(base, 4, 40), np.array([2, 3, 5, 6, 7]), draw(3)),
-        Learner("client 'd'", of_rank(base, 1, 60), [8], draw(4), lambda now, start: None),
+        ClientTask("client 'a'", mixed, range(9), draw(1)),
+        ClientTask("client 'b'", of_rank(base, 3, 20), [4, 1], draw(2), pull),
+        ClientTask("client 'c'", of_rank(base, 4, 40), np.array([2, 3, 5, 6, 7]), draw(3)),
+        ClientTask("client 'd'", of_rank(base, 1, 60), [8], draw(4), lambda now, start: None),
     ]
 
 
@@ -185,7 +185,7 @@ def test_a_base_in_half_precision_too(folder, store):
 
 def test_the_same_client_twice_is_the_same_twice(base, store):
     """Whatever its place, and though both are in one row."""
-    twins = [Learner(f"client {i}", of_rank(base, 3), range(9), draw(1)) for i in range(2)]
+    twins = [ClientTask(f"client {i}", of_rank(base, 3), range(9), draw(1)) for i in range(2)]
     one, two = train_together(base, twins, store, settings(**SLOW, pack_tokens=1000))
     assert_same_move(two.adapter, one.adapter, twins[0].adapter, 1e-5)
 
@@ -246,7 +246,7 @@ def test_the_base_and_the_starts_are_left_as_they_were_to_the_bit(base, store):
 
 def test_a_client_without_rows_is_refused_by_name(base, store):
     some = learners(base)
-    some[2] = Learner("client 'c'", of_rank(base, 4), [], draw())
+    some[2] = ClientTask("client 'c'", of_rank(base, 4), [], draw())
     with pytest.raises(ValueError, match=r"^client 'c' has no rows to train on"):
         train_together(base, some, store, settings())
 
@@ -275,7 +275,7 @@ def test_a_client_whose_last_step_is_not_finite_is_refused_by_name(base, store):
         return math.inf * sum(f.B.sum() for f in now.values())
 
     some = learners(base)
-    some[1] = Learner("client 'b'", of_rank(base, 3), [4, 1], draw(), explode)
+    some[1] = ClientTask("client 'b'", of_rank(base, 3), [4, 1], draw(), explode)
     with pytest.raises(ValueError, match="adapter of client 'b' is not finite at step 1"):
         train_together(base, some, store, settings())
 
@@ -286,7 +286,7 @@ def test_a_client_of_fewer_modules_trains_as_it_would_alone(folder, store):
     fewer = fewer.only(list(fewer)[::2])
 
     def fourth():
-        return Learner("client 'd'", fewer, [8], draw())
+        return ClientTask("client 'd'", fewer, [8], draw())
 
     together = train_together(base, [*learners(base)[:3], fourth()], store, settings())
     alone = train_together(base, [fourth()], store, settings())[0]

@@ -24,8 +24,8 @@ from rich.console import Console
 from flexlora import config
 from flexlora.cli import progress
 from flexlora.data.corpora.table import Columns
-from flexlora.deployment.node.capacity import Budget, Modules
-from flexlora.deployment.node.node import Owner
+from flexlora.deployment.node.capacity import Capacity, Modules
+from flexlora.deployment.node.node import NodeConfig
 from flexlora.deployment.server import server_run
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.federation import checkpoint, compose
@@ -179,11 +179,11 @@ def join(
     if known is None:
         raise ConfigError("Without keys this client needs a --name.")
     most = None if memory is None else _bytes(memory)
-    owner = Owner(
+    owner = NodeConfig(
         name=known,
         data=data,
         state=state or Path(f"flexlora-{known}"),
-        budget=Budget(_rank(rank), most, seconds, _modules(modules)),
+        budget=Capacity(_rank(rank), most, seconds, _modules(modules)),
         columns=_columns(columns),
         rows_of=rows_of,
         model=model,

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Kinds(Generic[T]):
+class PluginFolder(Generic[T]):
     """The kinds of ``thing`` that stand in ``folder``; each file has one frozen dataclass of it.
 
     ``called`` is what errors call them: "server optimizer".

@@ -20,7 +20,7 @@ ATTENTIONS = (attention.NAME, "sdpa", "eager", "flash_attention_2")
 """The kernels that a server may ask for; transformers would fetch others from the hub."""
 
 
-class Terms(BaseModel):
+class RunSpec(BaseModel):
     """What the server tells every node once, as JSON; no path and no address is in it.
 
     ``run`` names the run. The method and the regulariser are those of the server, so that
@@ -51,9 +51,9 @@ class Terms(BaseModel):
         return compose.composed(self.method, self.server_optimizer, self.regularizer, self.training)
 
 
-def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> Terms:
+def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> RunSpec:
     """The terms of an experiment; ``limit`` has the largest rank by kind of module."""
-    return Terms(
+    return RunSpec(
         run=run,
         seed=settings.seed,
         model=settings.model,
@@ -69,14 +69,14 @@ def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> Terms:
     )
 
 
-def parse(text: str) -> Terms:
+def parse(text: str) -> RunSpec:
     """Terms from a server's JSON.
 
     Raises:
         ProtocolError: they are ill-formed, or name what this version does not have.
     """
     try:
-        found = Terms.model_validate_json(text, strict=True)
+        found = RunSpec.model_validate_json(text, strict=True)
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()[:5]

@@ -1,25 +1,33 @@
 """One run: its clients, its rounds, and the transports that reach the clients."""
 
-from flexlora.federation.client_store import Forgotten, Private
-from flexlora.federation.client_turn import Job, Workplace, turn
+from flexlora.federation.client_store import ClientStore, Forgotten
+from flexlora.federation.client_turn import ClientRuntime, TurnRequest, turn
 from flexlora.federation.compare import FILES, Outcome
 from flexlora.federation.population import Population
-from flexlora.federation.transport import Federation, Heard, Lost, News, Patience, Reply, Stray
+from flexlora.federation.transport import (
+    LateReply,
+    Lost,
+    Received,
+    Reply,
+    Transport,
+    TransportEvent,
+    WaitPolicy,
+)
 
 __all__ = [
     "FILES",
-    "Federation",
+    "ClientRuntime",
+    "ClientStore",
     "Forgotten",
-    "Heard",
-    "Job",
+    "LateReply",
     "Lost",
-    "News",
     "Outcome",
-    "Patience",
     "Population",
-    "Private",
+    "Received",
     "Reply",
-    "Stray",
-    "Workplace",
+    "Transport",
+    "TransportEvent",
+    "TurnRequest",
+    "WaitPolicy",
     "turn",
 ]

@@ -20,7 +20,7 @@ class Forgotten(FlexloraError):
 
 
 @dataclass(frozen=True)
-class Private:
+class ClientStore:
     """Files in ``folder``, each named by the round it is of, so that a round may be repeated.
 
     In a simulation all clients share one folder and, as every download brings its client up

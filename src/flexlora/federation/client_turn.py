@@ -10,12 +10,12 @@ import torch
 
 from flexlora import wire
 from flexlora.data import TokenStore
-from flexlora.federation.client_store import Private
+from flexlora.federation.client_store import ClientStore
 from flexlora.lowrank import Adapter
 from flexlora.method import Download, Fresh, Method, Upload, chosen_of, stacked
 from flexlora.model import Base
 from flexlora.seeds import rng
-from flexlora.training import Learner, Trained, Training, train_together
+from flexlora.training import ClientTask, Trained, Training, train_together
 
 FACTS = ("tokens", "computed", "steps", "loss_total", "loss_tokens", "seconds", "bytes_down")
 """What a turn tells the journal: totals, in tokens, steps, nats, seconds and bytes.
@@ -24,7 +24,7 @@ FACTS = ("tokens", "computed", "steps", "loss_total", "loss_tokens", "seconds", 
 
 
 @dataclass(frozen=True)
-class Job:
+class TurnRequest:
     """What the server asks of one client in one round.
 
     ``download`` is as it travels, or the file that holds it: then the adapter is read module
@@ -49,7 +49,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class ClientRuntime:
     """What a client's machine has: the base model, tokens, its rows, and the run's terms.
 
     ``private`` is where it keeps what never travels; None where a method keeps nothing.
@@ -62,23 +62,23 @@ class Workplace:
     training: Training
     wire_dtype: torch.dtype
     seed: int
-    private: Private | None = None
+    private: ClientStore | None = None
 
-    def fresh(self, job: Job) -> Fresh:
+    def fresh(self, job: TurnRequest) -> Fresh:
         """Where this job's fresh adapters come from."""
         return Fresh(self.base.shapes, self.seed, job.client, job.round)
 
-    def kept(self, job: Job) -> Adapter | None:
+    def kept(self, job: TurnRequest) -> Adapter | None:
         """What the job's client kept of its last turn."""
         return self.private.kept(job.client, job.round) if self.private else None
 
 
-def turn(job: Job, here: Workplace) -> bytes:
+def turn(job: TurnRequest, here: ClientRuntime) -> bytes:
     """One client's turn; see ``turns``."""
     return turns([job], here)[0]
 
 
-def turns(jobs: Sequence[Job], here: Workplace) -> list[bytes]:
+def turns(jobs: Sequence[TurnRequest], here: ClientRuntime) -> list[bytes]:
     """Train clients at the same time, each on its own rows; their uploads as they travel.
 
     All randomness is that of (seed, client, round). Precision is the wire's at both ends
@@ -113,7 +113,7 @@ class Probe:
     trained: Trained
 
 
-def _merged(jobs: Sequence[Job], here: Workplace) -> list[Adapter]:
+def _merged(jobs: Sequence[TurnRequest], here: ClientRuntime) -> list[Adapter]:
     """All that the clients' common base has merged, with what these downloads bring.
 
     Raises:
@@ -133,18 +133,22 @@ def _merged(jobs: Sequence[Job], here: Workplace) -> list[Adapter]:
     return here.private.merged(jobs[0].round)
 
 
-def _start(job: Job, here: Workplace, probe: Probe | None = None) -> Download:
+def _start(job: TurnRequest, here: ClientRuntime, probe: Probe | None = None) -> Download:
     """The job's download, completed on the client; of a probing method, cut to its choice."""
     start = here.method.receive(job.opened(), here.kept(job), here.fresh(job))
     return start if probe is None else chosen_of(start, probe.terms)
 
 
 def _learner(
-    job: Job, here: Workplace, start: Download, beside: Sequence[Adapter], turn: str = "client"
-) -> Learner:
+    job: TurnRequest,
+    here: ClientRuntime,
+    start: Download,
+    beside: Sequence[Adapter],
+    turn: str = "client",
+) -> ClientTask:
     """Who trains what; what the base has merged and cannot hold itself is seen beside it."""
     frozen = [*beside, *([] if start.rest is None else [start.rest])]
-    return Learner(
+    return ClientTask(
         f"client {job.client!r}",
         start.adapter,
         here.rows[job.client],
@@ -168,7 +172,9 @@ def _scale_ranks(start: Download) -> dict[str, int] | None:
     return {m: f.rank + start.rest[m].rank for m, f in start.adapter.items()}
 
 
-def _probed(jobs: Sequence[Job], here: Workplace, beside: Sequence[Adapter]) -> list[Probe | None]:
+def _probed(
+    jobs: Sequence[TurnRequest], here: ClientRuntime, beside: Sequence[Adapter]
+) -> list[Probe | None]:
     """What each client chooses to train, after an epoch on all it was handed."""
     starts = [_start(job, here) for job in jobs]
     learners = [
@@ -182,7 +188,7 @@ def _probed(jobs: Sequence[Job], here: Workplace, beside: Sequence[Adapter]) -> 
     ]
 
 
-def _upload(job: Job, here: Workplace, probe: Probe | None, trained: Trained) -> bytes:
+def _upload(job: TurnRequest, here: ClientRuntime, probe: Probe | None, trained: Trained) -> bytes:
     """What a client sends of its training; what it keeps goes to its own disk.
 
     Tokens and seconds are those of a probing epoch too; losses and steps are not.

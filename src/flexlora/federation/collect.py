@@ -13,9 +13,16 @@ from typing import Any
 from flexlora import wire
 from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.federation import checkpoint, sampling
-from flexlora.federation.client_turn import FACTS, Job
-from flexlora.federation.setup import Ready
-from flexlora.federation.transport import Federation, Lost, News, Patience, Reply, Stray
+from flexlora.federation.client_turn import FACTS, TurnRequest
+from flexlora.federation.setup import PreparedRun
+from flexlora.federation.transport import (
+    LateReply,
+    Lost,
+    Reply,
+    Transport,
+    TransportEvent,
+    WaitPolicy,
+)
 from flexlora.journal import Event, Record
 from flexlora.method import Draw, State, Upload, averaging
 from flexlora.seeds import rng
@@ -23,11 +30,11 @@ from flexlora.wire import validate
 
 
 @dataclass
-class Asking:
+class Collector:
     """The asking of one round: who was asked, and what came back that is of use."""
 
-    ready: Ready
-    federation: Federation
+    ready: PreparedRun
+    federation: Transport
     number: int
     state: State
     spool: Path
@@ -61,11 +68,11 @@ class Asking:
             "resuming the run."
         )
 
-    def _recorded(self, found: Upload | Lost | Stray | News, record: Record) -> Event:
+    def _recorded(self, found: Upload | Lost | LateReply | TransportEvent, record: Record) -> Event:
         if isinstance(found, Upload):
             self.uploads[found.client] = found
             return record.append("client", **facts_of(found, self.ready))
-        if isinstance(found, News):
+        if isinstance(found, TransportEvent):
             return record.append(found.event, round=self.number, **found.facts)
         if isinstance(found, Lost) and found.forgot:
             self.state = averaging.forgotten(self.state, found.client)
@@ -85,7 +92,7 @@ class Asking:
         self.asked |= set(cohort)
         return cohort
 
-    def _received(self, cohort: list[str]) -> Iterator[Upload | Lost | Stray | News]:
+    def _received(self, cohort: list[str]) -> Iterator[Upload | Lost | LateReply | TransportEvent]:
         """The uploads of a cohort: those already on the disk, then the others' as they come.
 
         Every upload is written to the disk before it is looked at, so that none is trained
@@ -105,11 +112,11 @@ class Asking:
 
         seconds = self.ready.experiment.federation.deadline_seconds
         asked = jobs(self.ready, self.number, self.state, tuple(waiting), self.spool / "downloads")
-        for reply in self.federation.exchange(asked, Patience(seconds, self._enough)):
-            if isinstance(reply, Stray | News):
+        for reply in self.federation.exchange(asked, WaitPolicy(seconds, self._enough)):
+            if isinstance(reply, LateReply | TransportEvent):
                 yield reply
             elif reply.client not in waiting:
-                yield Stray(reply.client, "It was not asked, or had answered already.")
+                yield LateReply(reply.client, "It was not asked, or had answered already.")
             else:
                 waiting.remove(reply.client)
                 yield reply if isinstance(reply, Lost) else self._kept(reply)
@@ -145,8 +152,8 @@ class Asking:
 
 
 def jobs(
-    ready: Ready, number: int, state: State, clients: Sequence[str], folder: Path
-) -> Iterator[Job]:
+    ready: PreparedRun, number: int, state: State, clients: Sequence[str], folder: Path
+) -> Iterator[TurnRequest]:
     """The jobs of these clients, made one at a time, when they are asked for.
 
     Where a method hands out by rank alone, a download is made once for all clients of the
@@ -160,7 +167,7 @@ def jobs(
         return wire.encode_download(download, ready.wire_dtype, ready.method.sparse)
 
     if not ready.method.by_rank_alone:
-        yield from (Job(id, number, made(id)) for id in clients)
+        yield from (TurnRequest(id, number, made(id)) for id in clients)
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -170,15 +177,15 @@ def jobs(
         if kind not in files:
             files[kind] = folder / f"{len(files)}.safetensors"
             files[kind].write_bytes(made(id))
-        yield Job(id, number, files[kind])
+        yield TurnRequest(id, number, files[kind])
 
 
-def draw(ready: Ready, number: int) -> Draw:
+def draw(ready: PreparedRun, number: int) -> Draw:
     """The randomness of a round's handouts."""
     return lambda name: rng(ready.experiment.seed, "handout", number, name)
 
 
-def facts_of(upload: Upload, ready: Ready) -> dict[str, Any]:
+def facts_of(upload: Upload, ready: PreparedRun) -> dict[str, Any]:
     """What the journal says of a client's turn."""
     facts = {name: upload.facts[name] for name in (*FACTS, "bytes_up")}
     return {

@@ -23,7 +23,7 @@ from flexlora.data import Corpus
 from flexlora.data.corpora import hub, procedural
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.federation import checkpoint, compose, rounds, setup
-from flexlora.federation.setup import Ready
+from flexlora.federation.setup import PreparedRun
 from flexlora.journal import Event, Record
 from flexlora.model import Base
 
@@ -163,7 +163,7 @@ def _run(
     return Outcome(cell, "finished")
 
 
-def _watched(cell: Cell, ready: Ready, watch: Watch) -> None:
+def _watched(cell: Cell, ready: PreparedRun, watch: Watch) -> None:
     begun = _begun(cell.folder)
     if not begun:
         cell.folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 from flexlora import config, methods
 from flexlora.config import Experiment
 from flexlora.errors import ConfigError
-from flexlora.method import Method, Optimized, regularizers, server_optimizers
+from flexlora.method import Method, WithServerOptimizer, regularizers, server_optimizers
 from flexlora.training import Training
 
 
@@ -61,7 +61,7 @@ def composed(
     options = {key: value for key, value in method.items() if key != "name"}
     made = methods.make(str(method.get("name")), options)
     if server_optimizer is not None:
-        made = Optimized(made, server_optimizers.make(dict(server_optimizer)))
+        made = WithServerOptimizer(made, server_optimizers.make(dict(server_optimizer)))
     if regularizer is not None:
         made = regularizers.make(dict(regularizer)).around(made, training)
     return made

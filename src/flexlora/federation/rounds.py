@@ -24,11 +24,11 @@ from flexlora.errors import ProtocolError
 from flexlora.evaluation import evaluate_each
 from flexlora.federation import checkpoint
 from flexlora.federation.checkpoint import Checkpoint
-from flexlora.federation.client_store import Private
-from flexlora.federation.collect import Asking, draw, facts_of
-from flexlora.federation.setup import Ready
-from flexlora.federation.simulated import Simulated
-from flexlora.federation.transport import Aggregating, Federation
+from flexlora.federation.client_store import ClientStore
+from flexlora.federation.collect import Collector, draw, facts_of
+from flexlora.federation.setup import PreparedRun
+from flexlora.federation.simulated import SimulatedTransport
+from flexlora.federation.transport import Aggregating, Transport
 from flexlora.journal import Event, Record
 from flexlora.lowrank import Adapter, Factors, LowRankSum, norm
 from flexlora.method import Client, Fresh, State, Upload
@@ -42,7 +42,7 @@ SPECTRA = 6
 
 
 def run(
-    ready: Ready, folder: Path, federation: Federation | None = None, resume: bool = False
+    ready: PreparedRun, folder: Path, federation: Transport | None = None, resume: bool = False
 ) -> Iterator[Event]:
     """Run the federation in ``folder``, yielding every event as it enters the journal.
 
@@ -61,7 +61,7 @@ def run(
 
 
 def _run(
-    ready: Ready, folder: Path, federation: Federation | None, resume: bool
+    ready: PreparedRun, folder: Path, federation: Transport | None, resume: bool
 ) -> Iterator[Event]:
     started = time.perf_counter()
     record = Record(folder)
@@ -84,8 +84,8 @@ def _run(
         start = ready.method.start
         point = checkpoint.save(folder, 0, 0, start(ready.fresh()), identity, together)
     if federation is None:
-        here = replace(ready.workplace, private=Private(folder / PRIVATE))
-        federation = Simulated(here, point.together)
+        here = replace(ready.workplace, private=ClientStore(folder / PRIVATE))
+        federation = SimulatedTransport(here, point.together)
     facts = _start_facts(ready, resume)
     yield record.append("start", **facts, clients_at_once=federation.together)
     if point.round == 0 and experiment.evaluation.base:
@@ -101,13 +101,13 @@ def _run(
 
 
 def _round(
-    record: Record, ready: Ready, federation: Federation, number: int, point: Checkpoint
+    record: Record, ready: PreparedRun, federation: Transport, number: int, point: Checkpoint
 ) -> Generator[Event, None, Checkpoint]:
     """One round, from the picking of its clients to the checkpoint after it."""
     started, folder = time.perf_counter(), record.folder
     spool = folder / f"uploads-{number:05d}"
     spool.mkdir(exist_ok=True)
-    asking = Asking(ready, federation, number, point.state, spool)
+    asking = Collector(ready, federation, number, point.state, spool)
     yield from asking.events(record)
     aggregating = time.perf_counter()
     in_order = [asking.uploads[id] for id in ready.clients if id in asking.uploads]
@@ -135,7 +135,7 @@ def _round(
 
 
 def _aggregated(
-    ready: Ready, federation: Federation, state: State, uploads: Sequence[Upload]
+    ready: PreparedRun, federation: Transport, state: State, uploads: Sequence[Upload]
 ) -> State:
     """The next state, with the help of workers where the federation has any for it.
 
@@ -149,7 +149,7 @@ def _aggregated(
     return ready.method.aggregate(state, uploads)
 
 
-def _together(ready: Ready) -> int:
+def _together(ready: PreparedRun) -> int:
     """How many clients train at a time in this process: as the config says, or measured."""
     here, shapes = ready.workplace, ready.base.shapes
     return ready.experiment.run.clients_at_once or clients_at_once(
@@ -183,7 +183,7 @@ def _totals(clients: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: sum(client[key] for client in clients) for key in keys}
 
 
-def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
+def _spectrum(ready: PreparedRun, adapter: Adapter, state: State) -> dict[str, Any]:
     """How the global adapter's energy lies in the blocks between the clients' ranks.
 
     The last block is what the aggregate held beyond the largest rank, and so lost. Modules
@@ -208,7 +208,7 @@ def _spectrum(ready: Ready, adapter: Adapter, state: State) -> dict[str, Any]:
 
 
 def _evaluations(
-    record: Record, ready: Ready, number: int, adapter: Adapter, state: State
+    record: Record, ready: PreparedRun, number: int, adapter: Adapter, state: State
 ) -> Iterator[Event]:
     """The global adapter when it is its turn; at the end also cut to each rank type.
 
@@ -230,7 +230,7 @@ def _evaluations(
 
 
 def _evaluated(
-    record: Record, ready: Ready, number: int, adapters: Mapping[str, Mapping[str, Factors]]
+    record: Record, ready: PreparedRun, number: int, adapters: Mapping[str, Mapping[str, Factors]]
 ) -> Iterator[Event]:
     """These adapters side by side; each event has an equal part of the seconds."""
     if not ready.questions or not adapters:
@@ -243,10 +243,12 @@ def _evaluated(
         yield record.append("evaluation", round=number, adapter=name, seconds=seconds, clients=rows)
 
 
-def _evaluated_at_home(record: Record, ready: Ready, number: int, state: State) -> Iterator[Event]:
+def _evaluated_at_home(
+    record: Record, ready: PreparedRun, number: int, state: State
+) -> Iterator[Event]:
     """Every client's questions answered by its own model; one event, as of a global one."""
     started = time.perf_counter()
-    private, rows = Private(record.folder / PRIVATE), []
+    private, rows = ClientStore(record.folder / PRIVATE), []
     asked = itertools.groupby(ready.questions, lambda question: question.client)
     for id, questions in asked:
         ranks = ready.clients[id].ranks if id in ready.clients else ready.largest
@@ -268,12 +270,12 @@ def adapter_folder(folder: Path, number: int) -> Path:
     return folder / "rounds" / f"{number:05d}" / "adapter"
 
 
-def _export(ready: Ready, adapter: Adapter, target: Path) -> None:
+def _export(ready: PreparedRun, adapter: Adapter, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     peft_format.write(adapter, target, base_model=ready.base.published, replace=True)
 
 
-def _start_facts(ready: Ready, resume: bool) -> dict[str, Any]:
+def _start_facts(ready: PreparedRun, resume: bool) -> dict[str, Any]:
     types = ready.clients.kinds
     shapes = ready.shapes
     return {

@@ -23,7 +23,7 @@ from flexlora.data import Corpus, Prompt, TokenStore, named
 from flexlora.errors import ConfigError
 from flexlora.evaluation import Question
 from flexlora.federation import client_data
-from flexlora.federation.client_turn import Workplace
+from flexlora.federation.client_turn import ClientRuntime
 from flexlora.federation.compose import method_of
 from flexlora.federation.population import Clients, Population
 from flexlora.lowrank import Adapter
@@ -37,7 +37,7 @@ from flexlora.seeds import rng
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRun:
     """Everything a run needs in memory.
 
     ``largest`` is the largest rank of any client by module, and ``place`` where they train: None
@@ -50,12 +50,12 @@ class Ready:
     clients: Population
     largest: Mapping[str, int]
     unseen: Sequence[str]
-    place: Workplace | None
+    place: ClientRuntime | None
     questions: Sequence[Question]
     prompt: Prompt
 
     @property
-    def workplace(self) -> Workplace:
+    def workplace(self) -> ClientRuntime:
         """Where clients train in this process.
 
         Raises:
@@ -93,7 +93,7 @@ def prepare(
     corpus: Corpus | None = None,
     train: bool = True,
     base: Base | None = None,
-) -> Ready:
+) -> PreparedRun:
     """Read the data, load the model and assign the ranks; any fault is found here.
 
     ``corpus`` replaces the one that the config names; ``base`` is the config's model, if it
@@ -126,7 +126,7 @@ def prepare(
             )
     encoded = corpus if train else corpus.select([])
     store = TokenStore.build(encoded, base.tokenizer, data.prompt, data.max_tokens, cache)
-    workplace = Workplace(
+    workplace = ClientRuntime(
         base=base,
         store=store,
         rows=rows,
@@ -136,7 +136,7 @@ def prepare(
         seed=experiment.seed,
     )
     clients = Clients(rows, assignment.of, by_type)
-    return Ready(
+    return PreparedRun(
         experiment=experiment,
         base=base,
         method=method,
@@ -151,7 +151,7 @@ def prepare(
 
 def served(
     experiment: Experiment, base: Base, clients: Population, largest: Mapping[str, int]
-) -> Ready:
+) -> PreparedRun:
     """The server's side of a run whose clients are real: no row of theirs is here.
 
     The config's data, if it has any, is the server's own and serves evaluation alone.
@@ -160,7 +160,7 @@ def served(
         ConfigError: the data or the combination of choices cannot be used.
     """
     method = method_of(experiment)
-    return Ready(
+    return PreparedRun(
         experiment=experiment,
         base=base,
         # Who will come with which modules is not known.

@@ -13,25 +13,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from flexlora.federation.client_turn import Job, Workplace, turns
-from flexlora.federation.transport import Lost, Patience, Reply
+from flexlora.federation.client_turn import ClientRuntime, TurnRequest, turns
+from flexlora.federation.transport import Lost, Reply, WaitPolicy
 
 _LARGE_BYTES: Final = 2**25
 """Downloads whose training leaves holes worth closing; for less the time is worth more."""
 
 
 @dataclass(frozen=True)
-class Simulated:
+class SimulatedTransport:
     """A federation in process. An error in a turn is a fault to see, not a lost client."""
 
-    here: Workplace
+    here: ClientRuntime
     together: int = 1
 
     def present(self, clients: Collection[str]) -> list[str]:
         """All of them."""
         return list(clients)
 
-    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost]:
+    def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Reply | Lost]:
         """The replies in the order of the jobs, ``together`` of which are trained at a time.
 
         Those whose turn has not begun when the time is over are lost.
@@ -60,7 +60,7 @@ class Simulated:
                     yield Reply(group[-len(uploads)].client, uploads.pop(0))
 
 
-def _on_disk(job: Job, file: Path) -> Job:
+def _on_disk(job: TurnRequest, file: Path) -> TurnRequest:
     """The job with its download in a file: a turn of rank 200 needs the memory for itself."""
     if isinstance(job.download, Path):
         return job

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.method import Method, State, Upload
 
 
@@ -28,7 +28,7 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Stray:
+class LateReply:
     """An answer that nobody waits for any more: one that came late, or twice."""
 
     client: str
@@ -36,19 +36,19 @@ class Stray:
 
 
 @dataclass(frozen=True)
-class News:
+class TransportEvent:
     """What happens among real clients, for the journal: an event's name and its facts."""
 
     event: str
     facts: Mapping[str, Any]
 
 
-Heard = Reply | Lost | Stray | News
+Received = Reply | Lost | LateReply | TransportEvent
 """What an exchange tells."""
 
 
 @dataclass(frozen=True)
-class Patience:
+class WaitPolicy:
     """How long a round waits: until so many seconds are over, or until it has ``enough``.
 
     ``seconds`` None is for ever. Who is not waited for any more is lost to the round.
@@ -58,7 +58,7 @@ class Patience:
     enough: Callable[[], bool] = lambda: False
 
 
-class Federation(Protocol):
+class Transport(Protocol):
     """Carries jobs to clients and replies back."""
 
     @property
@@ -70,7 +70,7 @@ class Federation(Protocol):
         """Those of these clients that can be asked now, in their order."""
         ...
 
-    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Heard]:
+    def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Received]:
         """One reply or loss for each job, as they arrive, in any order.
 
         Jobs are drawn when there is somebody to take them, so that not all downloads of a

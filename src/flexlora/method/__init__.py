@@ -36,7 +36,7 @@ from flexlora.method.interface import (
     at_ranks,
 )
 from flexlora.method.mixed_modules import targeted
-from flexlora.method.server_optimizer import Optimized
+from flexlora.method.server_optimizer import WithServerOptimizer
 
 __all__ = [
     "Client",
@@ -46,11 +46,11 @@ __all__ = [
     "Expected",
     "Fresh",
     "Method",
-    "Optimized",
     "State",
     "Upload",
     "Weighted",
     "Weights",
+    "WithServerOptimizer",
     "at_ranks",
     "chosen_of",
     "drawn_terms",

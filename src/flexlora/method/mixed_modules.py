@@ -16,12 +16,12 @@ from flexlora.errors import ConfigError
 from flexlora.method import partial_step
 from flexlora.method.averaging import log, unmerged
 from flexlora.method.interface import Client, Download, Draw, Expected, Method, State, Upload
-from flexlora.method.wrapper import Wrapping
+from flexlora.method.wrapper import MethodWrapper
 from flexlora.model import kind
 
 
 @dataclass(frozen=True)
-class Targeted(Wrapping):
+class MixedModules(MethodWrapper):
     """A method among clients whose ``ranks`` name some of the modules only."""
 
     def handout(self, state: State, client: Client, draw: Draw) -> Download:
@@ -49,7 +49,7 @@ class Targeted(Wrapping):
         return partial_step.joined(state, found)
 
 
-def targeted(method: Method) -> Targeted:
+def targeted(method: Method) -> MixedModules:
     """The method for clients that train different modules.
 
     Raises:
@@ -61,7 +61,7 @@ def targeted(method: Method) -> Targeted:
             "of them; give every rank type an attention and a feed_forward rank of at least 1, or "
             "use a method such as 'flexlora'."
         )
-    return Targeted(method)
+    return MixedModules(method)
 
 
 def _by_kind(modules: Sequence[str]) -> list[list[str]]:

@@ -20,7 +20,7 @@ from flexlora.errors import ConfigError
 from flexlora.lowrank import LowRankSum
 from flexlora.method.averaging import Decomposing, Weighted
 from flexlora.method.interface import Method, State, Upload
-from flexlora.method.wrapper import Wrapping
+from flexlora.method.wrapper import MethodWrapper
 
 MOMENTUM, MOMENTS = "momentum", "second_moments"
 
@@ -53,7 +53,7 @@ class ServerOptimizer(ABC):
 
 
 @dataclass(frozen=True)
-class Optimized(Wrapping):
+class WithServerOptimizer(MethodWrapper):
     """A method whose aggregate is not the next model, but says which way it lies.
 
     Raises:
@@ -63,7 +63,7 @@ class Optimized(Wrapping):
     optimizer: ServerOptimizer
 
     def __post_init__(self) -> None:
-        Wrapping.__post_init__(self)
+        MethodWrapper.__post_init__(self)
         inner, optimizer = self.method, self.optimizer
         if not inner.product:
             raise ConfigError(

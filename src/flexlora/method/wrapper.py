@@ -12,7 +12,7 @@ from flexlora.method.interface import Client, Download, Draw, Expected, Fresh, M
 
 
 @dataclass(frozen=True)
-class Wrapping(Method):
+class MethodWrapper(Method):
     """Hands every decision to ``method``; a kind changes those it is about, and no others.
 
     What a method declares of itself is what the inner one declares.

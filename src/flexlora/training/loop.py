@@ -29,7 +29,7 @@ Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Learner:
+class ClientTask:
     """What one client brings: an adapter, its rows of the store, and its randomness.
 
     ``name`` is for errors. ``penalty`` adds a term to its loss at every step. Of ``adapter``
@@ -70,7 +70,7 @@ class Trained:
 
 
 def train(
-    base: Base, learner: Learner, store: TokenStore, settings: Training, round: int = 1
+    base: Base, learner: ClientTask, store: TokenStore, settings: Training, round: int = 1
 ) -> Trained:
     """Train one client alone; see ``train_together``."""
     return train_together(base, [learner], store, settings, round)[0]
@@ -78,7 +78,7 @@ def train(
 
 def train_together(
     base: Base,
-    learners: Sequence[Learner],
+    learners: Sequence[ClientTask],
     store: TokenStore,
     settings: Training,
     round: int = 1,
@@ -111,7 +111,7 @@ def train_together(
 class _Seat:
     """One client in training. ``losses`` are those of the step so far, not yet asked for."""
 
-    learner: Learner
+    learner: ClientTask
     flat: FlatAdapter | FormedAdapter
     optimizer: torch.optim.Optimizer
     plan: list[list[int]]
@@ -121,7 +121,7 @@ class _Seat:
     computed: int = 0
 
     @classmethod
-    def of(cls, learner: Learner, base: Base, settings: Training) -> _Seat:
+    def of(cls, learner: ClientTask, base: Base, settings: Training) -> _Seat:
         if len(learner.rows) == 0:
             raise DataError(f"{learner.name} has no rows to train on.")
         flat = _flat(learner, base, settings)
@@ -166,7 +166,7 @@ class _Seat:
         )
 
 
-def _flat(learner: Learner, base: Base, settings: Training) -> FlatAdapter | FormedAdapter:
+def _flat(learner: ClientTask, base: Base, settings: Training) -> FlatAdapter | FormedAdapter:
     """What the optimiser works on: the factors, or the parameters that they are made of."""
     if learner.form is not None:
         return FormedAdapter.of(learner.form, base.device, learner.rest)
@@ -180,7 +180,7 @@ def _flat(learner: Learner, base: Base, settings: Training) -> FlatAdapter | For
     )
 
 
-def _plan(learner: Learner, settings: Training) -> list[list[int]]:
+def _plan(learner: ClientTask, settings: Training) -> list[list[int]]:
     """The rows of each optimiser step of the turn."""
     plan: list[list[int]] = []
     for _ in range(settings.epochs):

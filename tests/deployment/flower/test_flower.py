@@ -23,10 +23,10 @@ from flexlora.config.ranks import RankType
 from flexlora.deployment.flower import records
 from flexlora.deployment.flower.grid import Flower
 from flexlora.deployment.server import server_run
-from flexlora.deployment.server.registry import ARRIVALS, Limit, Roll
+from flexlora.deployment.server.registry import ARRIVALS, ClientRegistry, RankLimits
 from flexlora.federation import checkpoint, rounds, setup
-from flexlora.federation.client_turn import Job
-from flexlora.federation.transport import Lost, News, Patience, Reply, Stray
+from flexlora.federation.client_turn import TurnRequest
+from flexlora.federation.transport import LateReply, Lost, Reply, TransportEvent, WaitPolicy
 from flexlora.journal.record import Record
 from flexlora.peft_format import WEIGHTS
 from support import flower, models
@@ -360,7 +360,9 @@ def client(number: int, name: str, says=None, **more) -> flower.Scripted:
 def federation(folder: Path, *nodes, quorum=None, **options) -> Flower:
     """These nodes, enrolled."""
     grid = flower.FakeGrid({node.number: node for node in nodes})
-    roll = Roll(folder, Limit(RankType(5, 5), {}), ["m.self_attn.q_proj"], **{"bound": False})
+    roll = ClientRegistry(
+        folder, RankLimits(RankType(5, 5), {}), ["m.self_attn.q_proj"], **{"bound": False}
+    )
     online = sum(node.online for node in nodes)
     made = Flower(grid, roll, "{}", online if quorum is None else quorum, 0.001, **options)
     made.gather(made.quorum)
@@ -368,16 +370,16 @@ def federation(folder: Path, *nodes, quorum=None, **options) -> Flower:
 
 
 def heard(made: Flower, *clients, round=1, patience=None, download=b"download") -> list:
-    jobs = [Job(name, round, download) for name in clients]
-    return list(made.exchange(jobs, patience or Patience()))
+    jobs = [TurnRequest(name, round, download) for name in clients]
+    return list(made.exchange(jobs, patience or WaitPolicy()))
 
 
 def answers(events: list) -> list:
-    return [event for event in events if not isinstance(event, News)]
+    return [event for event in events if not isinstance(event, TransportEvent)]
 
 
 def news(events: list, kind: str) -> list[dict]:
-    return [dict(e.facts) for e in events if isinstance(e, News) and e.event == kind]
+    return [dict(e.facts) for e in events if isinstance(e, TransportEvent) and e.event == kind]
 
 
 @pytest.fixture
@@ -467,8 +469,8 @@ def test_downloads_of_equal_rank_are_one_record(three, tmp_path):
     (tmp_path / "small").write_bytes(b"rank 2")
     (tmp_path / "large").write_bytes(b"rank 5")
     files = {"ash": "small", "birch": "large", "cedar": "small"}
-    jobs = [Job(name, 1, tmp_path / file) for name, file in files.items()]
-    list(three.exchange(jobs, Patience()))
+    jobs = [TurnRequest(name, 1, tmp_path / file) for name, file in files.items()]
+    list(three.exchange(jobs, WaitPolicy()))
     held = [m.content["flexlora.payload"] for m in three.grid.pushed[-3:]]
     assert held[0] is held[2] and held[0] is not held[1]
     assert [h["flexlora"].data for h in held] == [b"rank 2", b"rank 5", b"rank 2"]
@@ -476,7 +478,7 @@ def test_downloads_of_equal_rank_are_one_record(three, tmp_path):
 
 
 def test_messages_go_out_as_flower_needs_them(three):
-    heard(three, "ash", round=12, patience=Patience(30.0))
+    heard(three, "ash", round=12, patience=WaitPolicy(30.0))
     enrol, turn = three.grid.pushed[0], three.grid.pushed[-1]
     assert (enrol.metadata.message_type, turn.metadata.message_type) == ("query", "train")
     assert turn.metadata.group_id == "12" and turn.metadata.dst_node_id == 2**63
@@ -616,11 +618,11 @@ def test_downloads_that_are_handed_out_are_not_held(three):
     def jobs():
         for number, name in enumerate(("ash", "birch", "cedar")):
             held.append(number + 3)
-            yield Job(name, 1, Weighed(number + 3))
+            yield TurnRequest(name, 1, Weighed(number + 3))
             assert len(held) <= 2
 
     three.grid.pushed, three.grid.waiting = _Nothing(), _Sent()
-    list(three.exchange(jobs(), Patience()))
+    list(three.exchange(jobs(), WaitPolicy()))
     assert len(held) <= 1
 
 
@@ -653,7 +655,7 @@ def test_who_does_not_answer_in_time_is_lost(three):
     # Looked at before and after: an answer that is there when the time is over still counts.
     three.poll_seconds = 0.05
     started = time.monotonic()
-    found = answers(heard(three, "birch", "ash", patience=Patience(0.2)))
+    found = answers(heard(three, "birch", "ash", patience=WaitPolicy(0.2)))
     assert found == [Reply("birch", b"birch"), Lost("ash", "It did not answer within 0.2 s.")]
     assert 0.2 <= time.monotonic() - started < 5
 
@@ -661,19 +663,19 @@ def test_who_does_not_answer_in_time_is_lost(three):
 def test_with_enough_the_others_are_not_waited_for(three):
     three.grid.spoil = waits(2**63 + 2)
     found = []
-    jobs = [Job(name, 1, b"") for name in ("ash", "birch", "cedar")]
-    for event in three.exchange(jobs, Patience(None, lambda: len(answers(found)) == 2)):
+    jobs = [TurnRequest(name, 1, b"") for name in ("ash", "birch", "cedar")]
+    for event in three.exchange(jobs, WaitPolicy(None, lambda: len(answers(found)) == 2)):
         found.append(event)
     assert answers(found) == [Reply("ash", b"ash"), Reply("birch", b"birch")]
     three.grid.spoil = None
     late = answers(heard(three, "ash", "cedar", round=2))
-    stray = Stray("cedar", "It answers an earlier request, for round 1.")
+    stray = LateReply("cedar", "It answers an earlier request, for round 1.")
     assert stray in late and Reply("cedar", b"cedar") in late and len(late) == 3
 
 
 def test_a_late_answer_of_the_same_round_is_taken_by_the_next_attempt(three):
     three.grid.spoil = waits(2**63)
-    heard(three, "ash", patience=Patience(0.01))
+    heard(three, "ash", patience=WaitPolicy(0.01))
     first = three.grid.pushed[-1].metadata.message_id
 
     def slow(message, node):
@@ -687,25 +689,25 @@ def test_a_late_answer_of_the_same_round_is_taken_by_the_next_attempt(three):
     assert sorted(found, key=str) == [
         Reply("ash", b"ash"),
         Reply("birch", b"birch"),
-        Stray("ash", "It answers an earlier request, for round 1."),
+        LateReply("ash", "It answers an earlier request, for round 1."),
     ]
 
 
 def test_a_late_answer_of_an_earlier_round_is_not_taken_for_this_one(three):
     three.grid.spoil = waits(2**63)
-    heard(three, "ash", patience=Patience(0.01))
+    heard(three, "ash", patience=WaitPolicy(0.01))
     three.grid.spoil = None
     three.grid.nodes[2**63].says = lambda header, payload: ({}, b"%d" % header["round"])
     found = answers(heard(three, "ash", round=2))
     assert sorted(found, key=str) == [
         Reply("ash", b"2"),
-        Stray("ash", "It answers an earlier request, for round 1."),
+        LateReply("ash", "It answers an earlier request, for round 1."),
     ]
 
 
 def test_a_late_error_does_not_cost_the_next_attempt(three):
     three.grid.spoil = waits(2**63)
-    heard(three, "ash", patience=Patience(0.01))
+    heard(three, "ash", patience=WaitPolicy(0.01))
     first = three.grid.pushed[-1].metadata.message_id
 
     def spoil(message, node):
@@ -714,7 +716,7 @@ def test_a_late_error_does_not_cost_the_next_attempt(three):
 
     three.grid.spoil = spoil
     found = answers(heard(three, "ash"))
-    assert {type(event) for event in found} == {Stray, Reply}
+    assert {type(event) for event in found} == {LateReply, Reply}
 
 
 # Who is let in while it goes on

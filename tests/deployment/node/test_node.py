@@ -17,8 +17,8 @@ from flexlora.data.corpora import table
 from flexlora.data.corpus import Corpus
 from flexlora.deployment import run_spec
 from flexlora.deployment.node import node
-from flexlora.deployment.node.capacity import Budget
-from flexlora.deployment.node.node import Node, Owner, training_rows
+from flexlora.deployment.node.capacity import Capacity
+from flexlora.deployment.node.node import Node, NodeConfig, training_rows
 from flexlora.federation import checkpoint
 from flexlora.federation.client_turn import FACTS
 from flexlora.lowrank.factors import Adapter, Factors
@@ -54,9 +54,9 @@ def quick(monkeypatch, loaded):
     models.load_once(monkeypatch, loaded)
 
 
-def owner(folder: Path, state: Path, **changes) -> Owner:
-    usual = {"budget": Budget(RANK), "model": str(folder / "model")}
-    return Owner(NAME, folder / "mine.jsonl", state, **{**usual, **changes})
+def owner(folder: Path, state: Path, **changes) -> NodeConfig:
+    usual = {"budget": Capacity(RANK), "model": str(folder / "model")}
+    return NodeConfig(NAME, folder / "mine.jsonl", state, **{**usual, **changes})
 
 
 def settings(folder: Path, method: str = "flexlora", **changes) -> Experiment:
@@ -167,7 +167,7 @@ def test_a_node_says_who_it_is_and_what_it_can_do(server, here):
 
 
 def test_a_rank_is_within_the_servers_limit(folder, tmp_path):
-    most = Node(owner(folder, tmp_path / "state", budget=Budget(99)))
+    most = Node(owner(folder, tmp_path / "state", budget=Capacity(99)))
     said = Server(tmp_path, settings(folder)).enrolled(most)
     assert (said["attention"], said["feed_forward"]) == (5, 5)
 
@@ -387,7 +387,7 @@ def test_a_rank_above_the_owners_means_is_refused_where_it_is_all_that_travels(f
 
 
 def test_modules_that_the_owner_leaves_out_are_not_trained(folder, tmp_path, server, turns):
-    budget = Budget(RANK, modules="feed_forward")
+    budget = Capacity(RANK, modules="feed_forward")
     here = Node(owner(folder, tmp_path / "state", budget=budget))
     assert server.enrolled(here)["attention"] == 0
     said, _ = here.answer(server.header(1), server.download(1))
@@ -516,7 +516,7 @@ def row(number: int, **more) -> dict:
 
 def rows_of(data: Path, **options) -> list[str]:
     """The inputs of the rows that an owner of this file would train on."""
-    return texts(training_rows(Owner("mine", data, data.parent, **options)), "input")
+    return texts(training_rows(NodeConfig("mine", data, data.parent, **options)), "input")
 
 
 def texts(corpus: Corpus, column: str) -> list[str]:
@@ -533,7 +533,7 @@ def test_what_may_be_missing(tmp_path):
     (tmp_path / "a.csv").write_text("output\nred\nblue\n")
     (tmp_path / "a.json").write_text('[{"output": "red"}, {"output": "blue"}]')
     for suffix in ("jsonl", "csv", "json"):
-        corpus = training_rows(Owner("mine", tmp_path / f"a.{suffix}", tmp_path))
+        corpus = training_rows(NodeConfig("mine", tmp_path / f"a.{suffix}", tmp_path))
         assert texts(corpus, "output") == ["red", "blue"]
         assert texts(corpus, "input") == texts(corpus, "instruction") == ["", ""]
 
@@ -546,7 +546,7 @@ def test_an_output_may_not_be_missing(tmp_path):
 def test_columns_may_have_other_names(tmp_path):
     data = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b", "input": "not this"}])
     columns = table.Columns("question", None, "answer", None, None, None, None)
-    corpus = training_rows(Owner("mine", data, tmp_path, columns=columns))
+    corpus = training_rows(NodeConfig("mine", data, tmp_path, columns=columns))
     assert texts(corpus, "output") == ["b"] and texts(corpus, "input") == [""]
 
 

@@ -6,7 +6,14 @@ import pytest
 
 from flexlora.config.experiment import Ranks
 from flexlora.config.ranks import RankType
-from flexlora.deployment.server.registry import FILE, MOST_EXAMPLES, NODES, Entry, Limit, Roll
+from flexlora.deployment.server.registry import (
+    FILE,
+    MOST_EXAMPLES,
+    NODES,
+    ClientInfo,
+    ClientRegistry,
+    RankLimits,
+)
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
 NODE = 2**63 + 11
@@ -19,13 +26,13 @@ def said(client="clinic", **changes):
     return {"client": client, **usual, "tokens_per_second": 170.5, "kept": False, **changes}
 
 
-def roll(folder, limit=None, **options) -> Roll:
-    limit = Limit(RankType(8, 8), {}) if limit is None else limit
-    return Roll(folder, limit, MODULES, **{"bound": False, **options})
+def roll(folder, limit=None, **options) -> ClientRegistry:
+    limit = RankLimits(RankType(8, 8), {}) if limit is None else limit
+    return ClientRegistry(folder, limit, MODULES, **{"bound": False, **options})
 
 
-def limit(**section) -> Limit:
-    return Limit.of(Ranks.model_validate(section))
+def limit(**section) -> RankLimits:
+    return RankLimits.of(Ranks.model_validate(section))
 
 
 TYPES = {"wide": {"attention": 3, "feed_forward": 7}, "small": {"attention": 2, "feed_forward": 2}}
@@ -34,7 +41,7 @@ TYPES = {"wide": {"attention": 3, "feed_forward": 7}, "small": {"attention": 2, 
 def test_a_client_is_written_down_with_what_it_says(tmp_path):
     clients = roll(tmp_path)
     name, entry = clients.admit(said(), NODE)
-    assert name == "clinic" and entry == Entry(NODE, 5, 5, 13, "cpu", 170.5)
+    assert name == "clinic" and entry == ClientInfo(NODE, 5, 5, 13, "cpu", 170.5)
     assert list(clients) == ["clinic"] and len(clients) == 1
     found = clients["clinic"]
     assert (found.id, found.rank_type, found.examples) == ("clinic", "r5", 13)
@@ -59,7 +66,7 @@ def test_clients_are_in_the_order_of_their_names_whenever_they_came(tmp_path):
     ],
 )
 def test_a_rank_is_within_both_limits(tmp_path, own, most, given, kind):
-    clients = roll(tmp_path, Limit(RankType(*most), {}))
+    clients = roll(tmp_path, RankLimits(RankType(*most), {}))
     _, entry = clients.admit(said(attention=own[0], feed_forward=own[1]), NODE)
     assert (entry.attention, entry.feed_forward) == given and entry.rank_type == kind
     assert list(clients["clinic"].ranks.values()) == list(given)
@@ -69,7 +76,7 @@ def test_a_rank_is_within_both_limits(tmp_path, own, most, given, kind):
     ("own", "most", "kind"), [((5, 0), (8, 8), "r5-0"), ((5, 5), (0, 4), "r0-4")]
 )
 def test_a_client_may_train_some_modules_alone(tmp_path, own, most, kind):
-    clients = roll(tmp_path, Limit(RankType(*most), {}))
+    clients = roll(tmp_path, RankLimits(RankType(*most), {}))
     _, entry = clients.admit(said(attention=own[0], feed_forward=own[1]), NODE)
     assert entry.rank_type == kind
     rank, place = max((entry.attention, 0), (entry.feed_forward, 1))
@@ -77,7 +84,7 @@ def test_a_client_may_train_some_modules_alone(tmp_path, own, most, kind):
 
 
 def test_a_client_that_its_limit_leaves_nothing_is_refused(tmp_path):
-    clients = roll(tmp_path, Limit(RankType(0, 4), {}))
+    clients = roll(tmp_path, RankLimits(RankType(0, 4), {}))
     with pytest.raises(ValueError, match=r"'clinic' trains nothing that its limit .* leaves it"):
         clients.admit(said(feed_forward=0), NODE)
     assert len(clients) == 0
@@ -91,7 +98,7 @@ def test_a_client_that_its_limit_leaves_nothing_is_refused(tmp_path):
     ],
 )
 def test_a_client_without_a_module_is_refused_before_it_is_written_down(tmp_path, modules, message):
-    clients = Roll(tmp_path, Limit(RankType(8, 8), {}), modules, bound=False)
+    clients = ClientRegistry(tmp_path, RankLimits(RankType(8, 8), {}), modules, bound=False)
     with pytest.raises(ValueError, match=message):
         clients.admit(said(attention=0), NODE)
     assert len(clients) == 0 and not (tmp_path / FILE).exists()
@@ -103,7 +110,7 @@ def test_where_all_must_train_all_modules_fewer_are_refused(tmp_path):
         clients.admit(said(feed_forward=0), NODE)
     clients.admit(said(), NODE)
     # What the server trains with nobody is nothing to miss.
-    some = roll(tmp_path / "some", Limit(RankType(8, 0), {}), whole=True)
+    some = roll(tmp_path / "some", RankLimits(RankType(8, 0), {}), whole=True)
     (tmp_path / "some").mkdir()
     assert some.admit(said(), NODE)[1].rank_type == "r5-0"
 
@@ -116,7 +123,7 @@ def test_alike_are_those_of_one_rank_in_what_they_train(tmp_path):
 
 
 def test_kinds_and_counts_are_of_those_who_are_there(tmp_path):
-    clients = roll(tmp_path, Limit(RankType(9, 9), {}))
+    clients = roll(tmp_path, RankLimits(RankType(9, 9), {}))
     for name, (attention, feed_forward) in {
         "ash": (5, 5),
         "birch": (2, 7),
@@ -195,7 +202,7 @@ def test_a_client_that_comes_again_is_written_down_anew(tmp_path):
     clients.admit(said(), NODE)
     clients.admit(said(attention=2, feed_forward=2, examples=17), NODE + 1)
     assert len(clients) == 1
-    assert clients.entries["clinic"] == Entry(NODE + 1, 2, 2, 17, "cpu", 170.5)
+    assert clients.entries["clinic"] == ClientInfo(NODE + 1, 2, 2, 17, "cpu", 170.5)
 
 
 def test_the_roll_outlives_the_server(tmp_path):
@@ -259,7 +266,7 @@ def test_keys_that_come_while_the_run_goes_on_count(tmp_path):
 
 def test_roll_is_bound_unless_it_is_said(tmp_path):
     with pytest.raises(ValueError, match="another name"):
-        Roll(tmp_path, Limit(RankType(8, 8), {}), MODULES).admit(said(), NODE)
+        ClientRegistry(tmp_path, RankLimits(RankType(8, 8), {}), MODULES).admit(said(), NODE)
 
 
 # Methods of one rank

@@ -17,7 +17,7 @@ from flexlora import model
 from flexlora.config.ranks import RankType
 from flexlora.deployment import run_spec
 from flexlora.deployment.server import server_run
-from flexlora.deployment.server.registry import Limit
+from flexlora.deployment.server.registry import RankLimits
 from flexlora.deployment.server.server_run import Plan
 from flexlora.federation import checkpoint
 from flexlora.journal.record import Record
@@ -197,7 +197,7 @@ def test_nodes_are_told_the_terms_of_the_config(folder, tmp_path):
     agreed = run_spec.parse(told)
     assert agreed.run == plan.run and agreed.method["name"] == "flora"
     assert (agreed.attention, agreed.feed_forward, quorum) == (5, 5, 2)
-    assert roll.folder == tmp_path / "run" and roll.limit == Limit(RankType(5, 5), {})
+    assert roll.folder == tmp_path / "run" and roll.limit == RankLimits(RankType(5, 5), {})
     assert len(roll.modules) == 14
 
 

@@ -22,14 +22,14 @@ import torch
 from flexlora import methods, wire
 from flexlora.config.experiment import Experiment
 from flexlora.federation import rounds, setup
-from flexlora.federation.client_store import Private
-from flexlora.federation.client_turn import Job
-from flexlora.federation.setup import Ready
-from flexlora.federation.transport import Lost, Patience, Reply
+from flexlora.federation.client_store import ClientStore
+from flexlora.federation.client_turn import TurnRequest
+from flexlora.federation.setup import PreparedRun
+from flexlora.federation.transport import Lost, Reply, WaitPolicy
 from flexlora.journal.record import Record
 from flexlora.lowrank.factors import Adapter
 from flexlora.method.interface import Download, Method, State, Upload
-from flexlora.method.wrapper import Wrapping
+from flexlora.method.wrapper import MethodWrapper
 from flexlora.seeds import rng
 from support import models
 from support.factors import random_adapter
@@ -39,7 +39,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed; it is in the extr
 
 from flexlora.federation.ray.cluster import Cluster, Machine, cluster, fitted, shared  # noqa: E402
 from flexlora.federation.ray.partial_step import Step  # noqa: E402
-from flexlora.federation.ray.pool import ATTEMPTS, OnRay  # noqa: E402
+from flexlora.federation.ray.pool import ATTEMPTS, RayTransport  # noqa: E402
 from flexlora.federation.ray.resident import Resident, described  # noqa: E402
 
 pytestmark = [
@@ -132,7 +132,9 @@ def connected(folder) -> Iterator[Cluster]:
     gc.collect()
 
 
-def on_ray(ready: Ready, folder: Path, connected: Cluster, **options: Any) -> list[dict[str, Any]]:
+def on_ray(
+    ready: PreparedRun, folder: Path, connected: Cluster, **options: Any
+) -> list[dict[str, Any]]:
     with connected.federation(ready, folder, **options) as federation:
         return list(rounds.run(ready, folder, federation))
 
@@ -177,7 +179,7 @@ class Mortal:
     def __call__(self):
         turns = self.resident()
 
-        def until_death(jobs: Iterable[Job]) -> Iterable[bytes]:
+        def until_death(jobs: Iterable[TurnRequest]) -> Iterable[bytes]:
             taken = list(jobs)
             uploads = turns(taken)
             if taken[0].round == 2 and not self.died.exists():
@@ -194,9 +196,9 @@ def test_numbers_are_the_same_when_a_worker_dies(folder, connected):
         settings(folder, method={"name": "fedsalora"}, ranks=ONE_RANK, run={"clients_at_once": 1})
     )
     here = list(rounds.run(ready, folder / "alive"))
-    private, died = Private(folder / "dying" / rounds.PRIVATE), folder / "died"
+    private, died = ClientStore(folder / "dying" / rounds.PRIVATE), folder / "died"
     resident = Resident(ready.experiment.model_dump_json(), private, folder, 1, described(ready))
-    crew = OnRay(Mortal(resident, died), 2, {"num_cpus": 1}, 1, connected.scratch)
+    crew = RayTransport(Mortal(resident, died), 2, {"num_cpus": 1}, 1, connected.scratch)
     try:
         there = list(rounds.run(ready, folder / "dying", crew))
     finally:
@@ -210,16 +212,16 @@ def test_numbers_are_the_same_when_a_worker_dies(folder, connected):
 class Merging:
     """Turns that merge the entries which all downloads bring, each as soon as all may, and read."""
 
-    private: Private
+    private: ClientStore
     workers: int
 
     def __call__(self):
-        def turns(jobs: Iterable[Job]) -> list[bytes]:
+        def turns(jobs: Iterable[TurnRequest]) -> list[bytes]:
             return [self._turn(job) for job in jobs]
 
         return turns
 
-    def _turn(self, job: Job) -> bytes:
+    def _turn(self, job: TurnRequest) -> bytes:
         entries = job.opened().merge
         for number, entry in entries.items():
             here = self.private.folder / f"{job.client} {number}"
@@ -241,17 +243,17 @@ class Merging:
 @pytest.mark.slow
 def test_workers_may_write_the_same_merged_entry_at_once(connected, tmp_path):
     """Nobody reads half an entry, and no draft is left."""
-    private, count = Private(tmp_path / "private"), 20
+    private, count = ClientStore(tmp_path / "private"), 20
     private.folder.mkdir()
     shapes = {f"model.{n}": (64, 96) for n in range(20)}
     entries = {number: random_adapter(shapes, 8, number) for number in range(1, count + 1)}
     download = Download(Adapter({}), merge=entries)
     data = wire.encode_download(download, torch.float32)
     scratch = connected.scratch / "merging"
-    crew = OnRay(Merging(private, 2), 2, {"num_cpus": 0}, scratch=scratch)
+    crew = RayTransport(Merging(private, 2), 2, {"num_cpus": 0}, scratch=scratch)
     try:
-        jobs = [Job(name, count + 1, data) for name in ("anna", "ben")]
-        replies = list(crew.exchange(jobs, Patience()))
+        jobs = [TurnRequest(name, count + 1, data) for name in ("anna", "ben")]
+        replies = list(crew.exchange(jobs, WaitPolicy()))
     finally:
         crew.close()
     assert [reply.data for reply in replies] == [b"merged"] * 2
@@ -260,7 +262,7 @@ def test_workers_may_write_the_same_merged_entry_at_once(connected, tmp_path):
 
 
 @dataclass(frozen=True)
-class Telling(Wrapping):
+class Telling(MethodWrapper):
     """Says where each module was aggregated; ends a process other than ``own``, once or always."""
 
     own: int = 0
@@ -300,9 +302,9 @@ def step_of(name: str, folder: Path) -> tuple[Method, State, list[Upload]]:
     return method, state, uploads
 
 
-def aggregated(crew: OnRay, method: Method, state: State, uploads: list[Upload]) -> set[int]:
+def aggregated(crew: RayTransport, method: Method, state: State, uploads: list[Upload]) -> set[int]:
     """Where a server step was made, once it is shown to be that of one process."""
-    list(crew.exchange([], Patience()))  # until both workers are there
+    list(crew.exchange([], WaitPolicy()))  # until both workers are there
     got, want = crew.aggregate(method, state, uploads), method.aggregate(state, uploads)
     where = [dict(state.facts.pop("where")) for state in (got, want)]
     assert where[0].keys() == where[1].keys() == set(WIDE)
@@ -334,7 +336,7 @@ def test_a_worker_that_dies_in_a_server_step_costs_its_part(scripted, tmp_path, 
     dying = Telling(method, os.getpid(), tmp_path / "died", always)
     where = aggregated(scripted[0], dying, *step)
     assert dying.died.exists() and (where == {os.getpid()}) is always
-    found = list(scripted[0].exchange([Job(f"on {always}", 2, b"x")], Patience()))
+    found = list(scripted[0].exchange([TurnRequest(f"on {always}", 2, b"x")], WaitPolicy()))
     assert found == [Reply(f"on {always}", b"x")]
 
 
@@ -357,12 +359,12 @@ class Scripted:
     notes: Path
 
     def __call__(self):
-        def turns(jobs: Iterable[Job]) -> list[bytes]:
+        def turns(jobs: Iterable[TurnRequest]) -> list[bytes]:
             return [self._turn(job) for job in jobs]
 
         return turns
 
-    def _turn(self, job: Job) -> bytes:
+    def _turn(self, job: TurnRequest) -> bytes:
         with (self.notes / job.client).open("a") as note:
             note.write(f"{os.getpid()}\n")
         begun = len((self.notes / job.client).read_text().split())
@@ -380,10 +382,10 @@ class Scripted:
 
 
 @pytest.fixture(scope="module")
-def scripted(connected, tmp_path_factory) -> Iterator[tuple[OnRay, Path]]:
+def scripted(connected, tmp_path_factory) -> Iterator[tuple[RayTransport, Path]]:
     notes = tmp_path_factory.mktemp("notes")
     # It is there beside the workers of other tests, which have the cores.
-    crew = OnRay(Scripted(notes), 2, {"num_cpus": 0}, scratch=connected.scratch / "scripted")
+    crew = RayTransport(Scripted(notes), 2, {"num_cpus": 0}, scratch=connected.scratch / "scripted")
     yield crew, notes
     crew.close()
 
@@ -403,10 +405,10 @@ def test_every_job_is_answered_and_drawn_when_somebody_takes_it(scripted, tmp_pa
         for number in range(40):
             drawn.append(number)
             own = b"%d" % number
-            yield Job(f"{number}", 7, shared_file if number % 2 else own)
+            yield TurnRequest(f"{number}", 7, shared_file if number % 2 else own)
 
     answered = {}
-    for count, reply in enumerate(crew.exchange(jobs(), Patience()), 1):
+    for count, reply in enumerate(crew.exchange(jobs(), WaitPolicy()), 1):
         answered[reply.client] = reply.data
         assert len(drawn) <= count + 3  # two at work, one ahead
     assert drawn == list(range(40))
@@ -417,10 +419,12 @@ def test_every_job_is_answered_and_drawn_when_somebody_takes_it(scripted, tmp_pa
 def test_a_worker_that_dies_costs_one_job(scripted):
     crew, notes = scripted
     names = ["dies 1", *(f"after {n}" for n in range(9))]
-    found = list(crew.exchange((Job(name, 1, name.encode()) for name in names), Patience()))
+    found = list(
+        crew.exchange((TurnRequest(name, 1, name.encode()) for name in names), WaitPolicy())
+    )
     assert {reply.client: reply.data for reply in found} == {n: n.encode() for n in names}
     assert [begun(notes, name) for name in names] == [2] + 9 * [1]
-    assert list(crew.exchange([Job("next round", 2, b"x")], Patience())) == [
+    assert list(crew.exchange([TurnRequest("next round", 2, b"x")], WaitPolicy())) == [
         Reply("next round", b"x")
     ]
 
@@ -429,7 +433,9 @@ def test_a_worker_that_dies_costs_one_job(scripted):
 def test_whoever_kills_every_worker_is_lost_and_nobody_else(scripted):
     crew, notes = scripted
     names = ["dies 99", "beside"]
-    found = {r.client: r for r in crew.exchange([Job(n, 1, b"x") for n in names], Patience())}
+    found = {
+        r.client: r for r in crew.exchange([TurnRequest(n, 1, b"x") for n in names], WaitPolicy())
+    }
     assert begun(notes, "dies 99") == ATTEMPTS
     lost = found["dies 99"]
     assert isinstance(lost, Lost) and lost.reason.startswith("3 workers died in its turn")
@@ -442,14 +448,16 @@ def test_who_is_late_is_lost_and_the_next_round_has_all_workers(scripted):
     crew, _ = scripted
     names = ["sleeps 600", "sleeps 601", "never begun"]
     started = time.monotonic()
-    found = list(crew.exchange([Job(name, 1, b"x") for name in names], Patience(1.0)))
+    found = list(crew.exchange([TurnRequest(name, 1, b"x") for name in names], WaitPolicy(1.0)))
     assert time.monotonic() - started < 60
     assert found == [
         Lost("sleeps 600", "Its turn was not over after 1 s."),
         Lost("sleeps 601", "Its turn was not over after 1 s."),
         Lost("never begun", "Its turn had not begun after 1 s."),
     ]
-    again = list(crew.exchange([Job(f"again {n}", 2, b"x") for n in range(4)], Patience(60)))
+    again = list(
+        crew.exchange([TurnRequest(f"again {n}", 2, b"x") for n in range(4)], WaitPolicy(60))
+    )
     assert sorted(reply.client for reply in again) == [f"again {n}" for n in range(4)]
 
 
@@ -457,8 +465,8 @@ def test_who_is_late_is_lost_and_the_next_round_has_all_workers(scripted):
 def test_with_enough_nobody_is_waited_for(scripted):
     crew, _ = scripted
     found: list[Reply | Lost] = []
-    jobs = (Job(name, 1, b"x") for name in ("sleeps 602", "quick", "not begun", "nor this"))
-    for reply in crew.exchange(jobs, Patience(None, lambda: len(found) >= 2)):
+    jobs = (TurnRequest(name, 1, b"x") for name in ("sleeps 602", "quick", "not begun", "nor this"))
+    for reply in crew.exchange(jobs, WaitPolicy(None, lambda: len(found) >= 2)):
         found.append(reply)
     assert [reply.client for reply in found] == ["quick", "not begun"]
 
@@ -468,9 +476,9 @@ def test_a_machine_that_lacks_what_is_needed_is_named(connected, monkeypatch):
     absent = types.ModuleType("absent_elsewhere")
     absent.Scripted = type("Scripted", (), {"__module__": "absent_elsewhere"})
     monkeypatch.setitem(sys.modules, "absent_elsewhere", absent)
-    crew = OnRay(absent.Scripted(), 1, {"num_cpus": 0}, scratch=connected.scratch / "absent")
+    crew = RayTransport(absent.Scripted(), 1, {"num_cpus": 0}, scratch=connected.scratch / "absent")
     with pytest.raises(ValueError, match=r"A worker could not be started: .*absent_elsewhere"):
-        list(crew.exchange([], Patience()))
+        list(crew.exchange([], WaitPolicy()))
     crew.close()
 
 
@@ -478,7 +486,7 @@ def test_a_machine_that_lacks_what_is_needed_is_named(connected, monkeypatch):
 def test_an_error_in_a_turn_is_raised_as_it_was(scripted):
     crew, _ = scripted
     with pytest.raises(KeyError, match="a fault") as caught:
-        list(crew.exchange([Job("faulty", 1, b"x")], Patience()))
+        list(crew.exchange([TurnRequest("faulty", 1, b"x")], WaitPolicy()))
     assert caught.value.__notes__ == ["It is known."]
 
 
@@ -487,12 +495,12 @@ def test_a_fault_of_a_client_names_it(folder, connected):
     ready = setup.prepare(settings(folder))
     state = ready.method.start(ready.fresh())
     handed = ready.method.handout(state, ready.clients["client1"], lambda name: rng(0, name))
-    job = Job("nobody", 1, wire.encode_download(handed, ready.wire_dtype))
+    job = TurnRequest("nobody", 1, wire.encode_download(handed, ready.wire_dtype))
     with (
         connected.federation(ready, folder / "fault") as federation,
         pytest.raises(KeyError) as caught,
     ):
-        list(federation.exchange([job], Patience()))
+        list(federation.exchange([job], WaitPolicy()))
     assert caught.value.__notes__ == ["In the turn of client 'nobody' in round 1."]
 
 
@@ -503,7 +511,7 @@ def test_a_worker_that_reads_other_data_is_refused(folder, connected):
         connected.federation(ready, folder / "other") as federation,
         pytest.raises(ValueError, match=r"A worker found 6 clients, .* but the run has 5 clients"),
     ):
-        list(federation.exchange([], Patience()))
+        list(federation.exchange([], WaitPolicy()))
 
 
 CONFIG = """

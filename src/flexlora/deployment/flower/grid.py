@@ -13,9 +13,17 @@ from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from flexlora.deployment.flower import records
-from flexlora.deployment.server.registry import Entry, Roll
+from flexlora.deployment.server.registry import ClientInfo, ClientRegistry
 from flexlora.errors import FlexloraError, ProtocolError
-from flexlora.federation import Heard, Job, Lost, News, Patience, Reply, Stray
+from flexlora.federation import (
+    LateReply,
+    Lost,
+    Received,
+    Reply,
+    TransportEvent,
+    TurnRequest,
+    WaitPolicy,
+)
 
 _ENROL_SECONDS: Final = 3600.0
 """How long a node may take to load its model and say who it is."""
@@ -45,7 +53,7 @@ class Flower:
     """
 
     grid: Grid
-    roll: Roll
+    roll: ClientRegistry
     terms: str
     quorum: int = 1
     poll_seconds: float = 0.25
@@ -56,7 +64,7 @@ class Flower:
     _asked_at: dict[int, float] = field(default_factory=dict)
     _doubted: set[int] = field(default_factory=set)
     _late: dict[str, Asked] = field(default_factory=dict)
-    _news: list[News] = field(default_factory=list)
+    _news: list[TransportEvent] = field(default_factory=list)
 
     def gather(self, clients: int) -> None:
         """Wait until so many clients have come."""
@@ -69,7 +77,7 @@ class Flower:
         """
         return self._wait_for(self.quorum)
 
-    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Heard]:
+    def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Received]:
         """Hand out the jobs, then yield what comes back, as it comes.
 
         Late answers to earlier rounds are told as strays.
@@ -85,7 +93,7 @@ class Flower:
                 yield Lost(job.client, "Flower did not take the message to it.")
             else:
                 asked[id] = job.client, job.round
-                yield News("asked", {"client": job.client})
+                yield TransportEvent("asked", {"client": job.client})
         while asked and not patience.enough():
             if seconds is not None and time.monotonic() - started > seconds:
                 late = f"It did not answer within {seconds:g} s."
@@ -94,7 +102,7 @@ class Flower:
             yield from self._heard(asked)
         self._late |= asked
 
-    def _heard(self, asked: dict[str, Asked]) -> Iterator[Heard]:
+    def _heard(self, asked: dict[str, Asked]) -> Iterator[Received]:
         """What one look at the grid brings; ``asked`` loses those who have answered."""
         found = False
         for id, message in self._pulled([*asked, *self._late, *self._invited]):
@@ -129,16 +137,16 @@ class Flower:
 
     def _late_answer(
         self, message: Message | ValueError, whose: Asked, asked: dict[str, Asked]
-    ) -> Heard:
+    ) -> Received:
         """An answer to an earlier request: of use if the same is still asked of its client."""
         client, round = whose
         again = next((i for i, other in asked.items() if other == whose), None)
         if again is None or isinstance(message, ValueError) or message.has_error():
-            return Stray(client, f"It answers an earlier request, for round {round}.")
+            return LateReply(client, f"It answers an earlier request, for round {round}.")
         self._late[again] = whose
         return _reply(message, asked.pop(again))
 
-    def _message(self, job: Job, held: _Payloads, seconds: float | None) -> Message | None:
+    def _message(self, job: TurnRequest, held: _Payloads, seconds: float | None) -> Message | None:
         """The job as a message to its client's node, if that is known."""
         node = next((n for n, client in self._client.items() if client == job.client), None)
         if node is None:
@@ -203,7 +211,7 @@ class Flower:
             before, self._refused[node] = self._refused.get(node), str(error)
             if str(error) != before:
                 self.roll.note(f"a node was not let in: {error}")
-                self._news.append(News("refused", {"reason": str(error)}))
+                self._news.append(TransportEvent("refused", {"reason": str(error)}))
             return
         # A client that was restarted without a key has a new node.
         self._client = {n: c for n, c in self._client.items() if c != client} | {node: client}
@@ -213,7 +221,7 @@ class Flower:
             return
         self._announce(client, entry)
 
-    def _announce(self, client: str, entry: Entry) -> None:
+    def _announce(self, client: str, entry: ClientInfo) -> None:
         """Say who has come, and with what."""
         self.roll.note(f"{client} has come: {entry.rank_type}, {entry.examples} rows")
         facts: dict[str, Any] = {
@@ -227,9 +235,9 @@ class Flower:
         if note := self.roll.capped(client):
             self.roll.note(note)
             facts["note"] = note
-        self._news.append(News("joined", facts))
+        self._news.append(TransportEvent("joined", facts))
 
-    def _told(self) -> Iterator[News]:
+    def _told(self) -> Iterator[TransportEvent]:
         news, self._news = self._news, []
         yield from news
 
@@ -240,7 +248,7 @@ class _Payloads:
 
     files: dict[Path, ArrayRecord] = field(default_factory=dict)
 
-    def of(self, job: Job) -> ArrayRecord:
+    def of(self, job: TurnRequest) -> ArrayRecord:
         """What a job hands out."""
         if not isinstance(job.download, Path):
             return records.payload(job.download)

@@ -8,18 +8,18 @@ from typing import Final, Literal, get_args
 
 from flexlora.config import RankType
 from flexlora.errors import ConfigError
-from flexlora.federation import Workplace
+from flexlora.federation import ClientRuntime
 from flexlora.lowrank import Adapter
 from flexlora.method import Fresh
 from flexlora.seeds import rng
-from flexlora.training import Learner, Trained, bytes_to_train, free_bytes, train_together
+from flexlora.training import ClientTask, Trained, bytes_to_train, free_bytes, train_together
 
 _SHARE_OF_MEMORY: Final = 0.5
 """Of the free memory, for the adapter in training; the rest is for activations and others."""
 
 
 @dataclass(frozen=True)
-class Means:
+class Proposal:
     """The rank that a client proposes, and how fast it trains at it; None: not measured."""
 
     rank: RankType
@@ -31,7 +31,7 @@ Modules = Literal["all", "attention", "feed_forward"]
 
 
 @dataclass(frozen=True)
-class Budget:
+class Capacity:
     """An owner's limits: a ``rank``, or what memory and ``seconds`` a turn allow (None).
 
     ``modules`` are those that it trains, whatever its rank.
@@ -52,7 +52,7 @@ class Budget:
             if value is not None and not value > 0:
                 raise ConfigError(f"A client's {name} is {value}; give a number above 0.")
 
-    def means(self, here: Workplace, limit: RankType) -> Means:
+    def means(self, here: ClientRuntime, limit: RankType) -> Proposal:
         """The largest rank within these limits and the server's ``limit``.
 
         Where a rank is given it is taken. Else ranks are tried from the limit downwards,
@@ -70,14 +70,14 @@ class Budget:
                 f"that kind: {list(here.base.shapes)[:3]} and so on; join with other --modules."
             )
         if self.rank is not None:
-            return Means(_at_most(limit, self.rank), None)
+            return Proposal(_at_most(limit, self.rank), None)
         rank = max(limit.attention, limit.feed_forward)
         while rank >= 1:
             tried = _at_most(limit, rank)
             if self._fits(here, tried):
                 done = _step(here, tried)
                 if self.seconds is None or _turn_seconds(here, done) <= self.seconds:
-                    return Means(tried, done.tokens / done.seconds)
+                    return Proposal(tried, done.tokens / done.seconds)
             rank //= 2
         raise ConfigError(
             f"Not even rank 1 is within this client's means ({self}); give it more memory or time."
@@ -95,7 +95,7 @@ class Budget:
             )
         return RankType(**ranks)
 
-    def _fits(self, here: Workplace, rank: RankType) -> bool:
+    def _fits(self, here: ClientRuntime, rank: RankType) -> bool:
         free = _SHARE_OF_MEMORY * free_bytes(here.base.device)
         most = free if self.memory_bytes is None else min(free, self.memory_bytes)
         return bytes_to_train(_parameters(here, rank), here.training) <= most
@@ -105,23 +105,23 @@ def _at_most(limit: RankType, rank: int) -> RankType:
     return RankType(min(limit.attention, rank), min(limit.feed_forward, rank))
 
 
-def _parameters(here: Workplace, rank: RankType) -> int:
+def _parameters(here: ClientRuntime, rank: RankType) -> int:
     shapes = here.base.shapes
     return sum(r * sum(shapes[module]) for module, r in rank.by_module(list(shapes)).items())
 
 
-def _step(here: Workplace, rank: RankType) -> Trained:
+def _step(here: ClientRuntime, rank: RankType) -> Trained:
     """One step of training at this rank, on the client's own rows; what it learnt is dropped."""
     (client,) = here.rows
     shapes = here.base.shapes
     start: Adapter = Fresh(shapes, here.seed).common(rank.by_module(list(shapes)))
-    learner = Learner(f"client {client!r}", start, here.rows[client], rng(here.seed, "budget"))
+    learner = ClientTask(f"client {client!r}", start, here.rows[client], rng(here.seed, "budget"))
     once = replace(here.training, max_steps=1, epochs=1)
     train_together(here.base, [learner], here.store, once, 1)  # the first is slower
     return train_together(here.base, [learner], here.store, once, 1)[0]
 
 
-def _turn_seconds(here: Workplace, step: Trained) -> float:
+def _turn_seconds(here: ClientRuntime, step: Trained) -> float:
     """What a whole turn would take, by one of its steps."""
     (rows,) = here.rows.values()
     how = here.training

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from flexlora.deployment.flower.superlink import Process, supernode
 from flexlora.deployment.keys import NodeKey
-from flexlora.deployment.node.node import Node, Owner
+from flexlora.deployment.node.node import Node, NodeConfig
 from flexlora.deployment.node.worker_socket import Answer, Worker
 from flexlora.deployment.server.supervisor import is_loopback
 from flexlora.errors import ProtocolError
@@ -53,7 +53,7 @@ class Told:
         return said, data
 
 
-def join(address: str, owner: Owner, keys: NodeKey | None, say: Say) -> None:
+def join(address: str, owner: NodeConfig, keys: NodeKey | None, say: Say) -> None:
     """Take part in the federation at ``address`` until interrupted.
 
     Raises:

@@ -15,18 +15,18 @@ from flexlora.config import RankType
 from flexlora.data import Corpus, TokenStore
 from flexlora.data.corpora import table
 from flexlora.deployment import run_spec
-from flexlora.deployment.node.capacity import Budget, Means
+from flexlora.deployment.node.capacity import Capacity, Proposal
 from flexlora.deployment.node.worker_socket import Answer
-from flexlora.deployment.run_spec import Terms
+from flexlora.deployment.run_spec import RunSpec
 from flexlora.errors import ProtocolError
-from flexlora.federation import Forgotten, Job, Private, Workplace, checkpoint, turn
+from flexlora.federation import ClientRuntime, ClientStore, Forgotten, TurnRequest, checkpoint, turn
 from flexlora.model import Base, smollm2
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
-class Owner:
+class NodeConfig:
     """What the owner of the data decides, and no server can change.
 
     ``name`` is the client's, for good. ``columns`` None takes the usual names, of those that the
@@ -38,7 +38,7 @@ class Owner:
     name: str
     data: Path
     state: Path
-    budget: Budget = field(default_factory=Budget)
+    budget: Capacity = field(default_factory=Capacity)
     columns: table.Columns | None = None
     rows_of: str | None = None
     model: str | None = None
@@ -49,7 +49,7 @@ class Owner:
 class Node:
     """What an owner's machine has in memory from one turn to the next: the base, the tokens."""
 
-    owner: Owner
+    owner: NodeConfig
     rows: Corpus = field(init=False)
     _base: dict[str, Base] = field(default_factory=dict)
     _joined: dict[str, _Joined] = field(default_factory=dict)
@@ -115,14 +115,14 @@ class Node:
             self._joined = {agreed.run: joined}
         return joined
 
-    def _prepared(self, agreed: Terms) -> _Joined:
+    def _prepared(self, agreed: RunSpec) -> _Joined:
         base = self._model(agreed)
         folder = self.owner.state / agreed.run
         folder.mkdir(parents=True, exist_ok=True)
         self.owner.state.chmod(0o700)  # rows lie there as tokens, beside private halves
         cache = self.owner.state / "tokens"
         store = TokenStore.build(self.rows, base.tokenizer, agreed.prompt, agreed.max_tokens, cache)
-        place = Workplace(
+        place = ClientRuntime(
             base=base,
             store=store,
             rows={self.owner.name: range(len(self.rows))},
@@ -130,12 +130,12 @@ class Node:
             training=agreed.training,
             wire_dtype=agreed.dtype,
             seed=agreed.seed,
-            private=Private(folder / "private"),
+            private=ClientStore(folder / "private"),
         )
         limit = RankType(agreed.attention, agreed.feed_forward)
         return _Joined(agreed, folder, place, self.owner.budget.means(place, limit))
 
-    def _model(self, agreed: Terms) -> Base:
+    def _model(self, agreed: RunSpec) -> Base:
         """The base model, on the owner's device; loaded once."""
         named = agreed.model.name
         # By its form, and not by what is there: a server shall not learn which files exist.
@@ -156,10 +156,10 @@ class Node:
 class _Joined:
     """A run that this machine takes part in."""
 
-    terms: Terms
+    terms: RunSpec
     folder: Path
-    workplace: Workplace
-    means: Means
+    workplace: ClientRuntime
+    means: Proposal
 
     def trained(self, client: str, round: int, download: bytes) -> bytes:
         """The upload of one turn. The download is read from the disk, module by module."""
@@ -167,11 +167,11 @@ class _Joined:
         file = self.folder / "download"
         file.unlink(missing_ok=True)
         file.write_bytes(download)
-        job = Job(client, round, file)
+        job = TurnRequest(client, round, file)
         self._check(job)
         return turn(job, self.workplace)
 
-    def _check(self, job: Job) -> None:
+    def _check(self, job: TurnRequest) -> None:
         """Refuse to train more than the owner gives.
 
         A method that probes hands out all terms, of which the client then chooses; what is no
@@ -195,7 +195,7 @@ class _Joined:
                 )
 
 
-def training_rows(owner: Owner) -> Corpus:
+def training_rows(owner: NodeConfig) -> Corpus:
     """The rows that the owner trains on: those of the train split, where the data is split.
 
     Raises:

@@ -25,7 +25,7 @@ _FASTEST = 1e12
 
 
 @dataclass(frozen=True)
-class Entry:
+class ClientInfo:
     """One client: its Flower ``node``, what it gives, and what it said of its speed."""
 
     node: int
@@ -44,7 +44,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Limit:
+class RankLimits:
     """How large a rank each client may take at most, by the config's section ``ranks``.
 
     Clients that the section names have the limit of their type, others ``rank``; None: they
@@ -55,7 +55,7 @@ class Limit:
     named: Mapping[str, RankType]
 
     @classmethod
-    def of(cls, settings: Ranks) -> Limit:
+    def of(cls, settings: Ranks) -> RankLimits:
         """The limits that a config's section says.
 
         Raises:
@@ -115,7 +115,7 @@ class Limit:
 
 
 @dataclass
-class Roll(Population):
+class ClientRegistry(Population):
     """The clients that came so far, by name; kept in the run's folder.
 
     With ``bound`` a client's name belongs to the node whose key was let in under it; else the
@@ -125,20 +125,20 @@ class Roll(Population):
     """
 
     folder: Path
-    limit: Limit
+    limit: RankLimits
     modules: Sequence[str]
     bound: bool = True
     alike: bool = False
     whole: bool = False
     most_examples: int | None = None
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, ClientInfo] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.folder / FILE).exists():
             held = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
-            self.entries = {id: Entry(**entry) for id, entry in held.items()}
+            self.entries = {id: ClientInfo(**entry) for id, entry in held.items()}
 
-    def admit(self, said: Mapping[str, Any], node: int) -> tuple[str, Entry]:
+    def admit(self, said: Mapping[str, Any], node: int) -> tuple[str, ClientInfo]:
         """Write a client down, with a rank within its own means and the server's limit.
 
         Raises:
@@ -155,7 +155,7 @@ class Roll(Population):
         speed = said.get("tokens_per_second")
         # Whole numbers in JSON have any length, and NaN passes for a number.
         usable = isinstance(speed, int | float) and 0 <= speed <= _FASTEST
-        entry = Entry(
+        entry = ClientInfo(
             node=node,
             attention=min(limit.attention, _count(said, "attention", id, least=0)),
             feed_forward=min(limit.feed_forward, _count(said, "feed_forward", id, least=0)),
@@ -232,7 +232,7 @@ class Roll(Population):
         found = Counter(entry.rank_type for entry in self.entries.values())
         return {kind: found[kind] for kind in self.kinds}
 
-    def _ranks(self, entry: Entry) -> dict[str, int]:
+    def _ranks(self, entry: ClientInfo) -> dict[str, int]:
         return RankType(entry.attention, entry.feed_forward).by_module(self.modules)
 
 

@@ -17,9 +17,9 @@ import torch
 from flexlora.config import Experiment
 from flexlora.deployment import run_spec
 from flexlora.deployment.server.registry import NODES as NODES
-from flexlora.deployment.server.registry import Limit, Roll
+from flexlora.deployment.server.registry import ClientRegistry, RankLimits
 from flexlora.errors import ProtocolError
-from flexlora.federation import Federation, checkpoint, compose, rounds, setup
+from flexlora.federation import Transport, checkpoint, compose, rounds, setup
 from flexlora.journal import Record
 from flexlora.method import targeted
 
@@ -44,7 +44,7 @@ class Plan:
         return cls(secrets.token_hex(16), clients, bound)
 
 
-class Gathering(Federation, Protocol):
+class Gathering(Transport, Protocol):
     """A federation whose clients come one by one."""
 
     def gather(self, clients: int) -> None:
@@ -146,7 +146,7 @@ def check(settings: Experiment) -> None:
     Raises:
         ProtocolError: with the remedy.
     """
-    limit, method = Limit.of(settings.ranks), compose.method_of(settings)
+    limit, method = RankLimits.of(settings.ranks), compose.method_of(settings)
     if not method.mixed_ranks and limit.several:
         raise ProtocolError(
             f"{method.title} needs one rank for all clients, but ranks.clients and ranks.rank name "
@@ -194,7 +194,7 @@ def _living(folder: Path) -> Iterator[None]:
         yield
 
 
-def host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
+def host(folder: Path, connect: Callable[[ClientRegistry, str, int], Gathering]) -> None:
     """Run the federation of a folder, or go on with it; the journal tells of it.
 
     ``connect`` makes the federation, of the roll, the terms for nodes and the quorum.
@@ -207,17 +207,17 @@ def host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
             raise
 
 
-def _host(folder: Path, connect: Callable[[Roll, str, int], Gathering]) -> None:
+def _host(folder: Path, connect: Callable[[ClientRegistry, str, int], Gathering]) -> None:
     settings = compose.parse(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
     plan = Plan(**json.loads((folder / PLAN).read_text()))
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
     base = settings.model.load()
     modules = list(base.shapes)
-    limit = Limit.of(settings.ranks)
+    limit = RankLimits.of(settings.ranks)
     method = compose.method_of(settings)
     alike, whole = not method.mixed_ranks, not method.by_module
     most = settings.federation.most_examples
-    roll = Roll(folder, limit, modules, plan.bound, alike, whole, most)
+    roll = ClientRegistry(folder, limit, modules, plan.bound, alike, whole, most)
     largest = limit.largest()
     told = run_spec.of(settings, plan.run, asdict(largest)).model_dump_json()
     federation = connect(roll, told, settings.federation.quorum)

@@ -18,11 +18,11 @@ import torch
 
 from flexlora.config import Experiment
 from flexlora.errors import ConfigError
-from flexlora.federation.client_store import Private
-from flexlora.federation.ray.pool import OnRay
+from flexlora.federation.client_store import ClientStore
+from flexlora.federation.ray.pool import RayTransport
 from flexlora.federation.ray.resident import Resident, described
 from flexlora.federation.rounds import PRIVATE
-from flexlora.federation.setup import Ready
+from flexlora.federation.setup import PreparedRun
 from flexlora.training import clients_at_once
 
 _SECONDS_TO_ANSWER: Final = 10.0
@@ -59,8 +59,8 @@ class Cluster:
 
     @contextmanager
     def federation(
-        self, ready: Ready, folder: Path, together: int | None = None
-    ) -> Iterator[OnRay]:
+        self, ready: PreparedRun, folder: Path, together: int | None = None
+    ) -> Iterator[RayTransport]:
         """The clients of an experiment that runs in ``folder``, on workers that end with this.
 
         Each worker reads the data and loads the model by itself, from the same paths as this
@@ -76,18 +76,18 @@ class Cluster:
             # Ray shows a worker its own GPU alone, whatever its number.
             model = replace(settings.model, device="cuda")
             settings = settings.model_copy(update={"model": model})
-        private = Private((folder / PRIVATE).resolve())
+        private = ClientStore((folder / PRIVATE).resolve())
         resident = Resident(
             settings.model_dump_json(), private, Path.cwd(), together, described(ready)
         )
         resources = {"num_cpus": self.threads, "num_gpus": self.gpus}
-        crew = OnRay(resident, self.workers, resources, together, self.scratch)
+        crew = RayTransport(resident, self.workers, resources, together, self.scratch)
         try:
             yield crew
         finally:
             crew.close()
 
-    def _together(self, ready: Ready) -> int:
+    def _together(self, ready: PreparedRun) -> int:
         """How many clients a worker trains at a time: as the config says, or measured.
 
         No more than leave every worker something to do, and as if all workers shared one

@@ -21,11 +21,11 @@ from ray.exceptions import (
 )
 
 from flexlora.errors import ConfigError
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.ray.partial_step import Step
-from flexlora.federation.ray.queue import Group, Waiting
+from flexlora.federation.ray.queue import Group, JobQueue
 from flexlora.federation.ray.worker import Build, Worker
-from flexlora.federation.transport import Lost, Patience, Reply
+from flexlora.federation.transport import Lost, Reply, WaitPolicy
 from flexlora.method import Method, State, Upload, partial_step
 
 ATTEMPTS: Final = 3
@@ -61,7 +61,7 @@ class _Place:
                 self.files.add(each.file)
 
 
-class OnRay:
+class RayTransport:
     """A federation on workers of a Ray cluster that is connected already.
 
     ``resources`` are those of one worker, as Ray names them. A worker that dies is replaced, and
@@ -94,7 +94,7 @@ class OnRay:
         """All of them."""
         return list(clients)
 
-    def exchange(self, jobs: Iterable[Job], patience: Patience) -> Iterator[Reply | Lost]:
+    def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Reply | Lost]:
         """The replies as they come. Seconds count from when all workers are built.
 
         One group is drawn ahead. Workers that are still busy when the round
@@ -109,7 +109,7 @@ class OnRay:
         self._exchanges += 1
         for place in self._places:
             place.files.clear()
-        waiting = Waiting(iter(jobs), self.together)
+        waiting = JobQueue(iter(jobs), self.together)
         busy: dict[Any, tuple[_Place, Group]] = {}
         started = time.monotonic()
         try:
@@ -181,7 +181,7 @@ class OnRay:
         for place in self._places:
             self._dismiss(place)
 
-    def _occupy(self, busy: dict[Any, tuple[_Place, Group]], waiting: Waiting) -> None:
+    def _occupy(self, busy: dict[Any, tuple[_Place, Group]], waiting: JobQueue) -> None:
         """Give every free worker a group, as long as there are any."""
         taken = {id(place) for place, _ in busy.values()}
         for place in self._places:
@@ -192,7 +192,7 @@ class OnRay:
                 busy[ref] = place, group
 
     def _replies(
-        self, place: _Place, group: Group, ref: Any, waiting: Waiting
+        self, place: _Place, group: Group, ref: Any, waiting: JobQueue
     ) -> Iterator[Reply | Lost]:
         """What came of a group's turns; one whose worker died is the next to begin."""
         try:
@@ -260,7 +260,7 @@ class OnRay:
 
 
 def _late(
-    busy: Mapping[Any, tuple[_Place, Group]], waiting: Waiting, seconds: float | None
+    busy: Mapping[Any, tuple[_Place, Group]], waiting: JobQueue, seconds: float | None
 ) -> Iterator[Lost]:
     for _, group in busy.values():
         for each in group.asked:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import ray
 
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.ray.worker import Asked
 
 _STORED_BYTES: Final = 100_000
@@ -29,10 +29,10 @@ class Group:
 
 
 @dataclass
-class Waiting:
+class JobQueue:
     """The jobs that nobody has taken; drawn group by group, each shared file stored once."""
 
-    jobs: Iterator[Job]
+    jobs: Iterator[TurnRequest]
     together: int
     drawn: deque[Group] = field(default_factory=deque)
     files: dict[Path, tuple[str, Any]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Waiting:
             yield from (each.client for each in self.drawn.popleft().asked)
         yield from (job.client for job in self.jobs)
 
-    def _stored(self, job: Job) -> tuple[Asked, Any]:
+    def _stored(self, job: TurnRequest) -> tuple[Asked, Any]:
         held = job.download
         if isinstance(held, Path) and held in self.files:
             name, stored = self.files[held]

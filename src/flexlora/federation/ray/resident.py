@@ -11,12 +11,12 @@ from pathlib import Path
 
 from flexlora.errors import ConfigError
 from flexlora.federation import compose
-from flexlora.federation.client_store import Private
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_store import ClientStore
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.ray.worker import Turns
-from flexlora.federation.setup import Ready, prepare
-from flexlora.federation.simulated import Simulated
-from flexlora.federation.transport import Patience, Reply
+from flexlora.federation.setup import PreparedRun, prepare
+from flexlora.federation.simulated import SimulatedTransport
+from flexlora.federation.transport import Reply, WaitPolicy
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Resident:
     """
 
     experiment: str
-    private: Private
+    private: ClientStore
     working_folder: Path
     together: int
     data: str
@@ -50,16 +50,16 @@ class Resident:
                 f"A worker found {described(ready)}, but the run has {self.data}; every machine "
                 "needs the same version and the same data under the same paths."
             )
-        here = Simulated(replace(ready.workplace, private=self.private), self.together)
+        here = SimulatedTransport(replace(ready.workplace, private=self.private), self.together)
 
-        def turns(jobs: Iterable[Job]) -> list[bytes]:
-            replies = here.exchange(jobs, Patience())
+        def turns(jobs: Iterable[TurnRequest]) -> list[bytes]:
+            replies = here.exchange(jobs, WaitPolicy())
             return [reply.data for reply in replies if isinstance(reply, Reply)]
 
         return turns
 
 
-def described(ready: Ready) -> str:
+def described(ready: PreparedRun) -> str:
     """What a worker must find as well: versions, clients, rows and tokens."""
     store = ready.workplace.store
     return (

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from flexlora.federation.client_turn import Job
+from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.ray.partial_step import Made, Step
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 """How bytes travel: Ray hands arrays over in shared memory, without a copy for each reader."""
 
-Turns = Callable[[Iterable[Job]], Iterable[bytes]]
+Turns = Callable[[Iterable[TurnRequest]], Iterable[bytes]]
 """The turns of one group of clients: an upload for each job, in their order."""
 
 Build = Callable[[], Turns]
@@ -87,12 +87,12 @@ class Worker:
             self._turns = self._build()
         return self._turns
 
-    def _jobs(self, asked: Sequence[Asked], downloads: Sequence[Any]) -> Iterator[Job]:
+    def _jobs(self, asked: Sequence[Asked], downloads: Sequence[Any]) -> Iterator[TurnRequest]:
         for each, data in zip(asked, downloads, strict=True):
             if each.file is None:
-                yield Job(each.client, each.round, data.tobytes())
+                yield TurnRequest(each.client, each.round, data.tobytes())
                 continue
             path = self._folder / each.file
             if data is not None:
                 path.write_bytes(data.data)
-            yield Job(each.client, each.round, path)
+            yield TurnRequest(each.client, each.round, path)

@@ -2,10 +2,10 @@
 
 import sys
 
-from flexlora.config import Kinds
+from flexlora.config import PluginFolder
 from flexlora.method.regularizer import Regularizer
 
-KINDS: Kinds[Regularizer] = Kinds(
+KINDS: PluginFolder[Regularizer] = PluginFolder(
     sys.modules[__name__],
     Regularizer,  # type: ignore[type-abstract]
     "regularizer",

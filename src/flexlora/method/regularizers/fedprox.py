@@ -27,7 +27,7 @@ from flexlora.errors import ConfigError
 from flexlora.lowrank import Factors
 from flexlora.method.interface import Download, Method
 from flexlora.method.regularizer import Regularizer
-from flexlora.method.wrapper import Wrapping
+from flexlora.method.wrapper import MethodWrapper
 from flexlora.training import Training
 
 
@@ -50,13 +50,13 @@ class FedProx(Regularizer):
 
 
 @dataclass(frozen=True)
-class Proximal(Wrapping):
+class Proximal(MethodWrapper):
     """A method whose clients pay for the distance from where they started."""
 
     strength: float
 
     def __post_init__(self) -> None:
-        Wrapping.__post_init__(self)
+        MethodWrapper.__post_init__(self)
         object.__setattr__(self, "title", f"{self.method.title}; FedProx {self.strength}")
 
     def penalty(self, now: Mapping[str, Factors], start: Download) -> Tensor | None:

@@ -33,7 +33,7 @@ from flexlora.lowrank import Adapter, Factors
 from flexlora.method.averaging import factor_means
 from flexlora.method.interface import Client, Download, Draw, Expected, Fresh, Method, State, Upload
 from flexlora.method.regularizer import Regularizer
-from flexlora.method.wrapper import Wrapping
+from flexlora.method.wrapper import MethodWrapper
 from flexlora.training import Training
 
 CONTROL, OWN, HEARD = "control", "own control", "heard"
@@ -66,13 +66,13 @@ class Scaffold(Regularizer):
 
 
 @dataclass(frozen=True)
-class Controlled(Wrapping):
+class Controlled(MethodWrapper):
     """A method whose clients correct their gradients for their own drift."""
 
     training: Training
 
     def __post_init__(self) -> None:
-        Wrapping.__post_init__(self)
+        MethodWrapper.__post_init__(self)
         object.__setattr__(self, "title", f"{self.method.title}; SCAFFOLD")
         object.__setattr__(self, "mixed_ranks", False)
         object.__setattr__(self, "by_module", False)  # a module's control is not under its name

@@ -2,10 +2,10 @@
 
 import sys
 
-from flexlora.config import Kinds
+from flexlora.config import PluginFolder
 from flexlora.method.server_optimizer import ServerOptimizer
 
-KINDS: Kinds[ServerOptimizer] = Kinds(
+KINDS: PluginFolder[ServerOptimizer] = PluginFolder(
     sys.modules[__name__],
     ServerOptimizer,  # type: ignore[type-abstract]
     "server optimizer",

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from flexlora.config import Kinds
+from flexlora.config import PluginFolder
 from flexlora.reporting.tracker import Tracker
 
-KINDS: Kinds[Tracker] = Kinds(
+KINDS: PluginFolder[Tracker] = PluginFolder(
     sys.modules[__name__],
     Tracker,  # type: ignore[type-abstract]
     "tracker",

@@ -12,12 +12,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
-from flexlora.reporting.watch.run_state import FAILED, LOSSES, Scores, Standing
+from flexlora.reporting.watch.run_state import FAILED, LOSSES, RunState, Scores
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
-def text(standing: Standing) -> bytes:
+def text(standing: RunState) -> bytes:
     """All metrics as Prometheus reads them, counted since the start of the run."""
     registry = CollectorRegistry()
     registry.register(_Collector(standing))
@@ -25,7 +25,7 @@ def text(standing: Standing) -> bytes:
 
 
 class _Collector(Collector):
-    def __init__(self, standing: Standing) -> None:
+    def __init__(self, standing: RunState) -> None:
         self.standing = standing
 
     def collect(self) -> Iterator[Metric]:
@@ -34,7 +34,7 @@ class _Collector(Collector):
         yield from _evaluations(self.standing)
 
 
-def _counters(now: Standing) -> Iterator[Metric]:
+def _counters(now: RunState) -> Iterator[Metric]:
     for name, said, key in (
         ("rounds", "Rounds finished.", "rounds"),
         ("uploads", "Uploads that were of use.", "uploads"),
@@ -51,7 +51,7 @@ def _counters(now: Standing) -> Iterator[Metric]:
     yield lost
 
 
-def _gauges(now: Standing) -> Iterator[Metric]:
+def _gauges(now: RunState) -> Iterator[Metric]:
     last = now.last_round
     for name, said, value in (
         ("round", "The round that goes on, or the last one.", now.round),
@@ -73,7 +73,7 @@ def _gauges(now: Standing) -> Iterator[Metric]:
     yield clients
 
 
-def _evaluations(now: Standing) -> Iterator[Metric]:
+def _evaluations(now: RunState) -> Iterator[Metric]:
     labels = ["adapter", "clients"]
     for key, said in (
         ("loss", "Loss of the latest evaluation in nats a token."),

@@ -28,7 +28,7 @@ FAILED = "failed"
 
 
 @dataclass
-class Seen:
+class ClientState:
     """What the journal says of one client.
 
     ``seen`` is when it last gave a sign of life, ``since`` when it was handed its job, both in
@@ -64,7 +64,7 @@ class Scores:
 
 
 @dataclass
-class Standing:
+class RunState:
     """The state of a run after the events that were added; one event costs no more than itself."""
 
     start: Event = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Standing:
     totals: Counter[str] = field(default_factory=Counter)
     losses: Counter[str] = field(default_factory=Counter)
     scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
-    clients: dict[str, Seen] = field(default_factory=dict)
+    clients: dict[str, ClientState] = field(default_factory=dict)
     busy: dict[State, set[str]] = field(
         default_factory=lambda: {"training": set(), "answered": set(), "lost": set()}
     )
@@ -160,7 +160,7 @@ class Standing:
         """What a client is at; ``lost`` stays until it is asked again or comes back."""
         return next((state for state, names in self.busy.items() if name in names), "idle")
 
-    def latest(self, most: int) -> Iterator[Seen]:
+    def latest(self, most: int) -> Iterator[ClientState]:
         """The clients last heard of first, at most so many."""
         return islice(reversed(self.clients.values()), most)
 
@@ -200,7 +200,7 @@ class Standing:
             case "stray":
                 self.totals["strays"] += 1
 
-    def _answered(self, client: Seen, event: Event) -> None:
+    def _answered(self, client: ClientState, event: Event) -> None:
         client.rank_type = event["rank_type"]
         # The ranks that joining clients say are their own; others are those of their type.
         types = self.start.get("ranks") or {}
@@ -232,16 +232,16 @@ class Standing:
                 scores = Scores(event["adapter"], group, event["round"], **found)
                 self.scores[event["adapter"], group] = scores
 
-    def _heard(self, event: Event) -> Seen:
+    def _heard(self, event: Event) -> ClientState:
         """The client of an event, now the last of all to be heard of."""
         name = event["client"]
-        client = self.clients.pop(name, None) or Seen(name)
+        client = self.clients.pop(name, None) or ClientState(name)
         self.clients[name] = client
         if event["event"] in ("joined", "client", "stray"):
             client.seen = event.get("time", client.seen)
         return client
 
-    def _becomes(self, state: State, client: Seen) -> None:
+    def _becomes(self, state: State, client: ClientState) -> None:
         for names in self.busy.values():
             names.discard(client.name)
         self.busy[state].add(client.name)

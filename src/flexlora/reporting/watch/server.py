@@ -22,7 +22,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.journal import Journal
 from flexlora.reporting.watch import metrics, page, words
-from flexlora.reporting.watch.run_state import Standing
+from flexlora.reporting.watch.run_state import RunState
 
 HEADERS = {
     "Content-Security-Policy": page.POLICY,
@@ -41,7 +41,7 @@ class _Watched:
     def __init__(self, folder: Path) -> None:
         # The name of "." is that of the folder that it stands for.
         self.name = folder.resolve().name
-        self._journal, self._standing, self._lock = Journal(folder), Standing(), threading.Lock()
+        self._journal, self._standing, self._lock = Journal(folder), RunState(), threading.Lock()
 
     def status(self) -> dict[str, Any]:
         """How the run stands, for programs and for the page."""
@@ -53,10 +53,10 @@ class _Watched:
         with self._lock:
             return metrics.text(self._now())
 
-    def _now(self) -> Standing:
+    def _now(self) -> RunState:
         for event in self._journal.news():
             if event is None:
-                self._standing = Standing()
+                self._standing = RunState()
             else:
                 self._standing.add(event)
         return self._standing

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from flexlora.journal import duration, size
-from flexlora.reporting.watch.run_state import Scores, Seen, Standing, kind_of_loss
+from flexlora.reporting.watch.run_state import ClientState, RunState, Scores, kind_of_loss
 
 MOST_CLIENTS = 200
 _LONGEST_NAME, _LONGEST_REASON = 60, 160
@@ -29,7 +29,7 @@ Words = dict[str, Any]
 """
 
 
-def status(now: Standing, name: str, at: float) -> dict[str, Any]:
+def status(now: RunState, name: str, at: float) -> dict[str, Any]:
     """The run called ``name`` at a moment, in seconds since 1970; ``shown`` is the page's.
 
     Of many clients the ``MOST_CLIENTS`` last heard of are listed. Costs as much as these.
@@ -59,7 +59,7 @@ def status(now: Standing, name: str, at: float) -> dict[str, Any]:
 
 
 def _words(
-    now: Standing, name: str, at: float, listed: Sequence[Seen], scores: Sequence[Scores]
+    now: RunState, name: str, at: float, listed: Sequence[ClientState], scores: Sequence[Scores]
 ) -> Words:
     more = len(now.clients) - len(listed)
     return {
@@ -77,7 +77,7 @@ def _words(
     }
 
 
-def _state(now: Standing) -> str:
+def _state(now: RunState) -> str:
     if now.state == "short":
         short = now.short or {}
         answered = len(now.busy["answered"])
@@ -87,7 +87,7 @@ def _state(now: Standing) -> str:
     return {"waiting": "waiting for the run to begin"}.get(now.state, now.state)
 
 
-def _what(now: Standing) -> str:
+def _what(now: RunState) -> str:
     config = now.start.get("config") or {}
     method, model = config.get("method") or {}, config.get("model") or {}
     said = [
@@ -98,14 +98,14 @@ def _what(now: Standing) -> str:
     return " ".join(part for part in said if part) or "Nothing is known of it yet."
 
 
-def _share(now: Standing) -> float:
+def _share(now: RunState) -> float:
     if not now.planned:
         return 0.0
     here = min(len(now.busy["answered"]) / now.wanted, 1.0) if now.wanted else 0.0
     return round(min((now.rounds + here) / now.planned, 1.0), 4)
 
 
-def _progress(now: Standing) -> str:
+def _progress(now: RunState) -> str:
     if not now.start:
         return "not begun"
     planned = f" of {now.planned:,}" if now.planned else ""
@@ -116,7 +116,7 @@ def _progress(now: Standing) -> str:
     return f"{said}: {len(now.busy['answered']):,}{wanted} uploads"
 
 
-def _facts(now: Standing, at: float) -> list[list[str]]:
+def _facts(now: RunState, at: float) -> list[list[str]]:
     last, totals = now.last_round, now.totals
     whole = "of the last round as a whole" if last else ""
     took, server = last.get("seconds"), last.get("aggregate_seconds")
@@ -151,7 +151,7 @@ def _score_cells(row: Scores) -> list[str]:
     ]
 
 
-def _row(now: Standing, client: Seen, at: float) -> dict[str, Any]:
+def _row(now: RunState, client: ClientState, at: float) -> dict[str, Any]:
     state = now.state_of(client.name)
     ranks = f"({', '.join(map(str, client.ranks))})" if client.ranks else ""
     spared = state == "lost" and kind_of_loss(client.reason) == "not_needed"
@@ -172,13 +172,13 @@ def _row(now: Standing, client: Seen, at: float) -> dict[str, Any]:
     }
 
 
-def _client_state(state: str, client: Seen, at: float) -> str:
+def _client_state(state: str, client: ClientState, at: float) -> str:
     if state == "training" and client.since is not None:
         return f"training for {_about(at - client.since)}"
     return f"lost: {_cut(client.reason, _LONGEST_REASON)}" if state == "lost" else state
 
 
-def _count(now: Standing) -> str:
+def _count(now: RunState) -> str:
     said = ", ".join(f"{count:,} {state}" for state, count in now.by_state.items() if count)
     heard, known = len(now.clients), now.start.get("clients") or 0
     of = f"{heard:,} of {known:,} clients were heard of" if heard < known else f"{heard:,} clients"
