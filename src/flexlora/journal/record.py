@@ -27,7 +27,8 @@ written, in seconds since 1970. The kinds and their fields:
                 (tokens that went through the model: shared ones once), steps,
                 loss_total, loss_tokens (their quotient is the mean training loss),
                 seconds, bytes_up, bytes_down
-``lost``        round, client, reason
+``lost``        round, client, reason (for people), kind (a ``LossKind``; journals of earlier
+                versions have none)
 ``stray``       round (the one going on), client, reason: a late or second answer
 ``short``       round, attempt, received, quorum: too few answered, others are asked
 ``round``       round, cohort (clients asked), received, examples, tokens, loss_total,
