@@ -128,6 +128,7 @@ class Experiment(BaseModel):
     method: dict[str, Any] = {"name": "flexlora"}
     server_optimizer: dict[str, Any] | None = None
     regularizer: dict[str, Any] | None = None
+    averager: dict[str, Any] | None = None
     training: Training = Training()
     federation: Rounds
     evaluation: Evaluation = Evaluation()

@@ -48,7 +48,9 @@ class RunSpec(BaseModel):
 
     def composed(self) -> Method:
         """The method, within the server optimiser and the regulariser."""
-        return compose.composed(self.method, self.server_optimizer, self.regularizer, self.training)
+        return compose.composed(
+            self.method, self.server_optimizer, self.regularizer, self.training, files=False
+        )
 
 
 def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> RunSpec:

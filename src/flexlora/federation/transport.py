@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from flexlora.federation.client_turn import TurnRequest
-from flexlora.method import Method, State, Upload
+from flexlora.journal import LossKind
+from flexlora.method import Cohort, Method, RoundContext, State
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,21 @@ class Reply:
 
 @dataclass(frozen=True)
 class Lost:
-    """A client that did not reply, and why; ``forgot``: it has lost all that it had merged."""
+    """A client whose upload the round goes on without, and why.
+
+    Programs read the ``kind``; the ``reason`` is a sentence for people. ``lost_base``: the client
+    has lost all base updates that it had merged.
+    """
 
     client: str
     reason: str
-    forgot: bool = False
+    kind: LossKind
+    lost_base: bool = False
 
 
 @dataclass(frozen=True)
 class LateReply:
-    """An answer that nobody waits for any more: one that came late, or twice."""
+    """A reply that no round waits for any more: one that came late, or twice."""
 
     client: str
     reason: str
@@ -44,14 +50,14 @@ class TransportEvent:
 
 
 Received = Reply | Lost | LateReply | TransportEvent
-"""What an exchange tells."""
+"""What an exchange yields."""
 
 
 @dataclass(frozen=True)
 class WaitPolicy:
     """How long a round waits: until so many seconds are over, or until it has ``enough``.
 
-    ``seconds`` None is for ever. Who is not waited for any more is lost to the round.
+    ``seconds`` None means no limit. A client that is not waited for any more is lost.
     """
 
     seconds: float | None = None
@@ -62,8 +68,8 @@ class Transport(Protocol):
     """Carries jobs to clients and replies back."""
 
     @property
-    def together(self) -> int:
-        """How many consecutive jobs are worked on as one; 1 where clients do not meet."""
+    def clients_at_once(self) -> int:
+        """How many consecutive requests are worked on as one; 1 where clients do not meet."""
         ...
 
     def present(self, clients: Collection[str]) -> list[str]:
@@ -84,6 +90,8 @@ class Transport(Protocol):
 class Aggregating(Protocol):
     """A federation whose workers take a part in the server's step too."""
 
-    def aggregate(self, method: Method, state: State, uploads: Sequence[Upload]) -> State:
-        """What the method's own ``aggregate`` finds, to the bit."""
+    def aggregate(
+        self, method: Method, state: State, cohort: Cohort, context: RoundContext
+    ) -> State:
+        """What the method's own ``aggregate`` returns, to the bit."""
         ...

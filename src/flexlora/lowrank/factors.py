@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,8 +12,17 @@ from torch import Tensor
 
 from flexlora.errors import AdapterError
 
-Halves = Literal["BA", "B", "A"]
-"""Which of the two factors are meant, of each module alike."""
+FactorNames = Literal["BA", "B", "A"]
+"""Which of the two factors take part, in each module alike."""
+
+
+@runtime_checkable
+class StoredModules(Protocol):
+    """Modules in a file, whose ranks are known without reading them."""
+
+    def rank(self, module: str) -> int:
+        """The rank of a module."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +68,14 @@ class Factors:
         """The same factors in another dtype or on another device."""
         return Factors(self.B.to(target), self.A.to(target))
 
-    def half(self, halves: Halves) -> Factors:
-        """These halves alone; the other one has its terms but no width, and so no numbers."""
-        B = self.B if "B" in halves else self.B[:0]
-        return Factors(B, self.A if "A" in halves else self.A[:, :0])
+    def restricted(self, factors: FactorNames) -> Factors:
+        """Only the given factors; the other is replaced by an empty tensor of the same rank."""
+        B = self.B if "B" in factors else self.B[:0]
+        return Factors(B, self.A if "A" in factors else self.A[:, :0])
 
-    def terms(self, chosen: Sequence[int]) -> Factors:
-        """The terms of these numbers, in this order."""
-        at = torch.tensor(list(chosen), dtype=torch.int64, device=self.B.device)
+    def components(self, numbers: Sequence[int]) -> Factors:
+        """The rank-one components of these numbers, in this order."""
+        at = torch.tensor(list(numbers), dtype=torch.int64, device=self.B.device)
         return Factors(self.B[:, at], self.A[at])
 
     def first(self, rank: int) -> Factors:
@@ -125,14 +134,20 @@ class Adapter(Mapping[str, Factors]):
     def __len__(self) -> int:
         return len(self.modules)
 
+    def rank(self, module: str) -> int:
+        """The rank of a module; one that lies in a file is not read for it."""
+        if isinstance(self.modules, StoredModules):
+            return self.modules.rank(module)
+        return self.modules[module].rank
+
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank held for each module."""
-        return {module: factors.rank for module, factors in self.items()}
+        """The rank of each module."""
+        return {module: self.rank(module) for module in self.modules}
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds."""
+        """The number of parameters."""
         return sum(f.B.numel() + f.A.numel() for f in self.values())
 
     def to(self, target: torch.dtype | torch.device | str) -> Adapter:
@@ -143,9 +158,9 @@ class Adapter(Mapping[str, Factors]):
         """Each module's first terms, as many as ``ranks`` names, fewer where it has fewer."""
         return Adapter({m: f.first(min(ranks[m], f.rank)) for m, f in self.items()})
 
-    def half(self, halves: Halves) -> Adapter:
-        """Each module's ``Factors.half``."""
-        return Adapter({module: factors.half(halves) for module, factors in self.items()})
+    def restricted(self, factors: FactorNames) -> Adapter:
+        """Each module's ``Factors.restricted``."""
+        return Adapter({module: f.restricted(factors) for module, f in self.items()})
 
     def only(self, modules: Collection[str]) -> Adapter:
         """Of these modules those that it has, in its own order, each read when it is needed."""
@@ -164,6 +179,10 @@ class _Only(Mapping[str, Factors]):
         if module not in self.names:
             raise KeyError(module)
         return self.whole[module]
+
+    def rank(self, module: str) -> int:
+        """The rank of a module, without reading it where the whole can tell."""
+        return Adapter(self.whole).rank(module)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -12,7 +12,7 @@ from flexlora.lowrank.factors import Factors
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
+class Parametrization:
     """One module's factors as a differentiable function of flat ``parameters``.
 
     ``make(parameters, *frozen)`` gives the factors, of which one may be without a gradient;
@@ -30,8 +30,8 @@ class Form:
     def __post_init__(self) -> None:
         if self.parameters.ndim != 1 or self.parameters.numel() == 0:
             raise AdapterError(
-                f"A form's parameters are of shape {tuple(self.parameters.shape)}; give one flat "
-                "tensor with at least one number."
+                f"The parameters are of shape {tuple(self.parameters.shape)}; give one flat tensor "
+                "with at least one number."
             )
 
     def factors(self, parameters: Tensor | None = None) -> Factors:
@@ -43,9 +43,9 @@ class Form:
         )
 
 
-def column(parameters: Tensor) -> Factors:
-    """Flat parameters as they travel and as ``Method.shares`` takes them: ``B`` is (n, 1).
+def as_vector(parameters: Tensor) -> Factors:
+    """Flat parameters as they travel: ``B`` is (n, 1).
 
-    ``A`` has a term but no width, and so no numbers.
+    ``A`` is (1, 0): it has a component and no parameters.
     """
     return Factors(parameters[:, None], parameters.new_zeros(1, 0))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora.lowrank import Adapter, Factors, Form, column
+from flexlora.lowrank import Adapter, Factors, Parametrization, as_vector
 from flexlora.model import FlatAdapter, leaf
 
 
@@ -27,13 +27,13 @@ class FormedAdapter:
     """
 
     values: Tensor
-    forms: Mapping[str, Form]
+    forms: Mapping[str, Parametrization]
     leaves: FlatAdapter
 
     @classmethod
     def of(
         cls,
-        forms: Mapping[str, Form],
+        forms: Mapping[str, Parametrization],
         device: torch.device,
         rest: Mapping[str, Factors] | None = None,
     ) -> FormedAdapter:
@@ -45,7 +45,7 @@ class FormedAdapter:
             own, start = leaf(values, grads, start, form.parameters.shape)
             with torch.no_grad():
                 own.copy_(form.parameters)
-            here[module] = Form(own, form.make, tuple(x.to(device) for x in form.frozen))
+            here[module] = Parametrization(own, form.make, tuple(x.to(device) for x in form.frozen))
             made = here[module].factors()
             factors[module] = Factors(_cut(made.B), _cut(made.A))
         values.requires_grad_().grad = grads
@@ -89,14 +89,14 @@ class FormedAdapter:
                     each.grad.zero_()
 
     def finish(self) -> Adapter:
-        """Each module's parameters as a ``column``, on the CPU; the gradients are given up."""
+        """Each module's parameters as a ``as_vector``, on the CPU; the gradients are given up."""
         for f in self.leaves.factors.values():
             f.B.grad = f.A.grad = None
         for form in self.forms.values():
             form.parameters.grad = None
         self.values.grad = None
         return Adapter(
-            {m: column(f.parameters.detach().clone().cpu()) for m, f in self.forms.items()}
+            {m: as_vector(f.parameters.detach().clone().cpu()) for m, f in self.forms.items()}
         )
 
 

@@ -5,9 +5,11 @@ from flexlora.wire.messages import (
     decode_download,
     encode,
     encode_download,
+    encode_private,
     encode_upload,
     open_download,
     open_file,
+    open_private,
     open_upload,
     stored_at,
 )
@@ -17,9 +19,11 @@ __all__ = [
     "decode_download",
     "encode",
     "encode_download",
+    "encode_private",
     "encode_upload",
     "open_download",
     "open_file",
+    "open_private",
     "open_upload",
     "stored_at",
 ]

@@ -9,6 +9,7 @@ header says its shape and the numbers' dtype. Nothing else is ever parsed from t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ from flexlora.lowrank import Adapter, Factors
 from flexlora.method import Download, Upload
 from flexlora.wire.sparse import FLOATS, Form, forms, thinned, unpacked
 
-FORMAT = 1
+FORMAT = 2
+"""Raised whenever messages change: 1 was that of flexlora before its interface for methods."""
 NUMBER_CHARACTERS = 25
 """What every fact takes in a header: a clock's digits must not change a message's length."""
 LARGEST_FACT = 1e15
@@ -85,6 +87,12 @@ class _Stored(Mapping[str, Factors]):
     def __getitem__(self, module: str) -> Factors:
         with self.path.open("rb") as file:
             return Factors(self._read(f"{module}.B", file), self._read(f"{module}.A", file))
+
+    def rank(self, module: str) -> int:
+        """The rank of a module, from the header."""
+        name = f"{module}.A"
+        shape = self.sparse[name][0] if name in self.sparse else self.tensors[name].shape
+        return int(shape[0])
 
     def _read(self, name: str, file: BinaryIO) -> Tensor:
         data = self.tensors[name].read(file)
@@ -158,22 +166,25 @@ def _places(path: Path) -> dict[str, _Place]:
 
 
 def encode_download(download: Download, dtype: torch.dtype, sparse: bool = False) -> bytes:
-    """A download as bytes; what is as usual takes none."""
+    """A download as bytes; fields at their defaults take none."""
     sections = {"": download.adapter}
-    if download.rest is not None:
-        sections["rest"] = download.rest
-    sections |= {f"merge {round}": adapter for round, adapter in download.merge.items()}
-    sections |= {f"extra {name}": adapter for name, adapter in download.extra.items()}
+    if download.frozen is not None:
+        sections["frozen"] = download.frozen
+    sections |= {f"update {round}": adapter for round, adapter in download.base_updates.items()}
+    sections |= {f"aux {name}": adapter for name, adapter in download.aux.items()}
     header: dict[str, Any] = {"kind": "download"}
-    if download.halves != "BA":
-        header["halves"] = download.halves
-    if download.rate != 1:
-        header["rate"] = download.rate
-    if download.held:
-        header["held"] = list(download.held)
-    if download.facts:
-        header["numbers"] = dict(download.facts)
-    return encode(_joined(sections), {**header, **_told(download.terms)}, dtype, sparse)
+    if download.factors != "BA":
+        header["factors"] = download.factors
+    if download.learning_rate_factor != 1:
+        header["learning_rate_factor"] = download.learning_rate_factor
+    if download.base_rounds:
+        header["base_rounds"] = list(download.base_rounds)
+    if download.ranks:
+        header["ranks"] = dict(download.ranks)
+    if download.ints:
+        header["ints"] = dict(download.ints)
+    header |= _numbered(download.component_ids)
+    return encode(_joined(sections), header, dtype, sparse)
 
 
 def decode_download(data: bytes) -> Download:
@@ -188,35 +199,40 @@ def open_download(path: Path) -> Download:
 
 def _download(adapter: Adapter, header: Mapping[str, Any]) -> Download:
     _expect(header, "download")
-    halves, rate = header.get("halves", "BA"), header.get("rate", 1.0)
-    if halves not in ("BA", "B", "A") or type(rate) not in (int, float) or not 0 < rate < 1e6:
-        raise ProtocolError(f"The download asks for halves {halves!r} at rate {rate!r}.")
-    held = header.get("held", [])
-    if not isinstance(held, list) or any(type(round) is not int or round < 1 for round in held):
-        raise ProtocolError(f"The download says that rounds {str(held)[:30]!r} are merged already.")
-    numbers = header.get("numbers", {})
-    if not isinstance(numbers, dict) or any(type(n) is not int for n in numbers.values()):
-        raise ProtocolError("The download's own numbers are no whole numbers.")
+    factors, rate = header.get("factors", "BA"), header.get("learning_rate_factor", 1.0)
+    if factors not in ("BA", "B", "A") or type(rate) not in (int, float) or not 0 < rate < 1e6:
+        raise ProtocolError(f"The download is to train factors {factors!r} at a rate of {rate!r}.")
+    rounds = header.get("base_rounds", [])
+    if not isinstance(rounds, list) or any(type(round) is not int or round < 1 for round in rounds):
+        raise ProtocolError(f"The download's base_rounds {str(rounds)[:30]!r} are no rounds.")
+    ranks, ints = header.get("ranks", {}), header.get("ints", {})
+    for name, table, least in (("ranks", ranks, 0), ("ints", ints, -math.inf)):
+        if not isinstance(table, dict) or any(
+            type(n) is not int or n < least for n in table.values()
+        ):
+            raise ProtocolError(f"The download's {name} are not a table of whole numbers.")
     sections = _sections(adapter)
-    merge, extra = {}, {}
-    for name in sections.keys() - {"", "rest"}:
-        kind, _, what = name.partition(" ")
-        if kind == "merge" and what.isdecimal():
-            merge[int(what)] = sections[name]
-        elif kind == "extra":
-            extra[what] = sections[name]
+    updates, aux = {}, {}
+    for name in sections.keys() - {"", "frozen"}:
+        kind, _, rest = name.partition(" ")
+        if kind == "update" and rest.isdecimal():
+            updates[int(rest)] = sections[name]
+        elif kind == "aux":
+            aux[rest] = sections[name]
         else:
-            raise ProtocolError(f"The download has a section {name[:40]!r} that is not known.")
+            raise ProtocolError(f"The download has an unknown section {name[:40]!r}.")
+    trained = sections.get("", Adapter({}))
     return Download(
-        sections.get("", Adapter({})),
-        sections.get("rest"),
-        dict(sorted(merge.items())),
-        halves,
-        float(rate),
-        _terms(header, sections.get("", Adapter({}))),
-        extra,
-        numbers,
-        tuple(held),
+        trained,
+        frozen=sections.get("frozen"),
+        base_updates=dict(sorted(updates.items())),
+        base_rounds=tuple(rounds),
+        factors=factors,
+        learning_rate_factor=float(rate),
+        component_ids=_component_ids(header, trained),
+        ranks=ranks,
+        aux=aux,
+        ints=ints,
     )
 
 
@@ -227,10 +243,12 @@ def encode_upload(upload: Upload, dtype: torch.dtype, sparse: bool = False) -> b
         "client": upload.client,
         "round": upload.round,
         "examples": upload.examples,
-        "facts": dict(upload.facts),
-        **_told(upload.terms),
+        "facts": dict(upload.metrics),
+        **_numbered(upload.component_ids),
     }
-    return encode(upload.adapter, header, dtype, sparse)
+    sections = {"": upload.adapter}
+    sections |= {f"aux {name}": adapter for name, adapter in upload.aux.items()}
+    return encode(_joined(sections), header, dtype, sparse)
 
 
 def open_upload(path: Path) -> Upload:
@@ -250,15 +268,36 @@ def open_upload(path: Path) -> Upload:
     for name, value in header["facts"].items():
         if type(value) not in (int, float) or not abs(value) <= LARGEST_FACT:
             raise ProtocolError(f"{path}: the upload's fact {name[:40]!r} is no usable number.")
-    facts = header["facts"]
+    sections = _sections(adapter)
+    strange = [name for name in sections if name and not name.startswith("aux ")]
+    if strange:
+        raise ProtocolError(f"{path}: the upload has an unknown section {strange[0][:40]!r}.")
+    trained = sections.pop("", Adapter({}))
     return Upload(
         header["client"],
         header["round"],
-        adapter,
+        trained,
         header["examples"],
-        facts,
-        _terms(header, adapter),
+        header["facts"],
+        _component_ids(header, trained),
+        {name.removeprefix("aux "): adapter for name, adapter in sections.items()},
     )
+
+
+def encode_private(adapters: Mapping[str, Adapter]) -> bytes:
+    """Adapters that a client keeps, by name, as bytes; in float32."""
+    return encode(_joined(adapters), {"kind": "private"}, torch.float32)
+
+
+def open_private(path: Path) -> dict[str, Adapter]:
+    """What ``encode_private`` has written, modules read when they are asked for.
+
+    Raises:
+        ProtocolError: the file holds something else.
+    """
+    adapter, header = open_file(path)
+    _expect(header, "private")
+    return _sections(adapter)
 
 
 def _joined(sections: Mapping[str, Adapter]) -> Adapter:
@@ -291,6 +330,10 @@ class _Section(Mapping[str, Factors]):
     def __getitem__(self, module: str) -> Factors:
         return self.whole[self.keys_[module]]
 
+    def rank(self, module: str) -> int:
+        """The rank of a module, not read from the file."""
+        return self.whole.rank(self.keys_[module])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_)
 
@@ -298,30 +341,32 @@ class _Section(Mapping[str, Factors]):
         return len(self.keys_)
 
 
-def _told(terms: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The numbers of terms as a header says them, if there are any."""
-    return {"terms": {m: list(chosen) for m, chosen in terms.items()}} if terms else {}
+def _numbered(ids: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The numbers of components as a header has them, if there are any."""
+    return {"component_ids": {m: list(numbers) for m, numbers in ids.items()}} if ids else {}
 
 
-def _terms(header: Mapping[str, Any], adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """The numbers of the adapter's terms: for each of its modules one for every term, or none.
+def _component_ids(header: Mapping[str, Any], adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The numbers of the adapter's components: one for each of every module, or none at all.
 
     Raises:
         ProtocolError: they are anything else than that.
     """
-    found = header.get("terms", {})
-    if not isinstance(found, dict) or (found and found.keys() != set(adapter)):
-        raise ProtocolError("The header's terms are not those of the modules that travel.")
-    for module, chosen in found.items():
-        whole = isinstance(chosen, list) and all(type(term) is int for term in chosen)
-        if not whole or len(set(chosen)) != len(chosen) or any(term < 0 for term in chosen):
-            raise ProtocolError(f"The terms of module {module[:80]!r} are no distinct numbers.")
-        if len(chosen) != adapter[module].rank:
+    ids = header.get("component_ids", {})
+    if not isinstance(ids, dict) or (ids and ids.keys() != set(adapter)):
+        raise ProtocolError("The header's component_ids do not name the modules that travel.")
+    for module, numbers in ids.items():
+        whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+        if not whole or len(set(numbers)) != len(numbers) or any(n < 0 for n in numbers):
             raise ProtocolError(
-                f"Module {module[:80]!r} has {adapter[module].rank} terms but numbers for "
-                f"{len(chosen)}."
+                f"The component_ids of module {module[:80]!r} are not distinct numbers."
             )
-    return {module: tuple(chosen) for module, chosen in found.items()}
+        if len(numbers) != adapter.rank(module):
+            raise ProtocolError(
+                f"Module {module[:80]!r} has {adapter.rank(module)} components but "
+                f"{len(numbers)} component_ids."
+            )
+    return {module: tuple(numbers) for module, numbers in ids.items()}
 
 
 def _header_length(data: bytes) -> int:

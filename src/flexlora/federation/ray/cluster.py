@@ -18,10 +18,9 @@ import torch
 
 from flexlora.config import Experiment
 from flexlora.errors import ConfigError
-from flexlora.federation.client_store import ClientStore
+from flexlora.federation.client_store import PRIVATE, ClientStore
 from flexlora.federation.ray.pool import RayTransport
 from flexlora.federation.ray.resident import Resident, described
-from flexlora.federation.rounds import PRIVATE
 from flexlora.federation.setup import PreparedRun
 from flexlora.training import clients_at_once
 
@@ -59,18 +58,18 @@ class Cluster:
 
     @contextmanager
     def federation(
-        self, ready: PreparedRun, folder: Path, together: int | None = None
+        self, ready: PreparedRun, folder: Path, clients_at_once: int | None = None
     ) -> Iterator[RayTransport]:
         """The clients of an experiment that runs in ``folder``, on workers that end with this.
 
         Each worker reads the data and loads the model by itself, from the same paths as this
-        process. ``together`` clients are trained at a time, by default as many as the config
+        process. ``clients_at_once`` are trained at a time, by default as many as the config
         says or as are worth it, measured here.
 
         Raises:
             ConfigError: at the first exchange, if a worker cannot do so or finds other data.
         """
-        together = together or self._together(ready)
+        at_once = clients_at_once or self._clients_at_once(ready)
         settings = self.settings(ready.experiment)
         if self.gpus:
             # Ray shows a worker its own GPU alone, whatever its number.
@@ -78,29 +77,29 @@ class Cluster:
             settings = settings.model_copy(update={"model": model})
         private = ClientStore((folder / PRIVATE).resolve())
         resident = Resident(
-            settings.model_dump_json(), private, Path.cwd(), together, described(ready)
+            settings.model_dump_json(), private, Path.cwd(), at_once, described(ready)
         )
         resources = {"num_cpus": self.threads, "num_gpus": self.gpus}
-        crew = RayTransport(resident, self.workers, resources, together, self.scratch)
+        crew = RayTransport(resident, self.workers, resources, at_once, self.scratch)
         try:
             yield crew
         finally:
             crew.close()
 
-    def _together(self, ready: PreparedRun) -> int:
+    def _clients_at_once(self, ready: PreparedRun) -> int:
         """How many clients a worker trains at a time: as the config says, or measured.
 
         No more than leave every worker something to do, and as if all workers shared one
         machine's memory.
         """
-        here, shapes = ready.workplace, ready.base.shapes
-        parameters = sum(rank * sum(shapes[module]) for module, rank in ready.largest.items())
+        runtime, shapes = ready.runtime, ready.base.shapes
+        parameters = sum(rank * sum(shapes[module]) for module, rank in ready.ranks.items())
         cohort = min(ready.cohort_size, len(ready.clients))
         return ready.experiment.run.clients_at_once or clients_at_once(
             ready.base,
-            here.store,
-            (here.rows[id] for id in ready.clients),
-            here.training,
+            runtime.store,
+            (runtime.rows[id] for id in ready.clients),
+            runtime.training,
             parameters * (1 if self.gpus else self.workers),
             math.ceil(cohort / self.workers),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +26,8 @@ from flexlora.federation.ray.partial_step import Step
 from flexlora.federation.ray.queue import Group, JobQueue
 from flexlora.federation.ray.worker import Build, Worker
 from flexlora.federation.transport import Lost, Reply, WaitPolicy
-from flexlora.method import Method, State, Upload, partial_step
+from flexlora.journal import LossKind
+from flexlora.method import Cohort, Method, RoundContext, State, partial_step
 
 ATTEMPTS: Final = 3
 """How many workers a group of clients may lose before it is lost itself."""
@@ -73,12 +74,12 @@ class RayTransport:
         build: Build,
         workers: int,
         resources: Mapping[str, float],
-        together: int = 1,
+        clients_at_once: int = 1,
         scratch: Path | None = None,
     ) -> None:
         self._make = ray.remote(Worker).options(**resources, max_restarts=0)
         self._build = build
-        self._together = together
+        self._clients_at_once = clients_at_once
         # A relative folder is on the worker's machine, among its temporary files.
         self._scratch = scratch or Path(f"flexlora-{uuid.uuid4().hex}")
         self._places = [_Place() for _ in range(workers)]
@@ -86,9 +87,9 @@ class RayTransport:
         self._staff()
 
     @property
-    def together(self) -> int:
-        """How many consecutive jobs one worker takes at a time."""
-        return self._together
+    def clients_at_once(self) -> int:
+        """How many consecutive requests one worker takes at a time."""
+        return self._clients_at_once
 
     def present(self, clients: Collection[str]) -> list[str]:
         """All of them."""
@@ -109,7 +110,7 @@ class RayTransport:
         self._exchanges += 1
         for place in self._places:
             place.files.clear()
-        waiting = JobQueue(iter(jobs), self.together)
+        waiting = JobQueue(iter(jobs), self.clients_at_once)
         busy: dict[Any, tuple[_Place, Group]] = {}
         started = time.monotonic()
         try:
@@ -134,19 +135,21 @@ class RayTransport:
                 self._dismiss(place)
         self._staff()
 
-    def aggregate(self, method: Method, state: State, uploads: Sequence[Upload]) -> State:
-        """The method's aggregate, to the bit; where it goes ``by_module``, made by the workers.
+    def aggregate(
+        self, method: Method, state: State, cohort: Cohort, context: RoundContext
+    ) -> State:
+        """The method's aggregate, to the bit; by module where it can, made by the workers.
 
         Whoever is free takes the next part. Workers take one where they see the run's files, and
         those that are not built yet are not waited for; what a worker that dies had is done again,
         and what nobody takes is done here.
         """
-        step = Step.of(method, state, uploads)
+        step = Step.of(method, state, cohort, context)
         ready = [place for place in self._places if place.ready]
-        left = deque(step.dealt(len(ready)))
+        left = deque(step.split(len(ready)))
         if len(left) < 2:
-            return method.aggregate(state, uploads)
-        stored, found = ray.put(step), []
+            return method.aggregate(state, cohort, context)
+        stored, parts = ray.put(step), []
         busy: dict[Any, tuple[_Place, list[str] | None]] = {
             place.actor.hold.remote(stored): (place, None) for place in ready
         }
@@ -166,13 +169,15 @@ class RayTransport:
                     following = left.popleft()
                     busy[place.actor.part.remote(following)] = place, following
                 if part:
-                    found.append(made.part())
+                    parts.append(made.part())
         finally:
             for place, _ in busy.values():
                 self._dismiss(place)
         self._staff()
-        found += [partial_step.aggregated(method, state, uploads, part) for part in left]
-        return partial_step.joined(state, found)
+        parts += [
+            partial_step.aggregate(method, state, cohort, context, modules) for modules in left
+        ]
+        return partial_step.joined(state, parts, context)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -207,7 +212,8 @@ class RayTransport:
                 waiting.drawn.appendleft(group)
                 return
             why = f"{ATTEMPTS} workers died in its turn, the last so: {_line(death)}"
-            yield from (Lost(each.client, why) for each in group.asked)
+            kind = LossKind.WORKER_DIED
+            yield from (Lost(each.client, why, kind) for each in group.asked)
             return
         for each, upload in zip(group.asked, uploads, strict=True):
             yield Reply(each.client, upload.tobytes())
@@ -264,9 +270,11 @@ def _late(
 ) -> Iterator[Lost]:
     for _, group in busy.values():
         for each in group.asked:
-            yield Lost(each.client, f"Its turn was not over after {seconds:g} s.")
+            reason = f"Its local training was not over after {seconds:g} s."
+            yield Lost(each.client, reason, LossKind.NO_ANSWER)
     for client in waiting.clients():
-        yield Lost(client, f"Its turn had not begun after {seconds:g} s.")
+        reason = f"Its local training had not begun after {seconds:g} s."
+        yield Lost(client, reason, LossKind.NOT_BEGUN)
 
 
 def _cause(error: RayTaskError) -> Exception:

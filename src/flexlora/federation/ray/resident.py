@@ -29,7 +29,7 @@ class Resident:
     experiment: str
     private: ClientStore
     working_folder: Path
-    together: int
+    clients_at_once: int
     data: str
 
     def __call__(self) -> Turns:
@@ -50,10 +50,11 @@ class Resident:
                 f"A worker found {described(ready)}, but the run has {self.data}; every machine "
                 "needs the same version and the same data under the same paths."
             )
-        here = SimulatedTransport(replace(ready.workplace, private=self.private), self.together)
+        runtime = replace(ready.runtime, clients=self.private)
+        transport = SimulatedTransport(runtime, self.clients_at_once)
 
         def turns(jobs: Iterable[TurnRequest]) -> list[bytes]:
-            replies = here.exchange(jobs, WaitPolicy())
+            replies = transport.exchange(jobs, WaitPolicy())
             return [reply.data for reply in replies if isinstance(reply, Reply)]
 
         return turns
@@ -61,7 +62,7 @@ class Resident:
 
 def described(ready: PreparedRun) -> str:
     """What a worker must find as well: versions, clients, rows and tokens."""
-    store = ready.workplace.store
+    store = ready.runtime.store
     return (
         f"{len(ready.clients)} clients, {len(store)} rows of {int(store.offsets[-1])} tokens and "
         f"flexlora {metadata.version('flexlora')}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexlora.federation.client_turn import TurnRequest
-from flexlora.federation.ray.partial_step import Made, Step
+from flexlora.federation.ray.partial_step import SentPart, Step
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 """How bytes travel: Ray hands arrays over in shared memory, without a copy for each reader."""
@@ -66,13 +66,13 @@ class Worker:
 
     def hold(self, step: Step) -> bool:
         """Keep what a server step starts from; whether the files that it names are here."""
-        self._step = step if step.seen() else None
+        self._step = step if step.sees_the_same_files() else None
         return self._step is not None
 
-    def part(self, modules: Sequence[str]) -> Made:
+    def part(self, modules: Sequence[str]) -> SentPart:
         """These modules of the step that it holds, after the step."""
         assert self._step is not None
-        return self._step.made(modules)
+        return self._step.computed(modules)
 
     def close(self) -> None:
         """Remove its files."""
