@@ -13,7 +13,7 @@ APPLY = {
     "rank bound": len(NAMES) - 2,
     "gauge": len(NAMES) - 12,
     "missed rounds": 4,
-    "scale": len(NAMES) - 3,
+    "scale": len(NAMES) - 2,
     "parts": len(NAMES) - 2,
     "equal ranks": 15,
 }
