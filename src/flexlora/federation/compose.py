@@ -9,6 +9,7 @@ from typing import Any
 from flexlora import config, methods
 from flexlora.config import Experiment, Plugins
 from flexlora.errors import ConfigError
+from flexlora.federation import corpora
 from flexlora.method import Averager, Method, averagers, regularizers, server_optimizers
 from flexlora.method.server_optimizer import with_server_optimizer
 from flexlora.training import Training
@@ -126,6 +127,7 @@ def _checked(experiment: Experiment, place: str) -> Experiment:
         (experiment.averager, averagers.PLUGINS),
     )
     try:
+        corpora.check(experiment.data.format)
         for section, plugins in sections:
             if section is not None:
                 plugins.make(section)
