@@ -44,7 +44,7 @@ class Clipped(Method):
         },
     )
     features = frozenset({Feature.SAME_FOR_EQUAL_RANKS})
-    means = frozenset({Mean.FACTORS})
+    needs = frozenset({Mean.FACTORS})
 
     max_norm: float = 1.0
     weights: Weights = "examples"

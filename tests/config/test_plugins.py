@@ -52,7 +52,7 @@ class Nothing(Regularizer):
 @dataclass(frozen=True)
 class Equal(Averager):
     title = "equal weights"
-    means = frozenset({Mean.PRODUCTS})
+    offers = frozenset({Mean.PRODUCTS})
 
     def cohort(self, uploads, weights, context):
         return WeightedCohort(tuple(uploads), (1.0,) * len(uploads))

@@ -44,7 +44,7 @@ class FedPLoRA(Method):
         server="sums of factors",
     )
     features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE})
-    means = frozenset({Mean.NUMBERED_COMPONENTS})
+    needs = frozenset({Mean.NUMBERED_COMPONENTS})
 
     weights: Weights = "uniform"
 

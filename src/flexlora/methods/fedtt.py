@@ -57,7 +57,7 @@ class FedTT(Method):
     """FedTT. ``cores`` is d, of each factor; ``train_rank`` is t. Unequal ranks are refused."""
 
     info = Info(
-        "FedTT: factors as tensor trains, means of their cores",
+        "FedTT: factors as tensor trains, averaged cores",
         "arXiv 2410.13097",
         up="c",
         down="c",
@@ -65,7 +65,7 @@ class FedTT(Method):
         exempt={"gauge": "clients train the cores of a tensor train"},
     )
     features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
-    means = frozenset({Mean.FACTORS})
+    needs = frozenset({Mean.FACTORS})
 
     cores: int = 3
     train_rank: int = 5

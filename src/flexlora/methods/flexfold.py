@@ -64,7 +64,7 @@ class FlexFold(Method):
             Feature.SAME_FOR_EQUAL_RANKS,
         }
     )
-    means = frozenset({Mean.PRODUCTS, Mean.PRODUCTS_BY_COMPONENT})
+    needs = frozenset({Mean.PRODUCTS, Mean.PRODUCTS_BY_COMPONENT})
 
     fold: bool = True
     normalise: Literal["clients", "holders"] = "clients"

@@ -54,7 +54,7 @@ class FlexLoRA(Method):
             Feature.SAME_FOR_EQUAL_RANKS,
         }
     )
-    means = frozenset({Mean.PRODUCTS})
+    needs = frozenset({Mean.PRODUCTS})
 
     split: Split = "left"
     weights: Weights = "examples"

@@ -35,7 +35,7 @@ class FLoRANA(Method):
         server="K^2 products of factors, systems of K unknowns",
     )
     features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
-    means = frozenset({Mean.FACTORS, Mean.UPLOADS})
+    needs = frozenset({Mean.FACTORS, Mean.UPLOADS})
 
     sweeps: int = 10
     weights: Weights = "examples"

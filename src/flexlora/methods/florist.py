@@ -47,7 +47,7 @@ class FLoRIST(Method):
         lossless={"energy": 1.0},
     )
     features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE})
-    means = frozenset({Mean.PRODUCTS})
+    needs = frozenset({Mean.PRODUCTS})
 
     energy: float = 0.9
     weights: Weights = "examples"
@@ -57,7 +57,7 @@ class FLoRIST(Method):
             raise ConfigError(f"energy is a share in (0, 1], got {self.energy}.")
 
     def start(self, fresh: Adapter, context: RoundContext) -> State:
-        """No update at all: of the model only shapes are known."""
+        """No update at all: the model has shapes and no component."""
         return State(fresh.first(dict.fromkeys(fresh, 0)))
 
     def handout(self, state: State, client: Client, context: RoundContext) -> Download:

@@ -46,7 +46,7 @@ class FSLoRA(Method):
         exempt={"gauge": "clients send changes of factors"},
     )
     features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE})
-    means = frozenset({Mean.NUMBERED_CHANGES})
+    needs = frozenset({Mean.NUMBERED_CHANGES})
 
     weights: Weights = "examples"
 

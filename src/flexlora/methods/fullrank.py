@@ -44,7 +44,7 @@ class FullRank(Method):
         server="one SVD of rank S",
     )
     features = frozenset({Feature.PER_MODULE})
-    means = frozenset({Mean.PRODUCTS})
+    needs = frozenset({Mean.PRODUCTS})
 
     weights: Weights = "examples"
     remainder: Literal["merge", "drop"] = "merge"

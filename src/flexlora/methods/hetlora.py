@@ -52,7 +52,7 @@ class HetLoRA(Method):
         server="norms and sums of factors",
     )
     features = frozenset({Feature.MIXED_RANKS})
-    means = frozenset({Mean.PADDED_FACTORS})
+    needs = frozenset({Mean.PADDED_FACTORS})
 
     keep: float = 0.99
     decay: float = 0.01

@@ -55,7 +55,7 @@ class LoRAA2(Method):
     features = frozenset(
         {Feature.MIXED_RANKS, Feature.PER_MODULE, Feature.PROBES, Feature.SAME_FOR_EQUAL_RANKS}
     )
-    means = frozenset({Mean.NUMBERED_CHANGES})
+    needs = frozenset({Mean.NUMBERED_CHANGES})
 
     rate_of_B: float = 5.0
     weights: Weights = "examples"

@@ -56,7 +56,7 @@ class RaFLoRA(Method):
             Feature.SAME_FOR_EQUAL_RANKS,
         }
     )
-    means = frozenset({Mean.PRODUCTS_BY_COMPONENT})
+    needs = frozenset({Mean.PRODUCTS_BY_COMPONENT})
 
     split: Split = "left"
     weights: Weights = "examples"

@@ -66,7 +66,7 @@ class RAVAN(Method):
         exempt={"gauge": "clients train cores between frozen bases"},
     )
     features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE})
-    means = frozenset({Mean.NUMBERED_COMPONENTS})
+    needs = frozenset({Mean.NUMBERED_COMPONENTS})
 
     heads: int = 4
     head_rank: int | None = None

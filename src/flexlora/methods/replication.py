@@ -18,7 +18,7 @@ from flexlora.method import Cohort, Feature, Info, Mean, Method, RoundContext, S
 
 @dataclass(frozen=True)
 class Replication(Method):
-    """Replication padding: rank-wise means of the factors, handed out by truncation."""
+    """Replication padding: factors averaged component by component, handed out by truncation."""
 
     info = Info(
         "Replication padding: factors averaged rank by rank",
@@ -28,7 +28,7 @@ class Replication(Method):
         server="sums of factors",
     )
     features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
-    means = frozenset({Mean.FACTORS_BY_COMPONENT})
+    needs = frozenset({Mean.FACTORS_BY_COMPONENT})
 
     weights: Weights = "examples"
 
