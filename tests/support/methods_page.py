@@ -161,23 +161,23 @@ A method of this library is one file in `src/flexlora/methods/`. The tests in
 `tests/methods/test_laws.py` ("laws") run on all of them. To add your own, see
 [CONTRIBUTING.md](../CONTRIBUTING.md). The columns of the table:
 
-- **Exact:** whether the server's result is the weighted mean of the clients' products, up to the rank
-  that the server keeps. "Term by term": the mean of each rank-one component is over the clients that
-  have this component. A dash: each client's model is personal. Exactness is that of a float32 wire; a
-  coarser `federation.wire_dtype` rounds every message.
+- **Exact:** whether the server's result is the weighted mean of the clients' products, up to the
+  rank that the server keeps. "Term by term": the mean of each rank-one component is over the
+  clients that have this component. A dash: each client's model is personal. Exactness is that of
+  a float32 wire; a coarser `federation.wire_dtype` rounds every message.
 - **Mixed ranks:** methods without it require all clients to use the same rank.
 - **Mixed modules:** methods without it require all clients to train the same kinds of layers; the
   others average each module over the clients that train it. Other configurations are refused at
   startup.
-- **Up** and **down:** parameters in an upload and a download for one module of m x n, as a formula: r is
-  the client's rank, R the largest rank, S the sum of the ranks of the cohort, K its size, p the rank
-  that an energy threshold leaves, b the number of components that a budget gives the module, c the
-  number of parameters of a method that trains other parameters than `B` and `A`. "Or" separates
-  alternating rounds, "then" an early from a later phase. After the formula: the measured KiB of float32
-  messages for one module of {shape}, for a client of rank 8 among clients of ranks 4, 8 and 16 (8, 8, 8
-  where ranks must be equal) that took part in every round.
-- **Composes with:** FedProx composes with every method; a server optimizer or SCAFFOLD only with those
-  named here, and is refused with others.
+- **Up** and **down:** parameters in an upload and a download for one module of m x n, as a
+  formula: r is the client's rank, R the largest rank, S the sum of the ranks of the cohort, K its
+  size, p the rank that an energy threshold leaves, b the number of components that a budget gives
+  the module, c the number of parameters of a method that trains other parameters than `B` and
+  `A`. "Or" separates alternating rounds, "then" an early from a later phase. After the formula:
+  the measured KiB of float32 messages for one module of {shape}, for a client of rank 8 among
+  clients of ranks 4, 8 and 16 (8, 8, 8 where ranks must be equal) that took part in every round.
+- **Composes with:** FedProx composes with every method; a server optimizer or SCAFFOLD only with
+  those named here, and is refused with others.
 - **Code:** lines of code without comments, docstrings and blank lines. The median is {median}.
 
 {guide}
