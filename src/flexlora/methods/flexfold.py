@@ -46,7 +46,7 @@ from flexlora.method import (
 
 @dataclass(frozen=True)
 class FlexFold(Method):
-    """FlexLoRA with the other components frozen. ``fold`` False leaves those out of the download."""
+    """FlexFold. ``fold`` False leaves the frozen components out of the download."""
 
     info = Info(
         "FlexFold: FlexLoRA with the other components frozen",
