@@ -19,9 +19,9 @@ import torch
 from flexlora.config import Experiment
 from flexlora.errors import ConfigError
 from flexlora.federation.client_store import PRIVATE, ClientStore
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.ray.pool import RayTransport
 from flexlora.federation.ray.resident import Resident, described
-from flexlora.federation.setup import PreparedRun
 from flexlora.training import clients_at_once
 
 _SECONDS_TO_ANSWER: Final = 10.0

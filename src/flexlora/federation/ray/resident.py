@@ -13,8 +13,9 @@ from flexlora.errors import ConfigError
 from flexlora.federation import compose
 from flexlora.federation.client_store import ClientStore
 from flexlora.federation.client_turn import TurnRequest
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.ray.worker import Turns
-from flexlora.federation.setup import PreparedRun, prepare
+from flexlora.federation.setup import prepare
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Reply, WaitPolicy
 
