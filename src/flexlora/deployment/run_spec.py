@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.config import Experiment
 from flexlora.errors import ProtocolError
-from flexlora.federation import compose
+from flexlora.federation import compose, prepared
 from flexlora.method import Method
 from flexlora.model import Source
 from flexlora.model.layers import attention

@@ -19,7 +19,7 @@ from flexlora.deployment import run_spec
 from flexlora.deployment.server.registry import NODES as NODES
 from flexlora.deployment.server.registry import ClientRegistry, RankLimits
 from flexlora.errors import ProtocolError
-from flexlora.federation import Transport, checkpoint, compose, rounds
+from flexlora.federation import Transport, checkpoint, compose, rounds, served
 from flexlora.journal import Record
 from flexlora.method import Feature, mixed_modules, require
 from flexlora.storage.files import write_atomically
