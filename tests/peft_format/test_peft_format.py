@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
+from flexlora.errors import AdapterError
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.peft_format import (
     CARD,
@@ -61,11 +62,11 @@ def key(module, half):
 
 def tensors_of(ranks):
     """A and B of a (11, 7) layer for each module, as stored."""
-    found = {}
+    tensors = {}
     for seed, (module, rank) in enumerate(ranks.items()):
-        found[key(module, "A")] = matrix(rank, 7, 10 + seed)
-        found[key(module, "B")] = matrix(11, rank, 20 + seed)
-    return found
+        tensors[key(module, "A")] = matrix(rank, 7, 10 + seed)
+        tensors[key(module, "B")] = matrix(11, rank, 20 + seed)
+    return tensors
 
 
 def store(folder, tensors=None, **config):
@@ -96,8 +97,7 @@ def test_folds_the_scale_and_honours_patterns(tmp_path, rslora):
     for module, rank, alpha in ((Q0, 2, 3.5), (Q1, 5, 6)):
         scale = alpha / (math.sqrt(rank) if rslora else rank)
         expected = scale * tensors[key(module, "B")] @ tensors[key(module, "A")]
-        found = stored.adapter[module]
-        torch.testing.assert_close(found.B @ found.A, expected)
+        torch.testing.assert_close(stored.adapter[module].B @ stored.adapter[module].A, expected)
         assert stored.layers[module].scale == scale
     assert stored.ranks == {Q0: 2, Q1: 5}
 
@@ -107,12 +107,12 @@ def test_patterns_match_whole_names_only(tmp_path):
     assert {layer.scale for layer in stored.layers.values()} == {3.0}
 
 
-def test_values_are_read_only_when_asked_for(tmp_path):
+def test_values_are_read_on_look_up(tmp_path):
     tensors = tensors_of({Q0: 2, Q1: 2})
     tensors[key(Q1, "B")][3, 1] = math.nan
     stored = read(store(tmp_path, tensors))
     assert stored.adapter[Q0].shape == (11, 7)
-    place = rf"{WEIGHTS}: 'base_model\.model\.{Q1}\.lora_B\.weight' holds NaN"
+    place = rf"{WEIGHTS}: 'base_model\.model\.{Q1}\.lora_B\.weight' contains NaN"
     with pytest.raises(ValueError, match=place):
         stored.adapter[Q1]
     with pytest.raises(ValueError, match=place):
@@ -149,7 +149,7 @@ def test_lazy_adapters_can_be_pickled_to_workers(tmp_path):
     torch.testing.assert_close(copy.adapter[Q1].A, stored.adapter[Q1].A)
 
 
-def test_dtypes_as_stored_and_as_asked(tmp_path):
+def test_dtypes_as_stored_and_as_requested(tmp_path):
     tensors = {name: value.bfloat16() for name, value in tensors_of({Q0: 2}).items()}
     store(tmp_path, tensors, lora_alpha=0.7)
     exact = tensors[key(Q0, "B")].float() * 0.35
@@ -187,8 +187,8 @@ CONFIGS = [
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives 'q_proj' the rank 0"),
     ({"rank_pattern": ["q_proj"]}, "'rank_pattern' is"),
     ({"alpha_pattern": {"q_proj": "4"}}, "'alpha_pattern.q_proj' is '4'"),
-    ({"rank_pattern": {"q_(proj": 2}}, r"rank_pattern: 'q_\(proj' is no regular expression"),
-    ({"alpha_pattern": {"[z-a]": 2}}, "alpha_pattern: .* is no regular expression"),
+    ({"rank_pattern": {"q_(proj": 2}}, r"rank_pattern: 'q_\(proj' is not a regular expression"),
+    ({"alpha_pattern": {"[z-a]": 2}}, "alpha_pattern: .* is not a regular expression"),
     ({"alpha_pattern": {"(a+)+b": 2}}, r"alpha_pattern: '\(a\+\)\+b' repeats a group"),
     ({"alpha_pattern": {"(q|q){30}": 2}}, "repeats a group"),
     ({"alpha_pattern": {r"(q)\1": 2}}, "uses more of regular expressions"),
@@ -234,7 +234,7 @@ VARIANTS = [
     ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'"),
     ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'.*train a LoRA with"),
     ({"init_lora_weights": 1}, "init_lora_weights is 1"),
-    ({"use_novelty": True}, "'use_novelty' is True, a setting unknown here"),
+    ({"use_novelty": True}, "'use_novelty' is True, an unknown setting"),
 ]
 
 
@@ -263,8 +263,8 @@ HARMLESS = [
 @pytest.mark.parametrize("config", HARMLESS)
 def test_accepts_what_changes_nothing(tmp_path, config):
     plain = read(store(tmp_path / "plain")).adapter[Q1]
-    found = read(store(tmp_path / "other", **config)).adapter[Q1]
-    assert torch.equal(found.B @ found.A, plain.B @ plain.A)
+    other = read(store(tmp_path / "other", **config)).adapter[Q1]
+    assert torch.equal(other.B @ other.A, plain.B @ plain.A)
 
 
 STRANGE = [
@@ -278,16 +278,16 @@ STRANGE = [
     (f"diffusion_model.{Q0}.lora_A.weight", "is not of the form"),
     (f"base_model.model.{Q0}.lora_C.weight", "is not of the form"),
     ("", "is not of the form"),
-    ("base_model.model.a..b.lora_A.weight", "names no module"),
-    ("base_model.model.a\x1b[2J.lora_A.weight", "names no module"),
-    (f"base_model.model.{'x' * 513}.lora_A.weight", "names no module"),
+    ("base_model.model.a..b.lora_A.weight", "is not a module path"),
+    ("base_model.model.a\x1b[2J.lora_A.weight", "is not a module path"),
+    (f"base_model.model.{'x' * 513}.lora_A.weight", "is not a module path"),
 ]
 
 
 @pytest.mark.parametrize(("name", "message"), STRANGE)
 def test_refuses_strange_tensors(tmp_path, name, message):
     store(tmp_path, tensors_of({Q0: 2}) | {name: matrix(2, 7, 5)})
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(AdapterError, match=message) as caught:
         read(tmp_path)
     assert WEIGHTS in str(caught.value)
     assert str(caught.value).isprintable()
@@ -296,8 +296,8 @@ def test_refuses_strange_tensors(tmp_path, name, message):
 
 A0, B0 = key(Q0, "A"), key(Q0, "B")
 SHAPES = [
-    ({A0: matrix(2, 7, 1)}, f"'{A0}' is there but '{B0}' is missing"),
-    ({B0: matrix(11, 2, 1)}, f"'{B0}' is there but '{A0}' is missing"),
+    ({A0: matrix(2, 7, 1)}, f"'{A0}' is present but '{B0}' is missing"),
+    ({B0: matrix(11, 2, 1)}, f"'{B0}' is present but '{A0}' is missing"),
     ({A0: matrix(2, 7, 1), B0: matrix(11, 3, 2)}, "their ranks differ"),
     ({A0: torch.zeros(2, 7, 1), B0: matrix(11, 2, 2)}, rf"'{A0}' has the shape \[2, 7, 1\]"),
     ({A0: matrix(2, 7, 1), B0: torch.zeros(11)}, rf"'{B0}' has the shape \[11\]"),
@@ -306,7 +306,7 @@ SHAPES = [
         {A0: torch.ones(2, 7, dtype=torch.int8), B0: matrix(11, 2, 2)},
         f"'{A0}' has the dtype 'I8'",
     ),
-    ({}, "holds no tensors"),
+    ({}, "contains no tensors"),
 ]
 
 
@@ -323,7 +323,7 @@ def test_refuses_values_that_are_not_finite(tmp_path, half, value):
     tensors = tensors_of({Q0: 2})
     tensors[key(Q0, half)][1, 1] = value
     stored = read(store(tmp_path, tensors))
-    with pytest.raises(ValueError, match=f"{WEIGHTS}: '.*lora_{half}.weight' holds NaN or inf"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: '.*lora_{half}.weight' contains NaN or inf"):
         stored.adapter[Q0]
 
 
@@ -379,11 +379,11 @@ def raw(header):
 
 
 HEADERS = [
-    (b"{" + b'"a":{"b":' * 3000, "not a sound safetensors file"),
-    (b'{"a":' + b"[" * 100_000, "not a sound safetensors file"),
-    (b"{\xff\xff}      ", "not a sound safetensors file"),
-    (b'{"x": NaN}   ', "not a sound safetensors file"),
-    (b"{}         ", "holds no tensors"),
+    (b"{" + b'"a":{"b":' * 3000, "not a valid safetensors file"),
+    (b'{"a":' + b"[" * 100_000, "not a valid safetensors file"),
+    (b"{\xff\xff}      ", "not a valid safetensors file"),
+    (b'{"x": NaN}   ', "not a valid safetensors file"),
+    (b"{}         ", "contains no tensors"),
 ]
 
 
@@ -406,7 +406,7 @@ def test_refuses_a_tensor_named_twice(tmp_path):
     entry = '{"dtype":"F32","shape":[2,7],"data_offsets":[0,56]}'
     header = f'{{"{A0}":{entry},"{A0}":{entry}}}'.encode()
     (store(tmp_path) / WEIGHTS).write_bytes(raw(header) + bytes(56))
-    with pytest.raises(ValueError, match="not a sound safetensors file"):
+    with pytest.raises(ValueError, match="not a valid safetensors file"):
         read(tmp_path)
 
 
@@ -423,10 +423,12 @@ def test_refuses_entries_that_only_safetensors_understands(tmp_path):
 )
 def test_refuses_configurations_that_are_not_json_objects(tmp_path, text):
     (store(tmp_path) / CONFIG).write_text(text)
-    with pytest.raises(ValueError, match=rf"{CONFIG}.* (is not sound JSON|no JSON object)"):
+    with pytest.raises(
+        ValueError, match=rf"{CONFIG}.* (is not valid JSON|does not contain a JSON object)"
+    ):
         read(tmp_path)
     (tmp_path / CONFIG).write_bytes(b'{"r": "\xff"}')
-    with pytest.raises(ValueError, match=f"{CONFIG} is not sound JSON"):
+    with pytest.raises(ValueError, match=f"{CONFIG} is not valid JSON"):
         read(tmp_path)
 
 
@@ -485,12 +487,12 @@ def test_mutated_configurations_are_refused_or_read_but_never_crash(tmp_path):
 def test_patterns_match_as_in_peft_or_are_refused(pattern):
     modules = ["a.q", "q", "aa.aq.q", "a.0.aaaq", "0.a"]
     try:
-        found = matched({pattern: 3}, modules, "config: rank_pattern")
+        values = matched({pattern: 3}, modules, "config: rank_pattern")
     except ValueError:
         return
     for module in modules:
         matches = pattern == get_pattern_key([pattern], module) and pattern != module
-        assert bool(found[module]) == (matches or pattern == module)
+        assert bool(values[module]) == (matches or pattern == module)
 
 
 def test_no_accepted_pattern_takes_long():
@@ -544,7 +546,7 @@ def test_ranks_to_write(tmp_path, adapter, rank, written):
 
 @pytest.mark.parametrize(
     ("rank", "message"),
-    [(4, "rank 5, above the 4 asked for"), ("best", "rank is 'best'"), (True, "rank is True")],
+    [(4, "rank 5, above the requested 4"), ("best", "rank is 'best'"), (True, "rank is True")],
 )
 def test_refuses_ranks_to_write(tmp_path, adapter, rank, message):
     with pytest.raises(ValueError, match=message):
@@ -553,7 +555,7 @@ def test_refuses_ranks_to_write(tmp_path, adapter, rank, message):
 
 
 def test_refuses_more_than_vllm_has(tmp_path):
-    with pytest.raises(ValueError, match="rank 513, and vLLM goes up to 512"):
+    with pytest.raises(ValueError, match="rank 513, and vLLM supports up to 512"):
         write({Q0: Factors(torch.ones(2, 513), torch.ones(513, 3))}, tmp_path / "x", rank="vllm")
 
 
@@ -570,7 +572,7 @@ def test_dtype_and_same_bytes(tmp_path, adapter, dtype):
     assert '"rounds": [3, 5]' in (tmp_path / "one" / CARD).read_text()
 
 
-def test_the_card_is_sound_yaml_whatever_the_names(tmp_path, adapter):
+def test_the_card_is_valid_yaml_whatever_the_names(tmp_path, adapter):
     yaml = pytest.importorskip("yaml")
     base = "odd: 'name' # \"x\" \\ é 😀"
     write(adapter, tmp_path / "out", base, metadata={"note": "two\nlines"})
@@ -579,23 +581,23 @@ def test_the_card_is_sound_yaml_whatever_the_names(tmp_path, adapter):
     assert yaml.safe_load(front)["flexlora"] == {"note": "two\nlines"}
     with pytest.raises(ValueError, match="cannot be printed"):
         write(adapter, tmp_path / "bad", "a\x85b")
-    with pytest.raises(ValueError, match="metadata is not fit for JSON"):
+    with pytest.raises(ValueError, match="metadata is not valid JSON"):
         write(adapter, tmp_path / "bad", metadata={"x": math.nan})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_replaces_only_an_adapter_and_only_when_told(tmp_path, adapter):
+def test_replaces_only_an_adapter_and_only_with_replace(tmp_path, adapter):
     out = tmp_path / "out"
     out.mkdir()
     write(adapter, out)
     smaller = Adapter({Q0: adapter[Q0]})
-    with pytest.raises(ValueError, match="out is not empty"):
+    with pytest.raises(AdapterError, match=r"out is not empty.*--overwrite"):
         write(smaller, out)
     assert len(read(out).adapter) == 3
     write(smaller, out, replace=True)
     assert len(read(out).adapter) == 1
     (out / "optimizer.pt").write_text("precious")
-    with pytest.raises(ValueError, match=r"also holds 'optimizer\.pt'"):
+    with pytest.raises(ValueError, match=r"also contains 'optimizer\.pt'"):
         write(adapter, out, replace=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="file is a file"):
@@ -619,7 +621,7 @@ def test_a_failure_leaves_the_old_adapter(tmp_path, adapter, monkeypatch):
 def test_refuses_adapters_that_cannot_be_written(tmp_path, adapter):
     with pytest.raises(ValueError, match="has no modules"):
         write(Adapter({}), tmp_path / "x")
-    with pytest.raises(ValueError, match=r"'a\.\.b' is no module path"):
+    with pytest.raises(ValueError, match=r"'a\.\.b' is not a module path"):
         write({"a..b": adapter[Q0]}, tmp_path / "x")
     with pytest.raises(ValueError, match=f"'{Q0}' are not finite in torch.float32"):
         write({Q0: Factors(torch.full((3, 2), math.inf), torch.ones(2, 5))}, tmp_path / "x")
@@ -749,9 +751,9 @@ def test_we_read_what_peft_saves(tmp_path, rank_pattern, alpha_pattern, rslora):
     base.load_state_dict(before)
     merged = weights(peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload())
     assert len(stored.adapter) == 6
-    for module, found in stored.adapter.items():
+    for module, update in stored.adapter.items():
         delta = merged[f"{module}.weight"] - before[f"{module}.weight"]
-        torch.testing.assert_close(found.B @ found.A, delta, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(update.B @ update.A, delta, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -767,11 +769,11 @@ def test_transposed_base_weights_leave_the_factors_as_they_are(tmp_path):
     model = peft.get_peft_model(base, lora)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["fan_in_fan_out"] is True
-    found = read(tmp_path).adapter["transformer.h.0.attn.c_attn"]
+    update = read(tmp_path).adapter["transformer.h.0.attn.c_attn"]
     name = "transformer.h.0.attn.c_attn.weight"
     delta = weights(model.merge_and_unload())[name] - before[name]
-    torch.testing.assert_close((found.B @ found.A).T, delta, atol=1e-6, rtol=1e-5)
-    assert found.shape == (3 * HIDDEN, HIDDEN)
+    torch.testing.assert_close((update.B @ update.A).T, delta, atol=1e-6, rtol=1e-5)
+    assert update.shape == (3 * HIDDEN, HIDDEN)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -788,6 +790,19 @@ def test_initialisations_are_judged_by_what_they_do_to_the_base(tmp_path, init):
     else:
         with pytest.raises(Unsupported, match=f"init_lora_weights is '{init}'"):
             read(tmp_path)
+
+
+def test_paths_may_be_strings(tmp_path, adapter):
+    write(adapter, str(tmp_path / "out"))
+    assert read(str(tmp_path / "out")).directory == tmp_path / "out"
+    assert set(read(str(tmp_path / "out")).adapter) == set(adapter)
+
+
+def test_the_last_adapter_of_a_run_folder_is_suggested(tmp_path, adapter):
+    for number in (1, 2, 10):
+        write(adapter, tmp_path / "rounds" / f"{number:05d}" / "adapter")
+    with pytest.raises(AdapterError, match=r"perhaps .*rounds.00010.adapter\."):
+        read(tmp_path)
 
 
 def test_the_values_are_frozen(tmp_path):
