@@ -57,7 +57,7 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Unsupported(AdapterError):
-    """A sound PEFT directory whose adapter is not a plain ``B @ A`` for each module."""
+    """A valid PEFT directory whose adapter is not a plain ``B @ A`` for each module."""
 
 
 class Settings(BaseModel):

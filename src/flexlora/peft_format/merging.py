@@ -60,10 +60,10 @@ class MergeResult:
 
     @property
     def energy(self) -> float:
-        """The share of the squared singular values of all modules that was kept."""
+        """The share of the squared singular values of all modules that the result retains."""
         total = sum(module.squared_norm for module in self.modules)
-        kept = sum(module.squared_norm * module.energy for module in self.modules)
-        return kept / total if total > 0 else 1.0
+        retained = sum(module.squared_norm * module.energy for module in self.modules)
+        return retained / total if total > 0 else 1.0
 
     def __iter__(self) -> Iterator[MergedModule]:
         return iter(self.modules)
