@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora import wire
-from flexlora.errors import ProtocolError
 from flexlora.lowrank.factors import Adapter
 from flexlora.method.interface import Download, Upload
 from flexlora.wire import adapters
@@ -188,45 +187,6 @@ def test_damaged_bytes_are_refused_or_still_an_upload(tmp_path_factory, cut, pla
             read()
         except ValueError:
             continue
-
-
-def test_a_file_is_read_module_by_module(tmp_path):
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(wire.encode(ADAPTER, {"kind": "state"}, torch.float32))
-    adapter, header = wire.open_file(path)
-    assert header == {"format": adapters.FORMAT, "kind": "state"}
-    assert list(adapter) == sorted(ADAPTER)
-    path.unlink()
-    with pytest.raises(FileNotFoundError):
-        adapter["model.q"]
-
-
-def test_a_file_cut_off_while_in_use_is_refused_by_name(tmp_path):
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(wire.encode(ADAPTER, {"kind": "state"}, torch.float32))
-    adapter, _ = wire.open_file(path)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ProtocolError, match=r"state\.safetensors ends within 'model.up.B'"):
-        dict(adapter)
-
-
-def test_integers_that_a_state_contains_are_read_and_other_dtypes_are_not(tmp_path):
-    path = tmp_path / "state.safetensors"
-    for dtype in (torch.int64, torch.int32):
-        tensors = {"a.A": torch.ones(2, 7, dtype=dtype), "a.B": torch.ones(9, 2, dtype=dtype)}
-        path.write_bytes(raw(HEADER, tensors))
-        assert wire.open_file(path)[0]["a"].A.dtype == dtype
-    tensors = {"a.A": torch.ones(2, 7, dtype=torch.int8), "a.B": torch.ones(9, 2)}
-    path.write_bytes(raw(HEADER, tensors))
-    with pytest.raises(ProtocolError, match=r"state\.safetensors: 'a\.A' has the dtype 'I8'"):
-        wire.open_file(path)
-
-
-def test_a_file_that_is_no_adapter_is_refused_by_name(tmp_path):
-    path = tmp_path / "noise.safetensors"
-    path.write_bytes(b"noise")
-    with pytest.raises(ValueError, match=r"noise\.safetensors is not a valid safetensors file"):
-        wire.open_file(path)
 
 
 # --- without zeros -------------------------------------------------------------------------
