@@ -95,9 +95,10 @@ def test_modules_of_only_some_adapters_are_reported(adapters, tmp_path):
     result = merge([adapters[0][0], tmp_path / "only", adapters[1][0]], tmp_path / "out")
     absent = {facts.module: facts.absent_from for facts in result}
     assert absent == {Q: (tmp_path / "only",), UP: ()}
-    assert result.notes[0].startswith(
-        f"1 of 2 modules are not in all 3 adapters, such as {Q}, which 2 of them have. Where an "
-        f"adapter lacks a module, its update counts as zero"
+    assert result.notes == (
+        f"1 of 2 modules are missing from some of the 3 adapters, such as {Q}, which is in 2 of "
+        f"them. An adapter without a module counts there as an update of zero, with its full "
+        f"weight.",
     )
     assert merge([adapters[0][0]], tmp_path / "whole").notes == ()
 

@@ -159,9 +159,10 @@ def _notes(modules: Sequence[MergedModule], adapters: int, rank: Rank) -> Iterat
     if partial:
         first = partial[0]
         yield (
-            f"{len(partial)} of {len(modules)} modules are not in all {adapters} adapters, such "
-            f"as {first.module}, which {adapters - len(first.absent_from)} of them have. Where an "
-            f"adapter lacks a module, its update counts as zero, with the adapter's full weight."
+            f"{len(partial)} of {len(modules)} modules are missing from some of the {adapters} "
+            f"adapters, such as {first.module}, which is in {adapters - len(first.absent_from)} "
+            f"of them. An adapter without a module counts there as an update of zero, with its "
+            f"full weight."
         )
     largest = max(module.rank for module in modules)
     if isinstance(rank, int) and largest < rank:
