@@ -38,7 +38,7 @@ def test_a_file_cut_off_while_in_use_is_refused_by_name(tmp_path):
 
 def test_integers_that_a_state_contains_are_read_and_other_dtypes_are_not(tmp_path):
     path = tmp_path / "state.safetensors"
-    header = {"flexlora": '{"format": 1}'}
+    header = {"flexlora": f'{{"format": {adapters.FORMAT}}}'}
     for dtype in (torch.int64, torch.int32):
         tensors = {"a.A": torch.ones(2, 7, dtype=dtype), "a.B": torch.ones(9, 2, dtype=dtype)}
         path.write_bytes(safetensors.torch.save(tensors, header))
