@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from flexlora.reporting import figures
+from flexlora.reporting import canvas
 from flexlora.reporting.comparison.values import Comparison, Row, Series, Spread, Value, text_of
 
-COLOURS = (figures.BLUE, figures.ORANGE, *figures.TYPES[:5], figures.TYPES[-1])
+COLOURS = (canvas.BLUE, canvas.ORANGE, *canvas.TYPES[:5], canvas.TYPES[-1])
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 FEW = 4
@@ -28,14 +28,14 @@ def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> 
     """
     found = [(row, row.spread(value)) for row in comparison.rows]
     known = [(row, spread) for row, spread in found if spread is not None]
-    figure = figures._figure(x_title, "", 110 + LINE * len(known))
+    figure = canvas.blank(x_title, "", 110 + LINE * len(known))
     seeds = [(v, place) for place, (_, spread) in enumerate(known) for v in spread.values]
     figure.add_scatter(
         x=[v for v, _ in seeds],
         y=[place for _, place in seeds],
         name="one seed",
         mode="markers",
-        marker={"color": figures.GREY, "size": 6, "opacity": 0.6},
+        marker={"color": canvas.GREY, "size": 6, "opacity": 0.6},
         hovertemplate="%{x:.4g}<extra>one seed</extra>",
     )
     figure.add_scatter(
@@ -51,21 +51,21 @@ def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> 
         error_x={
             "type": "data",
             "array": [spread.deviation or 0.0 for _, spread in known],
-            "color": figures.GREY,
+            "color": canvas.GREY,
             "thickness": 1.2,
             "width": 3,
         },
-        customdata=[[figures.shown(row.method), text_of(s, digits)] for row, s in known],
+        customdata=[[canvas.shown(row.method), text_of(s, digits)] for row, s in known],
         hovertemplate="<b>%{customdata[0]}</b> %{customdata[1]}<extra></extra>",
     )
     if known and (deviation := known[0][1].deviation):
         best = known[0][1].mean
         figure.add_vrect(
-            best - deviation, best + deviation, fillcolor=figures.GREY, opacity=0.16, line_width=0
+            best - deviation, best + deviation, fillcolor=canvas.GREY, opacity=0.16, line_width=0
         )
     return figure.update_yaxes(
         tickvals=list(range(len(known))),
-        ticktext=[figures.shown(row.method, 24) for row, _ in known],
+        ticktext=[canvas.shown(row.method, 24) for row, _ in known],
         range=[len(known) - 0.4, -0.6],
         showgrid=False,
     )
@@ -76,7 +76,7 @@ def by_round(comparison: Comparison, series: Series, y_title: str, digits: int) 
     drawn = {
         place: means for place, row in enumerate(comparison.rows) if (means := row.by_round(series))
     }
-    figure = figures._by_round({n for means in drawn.values() for n in means}, y_title)
+    figure = canvas.by_round({n for means in drawn.values() for n in means}, y_title)
     many = len(drawn) > FEW
     # In reverse, so that the best lie on top; the legend has an order of its own.
     for place in reversed(drawn):
@@ -87,13 +87,13 @@ def by_round(comparison: Comparison, series: Series, y_title: str, digits: int) 
     figure.update_layout(hovermode="closest")
     if many:
         beside = {"orientation": "v", "x": 1.01, "y": 1, "yanchor": "top", "font": {"size": 12}}
-        height = max(figures.HEIGHT + 80, 60 + LINE * len(drawn))
+        height = max(canvas.HEIGHT + 80, 60 + LINE * len(drawn))
         figure.update_layout(height=height, legend=beside)
     return figure
 
 
 def _thick(figure: go.Figure, row: Row, place: int, means: dict[int, Spread], digits: int) -> None:
-    name = figures.shown(row.method, 24)
+    name = canvas.shown(row.method, 24)
     figure.add_scatter(
         x=list(means),
         y=[spread.mean for spread in means.values()],
@@ -114,7 +114,7 @@ def _thin(figure: go.Figure, row: Row, place: int, series: Series, opacity: floa
         figure.add_scatter(
             x=list(values),
             y=list(values.values()),
-            name=f"{figures.shown(row.method, 24)}, seed {run.seed}",
+            name=f"{canvas.shown(row.method, 24)}, seed {run.seed}",
             legendgroup=row.method,
             showlegend=False,
             hoverinfo="skip",
