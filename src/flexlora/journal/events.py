@@ -60,6 +60,11 @@ class LossKind(StrEnum):
     OTHER = "other"
     """None of these, and every loss in a journal that was written without kinds."""
 
+    @property
+    def text(self) -> str:
+        """The kind in words, for people."""
+        return "of another kind" if self is LossKind.OTHER else self.replace("_", " ")
+
 
 def loss_kind(event: Mapping[str, Any]) -> LossKind:
     """The kind of a ``lost`` event; ``OTHER`` if it has none, or one of a later version."""
