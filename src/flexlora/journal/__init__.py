@@ -3,11 +3,12 @@
 from flexlora.journal.events import EVENTS, JOURNAL, Event, EventType, LossKind, loss_kind
 from flexlora.journal.reader import Journal, events_after
 from flexlora.journal.record import Record, mean_scores
-from flexlora.journal.units import age, byte_unit, counted, duration, number, size
+from flexlora.journal.units import NOTHING, age, byte_unit, counted, duration, number, size
 
 __all__ = [
     "EVENTS",
     "JOURNAL",
+    "NOTHING",
     "Event",
     "EventType",
     "Journal",

@@ -1,7 +1,7 @@
-"""Figures of many methods at once, told apart by colour and dash, the best drawn last.
+"""Figures of many methods at once, distinguished by colour and dash, the best drawn last.
 
-A method has the same colour and dash in every figure; the legend stands outside, in the
-order of the table, and a double click on a name shows that method alone.
+A method has the same colour and dash in every figure; the legend is in the order of the table, and
+a double click on a name isolates that method.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ COLOURS = (canvas.BLUE, canvas.ORANGE, *canvas.TYPES[:5], canvas.TYPES[-1])
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 FEW = 4
-"""Up to so many methods the legend stands above the figure, with more beside it."""
+"""Up to this number of methods the legend stands above the figure, with more beside it."""
 
 LINE = 21
 """Pixels that a method takes in a legend or on an axis."""
@@ -26,10 +26,10 @@ def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> 
 
     The grey band is the mean of the best method and its standard deviation to either side.
     """
-    found = [(row, row.spread(value)) for row in comparison.rows]
-    known = [(row, spread) for row, spread in found if spread is not None]
-    figure = canvas.blank(x_title, "", 110 + LINE * len(known))
-    seeds = [(v, place) for place, (_, spread) in enumerate(known) for v in spread.values]
+    spreads = [(row, row.spread(value)) for row in comparison.rows]
+    measured = [(row, spread) for row, spread in spreads if spread is not None]
+    figure = canvas.blank(x_title, "", 110 + LINE * len(measured))
+    seeds = [(v, place) for place, (_, spread) in enumerate(measured) for v in spread.values]
     figure.add_scatter(
         x=[v for v, _ in seeds],
         y=[place for _, place in seeds],
@@ -39,34 +39,35 @@ def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> 
         hovertemplate="%{x:.4g}<extra>one seed</extra>",
     )
     figure.add_scatter(
-        x=[spread.mean for _, spread in known],
-        y=list(range(len(known))),
+        x=[spread.mean for _, spread in measured],
+        y=list(range(len(measured))),
         name="mean and standard deviation",
         mode="markers",
         marker={
             "size": 10,
-            "color": [COLOURS[place % len(COLOURS)] for place in range(len(known))],
-            "symbol": [_symbol(place) for place in range(len(known))],
+            "color": [COLOURS[place % len(COLOURS)] for place in range(len(measured))],
+            "symbol": [_symbol(place) for place in range(len(measured))],
         },
         error_x={
             "type": "data",
-            "array": [spread.deviation or 0.0 for _, spread in known],
+            "array": [spread.deviation or 0.0 for _, spread in measured],
             "color": canvas.GREY,
             "thickness": 1.2,
             "width": 3,
         },
-        customdata=[[canvas.shown(row.method), text_of(s, digits)] for row, s in known],
+        customdata=[[canvas.shown(row.method), text_of(s, digits)] for row, s in measured],
         hovertemplate="<b>%{customdata[0]}</b> %{customdata[1]}<extra></extra>",
     )
-    if known and (deviation := known[0][1].deviation):
-        best = known[0][1].mean
+    figure.update_xaxes(rangemode="nonnegative")
+    if measured and (deviation := measured[0][1].deviation):
+        best = measured[0][1].mean
         figure.add_vrect(
             best - deviation, best + deviation, fillcolor=canvas.GREY, opacity=0.16, line_width=0
         )
     return figure.update_yaxes(
-        tickvals=list(range(len(known))),
-        ticktext=[canvas.shown(row.method, 24) for row, _ in known],
-        range=[len(known) - 0.4, -0.6],
+        tickvals=list(range(len(measured))),
+        ticktext=[canvas.shown(row.method, 24) for row, _ in measured],
+        range=[len(measured) - 0.4, -0.6],
         showgrid=False,
     )
 
@@ -84,7 +85,7 @@ def by_round(comparison: Comparison, series: Series, y_title: str, digits: int) 
         if len(row.runs) > 1:
             _thin(figure, row, place, series, 0.18 if many else 0.45)
         _thick(figure, row, place, drawn[place], digits)
-    figure.update_layout(hovermode="closest")
+    figure.update_layout(hovermode="closest").update_yaxes(rangemode="nonnegative")
     if many:
         beside = {"orientation": "v", "x": 1.01, "y": 1, "yanchor": "top", "font": {"size": 12}}
         height = max(canvas.HEIGHT + 80, 60 + LINE * len(drawn))
