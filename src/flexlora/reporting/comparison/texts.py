@@ -72,10 +72,10 @@ def scores(comparison: Comparison, groups: Sequence[str]) -> Listing:
     note = (
         "After the last round, the lowest loss first. Loss in nats per token, Rouge-L and exact "
         "match in percent; mean ± sample standard deviation over seeds. "
-        f"{BEST} is the best method; {LEVEL} is behind it by at most the larger of the two standard "
-        "deviations. “Behind the best” is the difference in loss between runs of the same seed. A seed determines clients, "
-        "data and evaluation questions for all methods, so this difference is more informative "
-        "than that of the means."
+        f"{BEST} is the best method; {LEVEL} is behind it by at most the larger of the two "
+        "standard deviations. “Behind the best” is the difference in loss between runs of the same "
+        "seed. A seed determines clients, data and evaluation questions for all methods, so this "
+        "difference is more informative than that of the means."
     )
     return Listing("Scores", note, head, lines, {1}, spans)
 
