@@ -78,7 +78,10 @@ class _Follower:
         self.thread = threading.Thread(target=self._follow, name=name, daemon=True)
 
     def wake(self) -> None:
-        """Announce a new event. The first call starts the thread: a resumed run has cut its journal."""
+        """Announce a new event; the first call starts the thread.
+
+        By then a resumed run has cut its journal back.
+        """
         if self.thread.ident is None:
             self.thread.start()
         self.woken.set()
@@ -122,8 +125,8 @@ class _Follower:
     def _complain(self, reason: str) -> None:
         print(
             f"warning: {self.tracker.title} is disabled for the rest of this run: "
-            f"{reason.rstrip('.')}. The run continues; {self.journal.path} contains every event, and "
-            f"{self.tracker.title} receives all of them when the run is resumed.",
+            f"{reason.rstrip('.')}. The run continues; {self.journal.path} contains every event, "
+            f"and {self.tracker.title} receives all of them when the run is resumed.",
             file=sys.stderr,
         )
 

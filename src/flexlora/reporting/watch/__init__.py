@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flexlora.errors import ConfigError
+from flexlora.reporting.watch.run_state import RunState
 
 if TYPE_CHECKING:
     from flexlora.reporting.watch.server import Served, address, app, serve, start
 
-__all__ = ["Served", "address", "app", "serve", "start"]
+__all__ = ["RunState", "Served", "address", "app", "serve", "start"]
 
 
 def __getattr__(name: str) -> Any:
