@@ -228,7 +228,7 @@ def test_a_row_says_all_of_a_client():
         "a", "(7)", "29", "failed: It did not answer.", "–", "0 B", "0 B", "0", "1", "99 s ago",
     ]  # fmt: skip
     assert second["cells"][1:4] == ["(2, 7)", "29", "training for 98 s"]
-    assert said["count"] == "2 of 4 clients have been active: 1 training, 1 lost."
+    assert said["count"] == "2 of 4 clients have been active: 1 training, 1 failed."
 
 
 def test_events_without_times_are_shown_without():

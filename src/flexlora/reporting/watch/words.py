@@ -185,7 +185,10 @@ def _client_state(state: str, client: ClientState, at: float) -> str:
 
 
 def _count(now: RunState) -> str:
-    states = ", ".join(f"{count:,} {state}" for state, count in now.by_state.items() if count)
+    names = {"lost": "failed"}
+    states = ", ".join(
+        f"{count:,} {names.get(state, state)}" for state, count in now.by_state.items() if count
+    )
     active, registered = len(now.clients), now.start.get("clients") or 0
     of = f"{active:,} of {registered:,} clients have been active"
     text = of if active < registered else counted(active, "client")
