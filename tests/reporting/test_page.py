@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.federation import compose
 from flexlora.journal.record import JOURNAL, Event
 from flexlora.reporting import config_text, page, sections, tables
+from support import models
 
 Make = Callable[..., list[Event]]
 Write = Callable[[list[Event]], Path]
@@ -241,3 +243,37 @@ def test_a_config_survives_toml(config: dict[str, Any]):
 def test_toml_leaves_out_what_has_no_value():
     text = config_text.toml({"model": {"revision": None, "name": "a"}, "seed": 5})
     assert tomllib.loads(text) == {"seed": 5, "model": {"name": "a"}}
+
+
+def test_a_column_that_the_data_lacks_stays_switched_off_in_the_config_to_save():
+    """Left out, it would be read with its default, which is a name."""
+    settings = models.settings(Path("runs"), data={"columns": {"category": "", "split": "part"}})
+    text = config_text.toml(settings.model_dump(mode="json"))
+    columns = tomllib.loads(text)["data"]["columns"]
+    assert (columns["category"], columns["split"]) == ("", "part")
+    again = compose.parse(tomllib.loads(text), "config.toml")
+    assert again == settings
+
+
+def test_a_run_of_real_clients_is_repeated_with_serve_and_join(make_journal: Make):
+    events = make_journal()
+    assert "run it with flexlora run config.toml" in words(page.render(events))
+    events.insert(1, {"event": "asked", "round": 1, "client": "client-3"})
+    said = words(page.render(events))
+    assert "flexlora serve config.toml" in said and "flexlora join" in said
+    assert "flexlora run config.toml" not in said
+
+
+def test_the_report_names_its_run_and_its_start(make_journal: Make):
+    events = make_journal()
+    events[0]["time"] = 1_764_000_000.0
+    said = words(page.render(events, "mixed-ranks"))
+    assert "Run report: mixed-ranks" in said
+    assert "flexlora on tiny/llama-135m, started 2025-11-24 16:00 UTC" in said
+
+
+def test_losses_are_reported_by_kind_and_unused_uploads_are_no_failures(make_journal: Make):
+    unused = {"event": "lost", "round": 1, "client": "client-1", "reason": "", "kind": "not_needed"}
+    said = words(page.render([*make_journal(), unused]))
+    assert "failed to return a usable upload 2 times: no answer (2)." in said
+    assert "1 client round ended without an upload because enough others had arrived." in said

@@ -43,7 +43,7 @@ class Journal:
     def news(self) -> Iterator[Event | None]:
         """The events since the last call, in order; none while the journal does not exist.
 
-        None among them means that everything before it is void: the journal was cut back, as
+        None among them voids everything before it: the journal was cut back, as
         when a run is resumed, and all of its events follow from the beginning. A last line that is
         still being written is left for the next call. Costs the new lines and one read of at most
         4 KiB.

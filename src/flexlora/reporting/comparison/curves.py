@@ -75,9 +75,11 @@ def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> 
 def by_round(comparison: Comparison, series: Series, y_title: str, digits: int) -> go.Figure:
     """A series of each method by round: its mean as a thick line, each seed as a thin one."""
     drawn = {
-        place: means for place, row in enumerate(comparison.rows) if (means := row.by_round(series))
+        place: averages
+        for place, row in enumerate(comparison.rows)
+        if (averages := row.by_round(series))
     }
-    figure = canvas.by_round({n for means in drawn.values() for n in means}, y_title)
+    figure = canvas.by_round({n for averages in drawn.values() for n in averages}, y_title)
     many = len(drawn) > FEW
     # In reverse, so that the best lie on top; the legend has an order of its own.
     for place in reversed(drawn):
@@ -93,18 +95,20 @@ def by_round(comparison: Comparison, series: Series, y_title: str, digits: int) 
     return figure
 
 
-def _thick(figure: go.Figure, row: Row, place: int, means: dict[int, Spread], digits: int) -> None:
+def _thick(
+    figure: go.Figure, row: Row, place: int, averages: dict[int, Spread], digits: int
+) -> None:
     name = canvas.shown(row.method, 24)
     figure.add_scatter(
-        x=list(means),
-        y=[spread.mean for spread in means.values()],
+        x=list(averages),
+        y=[spread.mean for spread in averages.values()],
         name=f"★ {name}" if place == 0 else name,
         legendgroup=row.method,
         legendrank=place + 1,
         mode="lines+markers",
         line={**_line(place), "width": 3.4 if place == 0 else 2},
         marker={"size": 8 if place == 0 else 6, "symbol": _symbol(place)},
-        customdata=[text_of(spread, digits) for spread in means.values()],
+        customdata=[text_of(spread, digits) for spread in averages.values()],
         hovertemplate=f"<b>{name}</b> round %{{x}}: %{{customdata}}<extra></extra>",
     )
 

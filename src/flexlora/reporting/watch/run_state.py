@@ -226,8 +226,8 @@ class RunState:
         for group, seen in (("seen", True), ("unseen", False)):
             rows = [row for row in event["clients"] if row["seen"] is seen]
             if rows:
-                means: dict[str, Any] = {**mean_scores(rows)}
-                scores = Scores(event["adapter"], group, event["round"], **means)
+                averages: dict[str, Any] = {**mean_scores(rows)}
+                scores = Scores(event["adapter"], group, event["round"], **averages)
                 self.scores[event["adapter"], group] = scores
 
     def _client(self, event: Event) -> ClientState:
