@@ -460,7 +460,7 @@ def test_an_address_that_others_reach_is_warned_of(tmp_path, capsys, monkeypatch
     monkeypatch.setattr("flexlora.reporting.watch.server._is_loopback", lambda host: False)
     with watch.start(tmp_path) as page_of:
         assert get(page_of.url, host="my.server")[0] == 200
-        assert f"everyone who can reach {page_of.url}" in capsys.readouterr().err
+        assert f"everyone who reaches {page_of.url}" in capsys.readouterr().err
     monkeypatch.undo()
     with watch.start(tmp_path):
         assert capsys.readouterr().err == ""

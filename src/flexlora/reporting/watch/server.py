@@ -169,20 +169,20 @@ def address(text: str) -> tuple[str, int]:
 
 
 def _listening(host: str, port: int) -> tuple[socket.socket, str]:
-    """A socket that listens, and the page's address; warns if other machines can reach it."""
+    """A socket that listens, and the page's address; a warning where others reach it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise ConfigError(
             f"The status page cannot listen on {host}, port {port}: {error.strerror or error}. "
-            "Give another address with --listen HOST:PORT."
+            "Give another address."
         ) from error
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listening.getsockname()[1]}/"
     if not _is_loopback(host):
         print(
-            f"warning: everyone who can reach {url} can read the status page: it has no login and "
+            f"warning: everyone who reaches {url} sees the status page: there is no login and "
             "no encryption.",
             file=sys.stderr,
         )
@@ -190,7 +190,7 @@ def _listening(host: str, port: int) -> tuple[socket.socket, str]:
 
 
 def _hosts(host: str) -> Collection[str] | None:
-    """The host names that a page for this machine only answers to; None if it is for others too."""
+    """The names under which a page answers that only this machine is to see."""
     shown = f"[{host}]" if ":" in host else host
     return {"localhost", "127.0.0.1", "[::1]", shown} if _is_loopback(host) else None
 
