@@ -43,10 +43,9 @@ class Journal:
     def news(self) -> Iterator[Event | None]:
         """The events since the last call, in order; none while the journal does not exist.
 
-        None among them voids everything before it: the journal was cut back, as
-        when a run is resumed, and all of its events follow from the beginning. A last line that is
-        still being written is left for the next call. Costs the new lines and one read of at most
-        4 KiB.
+        None among them voids everything before it: the journal was cut back, as when a run is
+        resumed, and all of its events follow from the beginning. A last line that is still being
+        written is left for the next call. Costs the new lines and one read of at most 4 KiB.
 
         Raises:
             ProtocolError: a line is not an event; the next call meets it again.
@@ -92,7 +91,7 @@ def _whole_lines(journal: BinaryIO, path: Path, offset_bytes: int) -> Iterator[t
             event = _event(line)
         except ValueError as error:
             raise ProtocolError(
-                f"Line {_line_number(path, offset_bytes)} of {path} is not an event ({error}); "
+                f"Line {_line_number(journal, offset_bytes)} of {path} is not an event ({error}); "
                 "resume the run, which cuts the journal back to its last checkpoint, or remove "
                 "the line."
             ) from error
@@ -107,7 +106,7 @@ def _event(line: bytes) -> Event:
     return event
 
 
-def _line_number(path: Path, offset_bytes: int) -> int:
+def _line_number(journal: BinaryIO, offset_bytes: int) -> int:
     """The number, from 1, of the line that starts at an offset."""
-    with path.open("rb") as journal:
-        return journal.read(offset_bytes).count(b"\n") + 1
+    journal.seek(0)
+    return journal.read(offset_bytes).count(b"\n") + 1
