@@ -104,11 +104,11 @@ def test_conversations_keep_their_messages():
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         (json.dumps(CHAT[:1]), "at least two"),
-        (json.dumps(CHAT[:2]), "last message is the assistant's to give, not 'user'"),
-        (json.dumps([*CHAT[:2], {**CHAT[2], "tool": "x"}]), "nothing else"),
-        (json.dumps([*CHAT[:2], {"role": "assistant", "content": 3}]), "are text"),
+        (json.dumps(CHAT[:2]), "last message must have the role 'assistant', not 'user'"),
+        (json.dumps([*CHAT[:2], {**CHAT[2], "tool": "x"}]), "exactly the keys"),
+        (json.dumps([*CHAT[:2], {"role": "assistant", "content": 3}]), "must be text"),
     ],
 )
 def test_a_broken_conversation_is_refused_by_row(messages, fault):
@@ -118,11 +118,11 @@ def test_a_broken_conversation_is_refused_by_row(messages, fault):
 
 def test_faulty_columns_are_refused():
     fine = columns([("a", "x"), ("b", "y")])
-    with pytest.raises(ValueError, match="'input' of here needs text, but row 2 holds null"):
+    with pytest.raises(ValueError, match="'input' of here needs text, but row 2 has null"):
         Corpus.build({**fine, "input": ["x", None]}, "here")
-    with pytest.raises(ValueError, match=r"'output' of here is null in row 1.*2 in all"):
+    with pytest.raises(ValueError, match=r"'output' of here is null in row 1.*2 in total"):
         Corpus.build({**fine, "output": pa.nulls(2, pa.string())}, "here")
-    with pytest.raises(ValueError, match="holds 'dev'; the splits are train"):
+    with pytest.raises(ValueError, match="contains 'dev'; the splits are train"):
         Corpus.build({**fine, "split": ["train", "dev"]})
     with pytest.raises(ValueError, match="differ in length"):
         Corpus.build({**fine, "client": ["a"]})
@@ -184,5 +184,5 @@ def test_a_clients_split_depends_on_no_other_client():
 
 
 def test_rows_that_are_split_are_not_split_again(corpus):
-    with pytest.raises(ValueError, match="has a 'split' column already"):
+    with pytest.raises(ValueError, match=r"'split' column; set data\.columns\.split = \"\""):
         split_rows(corpus, 1)

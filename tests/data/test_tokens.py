@@ -43,7 +43,7 @@ def test_what_cannot_be_learned_is_refused(tokenizer):
         encode(Example("", "", "3"), plain, tokenizer, 99)
     endless = byte_tokenizer()
     endless.eos_token = None
-    with pytest.raises(ValueError, match="set its eos_token"):
+    with pytest.raises(ValueError, match="set eos_token in its"):
         encode(Example("Add.", "", "3"), plain, endless, 99)
     with pytest.raises(ValueError, match="max_tokens is 1"):
         shorten([1], [2], 1)
@@ -85,7 +85,7 @@ def test_a_store_holds_what_encode_gives(corpus, tokenizer, most, tmp_path, monk
         assert held[row].ids.tolist() == alone.ids.tolist()
         assert held[row].prompt_tokens == alone.prompt_tokens
         assert held.lengths[row] == len(alone)
-        assert held.response_tokens[row] == len(alone.response)
+
     with pytest.raises(IndexError, match="no row 17"):
         held[17]
 

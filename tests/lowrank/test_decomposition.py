@@ -28,7 +28,7 @@ def test_qr_and_dense_agree_with_the_oracle(rank, terms):
     for svd in (decompose(factors, rank), decompose(product(factors), rank)):
         assert svd.excess == 0 and svd.refused is None and svd.beyond == 0
         assert relative_error(product(svd.factors(7)), best(product(factors), kept)) < 1e-12
-        assert svd.route == ("qr" if terms < 7 and svd.kept <= terms else "dense") or terms < 7
+        assert svd.route == ("qr" if terms < 7 and svd.pairs <= terms else "dense") or terms < 7
     if terms < 7:
         assert decompose(factors).route == "qr"
     assert decompose(product(factors)).route == "dense"
