@@ -128,7 +128,7 @@ def test_faulty_columns_are_refused():
         Corpus.build({**fine, "client": ["a"]})
     with pytest.raises(ValueError, match="'messages' or 'instruction'"):
         Corpus.build({"input": ["x"], "output": ["y"]})
-    with pytest.raises(ValueError, match="Column 'colour'"):
+    with pytest.raises(ValueError, match="column 'colour'"):
         Corpus(Corpus.build(fine).table.append_column("colour", pa.array(["red", "blue"])))
 
 
