@@ -110,12 +110,12 @@ def test_without_vllm_it_says_what_to_do(base, adapter, prompts_of_words):
 
 def test_a_rank_beyond_vllms_is_refused(base, adapter, engine, prompts_of_words):
     wide = {module: f.padded(513) for module, f in adapter.items()}
-    with pytest.raises(ValueError, match=r"rank 513, but vLLM takes at most 512; set"):
+    with pytest.raises(ValueError, match=r"rank 513, but vLLM supports at most 512; set"):
         answers_of_each(base, [adapter, wide], prompts_of_words, NEW)
     assert engine.calls == []
 
 
 def test_a_quantised_model_is_refused(base, adapter, engine, prompts_of_words, monkeypatch):
     monkeypatch.setattr(base.model, "hf_quantizer", object(), raising=False)
-    with pytest.raises(ValueError, match="held in 4 bits"):
+    with pytest.raises(ValueError, match="quantised to 4 bits"):
         answers_of_each(base, [adapter], prompts_of_words, NEW)

@@ -11,9 +11,10 @@ from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method.handout import chosen_of
 from flexlora.method.interface import Download
 from flexlora.seeds import rng
-from flexlora.training.loop import ClientTask, train
+from flexlora.training.loop import ClientTask
 from support import models
 from support.factors import random_adapter
+from support.learning import train
 from support.oracle import product, relative_error
 
 

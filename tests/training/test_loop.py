@@ -16,7 +16,7 @@ from flexlora.data.tokens import TokenStore
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model.base import Base
 from flexlora.model.source import Source
-from flexlora.training.loop import ClientTask, Trained, label_losses, train
+from flexlora.training.loop import ClientTask, Trained, label_losses
 from flexlora.training.optimizer import Training
 from support import models
 from support.learning import (
@@ -28,6 +28,7 @@ from support.learning import (
     draw,
     of_rank,
     settings,
+    train,
 )
 from support.oracle import relative_error
 from support.rows import sharing_store, store_of
@@ -195,7 +196,7 @@ def test_sharing_first_tokens_changes_nothing(base, sharing, monkeypatch, change
     adapter = adapter_of(base, {"attention": 2, "feed_forward": 3})
     how = settings(**changes, pack_tokens=tokens, batch_examples=5)
     shared = run(base, adapter, sharing, how=how)
-    monkeypatch.setattr(Base, "shares", False)
+    monkeypatch.setattr(Base, "shares_prefixes", False)
     whole = run(base, adapter, sharing, how=how)
     assert_close(shared.adapter, whole.adapter, 1e-5)
     assert_moved(whole.adapter, adapter)
@@ -349,7 +350,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step(base, store):
     broken["model.layers.1.mlp.up_proj"].B[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"loss of client 'c7' is nan at step 1; lower training"):
         run(base, broken, store)
-    assert all(layer.parts == () for layer in base._layers.values())
+    assert all(layer.adapters == () for layer in base._layers.values())
 
 
 def test_a_last_step_that_is_not_finite_is_refused_too(base, store):

@@ -13,11 +13,11 @@ from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.parametrization import Form, column
 from flexlora.model.base import Base
 from flexlora.model.source import Source
-from flexlora.training.loop import ClientTask, train, train_together
-from flexlora.training.reparametrized import FormedAdapter
+from flexlora.training.loop import ClientTask, train_together
+from flexlora.training.reparametrized import ReparametrizedAdapter
 from support import models
 from support.factors import random_adapter, random_factors
-from support.learning import draw, of_rank, settings
+from support.learning import draw, of_rank, settings, train
 from support.oracle import product, relative_error
 from support.rows import sharing_store
 
@@ -83,9 +83,9 @@ def loss_of(factors):
 
 def test_gathered_gradients_are_those_of_the_parameters():
     forms = forms_of(SHAPES)
-    flat = FormedAdapter.of(forms, CPU)
+    flat = ReparametrizedAdapter.of(forms, CPU)
     loss_of(flat.leaves.factors).backward()
-    flat.gather()
+    flat.pull_back_gradients()
     held = {m: form.parameters.clone().requires_grad_() for m, form in forms.items()}
     loss_of({m: form.factors(held[m]) for m, form in forms.items()}).backward()
     want = torch.cat([p.grad for p in held.values()])
@@ -96,9 +96,9 @@ def test_gathered_gradients_are_those_of_the_parameters():
 def test_gradients_are_finite_differences():
     form = form_of("both", 11, 7, 4)
     form = Form(form.parameters.double(), form.make, form.frozen)
-    flat = FormedAdapter.of({"model.q": form}, CPU)
+    flat = ReparametrizedAdapter.of({"model.q": form}, CPU)
     loss_of(flat.leaves.factors).backward()
-    flat.gather()
+    flat.pull_back_gradients()
     step = 1e-6
     for place in (0, 5, 32, 33, 40):
         up, down = (form.parameters.clone() for _ in range(2))
@@ -110,11 +110,11 @@ def test_gradients_are_finite_differences():
 
 def test_the_factors_follow_the_parameters_in_place():
     forms = forms_of(SHAPES)
-    flat = FormedAdapter.of(forms, CPU)
+    flat = ReparametrizedAdapter.of(forms, CPU)
     held = {m: (f.B, f.A) for m, f in flat.leaves.factors.items()}
     with torch.no_grad():
         flat.values.mul_(1.5)
-    flat.spread()
+    flat.update_factors()
     for module, form in forms.items():
         want, (B, A) = form.factors(1.5 * form.parameters), held[module]
         torch.testing.assert_close(B.detach(), want.B)
@@ -124,9 +124,9 @@ def test_the_factors_follow_the_parameters_in_place():
 
 
 def test_all_gradients_are_set_to_zero():
-    flat = FormedAdapter.of(forms_of(SHAPES), CPU)
+    flat = ReparametrizedAdapter.of(forms_of(SHAPES), CPU)
     loss_of(flat.leaves.factors).backward()
-    flat.gather()
+    flat.pull_back_gradients()
     flat.zero_grad()
     held = [x.grad for f in flat.leaves.factors.values() for x in (f.B, f.A)]
     assert [g is None for g in held] == [False, False, False, True]
@@ -136,7 +136,7 @@ def test_all_gradients_are_set_to_zero():
 
 def test_what_is_finished_are_the_parameters():
     forms = forms_of(SHAPES)
-    flat = FormedAdapter.of(forms, CPU)
+    flat = ReparametrizedAdapter.of(forms, CPU)
     done = flat.finish()
     with torch.no_grad():
         flat.values.add_(1.0)
@@ -151,7 +151,7 @@ def test_inputs_are_copied_and_coarse_ones_made_single():
     form = form_of("both", 11, 7, 1)
     coarse = Form(form.parameters.bfloat16(), form.make, form.frozen)
     before = coarse.parameters.clone()
-    flat = FormedAdapter.of({"model.q": coarse}, CPU)
+    flat = ReparametrizedAdapter.of({"model.q": coarse}, CPU)
     assert flat.values.dtype == flat.leaves.factors["model.q"].B.dtype == torch.float32
     with torch.no_grad():
         flat.values.add_(1.0)
@@ -160,7 +160,7 @@ def test_inputs_are_copied_and_coarse_ones_made_single():
 
 @pytest.mark.parametrize("parameters", [torch.zeros(2, 3), torch.zeros(0)])
 def test_parameters_that_are_not_flat_are_refused(parameters):
-    with pytest.raises(ValueError, match="one flat tensor with at least one number"):
+    with pytest.raises(ValueError, match="one flat tensor with at least one element"):
         Form(parameters, lambda p: Factors(p, p))
 
 

@@ -11,7 +11,7 @@ import transformers
 from flexlora.data.tokens import TokenStore
 from flexlora.model.base import Base
 from flexlora.model.source import Source
-from flexlora.training.loop import ClientTask, train, train_together
+from flexlora.training.loop import ClientTask, train_together
 from flexlora.training.optimizer import Training
 from support import models
 from support.learning import (
@@ -23,6 +23,7 @@ from support.learning import (
     draw,
     of_rank,
     settings,
+    train,
 )
 from support.rows import sharing_store
 
@@ -235,7 +236,7 @@ def test_the_base_and_the_starts_are_left_as_they_were_to_the_bit(base, store):
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None and not p.requires_grad for p in base.model.parameters())
-    assert all(layer.parts == () for layer in base._layers.values())
+    assert all(layer.adapters == () for layer in base._layers.values())
     for start, learner in zip(starts, held, strict=True):
         for module, f in learner.adapter.items():
             assert torch.equal(f.B, start[module][0]) and torch.equal(f.A, start[module][1])
@@ -260,7 +261,7 @@ def test_a_client_whose_loss_is_not_finite_is_refused_by_name(base, store, broke
     name = some[broken].name
     with pytest.raises(ValueError, match=f"loss of {name} is nan at step 1; lower training"):
         train_together(base, some, store, settings(pack_tokens=tokens))
-    assert all(layer.parts == () for layer in base._layers.values())
+    assert all(layer.adapters == () for layer in base._layers.values())
 
 
 def test_nan_in_attention_stays_with_its_client_too(base, store):

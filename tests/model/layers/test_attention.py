@@ -182,7 +182,7 @@ def test_what_is_shared_has_the_gradients_of_all(folder, name):
 def test_attention_without_masks_cannot_share(folder, monkeypatch):
     base = Source(str(folder)).load()
     monkeypatch.setattr(base.model.config, "_attn_implementation", "flash_attention_2")
-    assert not base.shares
+    assert not base.shares_prefixes
     with pytest.raises(ValueError, match="'flash_attention_2' cannot share first tokens"):
         base.logits(pack(sharing_store(), range(9)))
 

@@ -10,7 +10,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP
 
-from flexlora.model.layers.lora import Layout, LoRALinear, Part
+from flexlora.model.layers.lora import LayerAdapter, Layout, LoRALinear
 from flexlora.model.layers.mlp import KINDS, GatedMLP, fits
 from support.factors import random_factors
 
@@ -38,14 +38,14 @@ def block_of(kind=LlamaMLP, dtype=torch.float64, **changes) -> nn.Module:
     return block
 
 
-def parts_of(ranks, dtype=torch.float64) -> dict[str, list[Part]]:
+def parts_of(ranks, dtype=torch.float64) -> dict[str, list[LayerAdapter]]:
     """Of every layer, a part for each rank, which is one more in each next layer."""
     found = {}
     for i, (name, out, in_) in enumerate(
         zip(NAMES, (INNER, INNER, SIZE), (SIZE, SIZE, INNER), strict=True)
     ):
         each = [random_factors(out, rank + i, in_, 7 * i + rank, dtype) for rank in ranks]
-        found[name] = [Part(f.A, 0.3 * f.B, 0.7 + i) for f in each]
+        found[name] = [LayerAdapter(f.A, 0.3 * f.B, 0.7 + i) for f in each]
     return found
 
 
@@ -57,10 +57,11 @@ def found_by(block, layers, parts, shape, edges, dtype=torch.float64):
     factors = []
     for name, held in parts.items():
         fresh = [
-            Part(p.A.clone().requires_grad_(), p.B.clone().requires_grad_(), p.scale) for p in held
+            LayerAdapter(p.A.clone().requires_grad_(), p.B.clone().requires_grad_(), p.scale)
+            for p in held
         ]
         factors += [f for part in fresh for f in (part.A, part.B)]
-        getattr(layers, name).parts = tuple(fresh)
+        getattr(layers, name).adapters = tuple(fresh)
     with layers.gate_proj.layout.of(edges):
         y = block(x)
         y.backward(grad)
@@ -129,8 +130,8 @@ def test_its_gradients_are_those_of_its_values():
     def forward(x, *factors):
         pairs = iter(zip(factors[::2], factors[1::2], strict=True))
         for name in NAMES:
-            getattr(block, name).parts = tuple(
-                Part(*next(pairs), part.scale) for part in parts[name]
+            getattr(block, name).adapters = tuple(
+                LayerAdapter(*next(pairs), part.scale) for part in parts[name]
             )
         with block.gate_proj.layout.of((0, 2, 6)):
             return ours(x)
@@ -146,8 +147,8 @@ def test_only_the_gradients_asked_for_are_made():
     parts = parts_of((3,))
     B = parts["up_proj"][0].B.clone().requires_grad_()
     for name in NAMES:
-        getattr(block, name).parts = tuple(parts[name])
-    block.up_proj.parts = (parts["up_proj"][0]._replace(B=B),)
+        getattr(block, name).adapters = tuple(parts[name])
+    block.up_proj.adapters = (parts["up_proj"][0]._replace(B=B),)
     x = torch.ones(1, 4, SIZE, dtype=torch.float64)
     GatedMLP(block)(x).sum().backward()
     got, B.grad = B.grad, None
@@ -159,8 +160,8 @@ def test_only_the_gradients_asked_for_are_made():
 def test_a_layout_that_does_not_fit_is_refused():
     block = block_of()
     for name, parts in parts_of((2, 3)).items():
-        getattr(block, name).parts = tuple(parts)
-    with pytest.raises(ValueError, match="7 rows cannot be dealt to 2 adapters equally"):
+        getattr(block, name).adapters = tuple(parts)
+    with pytest.raises(ValueError, match="7 rows cannot be split equally among 2 adapters"):
         GatedMLP(block)(torch.ones(1, 7, SIZE, dtype=torch.float64))
 
 
