@@ -103,9 +103,9 @@ def test_all_clients_named_need_no_shares():
 @pytest.mark.parametrize(
     ("shares", "explicit", "message"),
     [
-        ({"type1": 0.5, "type2": 0.4}, {}, "add up to 1"),
-        ({"type1": 1.5, "type2": -0.5}, {}, "add up to 1"),
-        ({}, {}, "add up to 1"),
+        ({"type1": 0.5, "type2": 0.4}, {}, "must add up to 1"),
+        ({"type1": 1.5, "type2": -0.5}, {}, "must add up to 1"),
+        ({}, {}, "must add up to 1"),
         ({"type9": 1.0}, {}, "ranks.distribution names the type 'type9'"),
         ({"type1": 1.0}, {"c0000": "big"}, "ranks.clients names the type 'big'"),
         ({"type1": 1.0}, {"nobody": "type1"}, "names client 'nobody', which is not one of the 4"),

@@ -153,8 +153,8 @@ def _drawn_types(shares: Mapping[str, float], count: int, draw: np.random.Genera
     """The type names of ``count`` clients: the shares by largest remainders, shuffled."""
     if not shares or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise ConfigError(
-            f"The shares in ranks.distribution are {dict(shares)}; give shares of at least 0 that "
-            "add up to 1."
+            f"The shares of rank types must add up to 1 and be at least 0, got {dict(shares)}; "
+            "correct ranks.distribution."
         )
     quotas = np.array(list(shares.values())) * count
     counts = np.floor(quotas).astype(int)

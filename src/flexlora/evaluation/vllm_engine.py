@@ -95,7 +95,7 @@ def _generated(
     ends: Sequence[int],
     rank: int,
 ) -> Sequence[Any]:
-    """VLLM's outputs for every prompt of every adapter, adapter by adapter."""
+    """The outputs of vLLM for every prompt of every adapter, adapter by adapter."""
     vllm: Any = importlib.import_module(NAME)
     longest = max(map(len, prompts), default=0)
     loras = sum(request is not None for request in requests)
