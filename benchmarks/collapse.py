@@ -1,8 +1,8 @@
-"""Rank collapse in real training: the energy of the highest block of ranks, round by round.
+"""Rank collapse in real training: the energy in the highest block of ranks, round by round.
 
-Reads runs of ``flexlora compare configs/compare.toml`` (24 clients of ranks 8 to 64 on Natural
-Instructions, ten rounds), and draws what their journals say of the global adapter: the share of
-its energy in the ranks that only the largest clients hold, averaged over the modules.
+Reads the journals of ``flexlora compare configs/compare.toml`` (24 clients of ranks 8 to 64 on
+Natural Instructions, ten rounds), and plots for the global adapter the share of its energy in
+the ranks that only the largest clients have, averaged over the modules.
 
     flexlora compare configs/compare.toml --methods flexlora,flexfold,raflora --output runs/compare
     python benchmarks/collapse.py runs/compare
@@ -26,7 +26,7 @@ OURS, THEIRS = "flexfold", "flexlora"
 
 
 def curves(folders: Sequence[Path]) -> dict[str, list[float]]:
-    """By method the percent of energy in the highest block, after each round, over all seeds."""
+    """For each method the percentage of energy in the highest block after each round, all seeds."""
     found: dict[str, list[list[float]]] = {}
     for folder in folders:
         for journal in sorted(folder.glob("cells/*/seed-*")):
@@ -45,7 +45,7 @@ def curves(folders: Sequence[Path]) -> dict[str, list[float]]:
 
 
 def label(record: Record, method: str) -> str:
-    """The method with the options that its config sets."""
+    """The method's name with the options of its config."""
     config = next(record.events("start"))["config"]["method"]
     options = [f"{key}={value}" for key, value in config.items() if key != "name"]
     return f"{method} ({', '.join(options)})" if options else method
@@ -99,7 +99,7 @@ def svg(found: Mapping[str, Sequence[float]], title: str) -> str:
 
 
 def main() -> int:
-    """Write the table, the picture, and whether the claims hold."""
+    """Write the table, the figure, and whether the claims hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="what flexlora compare has made")
     folders = parser.parse_args().folders
