@@ -129,7 +129,7 @@ def test_a_client_trains_something(ranks):
         RankType(*ranks)
 
 
-@pytest.mark.parametrize(("ranks", "held"), [((3, 0), MODULES[:1]), ((0, 5), MODULES[1:])])
-def test_layers_of_rank_0_are_not_trained(ranks, held):
-    assert RankType(*ranks).by_module(MODULES) == dict.fromkeys(held, max(ranks))
+@pytest.mark.parametrize(("ranks", "modules"), [((3, 0), MODULES[:1]), ((0, 5), MODULES[1:])])
+def test_layers_of_rank_0_are_not_trained(ranks, modules):
+    assert RankType(*ranks).by_module(MODULES) == dict.fromkeys(modules, max(ranks))
     assert RankType(*ranks).targets == (ranks[0] > 0, ranks[1] > 0)

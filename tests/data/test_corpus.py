@@ -51,10 +51,10 @@ def test_codes_number_the_values_as_they_appear(rows, data):
     cut = data.draw(st.integers(0, len(rows)))
     loose = Corpus(pa.concat_tables([whole.table.slice(0, cut), whole.table.slice(cut)]))
     part = Corpus(whole.table.slice(cut))
-    for corpus, held in ((whole, rows), (loose, rows), (part, rows[cut:])):
+    for corpus, expected in ((whole, rows), (loose, rows), (part, rows[cut:])):
         codes, values = corpus.codes("client")
-        assert values == list(dict.fromkeys(client for client, _ in held))
-        assert [values[code] for code in codes] == [client for client, _ in held]
+        assert values == list(dict.fromkeys(client for client, _ in expected))
+        assert [values[code] for code in codes] == [client for client, _ in expected]
 
 
 def test_select_takes_indices_and_masks(corpus):
@@ -140,17 +140,17 @@ def test_with_column_sets_clients(corpus):
 
 def test_a_column_replaced_is_hashed_anew_and_the_others_are_not(corpus):
     digests = {name: corpus.digest(name) for name in corpus.columns}
-    known = Corpus(corpus.table, {**digests, "input": "as if it were large"})
+    cached = Corpus(corpus.table, {**digests, "input": "as if it were large"})
     owners = [str(row % 5) for row in range(17)]
-    changed = known.with_column("client", owners)
+    changed = cached.with_column("client", owners)
     assert changed.digests == {**{n: digests[n] for n in digests if n != "client"}} | {
         "input": "as if it were large"
     }
     assert changed.digest("client") == corpus.with_column("client", owners).digest("client")
-    assert changed.fingerprint() != known.fingerprint() != corpus.fingerprint()
-    assert known.select([2, 3]).fingerprint() == corpus.select([2, 3]).fingerprint()
+    assert changed.fingerprint() != cached.fingerprint() != corpus.fingerprint()
+    assert cached.select([2, 3]).fingerprint() == corpus.select([2, 3]).fingerprint()
     with pytest.raises(ValueError, match="differ in length"):
-        known.with_column("client", ["a"])
+        cached.with_column("client", ["a"])
 
 
 def test_repetitive_columns_cost_little():

@@ -52,10 +52,10 @@ def test_a_partition_of_a_part_and_by_a_mask(labels, data):
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
     whole = np.zeros(3 * len(labels), bool)
     whole[rows] = mask
-    found = parts.within(rows).where(whole)
-    slow = {client: [row for row in rows[held] if whole[row]] for client, held in parts.items()}
-    assert {c: held.tolist() for c, held in found.items()} == {c: h for c, h in slow.items() if h}
-    assert found.sizes.tolist() == [len(held) for held in slow.values() if held]
+    result = parts.within(rows).where(whole)
+    slow = {client: [row for row in rows[own] if whole[row]] for client, own in parts.items()}
+    assert {c: own.tolist() for c, own in result.items()} == {c: h for c, h in slow.items() if h}
+    assert result.sizes.tolist() == [len(own) for own in slow.values() if own]
 
 
 def test_a_partition_is_a_mapping_of_views():

@@ -79,12 +79,12 @@ def test_several_adapters_at_once_answer_as_each_alone(base, adapter, room):
 
 def test_some_answers_end_by_themselves_and_some_at_the_limit(base):
     prompts = [prompt for case in CASES.values() for prompt in case]
-    (found,) = decode(base, arrays(prompts), NEW, STOPS, 500)
-    ended = [ids[-1] in STOPS for ids in found]
+    (answers,) = decode(base, arrays(prompts), NEW, STOPS, 500)
+    ended = [ids[-1] in STOPS for ids in answers]
     assert any(ended)
     assert not all(ended)
-    assert all(len(ids) == NEW for ids, end in zip(found, ended, strict=True) if not end)
-    assert all(token not in STOPS for ids in found for token in ids[:-1])
+    assert all(len(ids) == NEW for ids, end in zip(answers, ended, strict=True) if not end)
+    assert all(token not in STOPS for ids in answers for token in ids[:-1])
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ def test_every_prompt_is_one_way_through_the_tree(prompts, least_shared):
 @given(some)
 def test_no_token_is_computed_twice_but_the_last_of_equal_prompts(prompts):
     """With nothing too short to be shared, the tokens are those of a prefix tree."""
-    held = {tuple(p[: n + 1].tolist()) for p in prompts for n in range(len(p) - 1)}
-    assert sum(node.tokens for node in tree(prompts, 1)) <= len(held) + len(prompts)
+    prefixes = {tuple(p[: n + 1].tolist()) for p in prompts for n in range(len(p) - 1)}
+    assert sum(node.tokens for node in tree(prompts, 1)) <= len(prefixes) + len(prompts)
 
 
 def test_prompts_that_begin_each_other_and_equal_ones():
@@ -63,11 +63,11 @@ def test_a_short_beginning_is_not_worth_it():
 @given(some, least, st.integers(1, 4), st.integers(1, 60))
 def test_groups_hold_every_prompt_once_within_the_room(prompts, least_shared, new, room):
     nodes = tree(prompts, least_shared)
-    found = groups(nodes, new, room)
-    members = [nodes[path[-1]].prompt for group in found for path in group]
+    result = groups(nodes, new, room)
+    members = [nodes[path[-1]].prompt for group in result for path in group]
     assert sorted(members) == list(range(len(prompts)))
-    assert sorted(path for group in found for path in group) == sorted(paths_of(nodes))
-    for group in found:
+    assert sorted(path for group in result for path in group) == sorted(paths_of(nodes))
+    for group in result:
         tokens = sum(nodes[n].tokens for n in set().union(*group))
         assert len(group) == 1 or tokens + new * len(group) <= room
 

@@ -118,9 +118,9 @@ def test_adapters_evaluated_at_once_score_as_one_at_a_time(base, questions):
     expected = []
     for adapter in adapters:
         expected += evaluate_each(base, [adapter], questions, plain, SETTINGS)
-    found = evaluate_each(base, adapters, questions, plain, SETTINGS)
-    assert found == expected
-    assert len({row[0]["loss_total"] for row in found}) == 3
+    results = evaluate_each(base, adapters, questions, plain, SETTINGS)
+    assert results == expected
+    assert len({row[0]["loss_total"] for row in results}) == 3
 
 
 def test_the_model_has_no_adapter_afterwards(base, questions):
@@ -132,21 +132,21 @@ def test_the_model_has_no_adapter_afterwards(base, questions):
 
 def test_another_engine_is_given_adapters_and_prompts(base, questions, monkeypatch):
     adapters = [updates(base, 2), updates(base, 3)]
-    asked = []
+    calls = []
 
     def stand_in(*given):
-        asked.append(given)
+        calls.append(given)
         return [[q.example.output for q in questions], ["nothing"] * len(questions)]
 
     monkeypatch.setattr(vllm_engine, "answers_of_each", stand_in)
     other = replace(SETTINGS, engine="vllm")
-    found = evaluate_each(base, adapters, questions, plain, other)
-    ((_, given, read, new),) = asked
+    results = evaluate_each(base, adapters, questions, plain, other)
+    ((_, given, read, new),) = calls
     assert (given, len(read), new) == (adapters, len(questions), 7)
-    assert [sum(row["exact_match"] for row in rows) for rows in found] == [len(questions), 0]
+    assert [sum(row["exact_match"] for row in rows) for rows in results] == [len(questions), 0]
     own = evaluate_each(base, adapters, questions, plain, SETTINGS)
-    for ours, theirs in zip(own, found, strict=True):
-        assert [r["loss_total"] for r in ours] == [r["loss_total"] for r in theirs]
+    for ours, other_rows in zip(own, results, strict=True):
+        assert [r["loss_total"] for r in ours] == [r["loss_total"] for r in other_rows]
 
 
 def test_a_loss_that_is_not_finite_is_an_error(base, questions, monkeypatch):

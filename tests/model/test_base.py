@@ -110,7 +110,7 @@ def test_logits_are_of_the_positions_asked_for(base):
 def test_gradients_do_not_cross_between_examples(base, adapter):
     """The loss of one example has the same gradient whatever stands beside it."""
     rows = store()
-    found = []
+    gradients = []
     for beside in ([1], [1, 3], [0, 1]):
         laid = pack(rows, beside, share=False)
         flat = FlatAdapter.of(adapter, lambda rank: 1.0, base.device)
@@ -119,9 +119,9 @@ def test_gradients_do_not_cross_between_examples(base, adapter):
         with base.training(flat):
             logits = base.logits(replace(laid, loss_positions=torch.arange(start, end)))
             logits.square().sum().backward()
-        found.append(flat.values.grad.clone())
-    for other in found[1:]:
-        assert torch.linalg.vector_norm(other - found[0]) < 1e-5 * found[0].norm()
+        gradients.append(flat.values.grad.clone())
+    for other in gradients[1:]:
+        assert torch.linalg.vector_norm(other - gradients[0]) < 1e-5 * gradients[0].norm()
 
 
 def test_a_sliding_window_shorter_than_an_example_is_refused(tmp_path):

@@ -26,8 +26,8 @@ def layer_of(dtype, bias=True, kind=nn.Linear) -> LoRALinear:
 
 
 def parts_of(ranks, dtype) -> list[LayerAdapter]:
-    found = [random_factors(OUT, rank, IN, rank, dtype) for rank in ranks]
-    return [LayerAdapter(f.A, f.B, 0.7 + i) for i, f in enumerate(found)]
+    results = [random_factors(OUT, rank, IN, rank, dtype) for rank in ranks]
+    return [LayerAdapter(f.A, f.B, 0.7 + i) for i, f in enumerate(results)]
 
 
 def random(*shape, dtype, seed=0):
@@ -38,11 +38,11 @@ def plain(layer: LoRALinear, parts, edges, x):
     """Each adapter's rows by themselves, in plain autograd."""
     sizes = [end - first for first, end in itertools.pairwise(edges)]
     rows, of = layer.base(x).reshape(-1, OUT).split(sizes), x.reshape(-1, IN).split(sizes)
-    found = [
-        y + part.scale * (mine @ part.A.T) @ part.B.T
-        for y, mine, part in zip(rows, of, parts, strict=True)
+    results = [
+        y + part.scale * (own @ part.A.T) @ part.B.T
+        for y, own, part in zip(rows, of, parts, strict=True)
     ]
-    return torch.cat(found).view(*x.shape[:-1], OUT)
+    return torch.cat(results).view(*x.shape[:-1], OUT)
 
 
 def gradients(run, x, parts, grad):
@@ -54,11 +54,11 @@ def gradients(run, x, parts, grad):
     ]
     y = run(x, parts)
     y.backward(grad)
-    found = [y.detach(), x.grad]
+    results = [y.detach(), x.grad]
     for part in parts:
         # A part without rows may have no gradient, which is a gradient of zero.
-        found += [torch.zeros_like(f) if f.grad is None else f.grad for f in (part.A, part.B)]
-    return found
+        results += [torch.zeros_like(f) if f.grad is None else f.grad for f in (part.A, part.B)]
+    return results
 
 
 LAYOUTS = [
@@ -88,10 +88,10 @@ def test_the_fused_layer_is_the_plain_one(dtype, ranks, shape, edges, bias, kind
         with layer.layout.of(edges):
             return layer(x)
 
-    found = gradients(fused, x, parts, grad)
+    results = gradients(fused, x, parts, grad)
     want = gradients(lambda x, parts: plain(layer, parts, edges, x), x, parts, grad)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    for got, expected in zip(found, want, strict=True):
+    for got, expected in zip(results, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     assert layer.base.weight.grad is None
 
@@ -197,8 +197,8 @@ def test_half_precision_takes_factors_in_single(kind):
         with half.layout.of(edges):
             return half(x)
 
-    found = gradients(run, x.bfloat16(), parts, grad.bfloat16())
+    results = gradients(run, x.bfloat16(), parts, grad.bfloat16())
     want = gradients(lambda x, parts: plain(layer, parts, edges, x), x, parts, grad)
-    assert [t.dtype for t in found] == [torch.bfloat16] * 2 + [torch.float32] * 4
-    for got, expected in zip(found, want, strict=True):
+    assert [t.dtype for t in results] == [torch.bfloat16] * 2 + [torch.float32] * 4
+    for got, expected in zip(results, want, strict=True):
         torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.2)

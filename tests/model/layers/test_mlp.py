@@ -40,13 +40,13 @@ def block_of(kind=LlamaMLP, dtype=torch.float64, **changes) -> nn.Module:
 
 def parts_of(ranks, dtype=torch.float64) -> dict[str, list[LayerAdapter]]:
     """Of every layer, a part for each rank, which is one more in each next layer."""
-    found = {}
+    results = {}
     for i, (name, out, in_) in enumerate(
         zip(NAMES, (INNER, INNER, SIZE), (SIZE, SIZE, INNER), strict=True)
     ):
         each = [random_factors(out, rank + i, in_, 7 * i + rank, dtype) for rank in ranks]
-        found[name] = [LayerAdapter(f.A, 0.3 * f.B, 0.7 + i) for f in each]
-    return found
+        results[name] = [LayerAdapter(f.A, 0.3 * f.B, 0.7 + i) for f in each]
+    return results
 
 
 def found_by(block, layers, parts, shape, edges, dtype=torch.float64):
@@ -55,10 +55,10 @@ def found_by(block, layers, parts, shape, edges, dtype=torch.float64):
     x = torch.randn(*shape, SIZE, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
     grad = torch.randn(*shape, SIZE, generator=draw, dtype=torch.float64).to(dtype)
     factors = []
-    for name, held in parts.items():
+    for name, present in parts.items():
         fresh = [
             LayerAdapter(p.A.clone().requires_grad_(), p.B.clone().requires_grad_(), p.scale)
-            for p in held
+            for p in present
         ]
         factors += [f for part in fresh for f in (part.A, part.B)]
         getattr(layers, name).adapters = tuple(fresh)
@@ -71,10 +71,10 @@ def found_by(block, layers, parts, shape, edges, dtype=torch.float64):
 
 
 def assert_the_same(block, parts, shape, edges, dtype=torch.float64, tolerance=1e-10):
-    found, want = (
+    results, want = (
         found_by(each, block, parts, shape, edges, dtype) for each in (GatedMLP(block), block)
     )
-    for got, expected in zip(found, want, strict=True):
+    for got, expected in zip(results, want, strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
@@ -108,10 +108,10 @@ def test_adapters_have_their_own_rows(ranks, edges, bias):
 
 
 @pytest.mark.parametrize(
-    "held", [("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "down_proj")]
+    "present", [("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "down_proj")]
 )
-def test_some_layers_may_have_no_adapters(held):
-    parts = {name: part for name, part in parts_of((3, 4)).items() if name in held}
+def test_some_layers_may_have_no_adapters(present):
+    parts = {name: part for name, part in parts_of((3, 4)).items() if name in present}
     assert_the_same(block_of(), parts, (2, 5), (0, 3, 10))
 
 
