@@ -59,7 +59,7 @@ def levels(folders: Sequence[Path]) -> list[int]:
 
 
 def svg(found: Mapping[str, Sequence[float]], title: str) -> str:
-    """The curves as a self-contained SVG, with the names at their ends."""
+    """The curves as a picture that needs nothing else; names stand at the ends."""
     rounds = max(len(values) for values in found.values())
     most = 5 * (int(max(max(values) for values in found.values()) / 5) + 1)
 
