@@ -17,7 +17,8 @@ from flexlora import config, peft_format
 from flexlora.data.corpora import table
 from flexlora.data.corpus import Corpus
 from flexlora.federation import rounds
-from flexlora.federation.setup import PreparedRun, prepare
+from flexlora.federation.prepared import PreparedRun
+from flexlora.federation.setup import prepare
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model import smollm2
 from flexlora.seeds import rng

@@ -13,18 +13,18 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from support.oracle import product, relative_error, weighted_sum
 
 from flexlora import wire
 from flexlora.federation import checkpoint, client_turn, collect, rounds, setup
 from flexlora.federation.client_turn import TurnRequest
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import LateReply, Lost, Reply, WaitPolicy
 from flexlora.journal.record import Record
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.peft_format import WEIGHTS
 from support import models
-from support.oracle import product, relative_error, weighted_sum
 
 
 @dataclass(frozen=True)

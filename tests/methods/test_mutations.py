@@ -54,7 +54,7 @@ FAULTS = {
         "if round > last and round == max(log(state))}",
     ),
     "bytes that are not bytes": (
-        "wire/messages.py",
+        "wire/adapters.py",
         'tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()',
         'tensors[f"{module}.A"] = factors.A.detach().contiguous()',
     ),

@@ -24,10 +24,12 @@ from flexlora.evaluation import evaluate_each
 from flexlora.federation import checkpoint, compare, compose, rounds, setup
 from flexlora.journal import JOURNAL, Event, mean_scores
 from flexlora.lowrank import Adapter
+from flexlora.method import Feature
 from flexlora.peft_format import check as inspect
 from flexlora.peft_format import merge as merge_adapters
 from flexlora.peft_format import parse_rank
 from flexlora.reporting import comparison, page, tracker, trackers
+from flexlora.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from flexlora.federation.ray.cluster import Cluster
@@ -198,7 +200,7 @@ def evaluate_adapter(
         ready.base, [loaded or Adapter({})], ready.questions, ready.prompt, settings.evaluation
     )
     if out:
-        checkpoint.write(out, json.dumps(rows, indent=1).encode())
+        write_atomically(out, json.dumps(rows, indent=1).encode())
     _print_scores(rows)
 
 
@@ -216,11 +218,12 @@ def check(adapter: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
 def list_methods() -> None:
     """List the methods with their papers and properties."""
     for name in methods.names():
-        kind, values = methods.kind(name), vars(methods.make(name))
-        options = ", ".join(f"{key}={value!r}" for key, value in values.items()) or "none"
-        exact, mixed = "exact" if kind.exact else "inexact", "yes" if kind.mixed_ranks else "no"
-        print(f"{name}: {kind.title} ({kind.paper})")
-        modules = "yes" if kind.by_module else "no"
+        method = methods.make(name)
+        options = ", ".join(f"{key}={value!r}" for key, value in vars(method).items()) or "none"
+        exact = "exact" if method.info.exact else "inexact"
+        mixed = "yes" if Feature.MIXED_RANKS in method.features else "no"
+        print(f"{name}: {method.title} ({method.info.paper})")
+        modules = "yes" if Feature.PER_MODULE in method.features else "no"
         told = f"aggregate {exact}; mixed ranks: {mixed}, modules: {modules}; options: {options}"
         print(f"    {told}")
 
@@ -275,11 +278,11 @@ def _run(
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
         stored = _pinned(settings).model_dump_json(indent=1)
-        checkpoint.write(folder / "config.json", stored.encode())
+        write_atomically(folder / "config.json", stored.encode())
     point = checkpoint.load(folder) if resume else None
-    done, together = (point.round, point.together) if point else (0, None)
+    done, at_once = (point.round, point.clients_at_once) if point else (0, None)
     turns = (settings.federation.rounds - done) * min(ready.cohort_size, len(ready.clients))
-    spread = cluster.federation(ready, folder, together) if cluster else nullcontext()
+    spread = cluster.federation(ready, folder, at_once) if cluster else nullcontext()
     try:
         with (
             spread as federation,

@@ -1,7 +1,7 @@
 """A TOML file as frozen settings, and back. Only the form of the settings is checked."""
 
 from flexlora.config.experiment import Experiment, Ranks, parse
-from flexlora.config.plugins import PluginFolder
+from flexlora.config.plugins import Plugins
 from flexlora.config.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution, several
 from flexlora.config.toml import dump, load, rank_table
 
@@ -9,7 +9,7 @@ __all__ = [
     "PAPER_TYPES",
     "Assignment",
     "Experiment",
-    "PluginFolder",
+    "Plugins",
     "RankType",
     "Ranks",
     "assign",

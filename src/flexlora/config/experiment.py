@@ -45,7 +45,7 @@ class DataSettings(BaseModel):
     """
 
     model_config = CLOSED
-    format: Literal["table", "natural-instructions", "hub", "procedural", "remote"] = "table"
+    format: str = "table"
     path: str | None = None
     columns: Columns = Columns()
     prompt: Literal["alpaca", "chat", "plain"] = "alpaca"
@@ -127,6 +127,7 @@ class Experiment(BaseModel):
     method: dict[str, Any] = {"name": "flexlora"}
     server_optimizer: dict[str, Any] | None = None
     regularizer: dict[str, Any] | None = None
+    averager: dict[str, Any] | None = None
     training: Training = Training()
     federation: FederationSettings
     evaluation: Evaluation = Evaluation()
@@ -209,7 +210,7 @@ def _faults(experiment: Experiment) -> list[str]:
             f"federation.quorum {federation.quorum} is more than federation.cohort "
             f"{federation.cohort}, the uploads of a round; lower federation.quorum"
         )
-    if data.format not in ("procedural", "remote") and data.path is None:
+    if data.format in ("table", "natural-instructions", "hub") and data.path is None:
         faults.append(f"data.format {data.format!r} needs data.path")
     if data.partition.kind in ("iid", "dirichlet", "shards") and data.partition.clients is None:
         faults.append(f"data.partition.kind {data.partition.kind!r} needs data.partition.clients")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.config import Experiment
 from flexlora.errors import ProtocolError
-from flexlora.federation import compose, setup
+from flexlora.federation import compose, prepared
 from flexlora.method import Method
 from flexlora.model import Source
 from flexlora.model.layers import attention
@@ -44,11 +44,13 @@ class RunSpec(BaseModel):
     @property
     def dtype(self) -> torch.dtype:
         """The kind of numbers that adapters travel in."""
-        return setup.dtype(self.wire_dtype)
+        return prepared.dtype(self.wire_dtype)
 
     def composed(self) -> Method:
         """The method, within the server optimiser and the regulariser."""
-        return compose.composed(self.method, self.server_optimizer, self.regularizer, self.training)
+        return compose.composed(
+            self.method, self.server_optimizer, self.regularizer, self.training, files=False
+        )
 
 
 def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> RunSpec:

@@ -1,6 +1,6 @@
 """One run: its clients, its rounds, and the transports that reach the clients."""
 
-from flexlora.federation.client_store import ClientStore, Forgotten
+from flexlora.federation.client_store import ClientStore, LostBase
 from flexlora.federation.client_turn import ClientRuntime, TurnRequest, turn
 from flexlora.federation.compare import FILES, Outcome
 from flexlora.federation.population import Population
@@ -18,9 +18,9 @@ __all__ = [
     "FILES",
     "ClientRuntime",
     "ClientStore",
-    "Forgotten",
     "LateReply",
     "Lost",
+    "LostBase",
     "Outcome",
     "Population",
     "Received",

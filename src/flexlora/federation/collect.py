@@ -1,8 +1,7 @@
-"""The asking of one round: who is asked, again if need be, and what comes back of use."""
+"""One round's uploads: which clients are sent a request, and which replies are usable."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,9 +11,10 @@ from typing import Any
 
 from flexlora import wire
 from flexlora.errors import FlexloraError, ProtocolError
-from flexlora.federation import checkpoint, sampling
-from flexlora.federation.client_turn import FACTS, TurnRequest
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation import sampling
+from flexlora.federation.client_store import file_name
+from flexlora.federation.client_turn import METRICS, TurnRequest
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.transport import (
     LateReply,
     Lost,
@@ -23,73 +23,91 @@ from flexlora.federation.transport import (
     TransportEvent,
     WaitPolicy,
 )
-from flexlora.journal import Event, Record
-from flexlora.method import Draw, State, Upload, averaging
+from flexlora.journal import Event, LossKind, Record
+from flexlora.method import Feature, State, Upload
 from flexlora.seeds import rng
+from flexlora.storage.files import write_atomically
 from flexlora.wire import validate
 
 
 @dataclass
 class Collector:
-    """The asking of one round: who was asked, and what came back that is of use."""
+    """The collection of one round's uploads.
 
-    ready: PreparedRun
-    federation: Transport
+    ``invited`` are the clients that were sent a request, ``uploads`` the usable replies. ``lost``
+    are clients whose base updates are gone.
+    """
+
+    prepared: PreparedRun
+    transport: Transport
     number: int
     state: State
     spool: Path
-    asked: set[str] = field(default_factory=set)
+    invited: set[str] = field(default_factory=set)
     uploads: dict[str, Upload] = field(default_factory=dict)
+    lost_base: set[str] = field(default_factory=set)
 
     @property
     def wanted(self) -> int:
-        """How many uploads the round goes on with at once."""
-        return min(self.ready.cohort_size, len(self.ready.clients))
+        """With how many uploads the round goes on at once."""
+        return min(self.prepared.cohort_size, len(self.prepared.clients))
 
     def events(self, record: Record) -> Iterator[Event]:
-        """Ask until the quorum is there, or nothing is left to try; what happened.
+        """Collect until the quorum is there, or no attempt is left; yields what happened.
 
         Raises:
             ProtocolError: too few clients returned a usable upload.
         """
-        how = self.ready.experiment.federation
-        for attempt in range(1, how.attempts + 1):
-            for found in self._received(self._cohort(attempt)):
-                yield self._recorded(found, record)
-            if len(self.uploads) >= how.quorum:
+        settings = self.prepared.experiment.federation
+        for attempt in range(1, settings.attempts + 1):
+            for outcome in self._received(self._cohort(attempt)):
+                yield self._recorded(outcome, record)
+            if len(self.uploads) >= settings.quorum:
                 return
-            if how.attempts > 1:
-                facts = {"received": len(self.uploads), "quorum": how.quorum}
-                yield record.append("short", round=self.number, attempt=attempt, **facts)
+            if settings.attempts > 1:
+                counts = {"received": len(self.uploads), "quorum": settings.quorum}
+                yield record.append("short", round=self.number, attempt=attempt, **counts)
         raise ProtocolError(
-            f"{len(self.uploads)} of {len(self.asked)} clients of round {self.number} returned a "
-            f"usable upload after {how.attempts} attempts; federation.quorum is {how.quorum}. "
-            f"Asked: {sorted(self.asked)[:20]}. Their reasons are in the journal; go on by "
-            "resuming the run."
+            f"{len(self.uploads)} of {len(self.invited)} clients of round {self.number} returned a "
+            f"usable upload after {settings.attempts} attempts; federation.quorum is "
+            f"{settings.quorum}. Requests went to {sorted(self.invited)[:20]}; the journal has the "
+            f"reason for each. Resume with: flexlora run --resume {record.folder}"
         )
 
-    def _recorded(self, found: Upload | Lost | LateReply | TransportEvent, record: Record) -> Event:
-        if isinstance(found, Upload):
-            self.uploads[found.client] = found
-            return record.append("client", **facts_of(found, self.ready))
-        if isinstance(found, TransportEvent):
-            return record.append(found.event, round=self.number, **found.facts)
-        if isinstance(found, Lost) and found.forgot:
-            self.state = averaging.forgotten(self.state, found.client)
-        kind = "lost" if isinstance(found, Lost) else "stray"
-        return record.append(kind, round=self.number, client=found.client, reason=found.reason)
+    def remaining(self, state: State) -> State:
+        """The state in which clients that lost their base have merged nothing."""
+        log = state.merge_log
+        for client in sorted(self.lost_base):
+            log = log.forget(client)
+        return replace(state, merge_log=log)
+
+    def _recorded(
+        self, outcome: Upload | Lost | LateReply | TransportEvent, record: Record
+    ) -> Event:
+        if isinstance(outcome, Upload):
+            self.uploads[outcome.client] = outcome
+            return record.append("client", **client_facts(outcome, self.prepared))
+        if isinstance(outcome, TransportEvent):
+            return record.append(outcome.event, round=self.number, **outcome.facts)
+        facts = {"round": self.number, "client": outcome.client, "reason": outcome.reason}
+        if isinstance(outcome, LateReply):
+            return record.append("stray", **facts)
+        if outcome.lost_base:
+            self.lost_base.add(outcome.client)
+            self.state = self.remaining(self.state)
+        return record.append("lost", **facts, kind=outcome.kind)
 
     def _cohort(self, attempt: int) -> list[str]:
-        """Whom an attempt asks, in the clients' order: of those present that have not answered."""
-        how = self.ready.experiment.federation
-        present = self.federation.present(list(self.ready.clients))
-        open_ = [id for id in present if id not in self.uploads]
+        """The clients of an attempt, in the clients' order: present, and without an upload yet."""
+        settings, seed = self.prepared.experiment.federation, self.prepared.experiment.seed
+        present = self.transport.present(list(self.prepared.clients))
+        missing = [id for id in present if id not in self.uploads]
         # As many more as the share says, without losing a client to rounding.
-        size = math.ceil((self.wanted - len(self.uploads)) * (1 + how.over_selection) - 1e-9)
-        again = (attempt,) if attempt > 1 else ()
-        draw = rng(self.ready.experiment.seed, "cohort", self.number, *again)
-        cohort = sampling.cohort(open_, size, draw) if open_ else []
-        self.asked |= set(cohort)
+        size = math.ceil((self.wanted - len(self.uploads)) * (1 + settings.over_selection) - 1e-9)
+        address = (attempt,) if attempt > 1 else ()
+        generator = rng(seed, "cohort", self.number, *address)
+        cohort = sampling.cohort(missing, size, generator) if missing else []
+        self.invited |= set(cohort)
         return cohort
 
     def _received(self, cohort: list[str]) -> Iterator[Upload | Lost | LateReply | TransportEvent]:
@@ -99,99 +117,101 @@ class Collector:
         twice after a crash and none is held in memory.
         """
         waiting: list[str] = []
-        # The longest first: with several at work, none is left for the end alone.
-        order = sorted(cohort, key=lambda id: (-self.ready.clients[id].examples, id))
-        for start in range(0, len(order), self.federation.together):
-            group = order[start : start + self.federation.together]
-            if all(self._place(id).exists() for id in group):
+        at_once = self.transport.clients_at_once
+        # The longest first: with several at work, none is left for the end by itself.
+        order = sorted(cohort, key=lambda id: (-self.prepared.clients[id].examples, id))
+        for start in range(0, len(order), at_once):
+            group = order[start : start + at_once]
+            if all(self._file(id).exists() for id in group):
                 yield from map(self._checked, group)
             else:
                 # Together or not at all: numbers of clients trained together differ by rounding
                 # from those trained in other company, and a resumed run is the same to the bit.
                 waiting += group
 
-        seconds = self.ready.experiment.federation.deadline_seconds
-        asked = jobs(self.ready, self.number, self.state, tuple(waiting), self.spool / "downloads")
-        for reply in self.federation.exchange(asked, WaitPolicy(seconds, self._enough)):
+        folder = self.spool / "downloads"
+        requests = turn_requests(self.prepared, self.number, self.state, waiting, folder)
+        seconds = self.prepared.experiment.federation.deadline_seconds
+        policy = WaitPolicy(seconds, self._has_enough)
+        for reply in self.transport.exchange(requests, policy):
             if isinstance(reply, LateReply | TransportEvent):
                 yield reply
             elif reply.client not in waiting:
-                yield LateReply(reply.client, "It was not asked, or had answered already.")
+                yield LateReply(reply.client, "It had no open request.")
             else:
                 waiting.remove(reply.client)
-                yield reply if isinstance(reply, Lost) else self._kept(reply)
-        why = "It was not needed any more." if self._enough() else "It did not answer."
-        yield from (Lost(id, why) for id in waiting)
+                yield reply if isinstance(reply, Lost) else self._stored(reply)
+        if self._has_enough():
+            reason, kind = "Enough uploads had arrived without its own.", LossKind.NOT_NEEDED
+        else:
+            reason, kind = "It did not answer in time.", LossKind.NO_ANSWER
+        yield from (Lost(id, reason, kind) for id in waiting)
 
-    def _enough(self) -> bool:
+    def _has_enough(self) -> bool:
         return len(self.uploads) >= self.wanted
 
-    def _kept(self, reply: Reply) -> Upload | Lost:
-        checkpoint.write(self._place(reply.client), reply.data)
+    def _stored(self, reply: Reply) -> Upload | Lost:
+        write_atomically(self._file(reply.client), reply.data)
         return self._checked(reply.client)
 
-    def _place(self, id: str) -> Path:
-        # A client's name may be anything; its hash is a file name everywhere.
-        return self.spool / f"{hashlib.sha256(id.encode()).hexdigest()[:32]}.safetensors"
+    def _file(self, client: str) -> Path:
+        return self.spool / f"{file_name(client)}.safetensors"
 
     def _checked(self, id: str) -> Upload | Lost:
-        """A client's upload, if it is what was asked for; a client that sent else is lost."""
-        ready, path = self.ready, self._place(id)
-        client = ready.clients[id]
+        """A client's upload, if it is what the round expects; else the client is lost."""
+        prepared, path = self.prepared, self._file(id)
+        client, context = prepared.clients[id], prepared.context(self.number)
         # Outside the try: a fault of the method must not look like one of the client.
-        expected = ready.method.expects(self.state, client, ready.shapes)
+        expected = prepared.method.upload_spec(self.state, client, context)
         try:
             upload = wire.open_upload(path)
             validate.upload(upload, client, self.number, expected, client.examples)
-            if missing := [name for name in FACTS if name not in upload.facts]:
-                raise ProtocolError(f"The upload of client {id!r} does not say its {missing}.")
+            if missing := [name for name in METRICS if name not in upload.metrics]:
+                raise ProtocolError(f"The upload of client {id!r} lacks the metrics {missing}.")
         except FlexloraError as error:
             path.unlink()
-            return Lost(id, str(error))
-        return replace(upload, facts={**upload.facts, "bytes_up": path.stat().st_size})
+            return Lost(id, str(error), LossKind.INVALID_UPLOAD)
+        return replace(upload, metrics={**upload.metrics, "bytes_up": path.stat().st_size})
 
 
-def jobs(
-    ready: PreparedRun, number: int, state: State, clients: Sequence[str], folder: Path
+def turn_requests(
+    prepared: PreparedRun, number: int, state: State, clients: Sequence[str], folder: Path
 ) -> Iterator[TurnRequest]:
-    """The jobs of these clients, made one at a time, when they are asked for.
+    """The requests to these clients, made one at a time, when they are needed.
 
-    Where a method hands out by rank alone, a download is made once for all clients of the
-    same ranks and lies on the disk.
+    Where a method sends clients of equal ranks the same, a download is made once for all of
+    them and lies on the disk.
     """
+    method, context = prepared.method, prepared.context(number)
+    clients = tuple(clients)
 
-    def made(id: str) -> bytes:
-        client = ready.clients[id]
-        download = ready.method.handout(state, client, draw(ready, number))
-        download = replace(download, held=averaging.held(state, client))
-        return wire.encode_download(download, ready.wire_dtype, ready.method.sparse)
+    def encoded(id: str) -> bytes:
+        download = method.handout(state, prepared.clients[id], context)
+        download = replace(download, base_rounds=state.merge_log.merged(id))
+        sparse = Feature.SPARSE_MESSAGES in method.features
+        return wire.encode_download(download, prepared.wire_dtype, sparse)
 
-    if not ready.method.by_rank_alone:
-        yield from (TurnRequest(id, number, made(id)) for id in clients)
+    if Feature.SAME_FOR_EQUAL_RANKS not in method.features:
+        yield from (TurnRequest(id, number, encoded(id)) for id in clients)
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     files: dict[str, Path] = {}
     for id in clients:
-        kind = ready.clients[id].rank_type
-        if kind not in files:
-            files[kind] = folder / f"{len(files)}.safetensors"
-            files[kind].write_bytes(made(id))
-        yield TurnRequest(id, number, files[kind])
+        rank_type = prepared.clients[id].rank_type
+        if rank_type not in files:
+            files[rank_type] = folder / f"{len(files)}.safetensors"
+            files[rank_type].write_bytes(encoded(id))
+        yield TurnRequest(id, number, files[rank_type])
 
 
-def draw(ready: PreparedRun, number: int) -> Draw:
-    """The randomness of a round's handouts."""
-    return lambda name: rng(ready.experiment.seed, "handout", number, name)
-
-
-def facts_of(upload: Upload, ready: PreparedRun) -> dict[str, Any]:
-    """What the journal says of a client's turn."""
-    facts = {name: upload.facts[name] for name in (*FACTS, "bytes_up")}
+def client_facts(upload: Upload, prepared: PreparedRun) -> dict[str, Any]:
+    """What the journal says of a client's upload."""
+    metrics = {name: upload.metrics[name] for name in (*METRICS, "bytes_up")}
     return {
         "round": upload.round,
         "client": upload.client,
-        "rank_type": ready.clients[upload.client].rank_type,
+        "rank_type": prepared.clients[upload.client].rank_type,
         "examples": upload.examples,
-        **facts,
+        **metrics,
     }

@@ -23,9 +23,10 @@ from flexlora.data import Corpus
 from flexlora.data.corpora import hub, procedural
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.federation import checkpoint, compose, rounds, setup
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import Event, Record
 from flexlora.model import Base
+from flexlora.storage.files import write_atomically
 
 ALL = "all"
 CELLS = "cells"
@@ -116,7 +117,7 @@ def run(cells: Sequence[Cell], watch: Watch) -> Iterator[Outcome]:
         ConfigError: the data or the model cannot be used, whatever the method.
     """
     base: Base | None = None
-    together: int | None = None
+    clients_at_once: int | None = None
     corpora: dict[int, Corpus | None] = {}
     base_known: set[int] = set()
     for cell in cells:
@@ -127,11 +128,11 @@ def run(cells: Sequence[Cell], watch: Watch) -> Iterator[Outcome]:
             if base is None:
                 neutral = cell.experiment.model_copy(update=NEUTRAL)
                 base = setup.prepare(neutral, corpora[cell.seed], train=False).base
-            settings = _settled(cell, together, cell.seed not in base_known)
+            settings = _settled(cell, clients_at_once, cell.seed not in base_known)
             outcome = _run(cell, settings, corpora[cell.seed], base, watch)
         for event in Record(cell.folder).events("start", "evaluation"):
             if event["event"] == "start":
-                together = together or event["clients_at_once"]
+                clients_at_once = clients_at_once or event["clients_at_once"]
             elif event["adapter"] == "base":
                 base_known.add(cell.seed)
         yield outcome
@@ -158,7 +159,7 @@ def _run(
     except Exception as error:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(traceback.format_exc(), encoding="utf-8")
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, FlexloraError) else f"{type(error).__name__}: "
         return Outcome(cell, "failed", f"{kind}{error}")
     return Outcome(cell, "finished")
 
@@ -168,14 +169,14 @@ def _watched(cell: Cell, ready: PreparedRun, watch: Watch) -> None:
     if not begun:
         cell.folder.mkdir(parents=True, exist_ok=True)
         stored = ready.experiment.model_dump_json(indent=1)
-        checkpoint.write(cell.folder / "config.json", stored.encode())
+        write_atomically(cell.folder / "config.json", stored.encode())
     done = checkpoint.load(cell.folder).round if begun else 0
     left = ready.experiment.federation.rounds - done
     turns = left * min(ready.cohort_size, len(ready.clients))
     watch(cell, rounds.run(ready, cell.folder, resume=begun), turns)
 
 
-def _settled(cell: Cell, together: int | None, evaluate_base: bool) -> Experiment:
+def _settled(cell: Cell, clients_at_once: int | None, evaluate_base: bool) -> Experiment:
     """The experiment with what the comparison decides for it; of a begun cell, as it began."""
     if _begun(cell.folder):
         return _stored(cell.folder)
@@ -183,7 +184,7 @@ def _settled(cell: Cell, together: int | None, evaluate_base: bool) -> Experimen
     given = settings.run.model_fields_set
     how: dict[str, Any] = {"threads": torch.get_num_threads()}
     how |= {} if "keep_adapters" in given else {"keep_adapters": "last"}
-    how |= {} if together is None else {"clients_at_once": together}
+    how |= {} if clients_at_once is None else {"clients_at_once": clients_at_once}
     evaluation = settings.evaluation
     if evaluation.base and not evaluate_base:
         evaluation = replace(evaluation, base=False)

@@ -1,4 +1,4 @@
-"""A config's plug-ins made and put together: the method, its server optimiser, its regulariser."""
+"""A config's plug-ins made and put together: method, server optimiser, regulariser, averager."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from flexlora import config, methods
-from flexlora.config import Experiment
+from flexlora.config import Experiment, Plugins
 from flexlora.errors import ConfigError
-from flexlora.method import Method, WithServerOptimizer, regularizers, server_optimizers
+from flexlora.federation import corpora
+from flexlora.method import (
+    Averager,
+    Method,
+    averagers,
+    regularizers,
+    require_means,
+    server_optimizers,
+)
+from flexlora.method.server_optimizer import with_server_optimizer
 from flexlora.training import Training
 
+PLAIN = {"name": "plain"}
+"""The averager of a config that names none."""
 
-def load(path: Path, changes: Sequence[str] = ()) -> Experiment:
+
+def load(path: str | Path, changes: Sequence[str] = ()) -> Experiment:
     """The experiment in a TOML file, with its plug-ins checked; see ``config.load``.
 
     Raises:
         ConfigError: the file, a key, or the name or an option of a plug-in is wrong.
     """
-    return _checked(config.load(path, changes), str(path))
+    return _checked(config.load(Path(path), changes), str(path))
 
 
 def parse(content: Mapping[str, Any], place: str) -> Experiment:
@@ -31,20 +43,29 @@ def parse(content: Mapping[str, Any], place: str) -> Experiment:
     return _checked(config.parse(content, place), place)
 
 
-def _checked(experiment: Experiment, place: str) -> Experiment:
-    try:
-        if "name" not in experiment.method:
-            raise ConfigError(
-                f"'method.name' is missing; it is one of {', '.join(methods.names())}."
-            )
-        methods.make(str(experiment.method["name"]), experiment.options())
-        if experiment.server_optimizer is not None:
-            server_optimizers.make(experiment.server_optimizer)
-        if experiment.regularizer is not None:
-            regularizers.make(experiment.regularizer)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{place}: {error}") from error
-    return experiment
+def with_plugin(settings: Experiment, path: str | Path) -> Experiment:
+    """The experiment with the plug-in in this Python file, which replaces the one of its kind.
+
+    Options stay where the config's section names the same file.
+
+    Raises:
+        ConfigError: the file defines no plug-in, or its options do not fit.
+    """
+    path = Path(path).expanduser().resolve()
+    sections: dict[str, Plugins[Any]] = {
+        "method": methods.PLUGINS,
+        "server_optimizer": server_optimizers.PLUGINS,
+        "regularizer": regularizers.PLUGINS,
+        "averager": averagers.PLUGINS,
+    }
+    defined = [name for name, plugins in sections.items() if plugins.is_defined_in(path)]
+    if not defined:
+        raise ConfigError(
+            f"{path} defines no plug-in; it needs a class derived from flexlora.Method, "
+            "Regularizer, ServerOptimizer or Averager."
+        )
+    changed = {name: _named(getattr(settings, name), path) for name in defined}
+    return _checked(settings.model_copy(update=changed), str(path))
 
 
 def composed(
@@ -52,19 +73,24 @@ def composed(
     server_optimizer: Mapping[str, Any] | None,
     regularizer: Mapping[str, Any] | None,
     training: Training,
+    files: bool = True,
 ) -> Method:
     """The method of a config's section, within a server optimiser and a regulariser.
+
+    Without ``files`` no section may name a Python file: see ``Plugins.kind``.
 
     Raises:
         ConfigError: they do not go together.
     """
-    options = {key: value for key, value in method.items() if key != "name"}
-    made = methods.make(str(method.get("name")), options)
-    if server_optimizer is not None:
-        made = WithServerOptimizer(made, server_optimizers.make(dict(server_optimizer)))
-    if regularizer is not None:
-        made = regularizers.make(dict(regularizer)).around(made, training)
-    return made
+    made = methods.PLUGINS.make(method, files)
+    return _wrapped(made, server_optimizer, regularizer, training, files)
+
+
+def composed_method(method: Method, experiment: Experiment) -> Method:
+    """A method given as an object, within the config's server optimiser and regulariser."""
+    return _wrapped(
+        method, experiment.server_optimizer, experiment.regularizer, experiment.training
+    )
 
 
 def method_of(experiment: Experiment) -> Method:
@@ -72,3 +98,52 @@ def method_of(experiment: Experiment) -> Method:
     return composed(
         experiment.method, experiment.server_optimizer, experiment.regularizer, experiment.training
     )
+
+
+def averager_for(method: Method, experiment: Experiment) -> Averager:
+    """The averager that a config names; plain averaging if it names none.
+
+    Raises:
+        ConfigError: it does not compute what the method needs.
+    """
+    averager = averagers.make(experiment.averager or PLAIN)
+    require_means(averager, method)
+    return averager
+
+
+def _wrapped(
+    method: Method,
+    server_optimizer: Mapping[str, Any] | None,
+    regularizer: Mapping[str, Any] | None,
+    training: Training,
+    files: bool = True,
+) -> Method:
+    if server_optimizer is not None:
+        optimizer = server_optimizers.make(server_optimizer, files)
+        method = with_server_optimizer(method, optimizer)
+    if regularizer is not None:
+        method = regularizers.make(regularizer, files).wrap(method, training)
+    return method
+
+
+def _named(section: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
+    """A config's section for the plug-in in this file."""
+    options = dict(section or {}) if section and section.get("name") == str(path) else {}
+    return {**options, "name": str(path)}
+
+
+def _checked(experiment: Experiment, place: str) -> Experiment:
+    sections: tuple[tuple[Mapping[str, Any] | None, Plugins[Any]], ...] = (
+        (experiment.method, methods.PLUGINS),
+        (experiment.server_optimizer, server_optimizers.PLUGINS),
+        (experiment.regularizer, regularizers.PLUGINS),
+        (experiment.averager, averagers.PLUGINS),
+    )
+    try:
+        corpora.check(experiment.data.format)
+        for section, plugins in sections:
+            if section is not None:
+                plugins.make(section)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    return experiment

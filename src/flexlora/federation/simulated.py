@@ -15,6 +15,7 @@ from typing import Final
 
 from flexlora.federation.client_turn import ClientRuntime, TurnRequest, turns
 from flexlora.federation.transport import Lost, Reply, WaitPolicy
+from flexlora.journal import LossKind
 
 _LARGE_BYTES: Final = 2**25
 """Downloads whose training leaves holes worth closing; for less the time is worth more."""
@@ -24,15 +25,15 @@ _LARGE_BYTES: Final = 2**25
 class SimulatedTransport:
     """A federation in process. An error in a turn is a fault to see, not a lost client."""
 
-    here: ClientRuntime
-    together: int = 1
+    runtime: ClientRuntime
+    clients_at_once: int = 1
 
     def present(self, clients: Collection[str]) -> list[str]:
         """All of them."""
         return list(clients)
 
     def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Reply | Lost]:
-        """The replies in the order of the jobs, ``together`` of which are trained at a time.
+        """The replies in the order of the jobs, ``clients_at_once`` of which are trained at a time.
 
         Those whose turn has not begun when the time is over are lost.
         """
@@ -41,15 +42,16 @@ class SimulatedTransport:
             while not patience.enough() and (
                 group := [
                     _on_disk(job, Path(folder) / f"{place}.safetensors")
-                    for place, job in enumerate(itertools.islice(waiting, self.together))
+                    for place, job in enumerate(itertools.islice(waiting, self.clients_at_once))
                 ]
             ):
                 if patience.seconds is not None and time.monotonic() - started > patience.seconds:
-                    late = f"Its turn had not begun after {patience.seconds:g} s."
-                    yield from (Lost(job.client, late) for job in (*group, *waiting))
+                    late = f"Its local training had not begun after {patience.seconds:g} s."
+                    kind = LossKind.NOT_BEGUN
+                    yield from (Lost(job.client, late, kind) for job in (*group, *waiting))
                     return
                 try:
-                    uploads = turns(group, self.here)
+                    uploads = turns(group, self.runtime)
                 except Exception as error:
                     names = ", ".join(repr(job.client) for job in group)
                     error.add_note(f"In the turn of client {names} in round {group[0].round}.")

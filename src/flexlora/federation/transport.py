@@ -1,18 +1,19 @@
-"""The seam between the round loop and wherever the clients are."""
+"""What the round loop needs of the place where its clients are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from flexlora.federation.client_turn import TurnRequest
-from flexlora.method import Method, State, Upload
+from flexlora.journal import LossKind
+from flexlora.method import Cohort, Method, RoundContext, State
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client sent: bytes, not yet looked at."""
+    """What a client sent: bytes, not checked yet."""
 
     client: str
     data: bytes
@@ -20,16 +21,21 @@ class Reply:
 
 @dataclass(frozen=True)
 class Lost:
-    """A client that did not reply, and why; ``forgot``: it has lost all that it had merged."""
+    """A client whose upload the round goes on without, and why.
+
+    Programs read the ``kind``; the ``reason`` is a sentence for people. ``lost_base``: the client
+    has lost all base updates that it had merged.
+    """
 
     client: str
     reason: str
-    forgot: bool = False
+    kind: LossKind
+    lost_base: bool = False
 
 
 @dataclass(frozen=True)
 class LateReply:
-    """An answer that nobody waits for any more: one that came late, or twice."""
+    """A reply that no round waits for any more: one that came late, or twice."""
 
     client: str
     reason: str
@@ -37,21 +43,21 @@ class LateReply:
 
 @dataclass(frozen=True)
 class TransportEvent:
-    """What happens among real clients, for the journal: an event's name and its facts."""
+    """What happens among real clients, for the journal: an event's name and its fields."""
 
     event: str
     facts: Mapping[str, Any]
 
 
 Received = Reply | Lost | LateReply | TransportEvent
-"""What an exchange tells."""
+"""What an exchange yields."""
 
 
 @dataclass(frozen=True)
 class WaitPolicy:
     """How long a round waits: until so many seconds are over, or until it has ``enough``.
 
-    ``seconds`` None is for ever. Who is not waited for any more is lost to the round.
+    ``seconds`` None means no limit. A client that is not waited for any more is lost.
     """
 
     seconds: float | None = None
@@ -59,31 +65,33 @@ class WaitPolicy:
 
 
 class Transport(Protocol):
-    """Carries jobs to clients and replies back."""
+    """Carries requests to clients and replies back."""
 
     @property
-    def together(self) -> int:
-        """How many consecutive jobs are worked on as one; 1 where clients do not meet."""
+    def clients_at_once(self) -> int:
+        """How many consecutive requests are worked on as one; 1 where clients do not meet."""
         ...
 
     def present(self, clients: Collection[str]) -> list[str]:
-        """Those of these clients that can be asked now, in their order."""
+        """Those of these clients that a request can reach now, in their order."""
         ...
 
     def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Received]:
-        """One reply or loss for each job, as they arrive, in any order.
+        """One reply or loss for each request, as they arrive, in any order.
 
-        Jobs are drawn when there is somebody to take them, so that not all downloads of a
-        round are in memory at once. When it has enough, those still at work are not waited
-        for; nothing is said of them.
+        Requests are drawn when a client can take them, so that not all downloads of a round
+        are in memory at once. Once the policy has enough, clients still at work are not waited
+        for, and nothing is yielded for them.
         """
         ...
 
 
 @runtime_checkable
 class Aggregating(Protocol):
-    """A federation whose workers take a part in the server's step too."""
+    """A transport whose workers take a part in the server's step too."""
 
-    def aggregate(self, method: Method, state: State, uploads: Sequence[Upload]) -> State:
-        """What the method's own ``aggregate`` finds, to the bit."""
+    def aggregate(
+        self, method: Method, state: State, cohort: Cohort, context: RoundContext
+    ) -> State:
+        """What the method's own ``aggregate`` returns, to the bit."""
         ...

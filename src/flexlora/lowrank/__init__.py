@@ -1,8 +1,8 @@
 """Low-rank algebra: factor pairs, their weighted sums, and truncated SVDs of those sums."""
 
 from flexlora.lowrank.decomposition import Accuracy, decompose
-from flexlora.lowrank.factors import Adapter, Factors, Halves
-from flexlora.lowrank.parametrization import Form, column
+from flexlora.lowrank.factors import Adapter, FactorNames, Factors
+from flexlora.lowrank.parametrization import Parametrization, as_vector
 from flexlora.lowrank.sums import Accumulator, LowRankSum, norm, normalized
 from flexlora.lowrank.svd import SVD, Split
 
@@ -11,12 +11,12 @@ __all__ = [
     "Accumulator",
     "Accuracy",
     "Adapter",
+    "FactorNames",
     "Factors",
-    "Form",
-    "Halves",
     "LowRankSum",
+    "Parametrization",
     "Split",
-    "column",
+    "as_vector",
     "decompose",
     "norm",
     "normalized",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,8 +12,17 @@ from torch import Tensor
 
 from flexlora.errors import AdapterError
 
-Halves = Literal["BA", "B", "A"]
+FactorNames = Literal["BA", "B", "A"]
 """Which of the two factors, the same for every module."""
+
+
+@runtime_checkable
+class KnownRanks(Protocol):
+    """Modules in a file, whose ranks are available without reading them."""
+
+    def rank(self, module: str) -> int:
+        """The rank of a module."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +68,17 @@ class Factors:
         """The same factors in another dtype or on another device."""
         return Factors(self.B.to(target), self.A.to(target))
 
-    def half(self, halves: Halves) -> Factors:
+    def restricted(self, factors: FactorNames) -> Factors:
         """Only the given factors; the other is replaced by an empty tensor of the same rank.
 
         A missing ``B`` is (0, rank), a missing ``A`` is (rank, 0).
         """
-        B = self.B if "B" in halves else self.B[:0]
-        return Factors(B, self.A if "A" in halves else self.A[:, :0])
+        B = self.B if "B" in factors else self.B[:0]
+        return Factors(B, self.A if "A" in factors else self.A[:, :0])
 
-    def terms(self, chosen: Sequence[int]) -> Factors:
-        """The rank-one terms with these indices, in this order; a copy."""
-        indices = torch.tensor(list(chosen), dtype=torch.int64, device=self.B.device)
+    def components(self, numbers: Sequence[int]) -> Factors:
+        """The rank-one components with these indices, in this order; a copy."""
+        indices = torch.tensor(list(numbers), dtype=torch.int64, device=self.B.device)
         return Factors(self.B[:, indices], self.A[indices])
 
     def first(self, rank: int) -> Factors:
@@ -136,10 +145,16 @@ class Adapter(Mapping[str, Factors]):
     def __len__(self) -> int:
         return len(self.modules)
 
+    def rank(self, module: str) -> int:
+        """The rank of a module; one that lies in a file is not read for it."""
+        if isinstance(self.modules, KnownRanks):
+            return self.modules.rank(module)
+        return self.modules[module].rank
+
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each module."""
-        return {module: factors.rank for module, factors in self.items()}
+        return {module: self.rank(module) for module in self.modules}
 
     @property
     def parameters(self) -> int:
@@ -154,9 +169,9 @@ class Adapter(Mapping[str, Factors]):
         """Each module truncated to its first ``ranks[module]`` terms, or all if it has fewer."""
         return Adapter({m: f.first(min(ranks[m], f.rank)) for m, f in self.items()})
 
-    def half(self, halves: Halves) -> Adapter:
-        """``Factors.half`` of each module."""
-        return Adapter({module: factors.half(halves) for module, factors in self.items()})
+    def restricted(self, factors: FactorNames) -> Adapter:
+        """``Factors.restricted`` of each module."""
+        return Adapter({module: f.restricted(factors) for module, f in self.items()})
 
     def only(self, modules: Collection[str]) -> Adapter:
         """The adapter restricted to ``modules``, in its own order, without reading any.
@@ -178,6 +193,10 @@ class _Subset(Mapping[str, Factors]):
         if module not in self.names:
             raise KeyError(module)
         return self.whole[module]
+
+    def rank(self, module: str) -> int:
+        """The rank of a module, without reading it where the whole can tell."""
+        return Adapter(self.whole).rank(module)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

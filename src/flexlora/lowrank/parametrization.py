@@ -12,7 +12,7 @@ from flexlora.lowrank.factors import Factors
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
+class Parametrization:
     """One module's factors as a differentiable function of flat ``parameters`` (n,).
 
     ``make(parameters, *frozen)`` computes the factors, one of which may have no gradient;
@@ -43,7 +43,7 @@ class Form:
         )
 
 
-def column(parameters: Tensor) -> Factors:
+def as_vector(parameters: Tensor) -> Factors:
     """Flat parameters (n,) in the form in which messages carry them: ``B`` is (n, 1).
 
     ``A`` is (1, 0), a tensor without elements.

@@ -1,120 +1,161 @@
-"""What several methods do with a cohort's uploads: sums to SVDs, means, and merged updates."""
+"""Weighted means over the uploads of a cohort: plain averaging, and what averagers build on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flexlora.lowrank import (
-    SVD,
-    Accumulator,
-    Accuracy,
-    Adapter,
-    Factors,
-    Split,
-    decompose,
-    normalized,
-)
-from flexlora.method.interface import Client, State, Upload
-
-Weighted = tuple[float, Factors]
-Weights = Literal["examples", "uniform"]
-Found = TypeVar("Found")
-
-MOST_WORKERS = 8
-"""Modules decomposed at once at most, as each takes the memory of one module's sum."""
+from flexlora.lowrank import Adapter, Factors, LowRankSum, norm, normalized
+from flexlora.method.averager import Cohort, Weights
+from flexlora.method.interface import Upload
+from flexlora.method.truncation import Weighted
 
 
 @dataclass(frozen=True)
-class Decomposing:
-    """How sums are decomposed. ``split`` says which factor takes the singular values.
+class WeightedCohort(Cohort):
+    """Uploads in memory or on the disk, each with its weight; offers every mean.
 
-    ``accuracy`` "bounded" lets a module be decomposed by block Krylov iteration where that is
-    cheaper and its error is shown to be at most a thousandth above the optimum's; else, and
-    with "exact" always, the decomposition is exact to rounding.
+    ``members`` are in cohort order; ``raw_weights`` are not negative, and need not add up to 1.
     """
 
-    split: Split = "left"
-    precision: Literal["float64", "float32"] = "float64"
-    accuracy: Accuracy = "exact"
+    members: tuple[Upload, ...]
+    raw_weights: tuple[float, ...]
 
-    def svd(self, terms: Iterable[Weighted], last: Factors, rank: int) -> SVD:
-        """The SVD of a sum with vectors up to ``rank``; of ``last`` only the shape must fit."""
-        total = Accumulator(last.shape, getattr(torch, self.precision))
-        for weight, factors in terms:
-            total.absorb(weight, factors)
-        return decompose(total.finalize(), rank, self.accuracy, last)
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Every client's weight, before they are divided by their sum."""
+        ids = [upload.client for upload in self.members]
+        return dict(zip(ids, self.raw_weights, strict=True))
 
-    def best(
-        self, terms: Callable[[str], Iterable[Weighted]], known: Adapter, ranks: Mapping[str, int]
-    ) -> tuple[Adapter, dict[str, Any]]:
-        """The best approximations of the sums of ``terms(module)``, one module on each thread.
+    @property
+    def uploads(self) -> Sequence[Upload]:
+        """The uploads themselves."""
+        return self.members
 
-        With them the facts ``lost_energy`` and ``decomposition`` of each module.
-        """
+    def ranks(self, module: str) -> dict[str, int]:
+        """The rank of every client's upload of this module; reads no factor from the disk."""
+        return {
+            upload.client: upload.adapter.rank(module)
+            for upload in self.members
+            if module in upload.adapter
+        }
 
-        def found(module: str) -> tuple[Factors, float, dict[str, Any]]:
-            last, rank = known[module], ranks[module]
-            if rank == 0:
-                return Factors(last.B[:, :0], last.A[:0]), 0.0, {}
-            svd = self.svd(terms(module), last, rank)
-            return svd.factors(rank, self.split).to(last.B.dtype), 1 - svd.energy(rank), how(svd)
+    def weighted(self, module: str) -> list[Weighted]:
+        """Each client's share of the weights, with its factors of this module."""
+        shares = normalized(self.raw_weights)
+        return [(p, u.adapter[module]) for p, u in zip(shares, self.members, strict=True)]
 
-        modules, lost, ways = {}, {}, {}
-        for module, each in zip(ranks, in_parallel(found, list(ranks)), strict=True):
-            modules[module], lost[module], ways[module] = each
-        return Adapter(modules), {"lost_energy": lost, "decomposition": ways}
+    def products(self, module: str, rank: int | None = None) -> LowRankSum:
+        """The mean of products, exact whatever the ``rank``: a term for each client."""
+        return LowRankSum.of(self.weighted(module))
+
+    def products_by_component(self, module: str) -> LowRankSum:
+        """The mean of products by component, exact: a term for each client."""
+        weighted = self.weighted(module)
+        return LowRankSum.of(
+            (1.0, Factors(f.B.double() * share, f.A.double()))
+            for share, (_, f) in zip(component_shares(weighted), weighted, strict=True)
+        )
+
+    def factors(self, module: str) -> Factors:
+        """The mean of ``B`` and of ``A``; O(K rank (out + in)) for K uploads."""
+        return factor_means(self.weighted(module))
+
+    def padded_factors(self, module: str, last: Factors) -> Factors:
+        """The mean of ``B`` and of ``A``, padded with zeros to the rank of ``last``."""
+        weighted = self.weighted(module)
+        B, A = _emptied(last, max(f.rank for _, f in weighted))
+        for weight, f in weighted:
+            B[:, : f.rank] += weight * f.B.double()
+            A[: f.rank] += weight * f.A.double()
+        return Factors(B, A)
+
+    def factors_by_component(self, module: str, last: Factors) -> Factors:
+        """The mean of each column of ``B`` and row of ``A`` over the clients that have it."""
+        weighted = self.weighted(module)
+        B, A = _emptied(last, max(f.rank for _, f in weighted))
+        for share, (_, f) in zip(component_shares(weighted), weighted, strict=True):
+            B[:, : f.rank] += f.B.double() * share
+            A[: f.rank] += f.A.double() * share[:, None]
+        return Factors(B, A)
+
+    def numbered_components(self, module: str, last: Factors) -> Factors:
+        """The mean of each numbered component over the clients that trained it."""
+        numbered = self._numbered(module)
+        B, A = last.B.double().clone(), last.A.double().clone()
+        totals = B.new_zeros(last.rank)
+        for weight, at, _ in numbered:
+            totals[at] += weight
+        trained = totals > 0
+        B[:, trained], A[trained] = 0, 0
+        for weight, at, f in numbered:
+            share = weight / totals[at]
+            B[:, at] += f.B.double() * share
+            A[at] += f.A.double() * share[:, None]
+        return Factors(B, A)
+
+    def numbered_changes(self, module: str, last: Factors, sketched: bool = False) -> Factors:
+        """``last`` plus the mean change of each numbered component."""
+        B, A = last.B.double().clone(), last.A.double().clone()
+        for weight, at, change in self._numbered(module):
+            if change.B.shape[0]:
+                scale = change.rank / last.rank if sketched else 1.0
+                B[:, at] += weight * change.B.double() * scale
+            if change.A.shape[1]:
+                A[at] += weight * change.A.double()
+        return Factors(B, A)
+
+    def aux_factors(self, name: str, module: str) -> Factors:
+        """The mean of ``B`` and of ``A`` of the adapters of this name beside the uploads."""
+        shares = normalized(self.raw_weights)
+        return factor_means(
+            [(p, u.aux[name][module]) for p, u in zip(shares, self.members, strict=True)]
+        )
+
+    def only(self, modules: Collection[str]) -> WeightedCohort | None:
+        """The clients that train one of these modules, at the weights that they have."""
+        wanted = set(modules)
+        trainers = [
+            (_part(upload, wanted), weight)
+            for upload, weight in zip(self.members, self.raw_weights, strict=True)
+            if not wanted.isdisjoint(upload.adapter)
+        ]
+        if not trainers:
+            return None
+        uploads, weights = zip(*trainers, strict=True)
+        return WeightedCohort(uploads, weights)
+
+    def _numbered(self, module: str) -> list[tuple[float, list[int], Factors]]:
+        shares = normalized(self.raw_weights)
+        return [
+            (p, list(u.component_ids[module]), u.adapter[module])
+            for p, u in zip(shares, self.members, strict=True)
+        ]
 
 
-def how(svd: SVD) -> dict[str, Any]:
-    """For the record: the route, its excess, and the excess for which another was refused.
+def client_weights(uploads: Sequence[Upload], weights: Weights) -> tuple[float, ...]:
+    """Every upload's weight, before they are divided by their sum.
 
-    An excess without any bound is None.
+    "norms" are Frobenius norms of whole updates, and read every tensor once.
     """
-    said: dict[str, Any] = {"route": svd.route, "excess": svd.excess}
-    if svd.refused is not None:
-        said["refused"] = svd.refused if math.isfinite(svd.refused) else None
-    return said
+    if weights == "examples":
+        return tuple(float(upload.examples) for upload in uploads)
+    if weights == "uniform":
+        return (1.0,) * len(uploads)
+    return tuple(update_norm(upload.adapter) for upload in uploads)
 
 
-def in_parallel(work: Callable[[str], Found], modules: Sequence[str]) -> list[Found]:
-    """``work`` of every module, in their order; as many at once as there are threads.
-
-    A module on a thread of its own is faster than all threads on one module, as much of a
-    decomposition is serial.
-    """
-    threads = torch.get_num_threads()
-    workers = max(1, min(threads, len(modules), MOST_WORKERS))
-    # A new thread takes over the number that stands when it first computes.
-    torch.set_num_threads(threads // workers)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(work, modules))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def weights_of(uploads: Sequence[Upload], weights: Weights = "examples") -> list[float]:
-    """Each upload's share of the cohort, in their order; they add up to 1."""
-    return normalized([u.examples if weights == "examples" else 1 for u in uploads])
-
-
-def weighted(
-    uploads: Sequence[Upload], weights: Weights = "examples"
-) -> Callable[[str], list[Weighted]]:
-    """Of a module, each upload's share of the cohort with its factors, in their order."""
-    found = weights_of(uploads, weights)
-    return lambda module: [(w, u.adapter[module]) for w, u in zip(found, uploads, strict=True)]
+def update_norm(adapter: Adapter) -> float:
+    """The Frobenius norm of the whole update, all modules together."""
+    return math.sqrt(sum(norm(factors) ** 2 for factors in adapter.values()))
 
 
 def factor_means(weighted: Sequence[Weighted]) -> Factors:
-    """The weighted sum of ``B`` and of ``A``, each for itself, in float64; of one rank all.
+    """The weighted sum of ``B`` and that of ``A``, in float64; all of one rank.
 
     Its product is *not* the weighted sum of the products; the difference is the covariance
     of the factors.
@@ -127,90 +168,27 @@ def factor_means(weighted: Sequence[Weighted]) -> Factors:
     return Factors(B, A)
 
 
-def rank_wise(weighted: Sequence[Weighted]) -> list[Tensor]:
-    """Each client's weight in each of its terms: its share among those who hold the term.
+def component_shares(weighted: Sequence[Weighted]) -> list[Tensor]:
+    """Each client's share in each of its components, among the clients that have it.
 
-    ``w_kj = w_k / sum_{i: r_i > j} w_i`` for j < r_k (methods of raFLoRA, arXiv 2602.13486,
+    ``p_kj = p_k / sum_{i: r_i > j} p_i`` for j < r_k (methods of raFLoRA, arXiv 2602.13486,
     and RB-LoRA alike).
     """
-    held = torch.zeros(max(f.rank for _, f in weighted), dtype=torch.float64)
+    totals = torch.zeros(max(f.rank for _, f in weighted), dtype=torch.float64)
     for weight, f in weighted:
-        held[: f.rank] += weight
-    return [weight / held[: f.rank].clamp_min(1e-300) for weight, f in weighted]
+        totals[: f.rank] += weight
+    return [weight / totals[: f.rank].clamp_min(1e-300) for weight, f in weighted]
 
 
-def rank_wise_means(weighted: Sequence[Weighted], last: Factors) -> Factors:
-    """The mean of each column of ``B`` and row of ``A`` over its holders, in float64.
-
-    A term that nobody holds is that of ``last``, at which all are padded to.
-    """
-    held = max(f.rank for _, f in weighted)
+def _emptied(last: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of ``last`` in float64, with zeros in the first ``rank`` components."""
     B, A = last.B.double().clone(), last.A.double().clone()
-    B[:, :held], A[:held] = 0, 0
-    for share, (_, f) in zip(rank_wise(weighted), weighted, strict=True):
-        B[:, : f.rank] += f.B.double() * share
-        A[: f.rank] += f.A.double() * share[:, None]
-    return Factors(B, A)
+    B[:, :rank], A[:rank] = 0, 0
+    return B, A
 
 
-MERGED = "merged-"
-
-
-def log(state: State) -> dict[int, Adapter]:
-    """The updates that clients merge into their base for good, by the round that made them."""
-    return {
-        int(name.removeprefix(MERGED)): adapter
-        for name, adapter in sorted(state.adapters.items())
-        if name.startswith(MERGED)
-    }
-
-
-def unmerged(state: State, client: Client) -> dict[int, Adapter]:
-    """What of the log ``client`` has not merged yet, as far as its uploads have shown."""
-    last = state.facts.get("merged", {}).get(client.id, 0)
-    return {round: adapter for round, adapter in log(state).items() if round > last}
-
-
-def held(state: State, client: Client) -> list[int]:
-    """The rounds whose entries of the log ``client`` has merged."""
-    last = state.facts.get("merged", {}).get(client.id, 0)
-    return [round for round in log(state) if round <= last]
-
-
-def forgotten(state: State, client: str) -> State:
-    """The state, in which ``client`` has merged nothing: it has lost what it had."""
-    merged = {id: last for id, last in state.facts.get("merged", {}).items() if id != client}
-    return State(state.adapters, {**state.facts, "merged": merged})
-
-
-def logged(
-    state: State, entry: Adapter, uploads: Sequence[Upload], adapters: Mapping[str, Adapter]
-) -> State:
-    """The state with ``adapters``, the log so far and this round's entry.
-
-    Whoever sent an upload had merged all entries before this one.
-    """
-    round = uploads[0].round
-    entries = {f"{MERGED}{number:05d}": adapter for number, adapter in log(state).items()}
-    entries[f"{MERGED}{round:05d}"] = entry
-    merged = {**state.facts.get("merged", {}), **{u.client: round - 1 for u in uploads}}
-    return State({**adapters, **entries}, {**state.facts, "merged": merged})
-
-
-def summed(state: State, shapes: Mapping[str, Factors], beside: Sequence[Adapter] = ()) -> Adapter:
-    """All of the log and the adapters ``beside``, as one adapter in the order of an SVD.
-
-    ``shapes`` says each module's shape and dtype. Costs a full SVD of each module.
-    """
-    parts = [*log(state).values(), *beside]
-
-    def terms(module: str) -> list[Weighted]:
-        found = [(1.0, part[module]) for part in parts if module in part]
-        last = shapes[module]
-        return found or [(1.0, Factors(last.B[:, :0], last.A[:0]))]
-
-    def rank(module: str) -> int:
-        return min(sum(f.rank for _, f in terms(module)), *shapes[module].shape)
-
-    known = Adapter(dict(shapes))
-    return Decomposing().best(terms, known, {m: rank(m) for m in shapes})[0]
+def _part(upload: Upload, modules: set[str]) -> Upload:
+    """What an upload holds of these modules."""
+    ids = {m: numbers for m, numbers in upload.component_ids.items() if m in modules}
+    aux = {name: adapter.only(modules) for name, adapter in upload.aux.items()}
+    return replace(upload, adapter=upload.adapter.only(modules), component_ids=ids, aux=aux)

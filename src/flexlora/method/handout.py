@@ -1,62 +1,77 @@
-"""What several methods hand out and expect back: parts of adapters, halves, numbered terms."""
+"""What several methods hand out and expect back: truncations, single factors, components."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 
 import torch
 
-from flexlora.lowrank import Adapter, Factors, Halves
-from flexlora.method.interface import Client, Download, Draw, Expected, State
+from flexlora.lowrank import Adapter, FactorNames, Factors
+from flexlora.method.interface import (
+    Client,
+    Download,
+    ModuleSpec,
+    RoundContext,
+    State,
+    UploadSpec,
+    at_ranks,
+)
 
 
-def hollow(ranks: Mapping[str, int]) -> Adapter:
-    """An adapter of these ranks without a single number, which tells a client its ranks."""
-    return Adapter(
-        {m: Factors(torch.zeros(0, rank), torch.zeros(rank, 0)) for m, rank in ranks.items()}
+def truncated(state: State, client: Client, context: RoundContext) -> Download:
+    """The model's first components, at the client's rank: what ``Method.handout`` does."""
+    return Download(at_ranks(state.model, client.ranks, context))
+
+
+def factor_shape(shape: tuple[int, int], factors: FactorNames) -> tuple[int, int]:
+    """The shape (out, in) of an update of which only these factors travel."""
+    return (shape[0] if "B" in factors else 0, shape[1] if "A" in factors else 0)
+
+
+def factor_spec(client: Client, context: RoundContext, factors: FactorNames) -> UploadSpec:
+    """What is expected where only these factors travel, at the client's ranks."""
+    return UploadSpec(
+        {
+            module: ModuleSpec(factor_shape(context.shapes[module], factors), rank, rank)
+            for module, rank in client.ranks.items()
+        }
     )
 
 
-def seed_of(adapter: Adapter) -> int:
-    """A number of this run's own, from the fresh adapter that its seed has drawn.
-
-    With it a server that has no seed tells clients, in 8 bytes, which bases or masks are the
-    run's. It is the same for float32 numbers held in another precision.
-    """
-    first = next(iter(adapter.values())).A.to(torch.float32).contiguous()
-    return int.from_bytes(sha256(first.numpy().tobytes()).digest()[:6], "little")
-
-
-def half_expected(
-    client: Client, shapes: Mapping[str, tuple[int, int]], halves: Halves
-) -> dict[str, Expected]:
-    """What is expected where these halves travel alone, at the client's ranks."""
-    found = {}
-    for module, rank in client.ranks.items():
-        shape = half_shape(shapes[module], halves)
-        found[module] = Expected(shape, rank, rank)
-    return found
+def numbered_spec(client: Client, context: RoundContext) -> UploadSpec:
+    """What is expected where a client sends as many numbered components as its rank."""
+    return UploadSpec(
+        {
+            m: ModuleSpec(shape, client.ranks[m], client.ranks[m], context.ranks[m])
+            for m, shape in context.shapes.items()
+        }
+    )
 
 
-def half_shape(shape: tuple[int, int], halves: Halves) -> tuple[int, int]:
-    """The shape (out, in) of an update of which only these halves travel."""
-    return (shape[0] if "B" in halves else 0, shape[1] if "A" in halves else 0)
+def random_components(
+    model: Adapter, client: Client, context: RoundContext
+) -> dict[str, tuple[int, ...]]:
+    """As many components of each module as the client's rank, drawn for it in this round."""
+    ids = {}
+    for module, factors in model.items():
+        order = context.rng(f"{client.id} {module}").permutation(factors.rank)
+        ids[module] = tuple(sorted(order[: client.ranks[module]].tolist()))
+    return ids
 
 
-def chosen_of(download: Download, terms: Mapping[str, Sequence[int]]) -> Download:
-    """The download that trains these terms alone and sees the others beside them."""
+def with_components(download: Download, ids: Mapping[str, Sequence[int]]) -> Download:
+    """The download that trains only these components and has the others frozen beside them."""
     others = {
-        module: [term for term in range(f.rank) if term not in set(terms[module])]
+        module: [number for number in range(f.rank) if number not in set(ids[module])]
         for module, f in download.adapter.items()
     }
-    rest = Adapter({m: f.terms(others[m]) for m, f in download.adapter.items()})
+    frozen = Adapter({m: f.components(others[m]) for m, f in download.adapter.items()})
     return replace(
         download,
-        adapter=Adapter({m: f.terms(terms[m]) for m, f in download.adapter.items()}),
-        rest=rest if download.rest is None else stacked([rest, download.rest]),
-        terms=terms,
+        adapter=Adapter({m: f.components(ids[m]) for m, f in download.adapter.items()}),
+        frozen=frozen if download.frozen is None else stacked([frozen, download.frozen]),
+        component_ids=ids,
     )
 
 
@@ -66,28 +81,13 @@ def stacked(adapters: Sequence[Adapter]) -> Adapter:
     for adapter in adapters:
         for module, f in adapter.items():
             if module in modules:
-                held = modules[module]
-                f = f.to(held.B.dtype)
-                f = Factors(torch.cat([held.B, f.B], 1), torch.cat([held.A, f.A], 0))
+                before = modules[module]
+                f = f.to(before.B.dtype)
+                f = Factors(torch.cat([before.B, f.B], 1), torch.cat([before.A, f.A], 0))
             modules[module] = f
     return Adapter(modules)
 
 
-def drawn_terms(known: Adapter, client: Client, draw: Draw) -> dict[str, tuple[int, ...]]:
-    """As many terms of each module as the client's rank, drawn for it in this round alone."""
-    terms = {}
-    for module, f in known.items():
-        drawn = draw(f"{client.id} {module}").permutation(f.rank)
-        terms[module] = tuple(sorted(drawn[: client.ranks[module]].tolist()))
-    return terms
-
-
-def numbered(
-    state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, Expected]:
-    """What is expected where a client sends as many numbered terms as its rank."""
-    ranks = state.facts["ranks"]
-    return {
-        m: Expected(shape, client.ranks[m], client.ranks[m], ranks[m])
-        for m, shape in shapes.items()
-    }
+def changes(start: Adapter, trained: Adapter) -> Adapter:
+    """What training changed in each factor."""
+    return Adapter({m: Factors(f.B - start[m].B, f.A - start[m].A) for m, f in trained.items()})

@@ -3,24 +3,80 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexlora.lowrank import Adapter, Factors, Form, Halves
+from flexlora.lowrank import Adapter, FactorNames, Factors, Parametrization
+from flexlora.method.merge_log import MergeLog
+from flexlora.method.truncation import Truncation
 from flexlora.seeds import rng
+
+if TYPE_CHECKING:
+    from flexlora.method.averager import Cohort, Mean, Weights
+
+Json = Any
+"""A value that JSON can hold."""
+
+
+class Feature(StrEnum):
+    """What a method supports or does; what a method does not name is refused or not done."""
+
+    MIXED_RANKS = "mixed ranks"
+    """Clients may differ in rank."""
+    PER_MODULE = "aggregation by module"
+    """Each module is aggregated by itself, whatever the others are. Then parts of the modules can
+    be aggregated apart, to the same bits, and clients may train different modules."""
+    PRODUCT_STATE = "a model that is a product"
+    """``State.model`` may be replaced by any other product of its ranks, as a server optimiser
+    does; it is truncated as ``Method.truncation`` says."""
+    COMMON_FACTORS = "common factors"
+    """Component j is the same for all clients and keeps its meaning from round to round, so that
+    gradients in the factors may be averaged over both."""
+    SAME_FOR_EQUAL_RANKS = "one download for equal ranks"
+    """Clients of equal ranks get the same download, which is then made once."""
+    PROBES = "a probing epoch"
+    """A client trains one epoch on its whole download, to ``select`` the components to train."""
+    PERSONAL = "personal models"
+    """Each client's model is its own, made of what it keeps; there is no global model."""
+    SPARSE_MESSAGES = "sparse messages"
+    """Messages hold so many zeros that they travel without them."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What people read about a method; no code depends on it.
+
+    ``exact`` says whether the aggregate's product is the weighted mean of the clients' products,
+    up to the rank that the server keeps. With ``by_component`` that mean is taken component by
+    component, over the clients that hold it. ``up`` and ``down`` are formulas of how many
+    parameters travel for a module (m, n), ``server`` is what the server computes for it: see
+    docs/methods.md. ``exempt`` names laws that the method breaks by design, with the reason, and
+    ``lossless`` the options without which it drops a part of the aggregate by design.
+    """
+
+    title: str
+    paper: str = ""
+    exact: bool = False
+    by_component: bool = False
+    up: str = ""
+    down: str = ""
+    server: str = ""
+    exempt: Mapping[str, str] = field(default_factory=dict)
+    lossless: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Client:
-    """A data owner as the server knows it.
+    """A client as the server sees it.
 
-    ``ranks`` is its budget by module path; ``rank_type`` names that budget in reports;
-    ``examples`` is how many training rows it says it has.
+    ``ranks`` is its rank by module path; ``rank_type`` names these ranks in reports;
+    ``examples`` is the number of training examples that it reports.
     """
 
     id: str
@@ -30,63 +86,116 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Download:
-    """What a client starts from, as it travels; ``Method.receive`` completes it.
+class RoundContext:
+    """The round that a server hook is called for, and what never changes in a run.
 
-    The client trains ``adapter``, or one of its ``halves``, at ``rate`` times the learning
-    rate. ``rest`` is added to its base for this turn, ``merge`` for good: each entry has the
-    number of the round that made it, and holds all that the client has not merged yet, so
-    that one who missed rounds needs nothing special; ``held`` are the rounds whose entries it
-    has merged already, as the server knows it. ``terms`` says which of the server's
-    terms the adapter's are, by module; the upload repeats it. ``extra`` and ``facts`` are the
-    method's own.
+    ``round`` counts from 1; 0 is before the first. ``shapes`` has each trained module's shape
+    (out, in) and ``ranks`` the largest rank of any client, by module, in the model's order.
+    """
+
+    round: int
+    seed: int
+    shapes: Mapping[str, tuple[int, int]] = field(repr=False)
+    ranks: Mapping[str, int] = field(repr=False)
+
+    def rng(self, name: str) -> np.random.Generator:
+        """The random generator of this round with this name; equal names, equal draws."""
+        return rng(self.seed, "handout", self.round, name)
+
+    def only(self, modules: Collection[str]) -> RoundContext:
+        """The same context for some of the modules."""
+        wanted = set(modules)
+        return replace(
+            self,
+            shapes={m: shape for m, shape in self.shapes.items() if m in wanted},
+            ranks={m: rank for m, rank in self.ranks.items() if m in wanted},
+        )
+
+
+@dataclass(frozen=True)
+class Download:
+    """What a client starts from, as it travels; ``Method.prepare`` completes it on the client.
+
+    The client trains ``adapter``, or only one of its ``factors``, at ``learning_rate_factor``
+    times the learning rate. ``ranks`` are sent instead of an adapter where the client makes the
+    adapter itself. ``frozen`` is added to its base weights for this round. ``base_updates`` are
+    added for good: by the round that made them, all that the client has not merged yet, so that
+    a client which missed rounds needs nothing special; ``base_rounds`` are the rounds whose
+    updates it has merged already, as far as the server knows. ``component_ids`` numbers the
+    adapter's components by module; the upload repeats it. ``aux`` are the method's own adapters.
     """
 
     adapter: Adapter
-    rest: Adapter | None = None
-    merge: Mapping[int, Adapter] = field(default_factory=dict)
-    halves: Halves = "BA"
-    rate: float = 1.0
-    terms: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    extra: Mapping[str, Adapter] = field(default_factory=dict)
-    facts: Mapping[str, int] = field(default_factory=dict)
-    held: Sequence[int] = ()
+    frozen: Adapter | None = None
+    base_updates: Mapping[int, Adapter] = field(default_factory=dict)
+    base_rounds: Sequence[int] = ()
+    factors: FactorNames = "BA"
+    learning_rate_factor: float = 1.0
+    component_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    aux: Mapping[str, Adapter] = field(default_factory=dict)
+    ints: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One client's local training, when it is over.
+
+    ``start`` is what it started from, in float32. ``trained`` has the factors after ``steps``
+    optimiser steps or, where the method trains other parameters, those ``as_vector``.
+    """
+
+    start: Download
+    trained: Adapter
+    steps: int
+    round: int
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What a client returns: what it learnt and how many examples it trained on.
+    """What a client returns: what it learnt, and on how many examples.
 
-    ``facts`` are numbers for the record (seconds, tokens, losses); no method reads them.
+    ``aux`` are adapters that travel beside it. ``metrics`` are numbers for the journal (seconds,
+    tokens, losses); no method reads them.
     """
 
     client: str
     round: int
     adapter: Adapter
     examples: int
-    facts: Mapping[str, float] = field(default_factory=dict)
-    terms: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    component_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    aux: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Expected:
+class ModuleSpec:
     """What an upload may hold of one module: a shape (out, in), and the ranks allowed.
 
-    ``terms`` is how many terms the server has to number; None where an upload numbers none.
+    ``components`` is how many components the server has to number; None where the upload
+    numbers none.
     """
 
     shape: tuple[int, int]
-    least: int
-    most: int
-    terms: int | None = None
+    min_rank: int
+    max_rank: int
+    components: int | None = None
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """Where fresh adapters come from, on either side: ``B`` zero, ``A`` LoRA's start.
+class UploadSpec:
+    """What an upload may hold, by module, and the same of each adapter beside it."""
 
-    ``common`` is the same for every client in every round, and that of fewer ranks is a
-    part of that of more; ``own`` is that of this client in this round alone.
+    modules: Mapping[str, ModuleSpec]
+    aux: Mapping[str, Mapping[str, ModuleSpec]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FreshAdapters:
+    """Where fresh adapters come from, on server and client: ``B`` zero, ``A`` LoRA's start.
+
+    ``seed`` is the run's. ``common`` is the same for every client in every round, and that of a
+    lower rank is a prefix of that of a higher one; ``own`` is that of this client in this round.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -99,155 +208,173 @@ class Fresh:
         return self._drawn(ranks, "start")
 
     def own(self, ranks: Mapping[str, int]) -> Adapter:
-        """A start that nobody else has."""
+        """A start that no other client has."""
         return self._drawn(ranks, "start", self.client, self.round)
 
     def _drawn(self, ranks: Mapping[str, int], *address: str | int) -> Adapter:
         modules = {}
         for module, rank in ranks.items():
             out, in_ = self.shapes[module]
-            nothing = Factors(torch.zeros(out, 0), torch.zeros(0, in_))
-            modules[module] = nothing.widened(rank, rng(self.seed, *address, module))
+            empty = Factors(torch.zeros(out, 0), torch.zeros(0, in_))
+            modules[module] = empty.widened(rank, rng(self.seed, *address, module))
         return Adapter(modules)
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a server remembers between rounds: adapters by name, and facts fit for JSON."""
+    """All that a server remembers between rounds.
 
-    adapters: Mapping[str, Adapter]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    ``model`` is what its model is made of, in the method's own form; ``memory`` holds other
+    adapters by name. ``per_module`` and ``per_client`` hold values that JSON can hold, by name
+    and then by module or client id. Of these the journal reads ``per_module["lost_energy"]``,
+    the share of each module's energy that the last truncation lost. ``merge_log`` are the
+    updates that clients merge into their base for good.
+    """
 
+    model: Adapter
+    memory: Mapping[str, Adapter] = field(default_factory=dict)
+    per_module: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    per_client: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    merge_log: MergeLog = field(default_factory=MergeLog)
 
-Draw = Callable[[str], np.random.Generator]
-"""The randomness of one round by name, of a module for instance, the same for every client."""
+    def only(self, modules: Collection[str]) -> State:
+        """What the state holds of these modules; an adapter that has none of them is left out."""
+        wanted = set(modules)
+        memory = {name: adapter.only(wanted) for name, adapter in self.memory.items()}
+        return replace(
+            self,
+            model=self.model.only(wanted),
+            memory={name: adapter for name, adapter in memory.items() if len(adapter)},
+            per_module={
+                name: {m: value for m, value in values.items() if m in wanted}
+                for name, values in self.per_module.items()
+            },
+            merge_log=self.merge_log.only(wanted),
+        )
 
 
 class Method(ABC):
-    """A federated method, client's half and server's half: the plug-in.
+    """A federated method, the client's side and the server's side: the plug-in.
 
-    A kind is a frozen dataclass in a file of its own under ``methods/``; the file's name is
-    the method's name, its fields are its hyper-parameters and so its section of the config.
-    Everything remembered is in ``State``, which is passed in and returned; inputs are
-    never changed.
+    A method is a frozen dataclass whose fields are its hyper-parameters, and so its section of
+    the config. It has an ``info`` and must define ``aggregate``. What it remembers is in
+    ``State``, which is passed in and returned; inputs are never changed.
     """
 
-    title: ClassVar[str]
-    paper: ClassVar[str]
-    exact: ClassVar[bool]
-    """Whether the aggregate's product is the weighted mean of the clients' products, up to
-    the rank that the server keeps."""
-    rank_wise: ClassVar[bool] = False
-    """Whether that mean is taken term by term, over the clients that hold the term."""
-    mixed_ranks: ClassVar[bool]
-    """Whether clients may differ in rank; if not, such a federation is refused at start."""
-
-    up: ClassVar[str]
-    """How many numbers travel up for a module (m, n): a formula in m, n and the client's rank
-    r, the largest rank R, the cohort's summed rank S and number K, the rank p that an energy
-    leaves, the mean number b of terms that a budget gives a module, and the numbers c of a
-    column of what is trained in place of factors. "or" parts rounds, "then" stages."""
-    down: ClassVar[str]
-    """The same of what travels down to a client that took part in the last round."""
-    server: ClassVar[str]
-    """What the server computes for a module, in words."""
-    probes: ClassVar[bool] = False
-    """Whether a client trains one epoch on all it was handed, to choose from it."""
-    personal: ClassVar[bool] = False
-    """Whether each client's model is its own by design, made of what it keeps."""
-    product: ClassVar[bool] = False
-    """Whether the state's "global" is a product that any other of its ranks may replace; then
-    the options of ``aggregation.Decomposing`` are the method's."""
-    fixed_frame: ClassVar[bool] = False
-    """Whether term j of all clients is the same and keeps its meaning from round to round, so
-    that gradients in the factors may be averaged over both."""
-    sparse: ClassVar[bool] = False
-    """Whether messages hold so many zeros that they travel without them."""
-    by_module: ClassVar[bool] = False
-    """Whether each module is aggregated by itself, whatever the others are: then parts of a state
-    may be aggregated apart, to the same bits, and clients may train different modules."""
+    @property
+    @abstractmethod
+    def info(self) -> Info:
+        """What people read about the method; a class attribute of every method."""
 
     @property
-    def by_rank_alone(self) -> bool:
-        """Whether clients of the same ranks are handed the same, which is then made once."""
-        return type(self).handout is Method.handout
+    def features(self) -> frozenset[Feature]:
+        """What the method supports and does; a class attribute where it is not empty."""
+        return frozenset()
 
-    def start(self, adapter: Adapter) -> State:
+    @property
+    def needs(self) -> frozenset[Mean]:
+        """Which means over the cohort ``aggregate`` asks for; a class attribute.
+
+        An averager that does not offer one of them is refused at the start.
+        """
+        return frozenset()
+
+    @property
+    def weights(self) -> Weights:
+        """How clients are weighted in those means; mostly a field of the method."""
+        return "examples"
+
+    @property
+    def title(self) -> str:
+        """What people call the method."""
+        return self.info.title
+
+    @property
+    def truncation(self) -> Truncation:
+        """How the method truncates a sum of products."""
+        return Truncation()
+
+    def start(self, fresh: Adapter, context: RoundContext) -> State:
         """The server's state before the first round, from a fresh adapter of the largest ranks."""
-        return State({"global": adapter}, {"ranks": adapter.ranks})
+        return State(fresh)
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """What ``client`` starts from: the global adapter's first terms, at the client's rank."""
-        return Download(at_ranks(state.adapters["global"], client.ranks, draw))
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
+        """What ``client`` starts from: the model's first components, at the client's rank."""
+        return Download(at_ranks(state.model, client.ranks, context))
 
-    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
+    def prepare(
+        self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
+    ) -> Download:
         """On the client: the download with what did not need to travel, or never does.
 
-        ``kept`` is what the client kept of its last turn. The adapter returned has the base
-        model's shapes.
+        ``private`` is what the client kept of its last round, by name. The adapter returned has
+        the base model's shapes. Called several times in a round, so that it must be a pure
+        function.
         """
         return download
 
-    def choose(self, download: Download, probed: Adapter) -> Mapping[str, Sequence[int]]:
-        """On the client, where the method ``probes``: the terms to train, by module."""
+    def select(self, download: Download, probed: Adapter) -> Mapping[str, Sequence[int]]:
+        """On the client, of a method that ``PROBES``: the components to train, by module."""
         return {module: range(f.rank) for module, f in download.adapter.items()}
 
-    def form(self, start: Download) -> Mapping[str, Form] | None:
+    def parametrize(self, start: Download) -> Mapping[str, Parametrization] | None:
         """On the client: the parameters that it trains instead of ``B`` and ``A``, by module.
 
-        None: the factors themselves. With forms, ``halves`` and the LoRA scale have no part,
-        and as ``trained`` ``shares`` and ``keeps`` are given the parameters, each module's
-        as a ``column``.
+        None: the factors themselves. Else ``Download.factors`` and the LoRA scale have no part
+        in training, and ``Turn.trained`` has the parameters, each module's ``as_vector``.
         """
         return None
 
-    def penalty(self, now: Mapping[str, Factors], start: Download) -> Tensor | None:
-        """A term added to the client's loss at every step, differentiable in ``now``."""
+    def penalty(self, current: Mapping[str, Factors], start: Download) -> Tensor | None:
+        """A term added to the client's loss at every step, differentiable in ``current``."""
         return None
 
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
-        """What the client sends back, from what it started with and what it trained.
+    def upload_from(self, turn: Turn) -> Adapter:
+        """What the client sends back of its training."""
+        return turn.trained
 
-        ``start.facts`` also say how many "steps" it made, and in which "round".
-        """
-        return trained
+    def aux_from(self, turn: Turn) -> Mapping[str, Adapter]:
+        """What the client sends beside that, by name."""
+        return {}
 
-    def keeps(self, start: Download, trained: Adapter) -> Adapter | None:
-        """What the client keeps to itself until its next turn."""
-        return None
+    def private_from(self, turn: Turn) -> Mapping[str, Adapter]:
+        """What the client keeps to itself until its next round, by name."""
+        return {}
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
-        """What ``client``'s upload may hold, by module; anything else is refused."""
-        return {
-            module: Expected(
-                shape, 1 if self.mixed_ranks else client.ranks[module], client.ranks[module]
-            )
-            for module, shape in shapes.items()
-        }
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
+        """What ``client``'s upload may hold; anything else is refused."""
+        mixed = Feature.MIXED_RANKS in self.features
+        return UploadSpec(
+            {
+                m: ModuleSpec(shape, 1 if mixed else client.ranks[m], client.ranks[m])
+                for m, shape in context.shapes.items()
+            }
+        )
 
     @abstractmethod
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
-        """The next state. ``uploads`` are in cohort order, at least one, all validated.
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
+        """The next state, from the means over the cohort that the method needs.
 
-        Adapters may be read from disk module by module: go through the modules once, in
-        the order of ``state``, and hold no more than one module's stack.
+        Adapters may be read from disk module by module: go through the modules once, in the
+        order of ``context.ranks``, and hold no more than one module's uploads.
         """
 
-    def update(self, state: State) -> Adapter:
-        """The global adapter, relative to the untouched base, for evaluation and export."""
-        return state.adapters["global"]
+    def global_adapter(self, state: State, context: RoundContext) -> Adapter:
+        """The global adapter, relative to the untouched base, for evaluation and export.
+
+        ``context.round`` is the round that made the state.
+        """
+        return state.model
 
 
-def at_ranks(adapter: Adapter, ranks: Mapping[str, int], draw: Draw) -> Adapter:
-    """Each module's first terms at the rank asked for, with fresh ones where it has fewer."""
+def at_ranks(adapter: Adapter, ranks: Mapping[str, int], context: RoundContext) -> Adapter:
+    """Each module's first components at these ranks, with fresh ones where it has fewer."""
     return Adapter(
         {
             module: (
                 factors.first(ranks[module])
                 if ranks[module] <= factors.rank
-                else factors.widened(ranks[module], draw(module))
+                else factors.widened(ranks[module], context.rng(module))
             )
             for module, factors in adapter.items()
         }

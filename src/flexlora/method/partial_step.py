@@ -1,164 +1,140 @@
-"""A server step in parts: each of some modules, to the bits of one of all.
+"""Aggregation of subsets of the modules, bit-identical to aggregating all at once.
 
 Several processes may take a part each, and parts may have uploads of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 from flexlora.lowrank import Adapter, Factors
-from flexlora.method.averaging import MOST_WORKERS
-from flexlora.method.interface import Method, State, Upload
+from flexlora.method.averager import Cohort
+from flexlora.method.interface import Method, RoundContext, State
+from flexlora.method.merge_log import MergeLog
+from flexlora.method.truncation import MAX_THREADS
 
-PARTS_A_PROCESS = 4
-"""How many parts a process takes at most: several even out what is only guessed of their cost."""
-MODULES_A_THREAD = 4
+T = TypeVar("T")
+
+PARTS_PER_PROCESS = 4
+"""How many parts a process takes at most: several even out errors in the estimate of their cost."""
+MODULES_PER_THREAD = 4
 """How many modules a part has at least for each thread; threads wait for each other at its end."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What comes of some modules; an adapter that stays as it was is None."""
+    """The state after the aggregation of some modules.
+
+    ``unchanged`` names the adapters of ``state.memory`` that stay as they were ("" the model),
+    so that they need not travel.
+    """
 
     modules: Sequence[str]
-    adapters: Mapping[str, Adapter | None]
-    facts: Mapping[str, Any]
+    state: State
+    unchanged: frozenset[str] = frozenset()
 
 
-def part_of(state: State, modules: Collection[str]) -> State:
-    """What a state holds of these modules.
-
-    A fact that is said module by module is kept for these alone, and others as they are; an
-    adapter that has none of the modules is left out.
-    """
-    every, wanted = set(state.adapters["global"]), set(modules)
-    adapters = {name: adapter.only(wanted) for name, adapter in state.adapters.items()}
-    facts = {
-        name: {m: fact[m] for m in fact if m in wanted} if _of_modules(fact, every) else fact
-        for name, fact in state.facts.items()
-    }
-    return State({name: adapter for name, adapter in adapters.items() if len(adapter)}, facts)
-
-
-def upload_of(upload: Upload, modules: Collection[str]) -> Upload:
-    """What an upload holds of these modules."""
-    terms = {module: terms for module, terms in upload.terms.items() if module in set(modules)}
-    return replace(upload, adapter=upload.adapter.only(modules), terms=terms)
-
-
-def aggregated(
-    method: Method, state: State, uploads: Sequence[Upload], modules: Sequence[str]
+def aggregate(
+    method: Method, state: State, cohort: Cohort, context: RoundContext, modules: Sequence[str]
 ) -> Part:
-    """The aggregate of these modules, by a method that goes ``by_module``; no other is read.
+    """The aggregate of these modules, by a method that aggregates by module; no other is read.
 
-    Without uploads all stays as it is.
+    Where no client trains one of them, all stays as it is.
     """
-    given = part_of(state, modules)
-    found = method.aggregate(given, [upload_of(u, modules) for u in uploads]) if uploads else given
-    adapters = {
-        name: None if adapter is given.adapters.get(name) else adapter
-        for name, adapter in found.adapters.items()
+    before, trainers = state.only(modules), cohort.only(modules)
+    after = before
+    if trainers is not None:
+        after = method.aggregate(before, trainers, context.only(modules))
+    adapters = {"": (before.model, after.model)} | {
+        name: (before.memory.get(name), adapter) for name, adapter in after.memory.items()
     }
-    return Part(modules, adapters, found.facts)
+    unchanged = frozenset(name for name, (old, new) in adapters.items() if old is new)
+    return Part(modules, after, unchanged)
 
 
-def joined(state: State, parts: Sequence[Part]) -> State:
+def joined(state: State, parts: Sequence[Part], context: RoundContext) -> State:
     """What one step would have made of ``state``; every module is in one of the parts.
 
     Adapters that no part has changed are those of ``state``, on the disk if they lie there.
 
     Raises:
-        ValueError: two parts have changed the same fact, and not alike.
+        ValueError: a part has changed what is not by module. A method that does so must not
+            name the feature ``PER_MODULE``.
     """
-    adapters, order = {}, _order(state, parts)
-    for name in dict.fromkeys(name for part in parts for name in part.adapters):
-        if all(part.adapters.get(name) is None for part in parts):
-            adapters[name] = state.adapters[name]
-            continue
-        made = {m: f for part in parts for m, f in _now(part, name, state).items()}
-        adapters[name] = Adapter({module: made[module] for module in order if module in made})
-    facts = {}
-    for name in dict.fromkeys(name for part in parts for name in part.facts):
-        said = [part.facts[name] for part in parts if name in part.facts]
-        facts[name] = _said(name, state, said)
-    return State(adapters, facts)
-
-
-def dealt(state: State, processes: int, threads: int) -> list[list[str]]:
-    """All modules in parts of about one cost, the most costly first; a single one has them all.
-
-    A module costs what its factors of the largest rank weigh. No part has so few modules that its
-    threads would share them otherwise than they share all, as more threads on one module round
-    otherwise.
-    """
-    known, ranks = state.adapters["global"], state.facts.get("ranks", {})
-    most = len(known) // (MODULES_A_THREAD * min(threads, MOST_WORKERS))
-    count = min(PARTS_A_PROCESS * processes, most)
-    if processes < 2 or count < 2:
-        return [list(known)]
-    costs = {module: sum(f.shape) * ranks.get(module, f.rank) for module, f in known.items()}
-    found: list[list[str]] = [[] for _ in range(count)]
-    for place, module in enumerate(sorted(known, key=lambda module: -costs[module])):
-        lap, seat = divmod(place, count)
-        found[seat if lap % 2 == 0 else -1 - seat].append(module)
-    return sorted(found, key=lambda part: -sum(costs[module] for module in part))
-
-
-def _now(part: Part, name: str, state: State) -> Mapping[str, Factors]:
-    """A part's modules of one adapter, those of ``state`` where it left them as they were."""
-    if name not in part.adapters:
-        return {}
-    made = part.adapters[name]
-    return state.adapters[name].only(part.modules) if made is None else made
-
-
-def _said(name: str, state: State, said: Sequence[Any]) -> Any:
-    """A fact after the changes of all parts; of modules each part has its own."""
-    if all(fact == said[0] for fact in said):
-        return said[0]
-    every = set(state.adapters["global"])
-    if all(_of_modules(fact, every) for fact in said if fact):
-        return {module: value for fact in said for module, value in fact.items()}
-    before = state.facts.get(name)
-    if not all(isinstance(fact, Mapping) for fact in said):
-        return _changed(name, before, said)
-    known = before if isinstance(before, Mapping) else {}
-    keys = dict.fromkeys(key for table in (known, *said) for key in table)
-    return {k: _changed(name, known.get(k), [t[k] for t in said if k in t]) for k in keys}
-
-
-def _changed(name: str, before: Any, after: Sequence[Any]) -> Any:
-    """What has become of a value that every part may have changed."""
-    changed = [value for value in after if value != before]
-    if any(value != changed[0] for value in changed):
+    if any(part.state.per_client != state.per_client for part in parts):
         raise ValueError(
-            f"Parts of the modules, aggregated apart, left the fact {name!r} as {changed[0]!r} and "
-            f"as {changed[-1]!r}; a method whose parts depend on each other must not declare "
-            "by_module."
+            "A part of the modules, aggregated apart, has changed State.per_client; a method whose "
+            "modules depend on each other must not name the feature PER_MODULE."
         )
-    return changed[0] if changed else before
+    names = dict.fromkeys(name for part in parts for name in part.state.memory)
+    values = dict.fromkeys(name for part in parts for name in part.state.per_module)
+    return State(
+        _joined_adapter("", state.model, parts, context),
+        {name: _joined_adapter(name, state.memory.get(name), parts, context) for name in names},
+        {
+            name: _in_order(
+                [part.state.per_module.get(name, {}) for part in parts], list(context.ranks)
+            )
+            for name in values
+        },
+        state.per_client,
+        _joined_log(state.merge_log, parts, context),
+    )
 
 
-def _of_modules(fact: Any, every: set[str]) -> bool:
-    """Whether a fact is said module by module."""
-    return isinstance(fact, Mapping) and bool(fact) and fact.keys() <= every
+def split(context: RoundContext, processes: int, threads: int) -> list[list[str]]:
+    """All modules in parts of about one cost, the most costly first; a single part has them all.
 
-
-def _order(state: State, parts: Sequence[Part]) -> list[str]:
-    """The order in which one process would have gone through the modules.
-
-    Methods go by the last adapter or by the ranks, as the order within the parts tells, and what
-    the journal adds up over modules goes by the outcome.
+    A module's cost is the size of its factors at the largest rank. No part has so few modules
+    that its threads would share them in another way than they share all: several threads on one
+    module round differently.
     """
-    ways = [list(state.adapters["global"]), list(state.facts.get("ranks", {}))]
-    made = [a for part in parts for a in part.adapters.values() if a is not None]
-    for way in ways:
-        place = {module: number for number, module in enumerate(way)}
-        if all(m in place for a in made for m in a) and all(
-            list(adapter) == sorted(adapter, key=place.__getitem__) for adapter in made
-        ):
-            return way
-    return ways[0]
+    ranks = context.ranks
+    most = len(ranks) // (MODULES_PER_THREAD * min(threads, MAX_THREADS))
+    count = min(PARTS_PER_PROCESS * processes, most)
+    if processes < 2 or count < 2:
+        return [list(ranks)]
+    costs = {module: sum(context.shapes[module]) * rank for module, rank in ranks.items()}
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for place, module in enumerate(sorted(ranks, key=lambda module: -costs[module])):
+        lap, seat = divmod(place, count)
+        parts[seat if lap % 2 == 0 else -1 - seat].append(module)
+    return sorted(parts, key=lambda part: -sum(costs[module] for module in part))
+
+
+def _joined_adapter(
+    name: str, before: Adapter | None, parts: Sequence[Part], context: RoundContext
+) -> Adapter:
+    """The parts' modules of one adapter; the one of before if no part has changed it."""
+    if before is not None and all(name in part.unchanged for part in parts):
+        return before
+    factors: dict[str, Factors] = {}
+    for part in parts:
+        adapter = part.state.memory.get(name) if name else part.state.model
+        if name in part.unchanged and before is not None:
+            adapter = before.only(part.modules)
+        factors |= adapter or {}
+    return Adapter(_in_order([factors], list(context.ranks)))
+
+
+def _joined_log(before: MergeLog, parts: Sequence[Part], context: RoundContext) -> MergeLog:
+    """The log with this round's update, of which every part has its modules."""
+    logs = [part.state.merge_log for part in parts]
+    merged_until = dict(before.merged_until)
+    for log in logs:
+        merged_until |= {
+            id: last for id, last in log.merged_until.items() if last != before.merged_until.get(id)
+        }
+    updates = dict(before.updates)
+    for round in sorted({round for log in logs for round in log.updates} - updates.keys()):
+        modules = [log.updates[round] for log in logs if round in log.updates]
+        updates[round] = Adapter(_in_order(modules, list(context.ranks)))
+    return replace(before, updates=updates, merged_until=merged_until)
+
+
+def _in_order(tables: Sequence[Mapping[str, T]], order: Sequence[str]) -> dict[str, T]:
+    """Tables by module as one, in this order."""
+    whole = {module: value for table in tables for module, value in table.items()}
+    return {module: whole[module] for module in order if module in whole}

@@ -20,8 +20,8 @@ class Regularizer(ABC):
     paper: ClassVar[str]
 
     @abstractmethod
-    def around(self, method: Method, training: Training) -> Method:
-        """The method with the regulariser, for clients that train in this way.
+    def wrap(self, method: Method, training: Training) -> Method:
+        """The method with the regulariser, for clients that train with these settings.
 
         Raises:
             ValueError: it does not fit the method or the training.

@@ -2,24 +2,24 @@
 
 FedOpt (arXiv 2003.00295) in the space of products: the gradient of a round is
 ``D = W_aggregate - W_last``, a sum of low rank, and so are the momentum ``M`` and the model
-``W``, which are held as truncated SVDs. Nothing of the size out x in need be formed.
+``W``, which are stored as truncated SVDs. Nothing of the size out x in need be formed.
 
 Differs: the paper's model and momentum are dense. What their truncation to the server's ranks
-loses of a module's energy stands in the facts, ``step_lost_energy`` and
-``momentum_lost_energy``.
+loses of a module's energy stands in ``State.per_module``: ``lost_energy`` is that of the model,
+``aggregate_lost_energy`` the method's own, ``momentum_lost_energy`` the momentum's.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from flexlora.errors import ConfigError
-from flexlora.lowrank import LowRankSum
-from flexlora.method.averaging import Decomposing, Weighted
-from flexlora.method.interface import Method, State, Upload
+from flexlora.lowrank import Adapter, LowRankSum
+from flexlora.method.averager import Cohort
+from flexlora.method.features import require
+from flexlora.method.interface import Feature, Info, Method, RoundContext, State
+from flexlora.method.truncation import Weighted
 from flexlora.method.wrapper import MethodWrapper
 
 MOMENTUM, MOMENTS = "momentum", "second_moments"
@@ -41,7 +41,7 @@ class Step:
 class ServerOptimizer(ABC):
     """How far, and in which direction, the server follows the change of a round.
 
-    A kind is a frozen dataclass in a file of its own under ``server_optimizers/``.
+    A kind is a frozen dataclass whose fields are its options.
     """
 
     title: ClassVar[str]
@@ -52,41 +52,53 @@ class ServerOptimizer(ABC):
         """The step of a module, from its change D and the ``moment`` of its last step."""
 
 
-@dataclass(frozen=True)
-class WithServerOptimizer(MethodWrapper):
-    """A method whose aggregate is not the next model, but says which way it lies.
+def with_server_optimizer(method: Method, optimizer: ServerOptimizer) -> WithServerOptimizer:
+    """The method with a server optimiser behind its aggregate.
 
     Raises:
         ConfigError: the method's state is no product that another may replace.
     """
+    require(
+        method,
+        Feature.PRODUCT_STATE,
+        f"the server optimizer {optimizer.title!r} replaces the server's model by another product; "
+        "leave out the section server_optimizer and any energy below 1",
+    )
+    return WithServerOptimizer(method, optimizer)
 
+
+@dataclass(frozen=True)
+class WithServerOptimizer(MethodWrapper):
+    """A method whose aggregate is not the next model, but says in which direction it lies."""
+
+    inner: Method
     optimizer: ServerOptimizer
 
-    def __post_init__(self) -> None:
-        MethodWrapper.__post_init__(self)
-        inner, optimizer = self.method, self.optimizer
-        if not inner.product:
-            raise ConfigError(
-                f"The server optimizer {optimizer.title!r} replaces the server's model by another "
-                f"product; that of {inner.title!r} is not a product alone. Leave the section "
-                "server_optimizer out, or use a method such as 'flexlora', 'raflora' or 'flexfold'."
-            )
-        if getattr(inner, "energy", 1.0) != 1.0:
-            raise ConfigError(
-                f"{inner.title} cuts its model at an energy of {getattr(inner, 'energy')}, and the "  # noqa: B009
-                f"server optimizer {optimizer.title!r} would undo it; set method.energy = 1."
-            )
-        object.__setattr__(self, "title", f"{inner.title}; {optimizer.title}")
-        object.__setattr__(self, "exact", False)
+    @property
+    def wrapped(self) -> Method:
+        """The method inside."""
+        return self.inner
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    @property
+    def label(self) -> str:
+        """The optimiser's title."""
+        return self.optimizer.title
+
+    @property
+    def info(self) -> Info:
+        """The inner method's; no longer exact."""
+        info = self.inner.info
+        return replace(info, title=f"{info.title}; {self.label}", exact=False)
+
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The method's aggregate, then the step; two more SVDs of each module.
 
         Their sums have the ranks of the last model, the aggregate and the momentum together.
         """
-        found = self.method.aggregate(_without_memory(state), uploads)
-        last, new = state.adapters["global"], found.adapters["global"]
-        momentum, moments = state.adapters.get(MOMENTUM), state.facts.get(MOMENTS, {})
+        after = self.inner.aggregate(_without_memory(state), cohort, context)
+        last, new = state.model, after.model
+        momentum = state.memory.get(MOMENTUM, Adapter({}))
+        moments = state.per_module.get(MOMENTS, {})
         steps = {
             module: self.optimizer.step(
                 LowRankSum.of([(1.0, new[module]), (-1.0, last[module])]), moments.get(module)
@@ -94,41 +106,42 @@ class WithServerOptimizer(MethodWrapper):
             for module in last
         }
 
-        def memory(module: str) -> list[Weighted]:
+        def momentum_terms(module: str) -> list[Weighted]:
             step = steps[module]
             terms = [(step.gain, new[module]), (-step.gain, last[module])]
-            if momentum is not None and step.decay:
+            if module in momentum and step.decay:
                 terms.append((step.decay, momentum[module]))
             return terms
 
-        def model(module: str) -> list[Weighted]:
-            step, (_, known, *older) = steps[module], memory(module)
-            pace = step.rate * step.gain
+        def model_terms(module: str) -> list[Weighted]:
+            step, (_, (_, before), *older) = steps[module], momentum_terms(module)
+            scale = step.rate * step.gain
             # One term for the last model, of which a whole step leaves nothing.
-            moved = [(pace, new[module]), (1 - pace, known[1])]
-            moved += [(step.rate * weight, f) for weight, f in older]
-            return [(weight, f) for weight, f in moved if weight]
+            terms = [(scale, new[module]), (1 - scale, before)]
+            terms += [(step.rate * weight, f) for weight, f in older]
+            return [(weight, f) for weight, f in terms if weight]
 
-        how, ranks = _decomposing(self.method), state.facts["ranks"]
-        stepped, facts = how.best(model, last, ranks)
-        remembered, forgot = how.best(memory, last, ranks)
-        return State(
-            {**found.adapters, "global": stepped, MOMENTUM: remembered},
-            {
-                **found.facts,
-                "step_lost_energy": facts["lost_energy"],
-                "momentum_lost_energy": forgot["lost_energy"],
+        truncation = self.inner.truncation
+        model = truncation.best(model_terms, last, context.ranks)
+        remembered = truncation.best(momentum_terms, last, context.ranks)
+        return replace(
+            after,
+            model=model.adapter,
+            memory={**after.memory, MOMENTUM: remembered.adapter},
+            per_module={
+                **after.per_module,
+                **model.per_module,
+                "aggregate_lost_energy": after.per_module.get("lost_energy", {}),
+                "momentum_lost_energy": remembered.lost_energy,
                 MOMENTS: {m: s.moment for m, s in steps.items() if s.moment is not None},
             },
         )
 
 
 def _without_memory(state: State) -> State:
-    """The state as the method knows it."""
-    adapters = {name: a for name, a in state.adapters.items() if name != MOMENTUM}
-    return State(adapters, {name: f for name, f in state.facts.items() if name != MOMENTS})
-
-
-def _decomposing(method: Method) -> Decomposing:
-    """How the method decomposes its own products."""
-    return Decomposing(*(getattr(method, name) for name in ("split", "precision", "accuracy")))
+    """The state as the method inside knows it."""
+    return replace(
+        state,
+        memory={name: a for name, a in state.memory.items() if name != MOMENTUM},
+        per_module={name: v for name, v in state.per_module.items() if name != MOMENTS},
+    )

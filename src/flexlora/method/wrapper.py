@@ -2,75 +2,117 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import Tensor
 
-from flexlora.lowrank import Adapter, Factors, Form
-from flexlora.method.interface import Client, Download, Draw, Expected, Fresh, Method, State, Upload
+from flexlora.lowrank import Adapter, Factors, Parametrization
+from flexlora.method.averager import Cohort, Mean, Weights
+from flexlora.method.interface import (
+    Client,
+    Download,
+    Feature,
+    FreshAdapters,
+    Info,
+    Method,
+    RoundContext,
+    State,
+    Turn,
+    UploadSpec,
+)
+from flexlora.method.truncation import Truncation
 
 
-@dataclass(frozen=True)
 class MethodWrapper(Method):
-    """Hands every decision to ``method``; a kind changes those it is about, and no others.
+    """Passes every decision to ``inner``; a wrapper defines those that it changes, and no others.
 
-    What a method declares of itself is what the inner one declares.
+    Abstract: a wrapper says what it wraps, and what people call that which it adds.
     """
 
-    method: Method
-
-    def __post_init__(self) -> None:
-        for declared in Method.__annotations__:
-            object.__setattr__(self, declared, getattr(self.method, declared))
+    @property
+    @abstractmethod
+    def wrapped(self) -> Method:
+        """The method inside."""
 
     @property
-    def by_rank_alone(self) -> bool:
-        """As the inner method says."""
-        return self.method.by_rank_alone
+    @abstractmethod
+    def label(self) -> str:
+        """What stands behind the inner method's title; empty if nothing should."""
 
-    def start(self, adapter: Adapter) -> State:
-        """As the inner method does."""
-        return self.method.start(adapter)
+    @property
+    def info(self) -> Info:
+        """The inner method's, with the label in its title."""
+        info = self.wrapped.info
+        return replace(info, title=f"{info.title}; {self.label}") if self.label else info
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """As the inner method does."""
-        return self.method.handout(state, client, draw)
+    @property
+    def features(self) -> frozenset[Feature]:
+        """The inner method's."""
+        return self.wrapped.features
 
-    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
-        """As the inner method does."""
-        return self.method.receive(download, kept, fresh)
+    @property
+    def needs(self) -> frozenset[Mean]:
+        """The inner method's."""
+        return self.wrapped.needs
 
-    def choose(self, download: Download, probed: Adapter) -> Mapping[str, Sequence[int]]:
-        """As the inner method does."""
-        return self.method.choose(download, probed)
+    @property
+    def weights(self) -> Weights:
+        """The inner method's."""
+        return self.wrapped.weights
 
-    def form(self, start: Download) -> Mapping[str, Form] | None:
-        """As the inner method does."""
-        return self.method.form(start)
+    @property
+    def truncation(self) -> Truncation:
+        """The inner method's."""
+        return self.wrapped.truncation
 
-    def penalty(self, now: Mapping[str, Factors], start: Download) -> Tensor | None:
+    def start(self, fresh: Adapter, context: RoundContext) -> State:
         """As the inner method does."""
-        return self.method.penalty(now, start)
+        return self.wrapped.start(fresh, context)
 
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """As the inner method does."""
-        return self.method.shares(start, trained)
+        return self.wrapped.handout(state, client, context)
 
-    def keeps(self, start: Download, trained: Adapter) -> Adapter | None:
+    def prepare(
+        self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
+    ) -> Download:
         """As the inner method does."""
-        return self.method.keeps(start, trained)
+        return self.wrapped.prepare(download, private, fresh)
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
+    def select(self, download: Download, probed: Adapter) -> Mapping[str, Sequence[int]]:
         """As the inner method does."""
-        return self.method.expects(state, client, shapes)
+        return self.wrapped.select(download, probed)
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def parametrize(self, start: Download) -> Mapping[str, Parametrization] | None:
         """As the inner method does."""
-        return self.method.aggregate(state, uploads)
+        return self.wrapped.parametrize(start)
 
-    def update(self, state: State) -> Adapter:
+    def penalty(self, current: Mapping[str, Factors], start: Download) -> Tensor | None:
         """As the inner method does."""
-        return self.method.update(state)
+        return self.wrapped.penalty(current, start)
+
+    def upload_from(self, turn: Turn) -> Adapter:
+        """As the inner method does."""
+        return self.wrapped.upload_from(turn)
+
+    def aux_from(self, turn: Turn) -> Mapping[str, Adapter]:
+        """As the inner method does."""
+        return self.wrapped.aux_from(turn)
+
+    def private_from(self, turn: Turn) -> Mapping[str, Adapter]:
+        """As the inner method does."""
+        return self.wrapped.private_from(turn)
+
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
+        """As the inner method does."""
+        return self.wrapped.upload_spec(state, client, context)
+
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
+        """As the inner method does."""
+        return self.wrapped.aggregate(state, cohort, context)
+
+    def global_adapter(self, state: State, context: RoundContext) -> Adapter:
+        """As the inner method does."""
+        return self.wrapped.global_adapter(state, context)

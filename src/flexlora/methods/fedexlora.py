@@ -1,8 +1,8 @@
-"""FedEx-LoRA (arXiv 2410.09432): means of the factors, and what they miss merged into the base.
+"""FedEx-LoRA (arXiv 2410.09432): averaged factors; what they miss is merged into the base.
 
 ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and the residual
 ``sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A)``, whose rank is at most (K - 1) r,
-is sent factored and merged by everybody for good. Exact on every client.
+is sent factored and merged by every client for good. Exact on every client.
 
 Differs: weights by examples where the paper's are equal (``weights = "uniform"``); every
 residual that a client has not merged yet is sent to it, so that it may miss rounds.
@@ -10,25 +10,24 @@ residual that a client has not merged yet is sent to it, so that it may miss rou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flexlora.lowrank import Adapter, Factors
+from flexlora.lowrank import Adapter
 from flexlora.method import (
     Client,
-    Decomposing,
+    Cohort,
     Download,
-    Draw,
+    Feature,
+    Info,
+    Mean,
     Method,
+    RoundContext,
     State,
-    Upload,
+    Truncation,
     Weighted,
     Weights,
-    factor_means,
-    logged,
-    summed,
-    unmerged,
-    weighted,
+    total,
+    truncated,
 )
 
 
@@ -36,40 +35,40 @@ from flexlora.method import (
 class FedExLoRA(Method):
     """FedEx-LoRA. Unequal ranks are refused at start-up."""
 
-    title = "FedEx-LoRA: factor means, residual merged into the base"
-    paper = "arXiv 2410.09432"
-    exact = True
-    mixed_ranks = False
-    by_module = True
-    up = "r*(m+n)"
-    down = "K*r*(m+n)"
-    server = "one SVD of rank S; one of all so far for the export"
+    info = Info(
+        "FedEx-LoRA: averaged factors, residual merged into the base",
+        "arXiv 2410.09432",
+        exact=True,
+        up="r*(m+n)",
+        down="K*r*(m+n)",
+        server="one SVD of rank S; one of all so far for the export",
+    )
+    features = frozenset({Feature.PER_MODULE})
+    needs = frozenset({Mean.FACTORS, Mean.PRODUCTS})
 
     weights: Weights = "examples"
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """The factor means, and the residuals to merge."""
-        download = super().handout(state, client, draw)
-        return replace(download, merge=unmerged(state, client))
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
+        """The averaged factors, and the residuals to merge."""
+        download = truncated(state, client, context)
+        return replace(download, base_updates=state.merge_log.pending(client.id))
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
-        """The means, and one SVD of rank (K - 1) r of each module's residual."""
-        held, known = weighted(uploads, self.weights), state.adapters["global"]
-
-        means = {module: factor_means(held(module)) for module in known}
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
+        """The averages, and one SVD of each module's residual, of rank (K - 1) r at most."""
+        factors = {module: cohort.factors(module) for module in state.model}
 
         def residual(module: str) -> list[Weighted]:
-            mean = means[module]
-            return [(w, Factors(f.B - mean.B, f.A - mean.A)) for w, f in held(module)]
+            return [*cohort.products(module).terms, (-1.0, factors[module])]
 
         ranks = {
-            module: min((len(uploads) - 1) * mean.rank, *mean.shape)
-            for module, mean in means.items()
+            module: min((len(cohort.clients) - 1) * mean.rank, *mean.shape)
+            for module, mean in factors.items()
         }
-        entry, _ = Decomposing().best(residual, known, ranks)
-        adapter = Adapter({m: f.to(known[m].B.dtype) for m, f in means.items()})
-        return logged(state, entry, uploads, {"global": adapter})
+        update = Truncation().best(residual, state.model, ranks).adapter
+        model = Adapter({m: f.to(state.model[m].B.dtype) for m, f in factors.items()})
+        log = state.merge_log.after(context.round, cohort.clients, update)
+        return replace(state, model=model, merge_log=log)
 
-    def update(self, state: State) -> Adapter:
-        """All residuals and the means, as one SVD of each module."""
-        return summed(state, state.adapters["global"], [state.adapters["global"]])
+    def global_adapter(self, state: State, context: RoundContext) -> Adapter:
+        """All residuals and the averaged factors, as one SVD of each module."""
+        return total([*state.merge_log.updates.values(), state.model], state.model)

@@ -6,34 +6,29 @@ products by the covariance of the factors, and clients of different ranks cannot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexlora.lowrank import Adapter
-from flexlora.method import Method, State, Upload, Weights, factor_means, weighted
+from flexlora.method import Cohort, Feature, Info, Mean, Method, RoundContext, State, Weights
 
 
 @dataclass(frozen=True)
 class FedIT(Method):
     """FedIT: the weighted mean of B and of A. Unequal ranks are refused at start-up."""
 
-    title = "FedIT: FedAvg on the factors"
-    paper = "arXiv 2305.05644"
-    exact = False
-    mixed_ranks = False
-    by_module = True
-    fixed_frame = True
-    up = "r*(m+n)"
-    down = "r*(m+n)"
-    server = "sums of factors"
+    info = Info(
+        "FedIT: FedAvg on the factors",
+        "arXiv 2305.05644",
+        up="r*(m+n)",
+        down="r*(m+n)",
+        server="sums of factors",
+    )
+    features = frozenset({Feature.PER_MODULE, Feature.COMMON_FACTORS, Feature.SAME_FOR_EQUAL_RANKS})
+    needs = frozenset({Mean.FACTORS})
 
     weights: Weights = "examples"
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The mean of each factor; O(K rank (out + in)) for K uploads."""
-        held = weighted(uploads, self.weights)
-        modules = {
-            module: factor_means(held(module)).to(last.B.dtype)
-            for module, last in state.adapters["global"].items()
-        }
-        return State({"global": Adapter(modules)}, state.facts)
+        model = {m: cohort.factors(m).to(last.B.dtype) for m, last in state.model.items()}
+        return replace(state, model=Adapter(model))

@@ -1,13 +1,13 @@
 """FedSA-LoRA (arXiv 2410.01463): ``A`` is shared and averaged, ``B`` never leaves its client.
 
-Both are trained; the server sees and averages ``A`` alone. Each client's model is its own:
+Both are trained; the server sees and averages only ``A``. Each client's model is its own:
 the common ``A`` with the ``B`` that it keeps; a client that never trained has ``B = 0`` and so
 the base model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,18 +15,20 @@ import torch
 from flexlora.lowrank import Adapter, Factors
 from flexlora.method import (
     Client,
+    Cohort,
     Download,
-    Draw,
-    Expected,
-    Fresh,
+    Feature,
+    FreshAdapters,
+    Info,
+    Mean,
     Method,
+    RoundContext,
     State,
-    Upload,
+    Turn,
+    UploadSpec,
     Weights,
-    at_ranks,
-    factor_means,
-    half_expected,
-    weighted,
+    factor_spec,
+    truncated,
 )
 
 
@@ -34,52 +36,54 @@ from flexlora.method import (
 class FedSALoRA(Method):
     """FedSA-LoRA. Unequal ranks are refused at start-up. There is no global model."""
 
-    title = "FedSA-LoRA: A shared, B private"
-    paper = "arXiv 2410.01463"
-    exact = False
-    mixed_ranks = False
-    by_module = True
-    up = "r*n"
-    down = "r*n"
-    server = "sums of factors"
-    personal = True
+    info = Info(
+        "FedSA-LoRA: A shared, B private",
+        "arXiv 2410.01463",
+        up="r*n",
+        down="r*n",
+        server="sums of factors",
+        exempt={"gauge": "only A is shared"},
+    )
+    features = frozenset({Feature.PER_MODULE, Feature.PERSONAL, Feature.SAME_FOR_EQUAL_RANKS})
+    needs = frozenset({Mean.FACTORS})
 
     weights: Weights = "examples"
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """``A`` alone."""
-        return Download(at_ranks(state.adapters["global"], client.ranks, draw).half("A"))
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
+        """Only ``A``."""
+        download = truncated(state, client, context)
+        return replace(download, adapter=download.adapter.restricted("A"))
 
-    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
+    def prepare(
+        self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
+    ) -> Download:
         """``A`` as it came, beside the client's own ``B``, at first zero."""
-        whole = {}
+        own, adapter = private.get("B", Adapter({})), {}
         for module, f in download.adapter.items():
             out = fresh.shapes[module][0]
-            mine = None if kept is None else kept.get(module)  # it may train more than it did
-            B = torch.zeros(out, f.rank) if mine is None else mine.B
+            # It may train more modules than it did when it kept them.
+            B = own[module].B if module in own else torch.zeros(out, f.rank)
             # What never travels is not rounded as what travels is.
             dtype = torch.promote_types(f.A.dtype, B.dtype)
-            whole[module] = Factors(B.to(dtype), f.A.to(dtype))
-        return replace(download, adapter=Adapter(whole))
+            adapter[module] = Factors(B.to(dtype), f.A.to(dtype))
+        return replace(download, adapter=Adapter(adapter))
 
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
-        """``A`` alone."""
-        return trained.half("A")
+    def upload_from(self, turn: Turn) -> Adapter:
+        """Only ``A``."""
+        return turn.trained.restricted("A")
 
-    def keeps(self, start: Download, trained: Adapter) -> Adapter:
+    def private_from(self, turn: Turn) -> Mapping[str, Adapter]:
         """``B``."""
-        return trained.half("B")
+        return {"B": turn.trained.restricted("B")}
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
         """``A`` at the client's rank."""
-        return half_expected(client, shapes, "A")
+        return factor_spec(client, context, "A")
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The mean of ``A``."""
-        held = weighted(uploads, self.weights)
-        modules = {}
-        for module, last in state.adapters["global"].items():
-            modules[module] = Factors(last.B, factor_means(held(module)).A.to(last.A.dtype))
-        return State({"global": Adapter(modules)}, state.facts)
+        model = {
+            m: Factors(last.B, cohort.factors(m).A.to(last.A.dtype))
+            for m, last in state.model.items()
+        }
+        return replace(state, model=Adapter(model))

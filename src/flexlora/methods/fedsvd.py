@@ -1,4 +1,4 @@
-"""FedSVD (arXiv 2505.12805): ``B`` alone is trained; the server turns ``B A`` into an SVD anew.
+"""FedSVD (arXiv 2505.12805): only ``B`` is trained; the server renews the bases by an SVD.
 
 ``A`` is common, so the mean of ``B`` is the mean of the products. After every round
 ``B A = U S V'`` is handed out as ``B = U S`` and ``A = V'``: the same product, and an ``A`` with
@@ -7,24 +7,26 @@ orthonormal rows, so that no gradient of ``B`` is amplified.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexlora.lowrank import Adapter, Factors
 from flexlora.method import (
     Client,
-    Decomposing,
+    Cohort,
     Download,
-    Draw,
-    Expected,
+    Feature,
+    Info,
+    Mean,
     Method,
+    RoundContext,
     State,
-    Upload,
+    Truncation,
+    Turn,
+    UploadSpec,
     Weighted,
     Weights,
-    factor_means,
-    half_expected,
-    weighted,
+    factor_spec,
+    truncated,
 )
 
 
@@ -32,37 +34,37 @@ from flexlora.method import (
 class FedSVD(Method):
     """FedSVD: ``B`` travels up, both down. Unequal ranks are refused at start-up."""
 
-    title = "FedSVD: means of B, bases renewed by SVD"
-    paper = "arXiv 2505.12805"
-    exact = True
-    mixed_ranks = False
-    by_module = True
-    up = "r*m"
-    down = "r*(m+n)"
-    server = "one SVD of rank r"
+    info = Info(
+        "FedSVD: averaged B, bases renewed by SVD",
+        "arXiv 2505.12805",
+        exact=True,
+        up="r*m",
+        down="r*(m+n)",
+        server="one SVD of rank r",
+        exempt={"gauge": "A is not trained"},
+    )
+    features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
+    needs = frozenset({Mean.FACTORS})
 
     weights: Weights = "examples"
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """Both factors; ``B`` is to be trained."""
-        return replace(super().handout(state, client, draw), halves="B")
+        return replace(truncated(state, client, context), factors="B")
 
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
-        """``B`` alone."""
-        return trained.half("B")
+    def upload_from(self, turn: Turn) -> Adapter:
+        """Only ``B``."""
+        return turn.trained.restricted("B")
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
         """``B`` at the client's rank."""
-        return half_expected(client, shapes, "B")
+        return factor_spec(client, context, "B")
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The mean of ``B``, and one SVD of rank r of each module's product."""
-        held, known = weighted(uploads, self.weights), state.adapters["global"]
 
-        def terms(module: str) -> list[Weighted]:
-            return [(1.0, Factors(factor_means(held(module)).B, known[module].A.double()))]
+        def product(module: str) -> list[Weighted]:
+            return [(1.0, Factors(cohort.factors(module).B, state.model[module].A.double()))]
 
-        adapter, facts = Decomposing().best(terms, known, state.facts["ranks"])
-        return State({"global": adapter}, {**state.facts, **facts})
+        result = Truncation().best(product, state.model, context.ranks)
+        return replace(state, model=result.adapter, per_module=result.per_module)

@@ -3,7 +3,7 @@
 ``B`` (out, r) and ``A`` (r, in) are tensor-train matrices each: with out = m_1 .. m_d and
 r = n_1 .. n_d, the entry of ``B`` at row (i_1 .. i_d) and column (j_1 .. j_d) is the product
 of the matrices G_k[:, i_k, j_k, :], and the same for ``A``. The cores G_k (t, m_k, n_k, t) are
-some tens of times fewer numbers than the factors. The server takes the mean of each core.
+some tens of times fewer parameters than the factors. The server takes the mean of each core.
 
 ``plus`` (FedTT+) freezes all of a module's cores but the first, the last and one of those
 between, which takes turns from round to round, so that the mean is nearer to that of products.
@@ -13,7 +13,7 @@ bottleneck adapter behind each block; here LoRA's factors are trains. The core t
 zero is the first of ``B``, which is always trained. FedTT+ sends all cores down, as clients
 may have missed rounds, and three up.
 
-Cores travel as one ``B`` (numbers, 1) beside an ``A`` without width. A size is split into d
+Cores travel as one ``B`` (parameters, 1) beside an ``A`` without width. A size is split into d
 factors as alike as its primes allow, so that a prime one saves little. The LoRA scale has no
 part.
 """
@@ -30,21 +30,21 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import ConfigError
-from flexlora.lowrank import Adapter, Factors, Form, column
+from flexlora.lowrank import Adapter, Factors, Parametrization, as_vector
 from flexlora.method import (
     Client,
+    Cohort,
     Download,
-    Draw,
-    Expected,
-    Fresh,
+    Feature,
+    FreshAdapters,
+    Info,
+    Mean,
     Method,
+    ModuleSpec,
+    RoundContext,
     State,
-    Upload,
+    UploadSpec,
     Weights,
-    factor_means,
-    hollow,
-    seed_of,
-    weighted,
 )
 from flexlora.seeds import rng
 
@@ -56,14 +56,16 @@ Shape = tuple[int, int, int, int]
 class FedTT(Method):
     """FedTT. ``cores`` is d, of each factor; ``train_rank`` is t. Unequal ranks are refused."""
 
-    title = "FedTT: factors as tensor trains, means of their cores"
-    paper = "arXiv 2410.13097"
-    exact = False
-    mixed_ranks = False
-    by_module = True
-    up = "c"
-    down = "c"
-    server = "sums of cores"
+    info = Info(
+        "FedTT: factors as tensor trains, averaged cores",
+        "arXiv 2410.13097",
+        up="c",
+        down="c",
+        server="sums of cores",
+        exempt={"gauge": "clients train the cores of a tensor train"},
+    )
+    features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
+    needs = frozenset({Mean.FACTORS})
 
     cores: int = 3
     train_rank: int = 5
@@ -77,73 +79,82 @@ class FedTT(Method):
                 f"{self.train_rank}."
             )
 
-    def start(self, adapter: Adapter) -> State:
-        """Cores by lot, so that ``A`` has the spread of LoRA's start; ``B`` is zero."""
-        draw, modules = rng(seed_of(adapter), "cores"), {}
-        for module, f in adapter.items():
+    def start(self, fresh: Adapter, context: RoundContext) -> State:
+        """Random cores: ``A`` has the standard deviation of LoRA's start, ``B`` is zero."""
+        generator, modules = rng(context.seed, "cores"), {}
+        for module, f in fresh.items():
             B, A = self._shapes(*f.shape, f.rank)
-            drawn = torch.cat([_drawn(B, 1.0, draw), _drawn(A, 1 / (3 * f.shape[1]), draw)])
-            drawn[: prod(B[0])] = 0
-            modules[module] = column(drawn.to(f.B.dtype))
-        sizes = {m: [*f.shape, f.rank] for m, f in adapter.items()}
-        facts = {"ranks": adapter.ranks, "sizes": sizes, "rounds": 0}
-        return State({"global": Adapter(modules)}, facts)
+            cores = torch.cat(
+                [_random(B, 1.0, generator), _random(A, 1 / (3 * f.shape[1]), generator)]
+            )
+            cores[: prod(B[0])] = 0
+            modules[module] = as_vector(cores.to(f.B.dtype))
+        return State(Adapter(modules))
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """All cores, and with ``plus`` whose turn it is."""
-        facts = {"turn": state.facts["rounds"]} if self.plus else {}
-        extra = {"ranks": hollow(client.ranks)}
-        return Download(state.adapters["global"], extra=extra, facts=facts)
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
+        """All cores; with ``plus`` the round decides which of them are trained."""
+        ints = {"round": context.round} if self.plus else {}
+        return Download(state.model, ranks=client.ranks, ints=ints)
 
-    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
+    def prepare(
+        self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
+    ) -> Download:
         """The factors that the cores are; the cores beside them."""
-        ranks, whole = download.extra["ranks"].ranks, {}
+        adapter = {}
         for module, f in download.adapter.items():
-            whole[module] = _factors(self._shapes(*fresh.shapes[module], ranks[module]), f.B[:, 0])
-        return replace(download, adapter=Adapter(whole), extra={"cores": download.adapter})
+            shapes = self._shapes(*fresh.shapes[module], download.ranks[module])
+            adapter[module] = _factors(shapes, f.B[:, 0])
+        return replace(download, adapter=Adapter(adapter), aux={"cores": download.adapter})
 
-    def form(self, start: Download) -> Mapping[str, Form]:
+    def parametrize(self, start: Download) -> Mapping[str, Parametrization]:
         """The cores to be trained, among the others."""
-        forms = {}
+        parametrizations = {}
         for module, f in start.adapter.items():
-            shapes, cores = self._shapes(*f.shape, f.rank), start.extra["cores"][module].B[:, 0]
-            at = self._trained(shapes, start.facts.get("turn", 0))
-            forms[module] = Form(cores[at], partial(_formed, shapes), (cores, at))
-        return forms
+            shapes, cores = self._shapes(*f.shape, f.rank), start.aux["cores"][module].B[:, 0]
+            at = self._trained(shapes, start.ints.get("round", 1))
+            parametrizations[module] = Parametrization(
+                cores[at], partial(_formed, shapes), (cores, at)
+            )
+        return parametrizations
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
-        """The trained cores as one column."""
-        return {m: Expected((len(at), 0), 1, 1) for m, at in self._places(state).items()}
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
+        """The trained cores as one vector."""
+        places = self._places(context)
+        return UploadSpec({m: ModuleSpec((len(at), 0), 1, 1) for m, at in places.items()})
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The mean of each core that was trained; the others stay."""
-        held, places, modules = weighted(uploads, self.weights), self._places(state), {}
-        for module, last in state.adapters["global"].items():
+        places, model = self._places(context), {}
+        for module, last in state.model.items():
             cores = last.B[:, 0].clone()
-            cores[places[module]] = factor_means(held(module)).B[:, 0].to(cores.dtype)
-            modules[module] = column(cores)
-        facts = {**state.facts, "rounds": state.facts["rounds"] + 1}
-        return State({"global": Adapter(modules)}, facts)
+            cores[places[module]] = cohort.factors(module).B[:, 0].to(cores.dtype)
+            model[module] = as_vector(cores)
+        return replace(state, model=Adapter(model))
 
-    def update(self, state: State) -> Adapter:
+    def global_adapter(self, state: State, context: RoundContext) -> Adapter:
         """The factors that the cores are."""
-        known, sizes = state.adapters["global"], state.facts["sizes"]
-        return Adapter({m: _factors(self._shapes(*sizes[m]), f.B[:, 0]) for m, f in known.items()})
+        return Adapter(
+            {
+                m: _factors(self._shapes(*context.shapes[m], context.ranks[m]), f.B[:, 0])
+                for m, f in state.model.items()
+            }
+        )
 
-    def _places(self, state: State) -> dict[str, Tensor]:
-        """Which of each module's numbers are trained in this round."""
-        sizes, turn = state.facts["sizes"], state.facts["rounds"]
-        return {m: self._trained(self._shapes(*size), turn) for m, size in sizes.items()}
+    def _places(self, context: RoundContext) -> dict[str, Tensor]:
+        """Which of each module's parameters are trained in this round."""
+        return {
+            m: self._trained(self._shapes(*context.shapes[m], rank), context.round)
+            for m, rank in context.ranks.items()
+        }
 
-    def _trained(self, shapes: Sequence[Sequence[Shape]], turn: int) -> Tensor:
-        """The places of the cores that train in this turn."""
-        numbers = torch.tensor([prod(shape) for train in shapes for shape in train])
-        last = len(numbers) - 1
-        own = [0, 1 + turn % (last - 1), last] if self.plus else list(range(last + 1))
-        owner = torch.arange(last + 1).repeat_interleave(numbers)
-        return torch.isin(owner, torch.tensor(own)).nonzero()[:, 0]
+    def _trained(self, shapes: Sequence[Sequence[Shape]], round: int) -> Tensor:
+        """The places of the cores that are trained in this round."""
+        sizes = torch.tensor([prod(shape) for train in shapes for shape in train])
+        last = len(sizes) - 1
+        turn = (round - 1) % (last - 1) if last > 1 else 0
+        trained = [0, 1 + turn, last] if self.plus else list(range(last + 1))
+        core_of = torch.arange(last + 1).repeat_interleave(sizes)
+        return torch.isin(core_of, torch.tensor(trained)).nonzero()[:, 0]
 
     def _shapes(self, out: int, in_: int, rank: int) -> tuple[list[Shape], list[Shape]]:
         """The shapes of the cores of ``B`` and of those of ``A``."""
@@ -162,29 +173,29 @@ class FedTT(Method):
 
 def _split(size: int, parts: int) -> list[int]:
     """Factors of a size, the smallest first, each prime given to the smallest so far."""
-    found, prime, primes = [1] * parts, 2, []
+    factors, prime, primes = [1] * parts, 2, []
     while size > 1:
         while size % prime == 0:
             primes.append(prime)
             size //= prime
         prime += 1
     for each in reversed(primes):
-        found[found.index(min(found))] *= each
-    return sorted(found)
+        factors[factors.index(min(factors))] *= each
+    return sorted(factors)
 
 
-def _drawn(shapes: Sequence[Shape], variance: float, draw: np.random.Generator) -> Tensor:
-    """Cores of normal numbers, whose matrix has entries of this variance."""
+def _random(shapes: Sequence[Shape], variance: float, generator: np.random.Generator) -> Tensor:
+    """Cores with normal entries, whose matrix has entries of this variance."""
     paths = prod(shape[3] for shape in shapes)
-    spread = float((variance / paths) ** (0.5 / len(shapes)))
-    return spread * torch.from_numpy(draw.normal(size=sum(prod(shape) for shape in shapes)))
+    deviation = float((variance / paths) ** (0.5 / len(shapes)))
+    return deviation * torch.from_numpy(generator.normal(size=sum(prod(shape) for shape in shapes)))
 
 
 def _factors(shapes: Sequence[Sequence[Shape]], cores: Tensor) -> Factors:
     """Both factors from all cores, in single precision at least."""
     cores = cores.to(torch.promote_types(cores.dtype, torch.float32))
-    numbers = [sum(prod(shape) for shape in train) for train in shapes]
-    B, A = (_matrix(s, c) for s, c in zip(shapes, torch.split(cores, numbers), strict=True))
+    sizes = [sum(prod(shape) for shape in train) for train in shapes]
+    B, A = (_matrix(s, c) for s, c in zip(shapes, torch.split(cores, sizes), strict=True))
     return Factors(B, A)
 
 

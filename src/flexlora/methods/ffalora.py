@@ -1,16 +1,16 @@
 """FFA-LoRA (arXiv 2403.12313), nested: one frozen ``A`` for all, of which clients use a part.
 
 ``A`` is drawn once from the run's seed and never trained; a client of rank r uses its first
-r rows, trains its ``B`` and sends it alone. As ``A`` is common, the mean of ``B`` is the mean
-of the products. At unequal ranks each column of ``B`` is averaged over the clients that hold
-it, which keeps this true term by term.
+r rows, trains its ``B`` and sends only that. As ``A`` is common, the mean of ``B`` is the mean
+of the products. At unequal ranks each column of ``B`` is averaged over the clients that have
+it, which keeps this true component by component.
 
 Differs: the paper has equal ranks only; ``A`` does not travel, the client draws it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,17 +18,19 @@ import torch
 from flexlora.lowrank import Adapter, Factors
 from flexlora.method import (
     Client,
+    Cohort,
     Download,
-    Draw,
-    Expected,
-    Fresh,
+    Feature,
+    FreshAdapters,
+    Info,
+    Mean,
     Method,
+    RoundContext,
     State,
-    Upload,
+    Turn,
+    UploadSpec,
     Weights,
-    half_expected,
-    rank_wise_means,
-    weighted,
+    factor_spec,
 )
 
 
@@ -36,48 +38,55 @@ from flexlora.method import (
 class FFALoRA(Method):
     """FFA-LoRA: half the traffic. It wants its own, mostly higher, learning rate."""
 
-    title = "FFA-LoRA: one frozen A, means of B"
-    paper = "arXiv 2403.12313"
-    exact = True
-    rank_wise = True
-    mixed_ranks = True
-    by_module = True
-    fixed_frame = True
-    up = "r*m"
-    down = "r*m"
-    server = "sums of factors"
+    info = Info(
+        "FFA-LoRA: one frozen A, averaged B",
+        "arXiv 2403.12313",
+        exact=True,
+        by_component=True,
+        up="r*m",
+        down="r*m",
+        server="sums of factors",
+        exempt={"gauge": "A is not trained"},
+    )
+    features = frozenset(
+        {
+            Feature.MIXED_RANKS,
+            Feature.PER_MODULE,
+            Feature.COMMON_FACTORS,
+            Feature.SAME_FOR_EQUAL_RANKS,
+        }
+    )
+    needs = frozenset({Mean.FACTORS_BY_COMPONENT})
 
     weights: Weights = "examples"
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """The first columns of ``B``."""
-        return Download(state.adapters["global"].first(client.ranks).half("B"), halves="B")
+        return Download(state.model.first(client.ranks).restricted("B"), factors="B")
 
-    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
+    def prepare(
+        self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
+    ) -> Download:
         """``B`` as it came, beside the first rows of the common ``A``."""
-        A = fresh.common(download.adapter.ranks)
-        whole = {}
+        common, adapter = fresh.common(download.adapter.ranks), {}
         for module, f in download.adapter.items():
             # A is the server's to the bit: what does not travel is not rounded.
             dtype = torch.promote_types(f.B.dtype, torch.float32)
-            whole[module] = Factors(f.B.to(dtype), A[module].A.to(dtype))
-        return replace(download, adapter=Adapter(whole))
+            adapter[module] = Factors(f.B.to(dtype), common[module].A.to(dtype))
+        return replace(download, adapter=Adapter(adapter))
 
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
-        """``B`` alone."""
-        return trained.half("B")
+    def upload_from(self, turn: Turn) -> Adapter:
+        """Only ``B``."""
+        return turn.trained.restricted("B")
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
         """``B`` at the client's rank."""
-        return half_expected(client, shapes, "B")
+        return factor_spec(client, context, "B")
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
-        """The mean of each column over its holders; one that nobody holds stays."""
-        held = weighted(uploads, self.weights)
-        modules = {}
-        for module, last in state.adapters["global"].items():
-            B = rank_wise_means(held(module), last.half("B")).B
-            modules[module] = Factors(B.to(last.B.dtype), last.A)
-        return State({"global": Adapter(modules)}, state.facts)
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
+        """The mean of each column over the clients that have it; one that none has stays."""
+        model = {}
+        for module, last in state.model.items():
+            B = cohort.factors_by_component(module, last.restricted("B")).B
+            model[module] = Factors(B.to(last.B.dtype), last.A)
+        return replace(state, model=Adapter(model))

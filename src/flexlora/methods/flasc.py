@@ -11,15 +11,15 @@ mean change D as a gradient: ``x + rate D``, or entry by entry the step of FedAd
 With both densities and the rate at 1 this is FedIT.
 
 Differs: magnitudes are those of the effective factors, with the LoRA scale in B; the server's
-Adam decays no weights. The paper's clients of fewer means have a lower density. Here means are
-ranks, and as every client trains every entry, unequal ranks are refused.
+Adam decays no weights. The paper's weaker clients have a lower density. Here a weaker client has a
+lower rank, and as every client trains every entry, unequal ranks are refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,15 +29,18 @@ from flexlora.errors import ConfigError
 from flexlora.lowrank import Adapter, Factors
 from flexlora.method import (
     Client,
+    Cohort,
     Download,
-    Draw,
+    Feature,
+    Info,
+    Mean,
     Method,
+    RoundContext,
     State,
-    Upload,
+    Turn,
     Weights,
-    at_ranks,
-    factor_means,
-    weighted,
+    changes,
+    truncated,
 )
 
 FIRST, SECOND = "first moment", "second moment"
@@ -47,15 +50,19 @@ FIRST, SECOND = "first moment", "second moment"
 class FLASC(Method):
     """FLASC. ``rate`` is the server's: None is 1 for "sgd", the paper's 0.005 for "adam"."""
 
-    title = "FLASC: the largest entries down, the largest changes up"
-    paper = "arXiv 2406.05233"
-    exact = False
-    mixed_ranks = False
-    by_module = True
-    sparse = True
-    up = "0.28125*r*(m+n)"  # a quarter of the entries and a bit for each
-    down = "0.28125*r*(m+n)"
-    server = "sums of factors, a selection"
+    info = Info(
+        "FLASC: the largest entries down, the largest changes up",
+        "arXiv 2406.05233",
+        up="0.28125*r*(m+n)",  # a quarter of the entries and a bit for each
+        down="0.28125*r*(m+n)",
+        server="sums of factors, a selection",
+        exempt={"gauge": "clients send changes of factors"},
+        lossless={"density_down": 1.0, "density_up": 1.0},
+    )
+    features = frozenset(
+        {Feature.PER_MODULE, Feature.SPARSE_MESSAGES, Feature.SAME_FOR_EQUAL_RANKS}
+    )
+    needs = frozenset({Mean.FACTORS})
 
     density_down: float = 0.25
     density_up: float = 0.25
@@ -76,44 +83,34 @@ class FLASC(Method):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas lie in [0, 1), got {self.betas}.")
 
-    @property
-    def by_rank_alone(self) -> bool:
-        """One download is everybody's."""
-        return True
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
+        """The model's largest entries."""
+        download = truncated(state, client, context)
+        return replace(download, adapter=largest(download.adapter, self.density_down))
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """The global adapter's largest entries."""
-        known = at_ranks(state.adapters["global"], client.ranks, draw)
-        return Download(largest(known, self.density_down))
-
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
+    def upload_from(self, turn: Turn) -> Adapter:
         """The largest entries of the change."""
-        change = {
-            m: Factors(f.B - start.adapter[m].B, f.A - start.adapter[m].A)
-            for m, f in trained.items()
-        }
-        return largest(Adapter(change), self.density_up)
+        return largest(changes(turn.start.adapter, turn.trained), self.density_up)
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
-        """The global adapter after a step along the mean change."""
-        held = weighted(uploads, self.weights)
-        found: dict[str, dict[str, Factors]] = {"global": {}}
-        if self.optimizer == "adam":
-            found |= {FIRST: {}, SECOND: {}}
-        for module, last in state.adapters["global"].items():
-            mean = factor_means(held(module))
-            known = [
-                state.adapters[name][module] if name in state.adapters else None for name in found
-            ]
-            B = self._moved(mean.B, [None if f is None else f.B for f in known])
-            A = self._moved(mean.A, [None if f is None else f.A for f in known])
-            for name, *halves in zip(found, B, A, strict=True):
-                found[name][module] = Factors(*halves).to(last.B.dtype)
-        return State({name: Adapter(modules) for name, modules in found.items()}, state.facts)
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
+        """The model after a step along the mean change."""
+        names = ["", FIRST, SECOND] if self.optimizer == "adam" else [""]
+        before = {"": state.model, **state.memory}
+        after: dict[str, dict[str, Factors]] = {name: {} for name in names}
+        for module, last in state.model.items():
+            mean = cohort.factors(module)
+            values = [before[name][module] if name in before else None for name in names]
+            B = self._stepped(mean.B, [None if f is None else f.B for f in values])
+            A = self._stepped(mean.A, [None if f is None else f.A for f in values])
+            for name, *factors in zip(names, B, A, strict=True):
+                after[name][module] = Factors(*factors).to(last.B.dtype)
+        adapters = {name: Adapter(modules) for name, modules in after.items()}
+        model = adapters.pop("")
+        return replace(state, model=model, memory=adapters)
 
-    def _moved(self, change: Tensor, known: Sequence[Tensor | None]) -> list[Tensor]:
-        """A factor after the step and, with Adam, its moments; ``known`` are those before."""
-        last = [None if each is None else each.double() for each in known]
+    def _stepped(self, change: Tensor, before: Sequence[Tensor | None]) -> list[Tensor]:
+        """A factor after the step and, with Adam, its moments; ``before`` are those before."""
+        last = [None if each is None else each.double() for each in before]
         assert last[0] is not None
         if self.optimizer == "sgd":
             return [last[0] + (1.0 if self.rate is None else self.rate) * change]

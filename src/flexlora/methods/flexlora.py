@@ -6,20 +6,29 @@ The aggregate replaces the last one. With SGD on the clients this is the paper's
 FedAvg + FlexLoRA, with AdamW its FedIT + FlexLoRA.
 
 Differs: the product is formed only where it is smaller than its factors, and decomposed by
-the cheapest route; the server keeps the terms up to the largest rank that any client can be
-handed. A client whose rank exceeds that of the aggregate gets fresh trainable terms, where
+the cheapest route; the server keeps the components up to the largest rank of any client.
+A client whose rank exceeds that of the aggregate gets fresh trainable components, where
 the paper's code hands out arbitrary null vectors with zero singular values: the product is
 the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flexlora.lowrank import Accuracy, Split
-from flexlora.method import Decomposing, Method, State, Upload, Weights, weighted
+from flexlora.method import (
+    Cohort,
+    Feature,
+    Info,
+    Mean,
+    Method,
+    RoundContext,
+    State,
+    Truncation,
+    Weights,
+)
 
 
 @dataclass(frozen=True)
@@ -29,28 +38,42 @@ class FlexLoRA(Method):
     ``precision`` and ``accuracy`` are those of ``aggregation.Decomposing``.
     """
 
-    title = "FlexLoRA: average of products, redistributed by SVD"
-    paper = "arXiv 2402.11505"
-    exact = True
-    mixed_ranks = True
-    by_module = True
-    product = True
-    up = "r*(m+n)"
-    down = "r*(m+n)"
-    server = "one SVD of rank S"
+    info = Info(
+        "FlexLoRA: average of products, redistributed by SVD",
+        "arXiv 2402.11505",
+        exact=True,
+        up="r*(m+n)",
+        down="r*(m+n)",
+        server="one SVD of rank S",
+    )
+    features = frozenset(
+        {
+            Feature.MIXED_RANKS,
+            Feature.PER_MODULE,
+            Feature.PRODUCT_STATE,
+            Feature.SAME_FOR_EQUAL_RANKS,
+        }
+    )
+    needs = frozenset({Mean.PRODUCTS})
 
     split: Split = "left"
     weights: Weights = "examples"
     precision: Literal["float64", "float32"] = "float64"
     accuracy: Accuracy = "bounded"
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
-        """The mean of products as an SVD, module by module, one module on each thread.
+    @property
+    def truncation(self) -> Truncation:
+        """As the fields say."""
+        return Truncation(self.split, self.precision, self.accuracy)
 
-        The facts say of each module what energy was lost and how it was decomposed.
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
+        """The mean of products as an SVD, one module on each thread.
+
+        ``State.per_module`` says what energy each module lost and how it was decomposed.
         """
-        terms = weighted(uploads, self.weights)
-
-        how = Decomposing(self.split, self.precision, self.accuracy)
-        adapter, facts = how.best(terms, state.adapters["global"], state.facts["ranks"])
-        return State({"global": adapter}, {**state.facts, **facts})
+        result = self.truncation.best(
+            lambda module: cohort.products(module, context.ranks[module]).terms,
+            state.model,
+            context.ranks,
+        )
+        return replace(state, model=result.adapter, per_module=result.per_module)

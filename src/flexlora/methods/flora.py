@@ -1,4 +1,4 @@
-"""FLoRA (arXiv 2409.05976): stack the factors, merge the stack into everybody's base.
+"""FLoRA (arXiv 2409.05976): stack the factors, merge the stack into every client's base.
 
 ``[B_1 .. B_K]`` and ``[p_1 A_1; ..; p_K A_K]`` have the mean of the products as their
 product, exactly and for any ranks. Every client merges the stack into its base for good and
@@ -9,24 +9,23 @@ Differs: a client is sent every stack that it has not merged yet, so that it may
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flexlora.lowrank import Adapter, LowRankSum
+from flexlora.lowrank import Adapter
 from flexlora.method import (
     Client,
+    Cohort,
     Download,
-    Draw,
-    Fresh,
+    Feature,
+    FreshAdapters,
+    Info,
+    Mean,
     Method,
+    RoundContext,
     State,
-    Upload,
     Weights,
-    hollow,
-    logged,
-    summed,
-    unmerged,
-    weighted,
+    total,
 )
 
 
@@ -34,39 +33,43 @@ from flexlora.method import (
 class FLoRA(Method):
     """FLoRA: the download grows with the cohort, and fresh starts want few, long rounds."""
 
-    title = "FLoRA: stacked factors, merged into the base"
-    paper = "arXiv 2409.05976"
-    exact = True
-    mixed_ranks = True
-    by_module = True
-    up = "r*(m+n)"
-    down = "S*(m+n)"
-    server = "a stack; one SVD of all so far for the export"
+    info = Info(
+        "FLoRA: stacked factors, merged into the base",
+        "arXiv 2409.05976",
+        exact=True,
+        up="r*(m+n)",
+        down="S*(m+n)",
+        server="a stack; one SVD of all so far for the export",
+    )
+    features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE})
+    needs = frozenset({Mean.PRODUCTS})
 
     weights: Weights = "examples"
 
-    def start(self, adapter: Adapter) -> State:
-        """No update at all; ``global`` tells shapes alone."""
-        nothing = adapter.first(dict.fromkeys(adapter, 0))
-        return State({"global": nothing}, {"ranks": adapter.ranks})
+    def start(self, fresh: Adapter, context: RoundContext) -> State:
+        """No update at all: the model has shapes and no component."""
+        return State(fresh.first(dict.fromkeys(fresh, 0)))
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """The stacks to merge; of the adapter only its ranks."""
-        return Download(hollow(client.ranks), merge=unmerged(state, client))
+        updates = state.merge_log.pending(client.id)
+        return Download(Adapter({}), base_updates=updates, ranks=client.ranks)
 
-    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
+    def prepare(
+        self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
+    ) -> Download:
         """A fresh adapter at the client's ranks."""
-        return replace(download, adapter=fresh.own(download.adapter.ranks))
+        return replace(download, adapter=fresh.own(download.ranks))
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The stack of all uploads, of their summed rank; a concatenation."""
-        held = weighted(uploads, self.weights)
         stack = {
-            module: LowRankSum.of(held(module)).stacked(last.B.dtype)
-            for module, last in state.adapters["global"].items()
+            module: cohort.products(module).stacked(last.B.dtype)
+            for module, last in state.model.items()
         }
-        return logged(state, Adapter(stack), uploads, {"global": state.adapters["global"]})
+        log = state.merge_log.after(context.round, cohort.clients, Adapter(stack))
+        return replace(state, merge_log=log)
 
-    def update(self, state: State) -> Adapter:
+    def global_adapter(self, state: State, context: RoundContext) -> Adapter:
         """All stacks so far, as one SVD of each module."""
-        return summed(state, state.adapters["global"])
+        return total(state.merge_log.updates.values(), state.model)

@@ -1,8 +1,8 @@
 """FLoRA-NA (arXiv 2509.26399): mixed factors, with the mixture fitted to the mean of products.
 
 ``A = sum_u a_u A_u`` and ``B = sum_u b_u B_u`` with the ``a`` and ``b`` that bring ``B A``
-nearest to ``W = sum_k p_k B_k A_k``: two least-squares problems in K unknowns in turn, from
-the clients' shares on. All that they need are the r x r products of factors, never ``W``.
+nearest to ``W = sum_k p_k B_k A_k``: two least-squares problems in K unknowns in turn, starting
+from the clients' shares. All that they need are the r x r products of factors, never ``W``.
 
 From the abstract (unverified: that the factors are linear combinations). Differs: the
 solver is ours.
@@ -10,15 +10,14 @@ solver is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flexlora.errors import ConfigError
-from flexlora.lowrank import Adapter, Factors
-from flexlora.method import Method, State, Upload, Weighted, Weights, factor_means, weighted
+from flexlora.lowrank import Adapter, Factors, normalized
+from flexlora.method import Cohort, Feature, Info, Mean, Method, RoundContext, State, Weights
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,15 @@ class FLoRANA(Method):
     Unequal ranks are refused at start-up.
     """
 
-    title = "FLoRA-NA: nearest mixtures of the factors"
-    paper = "arXiv 2509.26399"
-    exact = False
-    mixed_ranks = False
-    by_module = True
-    up = "r*(m+n)"
-    down = "r*(m+n)"
-    server = "K^2 products of factors, systems of K unknowns"
+    info = Info(
+        "FLoRA-NA: nearest mixtures of the factors",
+        "arXiv 2509.26399",
+        up="r*(m+n)",
+        down="r*(m+n)",
+        server="K^2 products of factors, systems of K unknowns",
+    )
+    features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
+    needs = frozenset({Mean.FACTORS, Mean.UPLOADS})
 
     sweeps: int = 10
     weights: Weights = "examples"
@@ -44,20 +44,20 @@ class FLoRANA(Method):
         if self.sweeps < 1:
             raise ConfigError(f"sweeps is at least 1, got {self.sweeps}.")
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """K^2 products of factors of each module, and 2 ``sweeps`` systems of K unknowns."""
-        held = weighted(uploads, self.weights)
-        modules = {}
-        for module, last in state.adapters["global"].items():
-            modules[module] = self._mixed(held(module)).to(last.B.dtype)
-        return State({"global": Adapter(modules)}, state.facts)
+        model = {}
+        for module, last in state.model.items():
+            model[module] = self._mixed(cohort, module).to(last.B.dtype)
+        return replace(state, model=Adapter(model))
 
-    def _mixed(self, held: Sequence[Weighted]) -> Factors:
-        p = torch.tensor([w for w, _ in held], dtype=torch.float64)
-        B = torch.stack([f.B.double() for _, f in held])
-        A = torch.stack([f.A.double() for _, f in held])
+    def _mixed(self, cohort: Cohort, module: str) -> Factors:
+        p = torch.tensor(normalized(list(cohort.weights.values())), dtype=torch.float64)
+        factors = [upload.adapter[module] for upload in cohort.uploads]
+        B = torch.stack([f.B.double() for f in factors])
+        A = torch.stack([f.A.double() for f in factors])
         if not (B.any() and A.any()):
-            return factor_means(held)  # no mixture is nearer to zero than another
+            return cohort.factors(module)  # no mixture is nearer to zero than another
         BB = torch.einsum("kor,los->klrs", B, B)
         AA = torch.einsum("kri,lsi->klrs", A, A)
         a, b = p, p
@@ -73,5 +73,5 @@ def _fitted(fixed: Tensor, free: Tensor, p: Tensor, mixture: Tensor) -> Tensor:
     gram = torch.einsum("rs,klrs->kl", both, free)
     with_all = torch.einsum("l,klrs->krs", mixture, fixed)
     target = torch.einsum("k,krs,klrs->l", p, with_all, free)
-    found: Tensor = torch.linalg.lstsq(gram, target[:, None], driver="gelsd").solution
-    return found[:, 0]
+    solution: Tensor = torch.linalg.lstsq(gram, target[:, None], driver="gelsd").solution
+    return solution[:, 0]

@@ -1,33 +1,33 @@
 """Full-rank aggregation (Trautmann et al., arXiv 2501.06332): exact products, refactored.
 
-The mean of the products is decomposed; its first r terms are what clients train next.
+The mean of the products is decomposed; its first r components are what clients train next.
 Unverified: the paper's method section could not be read; this is the rule that its abstract
 and citations describe.
 
-What rank r cannot hold is either merged into everybody's base for good (``remainder``
+What rank r cannot hold is either merged into every client's base for good (``remainder``
 "merge", so that nothing is lost) or dropped ("drop", which at equal ranks is FlexLoRA).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from flexlora.lowrank import Adapter
 from flexlora.method import (
     Client,
-    Decomposing,
+    Cohort,
     Download,
-    Draw,
+    Feature,
+    Info,
+    Mean,
     Method,
+    RoundContext,
     State,
-    Upload,
+    Truncation,
     Weights,
-    logged,
-    summed,
-    unmerged,
-    weighted,
+    total,
+    truncated,
 )
 
 
@@ -35,41 +35,45 @@ from flexlora.method import (
 class FullRank(Method):
     """Full-rank aggregation. Unequal ranks are refused at start-up; see flexfold for those."""
 
-    title = "Full-rank aggregation: product SVD, remainder merged into the base"
-    paper = "arXiv 2501.06332"
-    exact = True
-    mixed_ranks = False
-    by_module = True
-    up = "r*(m+n)"
-    down = "S*(m+n)"
-    server = "one SVD of rank S"
+    info = Info(
+        "Full-rank aggregation: product SVD, remainder merged into the base",
+        "arXiv 2501.06332",
+        exact=True,
+        up="r*(m+n)",
+        down="S*(m+n)",
+        server="one SVD of rank S",
+    )
+    features = frozenset({Feature.PER_MODULE})
+    needs = frozenset({Mean.PRODUCTS})
 
     weights: Weights = "examples"
     remainder: Literal["merge", "drop"] = "merge"
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """The first terms, and the remainders to merge."""
-        download = super().handout(state, client, draw)
-        return replace(download, merge=unmerged(state, client))
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
+        """The first components, and the remainders to merge."""
+        download = truncated(state, client, context)
+        return replace(download, base_updates=state.merge_log.pending(client.id))
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """One SVD of each module's mean of products, to the summed rank of the uploads."""
-        terms, known = weighted(uploads, self.weights), state.adapters["global"]
-
-        merge = self.remainder == "merge"
-        kept = state.facts["ranks"]
-        ranks = {
-            m: min(sum(f.rank for _, f in terms(m)), *known[m].shape) if merge else kept[m]
-            for m in known
+        ranks = dict(context.ranks)
+        if self.remainder == "merge":
+            ranks = {
+                m: min(sum(cohort.ranks(m).values()), *context.shapes[m]) for m in context.ranks
+            }
+        whole = Truncation().best(lambda m: cohort.products(m).terms, state.model, ranks)
+        model = whole.adapter.first(context.ranks)
+        if self.remainder == "drop":
+            return replace(state, model=model, per_module=whole.per_module)
+        rest = {
+            m: f.components(range(min(context.ranks[m], f.rank), f.rank))
+            for m, f in whole.adapter.items()
         }
-        whole, facts = Decomposing().best(terms, known, ranks)
-        adapters = {"global": whole.first(kept)}
-        if not merge:
-            return State(adapters, {**state.facts, **facts})
-        rest = Adapter({m: f.terms(range(min(kept[m], f.rank), f.rank)) for m, f in whole.items()})
-        return logged(state, rest, uploads, adapters)
+        log = state.merge_log.after(context.round, cohort.clients, Adapter(rest))
+        return replace(state, model=model, per_module=whole.per_module, merge_log=log)
 
-    def update(self, state: State) -> Adapter:
-        """All remainders and the first terms, as one SVD of each module."""
-        known = state.adapters["global"]
-        return summed(state, known, [known]) if self.remainder == "merge" else known
+    def global_adapter(self, state: State, context: RoundContext) -> Adapter:
+        """All remainders and the first components, as one SVD of each module."""
+        if self.remainder == "drop":
+            return state.model
+        return total([*state.merge_log.updates.values(), state.model], state.model)

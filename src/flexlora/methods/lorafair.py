@@ -1,6 +1,6 @@
-"""LoRA-FAIR (arXiv 2411.14961): means of the factors, ``B`` corrected towards the true mean.
+"""LoRA-FAIR (arXiv 2411.14961): averaged factors, ``B`` corrected towards the true mean.
 
-With ``W = sum_k p_k B_k A_k`` and the means ``B``, ``A`` the server looks for the ``D`` with
+With ``W = sum_k p_k B_k A_k`` and the averages ``B``, ``A`` the server looks for the ``D`` with
 ``(B + D) A`` near ``W`` and ``D`` small, and hands out ``A`` and ``B + D``.
 
 ``solver`` "cosine" is the paper's: gradient descent on ``1 - cos(W, (B + D) A) + strength |D|``.
@@ -14,8 +14,7 @@ From reading notes, not from the paper's text (unverified: step size and number 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,21 +22,22 @@ from torch import Tensor
 
 from flexlora.errors import ConfigError
 from flexlora.lowrank import Adapter, Factors, LowRankSum
-from flexlora.method import Method, State, Upload, Weighted, Weights, factor_means, weighted
+from flexlora.method import Cohort, Feature, Info, Mean, Method, RoundContext, State, Weights
 
 
 @dataclass(frozen=True)
 class LoRAFAIR(Method):
     """LoRA-FAIR. Unequal ranks are refused at start-up."""
 
-    title = "LoRA-FAIR: factor means, B corrected on the server"
-    paper = "arXiv 2411.14961"
-    exact = False
-    mixed_ranks = False
-    by_module = True
-    up = "r*(m+n)"
-    down = "r*(m+n)"
-    server = "products of factors, one system of r unknowns"
+    info = Info(
+        "LoRA-FAIR: averaged factors, B corrected on the server",
+        "arXiv 2411.14961",
+        up="r*(m+n)",
+        down="r*(m+n)",
+        server="products of factors, one system of r unknowns",
+    )
+    features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
+    needs = frozenset({Mean.FACTORS, Mean.PRODUCTS})
 
     solver: Literal["ridge", "cosine"] = "ridge"
     strength: float = 0.01
@@ -52,30 +52,28 @@ class LoRAFAIR(Method):
         if self.steps < 1:
             raise ConfigError(f"steps is at least 1, got {self.steps}.")
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
-        """Factor means and a correction of ``B``; products of factors, never the full matrix."""
-        held = weighted(uploads, self.weights)
-        modules = {}
-        for module, last in state.adapters["global"].items():
-            terms = held(module)
-            mean = factor_means(terms)
-            solve = self._ridge if self.solver == "ridge" else self._cosine
-            modules[module] = Factors(mean.B + solve(terms, mean), mean.A).to(last.B.dtype)
-        return State({"global": Adapter(modules)}, state.facts)
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
+        """Averaged factors, ``B`` corrected; products of factors, never the full matrix."""
+        solve, model = self._ridge if self.solver == "ridge" else self._cosine, {}
+        for module, last in state.model.items():
+            products, mean = cohort.products(module), cohort.factors(module)
+            corrected = Factors(mean.B + solve(products, mean), mean.A)
+            model[module] = corrected.to(last.B.dtype)
+        return replace(state, model=Adapter(model))
 
-    def _ridge(self, held: Sequence[Weighted], mean: Factors) -> Tensor:
+    def _ridge(self, products: LowRankSum, mean: Factors) -> Tensor:
         gram = mean.A @ mean.A.T
         if not gram.any():
             return torch.zeros_like(mean.B)
-        missed = _times(held, mean.A) - mean.B @ gram
+        missed = _times(products, mean.A) - mean.B @ gram
         eye = torch.eye(len(gram), dtype=gram.dtype)
         damped = gram + self.strength * gram.diagonal().mean() * eye
         D: Tensor = torch.linalg.solve(damped, missed, left=False)
         return D
 
-    def _cosine(self, held: Sequence[Weighted], mean: Factors) -> Tensor:
-        through, gram = _times(held, mean.A), mean.A @ mean.A.T
-        norm = LowRankSum.of(held).norm()
+    def _cosine(self, products: LowRankSum, mean: Factors) -> Tensor:
+        through, gram = _times(products, mean.A), mean.A @ mean.A.T
+        norm = products.norm()
         D = torch.zeros_like(mean.B)
         if norm == 0 or not (mean.B @ gram).any():
             return D  # no direction to turn from or to
@@ -89,7 +87,7 @@ class LoRAFAIR(Method):
         return D
 
 
-def _times(held: Sequence[Weighted], A: Tensor) -> Tensor:
+def _times(products: LowRankSum, A: Tensor) -> Tensor:
     """The weighted sum of products, times ``A'``."""
-    terms = [weight * f.B.double() @ (f.A.double() @ A.T) for weight, f in held]
+    terms = [weight * f.B.double() @ (f.A.double() @ A.T) for weight, f in products.terms]
     return torch.stack(terms).sum(0)

@@ -3,18 +3,19 @@
 ``W = sum_i s_i B_i H_i A_i`` over h heads. ``B_i`` (out, q) and ``A_i`` (q, in) are frozen,
 orthonormal also across heads; the core ``H_i`` (q, q), zero at the start, and its scale
 ``s_i`` = 1 are trained. Clients send ``s_i H_i``, whose mean over the clients that trained the
-head is exact. At the numbers of a LoRA of rank r the update has rank h q, several times r.
+head is exact. With the parameters of a LoRA of rank r the update has rank h q, several times r.
 
-q is the largest at which all heads take no more numbers than the largest rank, r (out + in),
-and stand side by side, h q <= min(out, in). A client of rank r trains r (out + in) / q^2 heads,
-at least one: those of the largest norm, ties (as in its first round) by lot; it sees the others.
+q is the largest at which all heads take no more parameters than the largest rank, r (out + in),
+and stand side by side, h q <= min(out, in). A client of rank r trains r (out + in) / q^2 heads, at
+least one: those of the largest norm, ties (as in its first round) at random; the others are
+frozen.
 
-A core travels as one column of ``B`` (q^2, heads), beside an ``A`` without width; ``terms`` are
-the numbers of heads. Bases never travel: both sides make them from a number that the download
-tells. The LoRA scale has no part.
+A core travels as one column of ``B`` (q^2, heads), beside an ``A`` without width;
+``component_ids`` are the numbers of heads. Bases never travel: both sides make them from the run's
+seed. The LoRA scale has no part.
 
-Differs: bases are columns, by lot, of the cosine transform with its rows' signs by lot, as in
-fast sketches, and not a QR of normal numbers: as orthonormal, at O(out h q) instead of
+Differs: bases are random columns of the cosine transform, with random signs of its rows, as in
+fast sketches, and not the QR of a normal matrix: as orthonormal, at O(out h q) instead of
 O(out (h q)^2), which at large ranks took longer than a client's training.
 """
 
@@ -30,20 +31,23 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import ConfigError
-from flexlora.lowrank import Adapter, Factors, Form
+from flexlora.lowrank import Adapter, Factors, Parametrization
 from flexlora.method import (
     Client,
+    Cohort,
     Download,
-    Draw,
-    Expected,
-    Fresh,
+    Feature,
+    FreshAdapters,
+    Info,
+    Mean,
     Method,
+    ModuleSpec,
+    RoundContext,
     State,
-    Upload,
+    Turn,
+    UploadSpec,
     Weights,
-    chosen_of,
-    seed_of,
-    weights_of,
+    with_components,
 )
 from flexlora.seeds import rng
 
@@ -52,15 +56,18 @@ from flexlora.seeds import rng
 class RAVAN(Method):
     """RAVAN. ``head_rank`` is q, the same for all modules; None derives it for each."""
 
-    title = "RAVAN: trained cores between frozen orthonormal heads"
-    paper = "arXiv 2506.05568"
-    exact = True
-    rank_wise = True
-    mixed_ranks = True
-    by_module = True
-    up = "b*c"
-    down = "4*c"
-    server = "sums of cores, 4 SVDs of rank sqrt(c)"
+    info = Info(
+        "RAVAN: trained cores between frozen orthonormal heads",
+        "arXiv 2506.05568",
+        exact=True,
+        by_component=True,
+        up="b*c",
+        down="4*c",
+        server="sums of cores, 4 SVDs of rank sqrt(c)",
+        exempt={"gauge": "clients train cores between frozen bases"},
+    )
+    features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE})
+    needs = frozenset({Mean.NUMBERED_COMPONENTS})
 
     heads: int = 4
     head_rank: int | None = None
@@ -72,10 +79,10 @@ class RAVAN(Method):
                 f"heads and head_rank are at least 1, got {self.heads} and {self.head_rank}."
             )
 
-    def start(self, adapter: Adapter) -> State:
+    def start(self, fresh: Adapter, context: RoundContext) -> State:
         """Cores of zero. Raises ConfigError where heads do not stand side by side."""
         cores = {}
-        for module, f in adapter.items():
+        for module, f in fresh.items():
             most = min(f.shape) // self.heads
             q = self.head_rank or min(isqrt(f.rank * sum(f.shape) // self.heads), most)
             if not 0 < q <= most:
@@ -84,91 +91,86 @@ class RAVAN(Method):
                     f"shape {f.shape}; lower method.heads or method.head_rank."
                 )
             cores[module] = _columns(f.B.new_zeros(self.heads, q * q))
-        shapes = {m: list(f.shape) for m, f in adapter.items()}
-        facts = {"ranks": adapter.ranks, "shapes": shapes, "bases": seed_of(adapter)}
-        return State({"global": Adapter(cores)}, facts)
+        return State(Adapter(cores))
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """All cores: the client's own to train, the others to see."""
-        known, terms = state.adapters["global"], {}
-        for module, count in self._budget(state, client).items():
-            lot = torch.from_numpy(draw(f"{client.id} {module}").permutation(self.heads))
-            best = known[module].B.norm(dim=0)[lot].argsort(descending=True, stable=True)
-            terms[module] = sorted(lot[best[:count]].tolist())
-        return chosen_of(Download(known, facts={"bases": state.facts["bases"]}), terms)
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
+        """All cores: the client's own to train, the others frozen."""
+        ids = {}
+        for module, count in self._budget(state, client, context).items():
+            generator = context.rng(f"{client.id} {module}")
+            order = torch.from_numpy(generator.permutation(self.heads))
+            norms = state.model[module].B.norm(dim=0)[order]
+            best = norms.argsort(descending=True, stable=True)
+            ids[module] = sorted(order[best[:count]].tolist())
+        return with_components(Download(state.model), ids)
 
-    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
-        """The cores between their bases, and those of the others as the rest."""
-        own, rest, bases = {}, {}, {}
+    def prepare(
+        self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
+    ) -> Download:
+        """The cores between their bases, and those of the others frozen."""
+        own, frozen, bases = {}, {}, {}
         for module, f in download.adapter.items():
-            q, terms = isqrt(f.shape[0]), download.terms[module]
-            whole = _bases(download.facts["bases"], module, fresh.shapes[module], self.heads * q)
-            others = [head for head in range(self.heads) if head not in terms]
-            bases[module] = whole.terms([head * q + i for head in terms for i in range(q)])
-            beside = whole.terms([head * q + i for head in others for i in range(q)])
+            q, ids = isqrt(f.shape[0]), download.component_ids[module]
+            whole = _bases(fresh.seed, module, fresh.shapes[module], self.heads * q)
+            others = [head for head in range(self.heads) if head not in ids]
+            bases[module] = whole.components([head * q + i for head in ids for i in range(q)])
+            beside = whole.components([head * q + i for head in others for i in range(q)])
             own[module] = _between(f.B.T, bases[module])
-            if download.rest is not None:
-                rest[module] = _between(download.rest[module].B.T, beside)
-        extra = {"cores": download.adapter, "bases": Adapter(bases)}
-        return replace(download, adapter=Adapter(own), rest=Adapter(rest), extra=extra)
+            if download.frozen is not None:
+                frozen[module] = _between(download.frozen[module].B.T, beside)
+        aux = {"cores": download.adapter, "bases": Adapter(bases)}
+        return replace(download, adapter=Adapter(own), frozen=Adapter(frozen), aux=aux)
 
-    def form(self, start: Download) -> Mapping[str, Form]:
+    def parametrize(self, start: Download) -> Mapping[str, Parametrization]:
         """Of each head its scale, then its core."""
-        forms, bases = {}, start.extra["bases"]
-        for module, f in start.extra["cores"].items():
+        parametrizations, bases = {}, start.aux["bases"]
+        for module, f in start.aux["cores"].items():
             parameters = torch.cat([f.B.new_ones(1, f.rank), f.B]).T.flatten()
             frozen = bases[module].B, bases[module].A
-            forms[module] = Form(parameters, partial(_formed, f.rank), frozen)
-        return forms
+            make = partial(_formed, f.rank)
+            parametrizations[module] = Parametrization(parameters, make, frozen)
+        return parametrizations
 
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
+    def upload_from(self, turn: Turn) -> Adapter:
         """``s_i H_i`` of the heads trained."""
-        return Adapter(
-            {m: _columns(_scaled(len(start.terms[m]), f.B[:, 0])) for m, f in trained.items()}
+        heads = {m: len(ids) for m, ids in turn.start.component_ids.items()}
+        return Adapter({m: _columns(_scaled(heads[m], f.B[:, 0])) for m, f in turn.trained.items()})
+
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
+        """As many heads as the client's rank allows."""
+        return UploadSpec(
+            {
+                m: ModuleSpec(state.model[m].shape, heads, heads, self.heads)
+                for m, heads in self._budget(state, client, context).items()
+            }
         )
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
-        """As many heads as the client's rank allows."""
-        known = state.adapters["global"]
-        return {
-            m: Expected(known[m].shape, n, n, self.heads)
-            for m, n in self._budget(state, client).items()
-        }
-
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The mean of each head's cores over those who trained it; without any it stays."""
-        weights, cores = weights_of(uploads, self.weights), {}
-        for module, last in state.adapters["global"].items():
-            held, total = torch.zeros(last.rank, dtype=torch.float64), 0 * last.B.double()
-            for weight, upload in zip(weights, uploads, strict=True):
-                at = list(upload.terms[module])
-                held[at] += weight
-                total[:, at] += weight * upload.adapter[module].B.double()
-            means = torch.where(held > 0, total / held.clamp_min(1e-300), last.B.double())
-            cores[module] = _columns(means.T.to(last.B.dtype))
-        return State({"global": Adapter(cores)}, state.facts)
+        cores = {
+            m: cohort.numbered_components(m, last).to(last.B.dtype)
+            for m, last in state.model.items()
+        }
+        return replace(state, model=Adapter(cores))
 
-    def update(self, state: State) -> Adapter:
+    def global_adapter(self, state: State, context: RoundContext) -> Adapter:
         """All heads, in the order of an SVD: bases being orthonormal, the cores' SVDs are it."""
-        found = {}
-        for module, f in state.adapters["global"].items():
-            q, shape = isqrt(f.shape[0]), state.facts["shapes"][module]
-            bases = _bases(state.facts["bases"], module, shape, self.heads * q).to(torch.float64)
+        modules = {}
+        for module, f in state.model.items():
+            q, shape = isqrt(f.shape[0]), context.shapes[module]
+            bases = _bases(context.seed, module, shape, self.heads * q).to(torch.float64)
             U, S, Vt = torch.linalg.svd(f.B.T.double().reshape(self.heads, q, q))
             left = _between((U * S[:, None]).flatten(1), bases).B
             right = (Vt @ bases.A.reshape(self.heads, q, -1)).flatten(0, 1)
             order = S.flatten().argsort(descending=True, stable=True)
-            found[module] = Factors(left[:, order], right[order]).to(f.B.dtype)
-        return Adapter(found)
+            modules[module] = Factors(left[:, order], right[order]).to(f.B.dtype)
+        return Adapter(modules)
 
-    def _budget(self, state: State, client: Client) -> dict[str, int]:
+    def _budget(self, state: State, client: Client, context: RoundContext) -> dict[str, int]:
         """How many heads of each module the client trains."""
-        shapes = state.facts["shapes"]
         return {
-            m: min(max(client.ranks[m] * sum(shapes[m]) // f.shape[0], 1), self.heads)
-            for m, f in state.adapters["global"].items()
+            m: min(max(client.ranks[m] * sum(context.shapes[m]) // f.shape[0], 1), self.heads)
+            for m, f in state.model.items()
         }
 
 
@@ -179,17 +181,17 @@ def _columns(cores: Tensor) -> Factors:
 
 def _bases(seed: int, module: str, shape: Sequence[int], columns: int) -> Factors:
     """Orthonormal ``B`` and ``A``, of float64, so that all make the same to single precision."""
-    draw = rng(seed, "bases", module)
-    B, A = (_orthonormal(size, columns, draw) for size in shape)
+    generator = rng(seed, "bases", module)
+    B, A = (_orthonormal(size, columns, generator) for size in shape)
     return Factors(B, A.T).to(torch.float32)
 
 
-def _orthonormal(size: int, columns: int, draw: np.random.Generator) -> Tensor:
-    """So many columns of the cosine transform (DCT-II) of ``size``, its rows' signs by lot."""
-    chosen = torch.from_numpy(draw.permutation(size)[:columns]).double()
-    signs = torch.from_numpy(draw.choice([-1.0, 1.0], size=size))
-    scales = torch.where(chosen == 0, 1.0, 2.0).div(size).sqrt()
-    angles = torch.outer(2 * torch.arange(size).double() + 1, chosen * (pi / (2 * size)))
+def _orthonormal(size: int, columns: int, generator: np.random.Generator) -> Tensor:
+    """Columns of the cosine transform (DCT-II) of ``size``, with random signs of its rows."""
+    frequencies = torch.from_numpy(generator.permutation(size)[:columns]).double()
+    signs = torch.from_numpy(generator.choice([-1.0, 1.0], size=size))
+    scales = torch.where(frequencies == 0, 1.0, 2.0).div(size).sqrt()
+    angles = torch.outer(2 * torch.arange(size).double() + 1, frequencies * (pi / (2 * size)))
     return angles.cos() * signs[:, None] * scales
 
 

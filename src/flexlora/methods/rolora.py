@@ -1,31 +1,32 @@
-"""RoLoRA (arXiv 2409.02346): rounds that train ``B`` alone, then rounds that train ``A`` alone.
+"""RoLoRA (arXiv 2409.02346): rounds that train ``B`` alternate with rounds that train ``A``.
 
-The half that is not trained is common to all clients, so the mean of the other is the mean
+The factor that is not trained is common to all clients, so the mean of the other is the mean
 of the products. The first round trains ``B``: with ``B = 0`` the gradient of ``A`` is zero.
 
-Differs: both halves travel down, so that a client that missed a round needs nothing special;
+Differs: both factors travel down, so that a client that missed a round needs nothing special;
 only the trained one travels up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flexlora.lowrank import Adapter, Factors, Halves
+from flexlora.lowrank import Adapter, FactorNames, Factors
 from flexlora.method import (
     Client,
+    Cohort,
     Download,
-    Draw,
-    Expected,
+    Feature,
+    Info,
+    Mean,
     Method,
+    RoundContext,
     State,
-    Upload,
+    Turn,
+    UploadSpec,
     Weights,
-    at_ranks,
-    factor_means,
-    half_expected,
-    weighted,
+    factor_spec,
+    truncated,
 )
 
 
@@ -33,42 +34,41 @@ from flexlora.method import (
 class RoLoRA(Method):
     """RoLoRA. Unequal ranks are refused at start-up."""
 
-    title = "RoLoRA: B and A in turn"
-    paper = "arXiv 2409.02346"
-    exact = True
-    mixed_ranks = False
-    by_module = True
-    up = "r*m or r*n"
-    down = "r*(m+n)"
-    server = "sums of factors"
+    info = Info(
+        "RoLoRA: B and A in turn",
+        "arXiv 2409.02346",
+        exact=True,
+        up="r*m or r*n",
+        down="r*(m+n)",
+        server="sums of factors",
+        exempt={"gauge": "one factor is trained at a time"},
+    )
+    features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
+    needs = frozenset({Mean.FACTORS})
 
     weights: Weights = "examples"
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
-        """The global adapter, with the half that it is the turn of."""
-        known = at_ranks(state.adapters["global"], client.ranks, draw)
-        return Download(known, halves=_turn(state))
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
+        """The model, of which this round trains one factor."""
+        return replace(truncated(state, client, context), factors=_trained_in(context.round))
 
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
-        """The half that was trained."""
-        return trained.half(start.halves)
+    def upload_from(self, turn: Turn) -> Adapter:
+        """The factor that was trained."""
+        return turn.trained.restricted(turn.start.factors)
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
-        """The half that it is the turn of."""
-        return half_expected(client, shapes, _turn(state))
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
+        """The factor that this round trains."""
+        return factor_spec(client, context, _trained_in(context.round))
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
-        """The mean of the half that was trained."""
-        held, turn = weighted(uploads, self.weights), _turn(state)
-        modules = {}
-        for module, last in state.adapters["global"].items():
-            mean = factor_means(held(module)).to(last.B.dtype)
-            modules[module] = Factors(mean.B, last.A) if turn == "B" else Factors(last.B, mean.A)
-        rounds = state.facts.get("rounds", 0) + 1
-        return State({"global": Adapter(modules)}, {**state.facts, "rounds": rounds})
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
+        """The mean of the factor that was trained."""
+        model = {}
+        for module, last in state.model.items():
+            mean = cohort.factors(module).to(last.B.dtype)
+            trains_B = _trained_in(context.round) == "B"
+            model[module] = Factors(mean.B, last.A) if trains_B else Factors(last.B, mean.A)
+        return replace(state, model=Adapter(model))
 
 
-def _turn(state: State) -> Halves:
-    return "A" if state.facts.get("rounds", 0) % 2 else "B"
+def _trained_in(round: int) -> FactorNames:
+    return "B" if round % 2 else "A"

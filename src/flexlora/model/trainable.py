@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from flexlora.lowrank import Adapter, Factors, Halves
+from flexlora.lowrank import Adapter, FactorNames, Factors
 
 Scale = Callable[[int], float]
 """The LoRA scale as a function of a module's rank."""
@@ -39,7 +39,7 @@ class FlatAdapter:
         adapter: Adapter,
         scale: Scale,
         device: torch.device,
-        halves: Halves = "BA",
+        halves: FactorNames = "BA",
         rest: Mapping[str, Factors] | None = None,
         ranks: Mapping[str, int] | None = None,
     ) -> FlatAdapter:

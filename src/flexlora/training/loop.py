@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexlora.data import Pack, TokenStore, first_fit, join, pack, packs, steps
 from flexlora.errors import DataError
-from flexlora.lowrank import Adapter, Factors, Form, Halves
+from flexlora.lowrank import Adapter, FactorNames, Factors, Parametrization
 from flexlora.model import Base, FlatAdapter, to_device
 from flexlora.training.optimizer import Training
 from flexlora.training.reparametrized import ReparametrizedAdapter
@@ -45,9 +45,9 @@ class ClientTask:
     draw: np.random.Generator
     penalty: Penalty | None = None
     rest: Adapter | None = None
-    halves: Halves = "BA"
+    halves: FactorNames = "BA"
     rate: float = 1.0
-    form: Mapping[str, Form] | None = None
+    form: Mapping[str, Parametrization] | None = None
     ranks: Mapping[str, int] | None = None
 
 

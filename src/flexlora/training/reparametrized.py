@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora.lowrank import Adapter, Factors, Form, column
+from flexlora.lowrank import Adapter, Factors, Parametrization, as_vector
 from flexlora.model import FlatAdapter, leaf
 
 
@@ -27,13 +27,13 @@ class ReparametrizedAdapter:
     """
 
     values: Tensor
-    forms: Mapping[str, Form]
+    forms: Mapping[str, Parametrization]
     leaves: FlatAdapter
 
     @classmethod
     def of(
         cls,
-        forms: Mapping[str, Form],
+        forms: Mapping[str, Parametrization],
         device: torch.device,
         rest: Mapping[str, Factors] | None = None,
     ) -> ReparametrizedAdapter:
@@ -46,7 +46,7 @@ class ReparametrizedAdapter:
             with torch.no_grad():
                 parameters.copy_(form.parameters)
             frozen = tuple(x.to(device) for x in form.frozen)
-            device_forms[module] = Form(parameters, form.make, frozen)
+            device_forms[module] = Parametrization(parameters, form.make, frozen)
             computed = device_forms[module].factors()
             factors[module] = Factors(_detached(computed.B), _detached(computed.A))
         values.requires_grad_().grad = grads
@@ -91,14 +91,14 @@ class ReparametrizedAdapter:
                     each.grad.zero_()
 
     def finish(self) -> Adapter:
-        """Each module's parameters as a ``column``, on the CPU; frees the gradients."""
+        """Each module's parameters by ``as_vector``, on the CPU; frees the gradients."""
         for f in self.leaves.factors.values():
             f.B.grad = f.A.grad = None
         for form in self.forms.values():
             form.parameters.grad = None
         self.values.grad = None
         return Adapter(
-            {m: column(f.parameters.detach().clone().cpu()) for m, f in self.forms.items()}
+            {m: as_vector(f.parameters.detach().clone().cpu()) for m, f in self.forms.items()}
         )
 
 

@@ -7,27 +7,28 @@ from collections.abc import Mapping
 import torch
 
 from flexlora.errors import ProtocolError
-from flexlora.method import Client, Expected, Upload
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import Client, ModuleSpec, Upload, UploadSpec
 
 LARGEST_NORM = 1e6
 """Of a factor. Trained ones are far below; finite numbers without bound overflow in products."""
 
-TRAVELS = (torch.float32, torch.bfloat16, torch.float16)
-"""The kinds of numbers that adapters travel in."""
+TRANSPORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that adapters may travel in."""
 
 
 def upload(
     upload: Upload,
     client: Client,
     round: int,
-    expected: Mapping[str, Expected],
+    expected: UploadSpec,
     most_examples: int | None = None,
 ) -> None:
-    """Refuse an upload that is not what ``client`` was asked for in this round.
+    """Refuse an upload that is not what ``client`` has to send in this round.
 
     It must name this client and round, hold exactly the modules expected, each of the shape
-    and of a rank expected, all finite and of a kind that travels, and count at least one
-    example. Reads every tensor once.
+    and of a rank expected, all finite and of a dtype that may travel, and count at least one
+    example. The same holds for the adapters beside it. Reads every tensor once.
 
     Raises:
         ProtocolError: with the module and the value that is wrong.
@@ -37,54 +38,67 @@ def upload(
         raise ProtocolError(f"{place} says it is of {upload.client!r}, round {upload.round}.")
     if upload.examples < 1 or (most_examples and upload.examples > most_examples):
         raise ProtocolError(f"{place} counts {upload.examples} examples.")
-    missing, strange = (
-        expected.keys() - upload.adapter.keys(),
-        upload.adapter.keys() - expected.keys(),
-    )
-    if missing or strange:
+    if upload.aux.keys() != expected.aux.keys():
         raise ProtocolError(
-            f"{place} lacks {sorted(missing)[:3]} and has unexpected {sorted(strange)[:3]}."
+            f"{place} has {sorted(upload.aux)[:3]} beside it, not {sorted(expected.aux)}."
         )
-    _check_terms(upload, expected, place)
-    for module, factors in upload.adapter.items():
-        wanted = expected[module]
-        if factors.shape != tuple(wanted.shape):
-            raise ProtocolError(
-                f"{place}: module {module!r} is {factors.shape} (out, in), not {wanted.shape}."
-            )
-        if factors.B.dtype not in TRAVELS:
-            raise ProtocolError(
-                f"{place}: module {module!r} is {factors.B.dtype}, not of {TRAVELS}."
-            )
-        if not wanted.least <= factors.rank <= wanted.most:
-            raise ProtocolError(
-                f"{place}: module {module!r} has rank {factors.rank}; this client's rank "
-                f"is {wanted.most}."
-            )
-        if not (factors.B.isfinite().all() and factors.A.isfinite().all()):
-            raise ProtocolError(f"{place}: module {module!r} holds NaN or infinity.")
-        size = max(float(half.double().norm()) for half in (factors.B, factors.A))
-        if size > LARGEST_NORM:
-            raise ProtocolError(
-                f"{place}: a factor of module {module!r} has the norm {size:.3g}; at most "
-                f"{LARGEST_NORM:g} is taken."
-            )
+    adapters = [(upload.adapter, expected.modules, place)]
+    adapters += [
+        (upload.aux[name], specs, f"{place}, {name!r}") for name, specs in expected.aux.items()
+    ]
+    for adapter, specs, where in adapters:
+        _check_modules(adapter, specs, where)
+    _check_component_ids(upload, expected.modules, place)
+    for adapter, specs, where in adapters:
+        for module, factors in adapter.items():
+            _check_factors(module, factors, specs[module], where)
 
 
-def _check_terms(upload: Upload, expected: Mapping[str, Expected], place: str) -> None:
-    """Terms must be numbered just where the method numbers them, one for each, all known."""
-    numbered = {module for module, wanted in expected.items() if wanted.terms is not None}
-    if upload.terms.keys() != numbered:
+def _check_modules(adapter: Adapter, specs: Mapping[str, ModuleSpec], place: str) -> None:
+    missing, unexpected = specs.keys() - adapter.keys(), adapter.keys() - specs.keys()
+    if missing or unexpected:
         raise ProtocolError(
-            f"{place} numbers the terms of {len(upload.terms)} modules, not of the "
-            f"{len(numbered)} for which the method asks it."
+            f"{place} lacks {sorted(missing)[:3]} and has unexpected {sorted(unexpected)[:3]}."
+        )
+
+
+def _check_factors(module: str, factors: Factors, spec: ModuleSpec, place: str) -> None:
+    if factors.shape != tuple(spec.shape):
+        raise ProtocolError(
+            f"{place}: module {module!r} is {factors.shape} (out, in), not {spec.shape}."
+        )
+    if factors.B.dtype not in TRANSPORT_DTYPES:
+        raise ProtocolError(
+            f"{place}: module {module!r} is {factors.B.dtype}, not one of {TRANSPORT_DTYPES}."
+        )
+    if not spec.min_rank <= factors.rank <= spec.max_rank:
+        raise ProtocolError(
+            f"{place}: module {module!r} has rank {factors.rank}; this client's rank is "
+            f"{spec.max_rank}."
+        )
+    if not (factors.B.isfinite().all() and factors.A.isfinite().all()):
+        raise ProtocolError(f"{place}: module {module!r} holds NaN or infinity.")
+    size = max(float(factor.double().norm()) for factor in (factors.B, factors.A))
+    if size > LARGEST_NORM:
+        raise ProtocolError(
+            f"{place}: a factor of module {module!r} has the norm {size:.3g}; the limit is "
+            f"{LARGEST_NORM:g}."
+        )
+
+
+def _check_component_ids(upload: Upload, specs: Mapping[str, ModuleSpec], place: str) -> None:
+    """Components must be numbered just where the method numbers them: distinct, in range."""
+    numbered = {module for module, spec in specs.items() if spec.components is not None}
+    if upload.component_ids.keys() != numbered:
+        raise ProtocolError(
+            f"{place} numbers the components of {len(upload.component_ids)} modules, not of the "
+            f"{len(numbered)} for which the method needs it."
         )
     for module in numbered:
-        terms, most = upload.terms[module], expected[module].terms or 0
-        known = all(type(term) is int and 0 <= term < most for term in terms)
-        whole = len(set(terms)) == len(terms) == upload.adapter[module].rank
-        if not known or not whole:
+        ids, count = upload.component_ids[module], specs[module].components or 0
+        in_range = all(type(number) is int and 0 <= number < count for number in ids)
+        if not in_range or not len(set(ids)) == len(ids) == upload.adapter.rank(module):
             raise ProtocolError(
-                f"{place}: module {module!r} numbers its terms {list(terms)[:8]}, which are not "
-                f"{upload.adapter[module].rank} different ones of {most}."
+                f"{place}: module {module!r} numbers its components {list(ids)[:8]}, which are not "
+                f"{upload.adapter.rank(module)} different numbers below {count}."
             )

@@ -18,13 +18,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.rounds import clients_of, jolt, started, turn
 
 from flexlora import methods, wire
 from flexlora.config.experiment import Experiment
 from flexlora.federation import rounds, setup
 from flexlora.federation.client_store import ClientStore
 from flexlora.federation.client_turn import TurnRequest
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.transport import Lost, Reply, WaitPolicy
 from flexlora.journal.record import Record
 from flexlora.lowrank.factors import Adapter
@@ -33,7 +34,6 @@ from flexlora.method.wrapper import MethodWrapper
 from flexlora.seeds import rng
 from support import models
 from support.factors import random_adapter
-from support.rounds import clients_of, jolt, started, turn
 
 ray = pytest.importorskip("ray", reason="Ray is not installed; it is in the extra 'ray'.")
 

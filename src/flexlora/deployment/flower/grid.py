@@ -24,6 +24,7 @@ from flexlora.federation import (
     TurnRequest,
     WaitPolicy,
 )
+from flexlora.journal import LossKind
 
 _ENROL_SECONDS: Final = 3600.0
 """How long a node may take to load its model and say who it is."""
@@ -57,7 +58,7 @@ class Flower:
     terms: str
     quorum: int = 1
     poll_seconds: float = 0.25
-    together: int = 1
+    clients_at_once: int = 1
     _client: dict[int, str] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
     _invited: dict[str, int] = field(default_factory=dict)
@@ -88,16 +89,18 @@ class Flower:
         held = _Payloads()
         for job in jobs:
             if (message := self._message(job, held, seconds)) is None:
-                yield Lost(job.client, "Its node is not online.")
+                yield Lost(job.client, "Its node is not online.", LossKind.UNREACHABLE)
             elif not (id := next(iter(self.grid.push_messages([message])), None)):
-                yield Lost(job.client, "Flower did not take the message to it.")
+                reason = "Flower did not take the message to it."
+                yield Lost(job.client, reason, LossKind.UNREACHABLE)
             else:
                 asked[id] = job.client, job.round
                 yield TransportEvent("asked", {"client": job.client})
         while asked and not patience.enough():
             if seconds is not None and time.monotonic() - started > seconds:
                 late = f"It did not answer within {seconds:g} s."
-                yield from (Lost(client, late) for client, _ in asked.values())
+                kind = LossKind.NO_ANSWER
+                yield from (Lost(client, late, kind) for client, _ in asked.values())
                 break
             yield from self._heard(asked)
         self._late |= asked
@@ -277,13 +280,15 @@ def _reply(message: Message | ValueError, asked: Asked) -> Reply | Lost:
     """What a client answered: its upload, its own fault, or Flower's."""
     client, _ = asked
     if isinstance(message, ValueError):
-        return Lost(client, str(message))
+        return Lost(client, str(message), LossKind.UNREACHABLE)
     if message.has_error():
-        return Lost(client, _fault(message))
+        return Lost(client, _fault(message), LossKind.UNREACHABLE)
     try:
         header, data = records.opened(message.content)
     except FlexloraError as fault:
-        return Lost(client, str(fault))
+        return Lost(client, str(fault), LossKind.INVALID_UPLOAD)
     if "error" in header:
-        return Lost(client, str(header["error"])[:500], header.get("forgot") is True)
+        lost_base = header.get("forgot") is True
+        kind = LossKind.LOST_STATE if lost_base else LossKind.CLIENT_ERROR
+        return Lost(client, str(header["error"])[:500], kind, lost_base)
     return Reply(client, data)

@@ -10,7 +10,7 @@ from flexlora.config import RankType
 from flexlora.errors import ConfigError
 from flexlora.federation import ClientRuntime
 from flexlora.lowrank import Adapter
-from flexlora.method import Fresh
+from flexlora.method import FreshAdapters
 from flexlora.seeds import rng
 from flexlora.training import ClientTask, Trained, bytes_to_train, free_bytes, train_together
 
@@ -114,7 +114,7 @@ def _step(here: ClientRuntime, rank: RankType) -> Trained:
     """One step of training at this rank, on the client's own rows; what it learnt is dropped."""
     (client,) = here.rows
     shapes = here.base.shapes
-    start: Adapter = Fresh(shapes, here.seed).common(rank.by_module(list(shapes)))
+    start: Adapter = FreshAdapters(shapes, here.seed).common(rank.by_module(list(shapes)))
     learner = ClientTask(f"client {client!r}", start, here.rows[client], rng(here.seed, "budget"))
     once = replace(here.training, max_steps=1, epochs=1)
     train_together(here.base, [learner], here.store, once, 1)  # the first is slower

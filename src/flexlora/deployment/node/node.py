@@ -19,8 +19,10 @@ from flexlora.deployment.node.capacity import Capacity, Proposal
 from flexlora.deployment.node.worker_socket import Answer
 from flexlora.deployment.run_spec import RunSpec
 from flexlora.errors import ProtocolError
-from flexlora.federation import ClientRuntime, ClientStore, Forgotten, TurnRequest, checkpoint, turn
+from flexlora.federation import ClientRuntime, ClientStore, LostBase, TurnRequest, turn
+from flexlora.method import Download, Feature
 from flexlora.model import Base, smollm2
+from flexlora.storage.files import write_atomically
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
@@ -73,13 +75,13 @@ class Node:
         # The disk may be full, the memory too small: the server shall hear of it.
         except Exception as error:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            forgot = {"forgot": True} if isinstance(error, Forgotten) else {}
+            forgot = {"forgot": True} if isinstance(error, LostBase) else {}
             return {"error": f"{kind}{error}", **forgot}, b""
 
     def _enrol(self, header: Mapping[str, Any], payload: bytes) -> Answer:
         """Take the server's terms, and say who this is and what it can do."""
         joined = self._agreed(header)
-        place = joined.workplace
+        place = joined.runtime
         return {
             "client": self.owner.name,
             "examples": len(place.rows[self.owner.name]),
@@ -100,7 +102,7 @@ class Node:
             )
         kept = joined.folder / f"upload-{round:05d}-{hashlib.sha256(payload).hexdigest()[:16]}"
         if not kept.exists():
-            checkpoint.write(kept, joined.trained(self.owner.name, round, payload))
+            write_atomically(kept, joined.trained(self.owner.name, round, payload))
             for old in joined.folder.glob("upload-*"):
                 if old != kept:
                     old.unlink()
@@ -130,7 +132,7 @@ class Node:
             training=agreed.training,
             wire_dtype=agreed.dtype,
             seed=agreed.seed,
-            private=ClientStore(folder / "private"),
+            clients=ClientStore(folder / "private"),
         )
         limit = RankType(agreed.attention, agreed.feed_forward)
         return _Joined(agreed, folder, place, self.owner.budget.means(place, limit))
@@ -158,7 +160,7 @@ class _Joined:
 
     terms: RunSpec
     folder: Path
-    workplace: ClientRuntime
+    runtime: ClientRuntime
     means: Proposal
 
     def trained(self, client: str, round: int, download: bytes) -> bytes:
@@ -169,7 +171,18 @@ class _Joined:
         file.write_bytes(download)
         job = TurnRequest(client, round, file)
         self._check(job)
-        return turn(job, self.workplace)
+        return turn(job, self.runtime)
+
+    def _ranks(self, download: Download) -> dict[str, int]:
+        """The ranks that a download sends to be trained.
+
+        A method that probes sends all components, of which the client then selects; what has not
+        a module's shape is in a method's own form.
+        """
+        if Feature.PROBES in self.runtime.method.features:
+            return {}
+        shapes = self.runtime.base.shapes
+        return {m: f.rank for m, f in download.adapter.items() if f.shape == shapes.get(m)}
 
     def _check(self, job: TurnRequest) -> None:
         """Refuse to train more than the owner gives.
@@ -177,9 +190,11 @@ class _Joined:
         A method that probes hands out all terms, of which the client then chooses; what is no
         module's factors, nor tells of them by rank alone, is a method's own.
         """
-        shapes = self.workplace.base.shapes
+        shapes = self.runtime.base.shapes
         most = self.means.rank.by_module(list(shapes))
-        for module, factors in job.opened().adapter.items():
+        download = job.opened()
+        ranks = dict(download.ranks) if download.ranks else self._ranks(download)
+        for module in {**download.adapter, **ranks}:
             if module not in shapes:
                 continue  # which training refuses
             if module not in most:
@@ -187,10 +202,9 @@ class _Joined:
                     f"The server asks client {job.client!r} to train {module!r}, which its owner "
                     "leaves out."
                 )
-            known = not self.workplace.method.probes and factors.shape in (shapes[module], (0, 0))
-            if known and factors.rank > most[module]:
+            if ranks.get(module, 0) > most[module]:
                 raise ProtocolError(
-                    f"The server asks client {job.client!r} to train rank {factors.rank} in "
+                    f"The server asks client {job.client!r} to train rank {ranks[module]} in "
                     f"{module!r}; its owner gives {most[module]} at most."
                 )
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from flexlora.config import PAPER_TYPES, Ranks, RankType, rank_table, several
 from flexlora.errors import ProtocolError
-from flexlora.federation import Population, checkpoint
+from flexlora.federation import Population
 from flexlora.method import Client
+from flexlora.storage.files import write_atomically
 
 FILE = "clients.json"
 ARRIVALS = "arrivals.log"
@@ -183,7 +184,7 @@ class ClientRegistry(Population):
             )
         self.entries = dict(sorted({**self.entries, id: entry}.items()))
         held = {name: asdict(each) for name, each in self.entries.items()}
-        checkpoint.write(self.folder / FILE, json.dumps(held, indent=1).encode())
+        write_atomically(self.folder / FILE, json.dumps(held, indent=1).encode())
         return id, entry
 
     def capped(self, id: str) -> str | None:

@@ -19,9 +19,10 @@ from flexlora.deployment import run_spec
 from flexlora.deployment.server.registry import NODES as NODES
 from flexlora.deployment.server.registry import ClientRegistry, RankLimits
 from flexlora.errors import ProtocolError
-from flexlora.federation import Transport, checkpoint, compose, rounds, setup
+from flexlora.federation import Transport, checkpoint, compose, rounds, served
 from flexlora.journal import Record
-from flexlora.method import targeted
+from flexlora.method import Feature, mixed_modules, require
+from flexlora.storage.files import write_atomically
 
 PLAN = "serve.json"
 CONFIG = "config.json"
@@ -125,7 +126,7 @@ class Nodes:
         held.pop(key, None)
         if node is not None:
             held[key] = node
-        checkpoint.write(self.folder / name, json.dumps(held, indent=1).encode())
+        write_atomically(self.folder / name, json.dumps(held, indent=1).encode())
 
 
 def lay_out(folder: Path, settings: Experiment, plan: Plan) -> None:
@@ -136,8 +137,8 @@ def lay_out(folder: Path, settings: Experiment, plan: Plan) -> None:
     """
     check(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(folder / CONFIG, settings.model_dump_json(indent=1).encode())
-    checkpoint.write(folder / PLAN, json.dumps(asdict(plan)).encode())
+    write_atomically(folder / CONFIG, settings.model_dump_json(indent=1).encode())
+    write_atomically(folder / PLAN, json.dumps(asdict(plan)).encode())
 
 
 def check(settings: Experiment) -> None:
@@ -147,15 +148,17 @@ def check(settings: Experiment) -> None:
         ProtocolError: with the remedy.
     """
     limit, method = RankLimits.of(settings.ranks), compose.method_of(settings)
-    if not method.mixed_ranks and limit.several:
-        raise ProtocolError(
-            f"{method.title} needs one rank for all clients, but ranks.clients and ranks.rank name "
-            "several; name one, or use method 'flexlora'."
+    if limit.several:
+        require(
+            method,
+            Feature.MIXED_RANKS,
+            "it needs one rank for all clients, but ranks.clients and ranks.rank name several; "
+            "name one",
         )
     if not limit.whole:
-        targeted(method)  # which may refuse
+        mixed_modules(method)  # which may refuse
     how = settings.evaluation
-    if method.personal and (how.seen_clients or how.unseen_clients):
+    if Feature.PERSONAL in method.features and (how.seen_clients or how.unseen_clients):
         raise ProtocolError(
             "This method's models are the clients' own and stay with them, so the server cannot "
             "evaluate them: set evaluation.seen_clients = 0 and evaluation.unseen_clients = 0."
@@ -215,7 +218,8 @@ def _host(folder: Path, connect: Callable[[ClientRegistry, str, int], Gathering]
     modules = list(base.shapes)
     limit = RankLimits.of(settings.ranks)
     method = compose.method_of(settings)
-    alike, whole = not method.mixed_ranks, not method.by_module
+    alike = Feature.MIXED_RANKS not in method.features
+    whole = Feature.PER_MODULE not in method.features
     most = settings.federation.most_examples
     roll = ClientRegistry(folder, limit, modules, plan.bound, alike, whole, most)
     largest = limit.largest()
@@ -223,6 +227,6 @@ def _host(folder: Path, connect: Callable[[ClientRegistry, str, int], Gathering]
     federation = connect(roll, told, settings.federation.quorum)
     resume = (folder / checkpoint.POINTER).exists()
     federation.gather(settings.federation.quorum if resume else plan.clients)
-    ready = setup.served(settings, base, roll, largest.by_module(modules))
+    ready = served.served(settings, base, roll, largest.by_module(modules))
     for _ in rounds.run(ready, folder, federation, resume=resume):
         pass

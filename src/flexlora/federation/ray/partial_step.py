@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +12,66 @@ import torch
 
 from flexlora import wire
 from flexlora.lowrank import Adapter, Factors
-from flexlora.method import Method, State, Upload, partial_step
+from flexlora.method import (
+    Cohort,
+    Feature,
+    MergeLog,
+    Method,
+    RoundContext,
+    State,
+    partial_step,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Halves = tuple[Array, Array]
+ArrayPair = tuple[Array, Array]
 """``B`` and ``A`` as arrays, which Ray hands over in shared memory."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """A ``parts.Part`` as it travels."""
+class SentPart:
+    """A ``partial_step.Part`` as it travels: adapters that have not changed stay behind.
+
+    ``arrays`` has the changed adapters by name, "" being the model, and ``updates`` those of the
+    merge log that are new; ``rest`` is the state without any of them.
+    """
 
     modules: Sequence[str]
-    adapters: Mapping[str, Mapping[str, Halves] | None]
-    facts: Mapping[str, Any]
+    arrays: Mapping[str, Mapping[str, ArrayPair]]
+    updates: Mapping[int, Mapping[str, ArrayPair]]
+    rest: State
+    unchanged: frozenset[str]
 
     @classmethod
-    def of(cls, part: partial_step.Part) -> Made:
+    def of(cls, part: partial_step.Part, before: MergeLog) -> SentPart:
         """With each factor in memory of its own: one may be a view of much more."""
-
-        def arrays(adapter: Adapter) -> dict[str, Halves]:
-            return {module: (_array(f.B), _array(f.A)) for module, f in adapter.items()}
-
-        adapters = {
-            name: None if made is None else arrays(made) for name, made in part.adapters.items()
-        }
-        return cls(part.modules, adapters, part.facts)
+        state = part.state
+        adapters = {"": state.model, **state.memory}
+        changed = {name: a for name, a in adapters.items() if name not in part.unchanged}
+        new = {n: u for n, u in state.merge_log.updates.items() if n not in before.updates}
+        return cls(
+            part.modules,
+            {name: _arrays(adapter) for name, adapter in changed.items()},
+            {round: _arrays(update) for round, update in new.items()},
+            replace(
+                state,
+                model=Adapter({}),
+                memory=dict.fromkeys(state.memory, Adapter({})),
+                merge_log=MergeLog({}, state.merge_log.merged_until),
+            ),
+            part.unchanged,
+        )
 
     def part(self) -> partial_step.Part:
         """With factors that may be written to, as all others are; a copy."""
-
-        def adapter(arrays: Mapping[str, Halves]) -> Adapter:
-            return Adapter(
-                {m: Factors(torch.tensor(B), torch.tensor(A)) for m, (B, A) in arrays.items()}
-            )
-
-        adapters = {
-            name: None if made is None else adapter(made) for name, made in self.adapters.items()
-        }
-        return partial_step.Part(self.modules, adapters, self.facts)
+        adapters = {name: _adapter(arrays) for name, arrays in self.arrays.items()}
+        updates = {round: _adapter(arrays) for round, arrays in self.updates.items()}
+        state = replace(
+            self.rest,
+            model=adapters.pop("", self.rest.model),
+            memory={**self.rest.memory, **adapters},
+            merge_log=MergeLog(updates, self.rest.merge_log.merged_until),
+        )
+        return partial_step.Part(self.modules, state, self.unchanged)
 
 
 @dataclass(frozen=True)
@@ -63,32 +84,45 @@ class Step:
 
     method: Method
     state: State
-    uploads: Sequence[Upload]
+    cohort: Cohort
+    context: RoundContext
     threads: int
     files: Mapping[Path, tuple[int, int]]
 
     @classmethod
-    def of(cls, method: Method, state: State, uploads: Sequence[Upload]) -> Step:
+    def of(cls, method: Method, state: State, cohort: Cohort, context: RoundContext) -> Step:
         """The step, at the threads of this process."""
-        held = [*state.adapters.values(), *(upload.adapter for upload in uploads)]
-        files = {path: _stamp(path) for path in map(wire.stored_at, held) if path is not None}
-        return cls(method, state, uploads, torch.get_num_threads(), files)
+        adapters = [state.model, *state.memory.values(), *state.merge_log.updates.values()]
+        for upload in cohort.uploads:
+            adapters += [upload.adapter, *upload.aux.values()]
+        paths = [path for path in map(wire.stored_at, adapters) if path is not None]
+        files = {path: _stamp(path) for path in paths}
+        return cls(method, state, cohort, context, torch.get_num_threads(), files)
 
-    def dealt(self, workers: int) -> list[list[str]]:
-        """The modules in parts for so many workers; a single part if it is not to be shared."""
-        if not self.method.by_module:
-            return [list(self.state.adapters["global"])]
-        return partial_step.dealt(self.state, workers, self.threads)
+    def split(self, workers: int) -> list[list[str]]:
+        """The modules in parts for this many workers; a single part if it cannot be shared."""
+        if Feature.PER_MODULE not in self.method.features:
+            return [list(self.context.ranks)]
+        return partial_step.split(self.context, workers, self.threads)
 
-    def seen(self) -> bool:
-        """Whether this process finds the same files."""
-        return all(path.exists() and _stamp(path) == as_ for path, as_ in self.files.items())
+    def sees_the_same_files(self) -> bool:
+        """Whether this process finds the files as the run's own process has."""
+        return all(path.exists() and _stamp(path) == stamp for path, stamp in self.files.items())
 
-    def made(self, modules: Sequence[str]) -> Made:
+    def computed(self, modules: Sequence[str]) -> SentPart:
         """One part, in a worker."""
         if torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)  # others would round otherwise
-        return Made.of(partial_step.aggregated(self.method, self.state, self.uploads, modules))
+            torch.set_num_threads(self.threads)  # other numbers of threads round differently
+        part = partial_step.aggregate(self.method, self.state, self.cohort, self.context, modules)
+        return SentPart.of(part, self.state.merge_log)
+
+
+def _arrays(adapter: Adapter) -> dict[str, ArrayPair]:
+    return {module: (_array(f.B), _array(f.A)) for module, f in adapter.items()}
+
+
+def _adapter(arrays: Mapping[str, ArrayPair]) -> Adapter:
+    return Adapter({m: Factors(torch.tensor(B), torch.tensor(A)) for m, (B, A) in arrays.items()})
 
 
 def _array(factor: torch.Tensor) -> Array:
@@ -96,5 +130,5 @@ def _array(factor: torch.Tensor) -> Array:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

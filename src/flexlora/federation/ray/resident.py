@@ -1,4 +1,4 @@
-"""What a worker keeps from the first client to the last: a base model, made ready to train on."""
+"""What a worker keeps from the first client to the last: a base model, prepared for training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from flexlora.errors import ConfigError
 from flexlora.federation import compose
 from flexlora.federation.client_store import ClientStore
 from flexlora.federation.client_turn import TurnRequest
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.ray.worker import Turns
-from flexlora.federation.setup import PreparedRun, prepare
+from flexlora.federation.setup import prepare
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Reply, WaitPolicy
 
@@ -23,17 +24,17 @@ from flexlora.federation.transport import Reply, WaitPolicy
 class Resident:
     """What a worker keeps: the base model, the tokens, the rows of all clients.
 
-    ``experiment`` is its config as JSON, ``data`` what the run's own process has read.
+    ``experiment`` is its config as JSON, ``data`` describes what the run's own process has read.
     """
 
     experiment: str
     private: ClientStore
     working_folder: Path
-    together: int
+    clients_at_once: int
     data: str
 
     def __call__(self) -> Turns:
-        """The turns of a group of clients.
+        """The function that trains a group of clients.
 
         Raises:
             ConfigError: this machine cannot read what the run's own process has read.
@@ -47,13 +48,14 @@ class Resident:
         ready = prepare(compose.parse(json.loads(self.experiment), "The run's config"))
         if described(ready) != self.data:
             raise ConfigError(
-                f"A worker found {described(ready)}, but the run has {self.data}; every machine "
+                f"A worker has {described(ready)}, but the run has {self.data}; every machine "
                 "needs the same version and the same data under the same paths."
             )
-        here = SimulatedTransport(replace(ready.workplace, private=self.private), self.together)
+        runtime = replace(ready.runtime, clients=self.private)
+        transport = SimulatedTransport(runtime, self.clients_at_once)
 
         def turns(jobs: Iterable[TurnRequest]) -> list[bytes]:
-            replies = here.exchange(jobs, WaitPolicy())
+            replies = transport.exchange(jobs, WaitPolicy())
             return [reply.data for reply in replies if isinstance(reply, Reply)]
 
         return turns
@@ -61,7 +63,7 @@ class Resident:
 
 def described(ready: PreparedRun) -> str:
     """What a worker must find as well: versions, clients, rows and tokens."""
-    store = ready.workplace.store
+    store = ready.runtime.store
     return (
         f"{len(ready.clients)} clients, {len(store)} rows of {int(store.offsets[-1])} tokens and "
         f"flexlora {metadata.version('flexlora')}"

@@ -1,13 +1,14 @@
-"""The client regularisers, one file each; the file's name is the name in configs."""
+"""The client regularisers, one per file; the file's name is the name in configs."""
 
 import sys
 
-from flexlora.config import PluginFolder
+from flexlora.config import Plugins
 from flexlora.method.regularizer import Regularizer
 
-KINDS: PluginFolder[Regularizer] = PluginFolder(
+PLUGINS: Plugins[Regularizer] = Plugins(
     sys.modules[__name__],
     Regularizer,  # type: ignore[type-abstract]
     "regularizer",
+    "flexlora.regularizers",
 )
-names, make = KINDS.names, KINDS.make
+names, make = PLUGINS.names, PLUGINS.make

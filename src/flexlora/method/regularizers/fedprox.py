@@ -44,43 +44,52 @@ class FedProx(Regularizer):
         if not 0 <= self.strength < math.inf:
             raise ConfigError(f"strength is finite and not negative, got {self.strength}.")
 
-    def around(self, method: Method, training: Training) -> Method:
+    def wrap(self, method: Method, training: Training) -> Method:
         """The method with the distance added to its own penalty."""
-        return Proximal(method, self.strength)
+        return WithFedProx(method, self.strength)
 
 
 @dataclass(frozen=True)
-class Proximal(MethodWrapper):
+class WithFedProx(MethodWrapper):
     """A method whose clients pay for the distance from where they started."""
 
+    inner: Method
     strength: float
 
-    def __post_init__(self) -> None:
-        MethodWrapper.__post_init__(self)
-        object.__setattr__(self, "title", f"{self.method.title}; FedProx {self.strength}")
+    @property
+    def wrapped(self) -> Method:
+        """The method inside."""
+        return self.inner
 
-    def penalty(self, now: Mapping[str, Factors], start: Download) -> Tensor | None:
+    @property
+    def label(self) -> str:
+        """FedProx and its strength."""
+        return f"FedProx {self.strength}"
+
+    def penalty(self, current: Mapping[str, Factors], start: Download) -> Tensor | None:
         """The method's own penalty and the distance; O(r^2 (out + in)) a module and step.
 
         Reads the start once, from the disk if the download lies there.
         """
-        own, forms = self.method.penalty(now, start), self.method.form(start)
+        own, parametrizations = self.inner.penalty(current, start), self.inner.parametrize(start)
         terms = [] if own is None else [own]
-        for module, f in now.items():
-            known = start.adapter[module] if forms is None else forms[module].factors()
-            terms.append(self.strength / 2 * squared_distance(f, known.to(f.B.device)))
+        for module, f in current.items():
+            before = start.adapter[module]
+            if parametrizations is not None:
+                before = parametrizations[module].factors()
+            terms.append(self.strength / 2 * squared_distance(f, before.to(f.B.device)))
         return torch.stack(terms).sum()
 
 
-def squared_distance(now: Factors, start: Factors) -> Tensor:
+def squared_distance(current: Factors, start: Factors) -> Tensor:
     """``||B A - B0 A0||_F^2`` for factors of one rank, differentiable in the first.
 
-    Rounding is that of the numbers of ``now``; the value may be below zero by it.
+    Rounding is that of ``current``; the value may be below zero by it.
     """
-    B0, A0 = start.B.detach().to(now.B.dtype), start.A.detach().to(now.A.dtype)
-    dB, dA = now.B - B0, now.A - A0
+    B0, A0 = start.B.detach().to(current.B.dtype), start.A.detach().to(current.A.dtype)
+    dB, dA = current.B - B0, current.A - A0
     return (
-        ((dB.T @ dB) * (now.A @ now.A.T)).sum()
-        + 2 * ((dB.T @ B0) * (now.A @ dA.T)).sum()
+        ((dB.T @ dB) * (current.A @ current.A.T)).sum()
+        + 2 * ((dB.T @ B0) * (current.A @ dA.T)).sum()
         + ((B0.T @ B0) * (dA @ dA.T)).sum()
     )

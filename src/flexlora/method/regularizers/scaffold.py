@@ -1,6 +1,6 @@
 """SCAFFOLD (arXiv 1910.06378, option II): clients correct their gradients for their own drift.
 
-Client i holds a control ``c_i``, the mean gradient of its last turn, and the server their mean
+Client i has a control ``c_i``, the mean gradient of its last round, and the server their mean
 ``c``. Every step's gradient gains ``c - c_i``. After K steps from x to y at learning rates eta
 
 ``c_i' = c_i - c + (x - y) / sum(eta)``,
@@ -8,8 +8,8 @@ Client i holds a control ``c_i``, the mean gradient of its last turn, and the se
 of which the change is sent. Controls are gradients in the effective factors: a client of LoRA
 scale s optimises ``B / s``, so B moves by ``s^2 eta`` times its gradient, which is divided out.
 
-Means of gradients in factors need factors that mean the same to all clients and from round to
-round: methods that decompose products anew, refresh ``A``, rotate or alternate are refused,
+A mean of gradients in the factors needs factors that are the same for all clients and from round
+to round: methods that decompose products anew, refresh ``A``, rotate or alternate are refused,
 and unequal ranks. Steps must be a learning rate times the gradient: AdamW, momentum and weight
 decay are refused. Steps that ``training.clip_norm`` shortens count as they were taken.
 
@@ -22,7 +22,7 @@ made up for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,15 +30,30 @@ from torch import Tensor
 
 from flexlora.errors import ConfigError
 from flexlora.lowrank import Adapter, Factors
+from flexlora.method.averager import Cohort, Mean
 from flexlora.method.averaging import factor_means
-from flexlora.method.interface import Client, Download, Draw, Expected, Fresh, Method, State, Upload
+from flexlora.method.features import require
+from flexlora.method.interface import (
+    Client,
+    Download,
+    Feature,
+    FreshAdapters,
+    Method,
+    RoundContext,
+    State,
+    Turn,
+    UploadSpec,
+)
 from flexlora.method.regularizer import Regularizer
 from flexlora.method.wrapper import MethodWrapper
 from flexlora.training import Training
 
-CONTROL, OWN, HEARD = "control", "own control", "heard"
-BESIDE = f"{CONTROL}/"
-"""What the names of modules begin with where a control travels or is kept beside an adapter."""
+CONTROL = "control"
+"""The name of a control in the server's memory, in messages, and in what a client keeps."""
+OWN = "own control"
+"""The name of the client's own control beside a download, once it is completed."""
+HEARD = "control weights"
+"""By client: its weight when it last sent a control."""
 
 
 @dataclass(frozen=True)
@@ -48,126 +63,139 @@ class Scaffold(Regularizer):
     title = "SCAFFOLD: gradients corrected for drift"
     paper = "arXiv 1910.06378"
 
-    def around(self, method: Method, training: Training) -> Method:
+    def wrap(self, method: Method, training: Training) -> Method:
         """The method with controls beside its factors."""
-        if not method.fixed_frame:
-            raise ConfigError(
-                f"SCAFFOLD averages gradients in the factors, and those of {method.title!r} do "
-                "not keep their meaning from client to client and round to round; use method "
-                "'fedit' or 'ffalora', or regularizer 'fedprox'."
-            )
+        require(
+            method,
+            Feature.COMMON_FACTORS,
+            "SCAFFOLD averages gradients in the factors, which must keep their meaning from client "
+            "to client and round to round; use method 'fedit' or 'ffalora', or regularizer "
+            "'fedprox'",
+        )
         for name, wanted in (("optimizer", "sgd"), ("momentum", 0), ("weight_decay", 0)):
             if getattr(training, name) != wanted:
                 raise ConfigError(
-                    f"SCAFFOLD measures gradients by the way that a client went, but "
+                    f"SCAFFOLD computes gradients from the displacement of the parameters, but "
                     f"training.{name} is {getattr(training, name)!r}; set it to {wanted!r}."
                 )
-        return Controlled(method, training)
+        return WithScaffold(method, training)
 
 
 @dataclass(frozen=True)
-class Controlled(MethodWrapper):
+class WithScaffold(MethodWrapper):
     """A method whose clients correct their gradients for their own drift."""
 
+    inner: Method
     training: Training
 
-    def __post_init__(self) -> None:
-        MethodWrapper.__post_init__(self)
-        object.__setattr__(self, "title", f"{self.method.title}; SCAFFOLD")
-        object.__setattr__(self, "mixed_ranks", False)
-        object.__setattr__(self, "by_module", False)  # a module's control is not under its name
+    @property
+    def wrapped(self) -> Method:
+        """The method inside."""
+        return self.inner
 
-    def handout(self, state: State, client: Client, draw: Draw) -> Download:
+    @property
+    def label(self) -> str:
+        """SCAFFOLD."""
+        return "SCAFFOLD"
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """The inner method's, but for mixed ranks and modules: all clients share one control."""
+        lost = {Feature.MIXED_RANKS, Feature.PER_MODULE}
+        return self.inner.features - lost
+
+    @property
+    def needs(self) -> frozenset[Mean]:
+        """The inner method's, and that of the controls."""
+        return self.inner.needs | {Mean.AUX_FACTORS}
+
+    def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """The method's download, and the mean control once there is one."""
-        download = self.method.handout(state, client, draw)
-        if CONTROL not in state.adapters:
+        download = self.inner.handout(state, client, context)
+        if CONTROL not in state.memory:
             return download
-        return replace(download, extra={**download.extra, CONTROL: state.adapters[CONTROL]})
+        return replace(download, aux={**download.aux, CONTROL: state.memory[CONTROL]})
 
-    def receive(self, download: Download, kept: Adapter | None, fresh: Fresh) -> Download:
+    def prepare(
+        self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
+    ) -> Download:
         """The method's start, beside the mean control the client's own."""
-        if kept is None:
-            return self.method.receive(download, None, fresh)
-        theirs, own = _parted(kept)
-        start = self.method.receive(download, theirs if len(theirs) else None, fresh)
-        return replace(start, extra={**start.extra, OWN: own})
+        start = self.inner.prepare(download, private, fresh)
+        if CONTROL not in private:
+            return start
+        return replace(start, aux={**start.aux, OWN: private[CONTROL]})
 
-    def penalty(self, now: Mapping[str, Factors], start: Download) -> Tensor | None:
+    def penalty(self, current: Mapping[str, Factors], start: Download) -> Tensor | None:
         """The method's own penalty, and one whose gradient is the correction."""
-        penalty = self.method.penalty(now, start)
+        penalty = self.inner.penalty(current, start)
         terms = [] if penalty is None else [penalty]
         for module, f in (_correction(start) or {}).items():
-            at, device = now[module], now[module].B.device
-            if "B" in start.halves:
+            at, device = current[module], current[module].B.device
+            if "B" in start.factors:
                 terms.append((f.B.to(device) * at.B).sum())
-            if "A" in start.halves:
+            if "A" in start.factors:
                 terms.append((f.A.to(device) * at.A).sum())
         return torch.stack(terms).sum() if terms else None
 
-    def shares(self, start: Download, trained: Adapter) -> Adapter:
-        """What the method sends, and the change of the client's control."""
-        control, own = self._control(start, trained), start.extra.get(OWN)
+    def aux_from(self, turn: Turn) -> Mapping[str, Adapter]:
+        """What the method sends beside its upload, and the change of the client's control."""
+        control, own = self._control(turn), turn.start.aux.get(OWN)
         if own is not None:
             control = _sum(control, own, -1)
-        return _joined(self.method.shares(start, trained), control)
+        return {**self.inner.aux_from(turn), CONTROL: control}
 
-    def keeps(self, start: Download, trained: Adapter) -> Adapter:
+    def private_from(self, turn: Turn) -> Mapping[str, Adapter]:
         """What the method keeps, and the client's control."""
-        kept = self.method.keeps(start, trained)
-        return _joined(kept or Adapter({}), self._control(start, trained))
+        return {**self.inner.private_from(turn), CONTROL: self._control(turn)}
 
-    def expects(
-        self, state: State, client: Client, shapes: Mapping[str, tuple[int, int]]
-    ) -> Mapping[str, Expected]:
+    def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
         """The same of a control as of the factors that are sent."""
-        expected = self.method.expects(state, client, shapes)
-        return {**expected, **{BESIDE + module: each for module, each in expected.items()}}
+        spec = self.inner.upload_spec(state, client, context)
+        return UploadSpec(spec.modules, {**spec.aux, CONTROL: spec.modules})
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The method's aggregate, and the mean of all controls after their changes."""
-        parts = [_parted(upload.adapter) for upload in uploads]
-        sent = [replace(u, adapter=theirs) for u, (theirs, _) in zip(uploads, parts, strict=True)]
-        adapters = {name: a for name, a in state.adapters.items() if name != CONTROL}
-        facts = {name: fact for name, fact in state.facts.items() if name != HEARD}
-        found = self.method.aggregate(State(adapters, facts), sent)
-        known, heard = state.adapters.get(CONTROL), state.facts.get(HEARD, {})
-        weighs = getattr(self.method, "weights", "examples") == "examples"
-        weights = {u.client: u.examples if weighs else 1 for u in uploads}
-        before, now = sum(heard.values()), {**heard, **weights}
-        total = sum(now.values())
-        control = {}
-        for module, last in state.adapters["global"].items():
-            terms = [
-                (weights[u.client] / total, changes[module])
-                for u, (_, changes) in zip(uploads, parts, strict=True)
-            ]
-            if known is not None:
-                terms.append((before / total, known[module]))
-            control[module] = factor_means(terms).to(last.B.dtype)
-        return State({**found.adapters, CONTROL: Adapter(control)}, {**found.facts, HEARD: now})
+        memory = {name: a for name, a in state.memory.items() if name != CONTROL}
+        before = replace(state, memory=memory)
+        after = self.inner.aggregate(before, cohort, context)
+        heard = state.per_client.get(HEARD, {})
+        weights = {**heard, **cohort.weights}
+        total = sum(weights.values())
+        arrived, earlier = sum(cohort.weights.values()) / total, sum(heard.values()) / total
+        controls = {}
+        for module, last in state.model.items():
+            terms = [(arrived, cohort.aux_factors(CONTROL, module))]
+            if CONTROL in state.memory:
+                terms.append((earlier, state.memory[CONTROL][module]))
+            controls[module] = factor_means(terms).to(last.B.dtype)
+        return replace(
+            after,
+            memory={**after.memory, CONTROL: Adapter(controls)},
+            per_client={**after.per_client, HEARD: weights},
+        )
 
-    def _control(self, start: Download, trained: Adapter) -> Adapter:
-        """The client's control after its turn, of the halves that it trained."""
-        steps, round = start.facts["steps"], start.facts["round"]
-        way = start.rate * sum(self.training.rate(i, steps, round) for i in range(steps))
-        found = {}
-        for module, y in trained.items():
+    def _control(self, turn: Turn) -> Adapter:
+        """The client's control after its training, of the factors that it trained."""
+        start, steps = turn.start, turn.steps
+        rates = [self.training.rate(step, steps, turn.round) for step in range(steps)]
+        distance = start.learning_rate_factor * sum(rates)
+        gradients = {}
+        for module, y in turn.trained.items():
             x, scale = start.adapter[module], self.training.scale(y.rank)
-            gradient = Factors((x.B - y.B) / (scale**2 * way), (x.A - y.A) / way)
-            found[module] = gradient.half(start.halves)
-        correction = _correction(start)
-        control = Adapter(found)
+            gradient = Factors((x.B - y.B) / (scale**2 * distance), (x.A - y.A) / distance)
+            gradients[module] = gradient.restricted(start.factors)
+        correction, control = _correction(start), Adapter(gradients)
         return control if correction is None else _sum(control, correction, -1)
 
 
 def _correction(start: Download) -> Adapter | None:
-    """What every gradient of the turn gains: the mean control without the client's own."""
-    if OWN not in start.extra:
+    """What every gradient of the training gains: the mean control without the client's own."""
+    if OWN not in start.aux:
         return None
-    own = start.extra[OWN]
-    if CONTROL not in start.extra:
+    own = start.aux[OWN]
+    if CONTROL not in start.aux:
         return Adapter({m: Factors(-f.B, -f.A) for m, f in own.items()})
-    return _sum(start.extra[CONTROL], own, -1)
+    return _sum(start.aux[CONTROL], own, -1)
 
 
 def _sum(one: Adapter, other: Adapter, weight: float) -> Adapter:
@@ -175,31 +203,3 @@ def _sum(one: Adapter, other: Adapter, weight: float) -> Adapter:
     return Adapter(
         {m: Factors(f.B + weight * other[m].B, f.A + weight * other[m].A) for m, f in one.items()}
     )
-
-
-def _joined(adapter: Adapter, control: Adapter) -> Adapter:
-    return Adapter({**adapter, **{BESIDE + module: f for module, f in control.items()}})
-
-
-def _parted(adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """An adapter and the control beside it; modules are read when they are asked for."""
-    names = {m: m for m in adapter if not m.startswith(BESIDE)}
-    beside = {m.removeprefix(BESIDE): m for m in adapter if m.startswith(BESIDE)}
-    return Adapter(_Part(adapter, names)), Adapter(_Part(adapter, beside))
-
-
-@dataclass(frozen=True)
-class _Part(Mapping[str, Factors]):
-    """Some modules of an adapter, by names of their own."""
-
-    whole: Adapter
-    names: Mapping[str, str]
-
-    def __getitem__(self, module: str) -> Factors:
-        return self.whole[self.names[module]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)

@@ -1,13 +1,14 @@
-"""The server optimisers, one file each; the file's name is the name in configs."""
+"""The server optimisers, one per file; the file's name is the name in configs."""
 
 import sys
 
-from flexlora.config import PluginFolder
+from flexlora.config import Plugins
 from flexlora.method.server_optimizer import ServerOptimizer
 
-KINDS: PluginFolder[ServerOptimizer] = PluginFolder(
+PLUGINS: Plugins[ServerOptimizer] = Plugins(
     sys.modules[__name__],
     ServerOptimizer,  # type: ignore[type-abstract]
     "server optimizer",
+    "flexlora.server_optimizers",
 )
-names, make = KINDS.names, KINDS.make
+names, make = PLUGINS.names, PLUGINS.make

@@ -9,7 +9,7 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 from rich.table import Table
 
-from flexlora.federation import FILES, Outcome, checkpoint
+from flexlora.federation import FILES, Outcome
 from flexlora.reporting import page
 from flexlora.reporting.comparison import curves, numbers, texts
 from flexlora.reporting.comparison.numbers import DIGITS
@@ -24,6 +24,7 @@ from flexlora.reporting.comparison.values import (
     score,
 )
 from flexlora.reporting.comparison.verdict import verdict
+from flexlora.storage.files import write_atomically
 
 STYLE = """
 .best tbody tr:first-child td { font-weight: 700; }
@@ -45,7 +46,7 @@ def write(folder: Path, outcomes: Sequence[Outcome]) -> Comparison:
     folder.mkdir(parents=True, exist_ok=True)
     data = json.dumps(numbers.content(found, outcomes), indent=1, allow_nan=False)
     for name, text in zip(FILES, (texts.markdown(found), f"{data}\n", render(found)), strict=True):
-        checkpoint.write(folder / name, text.encode(errors="replace"))
+        write_atomically(folder / name, text.encode(errors="replace"))
     return found
 
 

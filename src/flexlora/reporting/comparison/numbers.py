@@ -8,6 +8,7 @@ from typing import Any
 
 from flexlora import methods
 from flexlora.federation import Outcome
+from flexlora.method import Feature
 from flexlora.reporting.comparison.values import (
     Comparison,
     Row,
@@ -52,7 +53,7 @@ def content(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, An
 
 
 def _row(row: Row, comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    kind, standing = methods.kind(row.method), comparison.standing(row)
+    kind, standing = methods.make(row.method), comparison.standing(row)
     cells = [outcome for outcome in outcomes if outcome.cell.method == row.method]
     groups, blocks = groups_of(comparison), blocks_of(comparison)
     series: dict[str, Series] = {"training_loss": lambda run: run.training}
@@ -61,10 +62,10 @@ def _row(row: Row, comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[
     return {
         "method": row.method,
         "title": kind.title,
-        "paper": kind.paper,
-        "exact": kind.exact,
-        "mixed_ranks": kind.mixed_ranks,
-        "personal": kind.personal,
+        "paper": kind.info.paper,
+        "exact": kind.info.exact,
+        "mixed_ranks": Feature.MIXED_RANKS in kind.features,
+        "personal": Feature.PERSONAL in kind.features,
         "section": cells[0].cell.experiment.method,
         "cells": [{"seed": o.cell.seed, "state": o.state, "reason": o.reason} for o in cells],
         "standing": asdict(standing) if standing else None,

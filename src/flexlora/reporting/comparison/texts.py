@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexlora import methods
+from flexlora.method import Feature
 from flexlora.reporting import page
 from flexlora.reporting.comparison.numbers import COSTS, DIGITS
 from flexlora.reporting.comparison.values import (
@@ -170,15 +171,15 @@ def _costs(comparison: Comparison) -> Listing:
 
 
 def _kinds(comparison: Comparison) -> Listing:
-    kinds = {row.method: methods.kind(row.method) for row in comparison.rows}
+    kinds = {row.method: methods.make(row.method) for row in comparison.rows}
     lines = [
         [
             name,
             kind.title,
-            kind.paper,
-            "exact" if kind.exact else "inexact",
-            "yes" if kind.mixed_ranks else "no",
-            "one per client" if kind.personal else "one",
+            kind.info.paper,
+            "exact" if kind.info.exact else "inexact",
+            "yes" if Feature.MIXED_RANKS in kind.features else "no",
+            "one per client" if Feature.PERSONAL in kind.features else "one",
         ]
         for name, kind in kinds.items()
     ]

@@ -4,13 +4,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from flexlora.config import PluginFolder
+from flexlora.config import Plugins
 from flexlora.reporting.tracker import Tracker
 
-KINDS: PluginFolder[Tracker] = PluginFolder(
+KINDS: Plugins[Tracker] = Plugins(
     sys.modules[__name__],
     Tracker,  # type: ignore[type-abstract]
     "tracker",
+    "flexlora.trackers",
 )
 names, kind = KINDS.names, KINDS.kind
 

@@ -1,0 +1,6 @@
+"""The laws that every federated method must obey, and what checks a method against them."""
+
+from flexlora.laws.laws import LAWS, Case, Law, Violation
+from flexlora.laws.run import Verdict, verdict, verdicts
+
+__all__ = ["LAWS", "Case", "Law", "Verdict", "Violation", "verdict", "verdicts"]

@@ -1,0 +1,147 @@
+"""What a method may learn of a cohort: named means, and who computes them.
+
+A method says which means it needs; an averager computes them from the uploads. So robust
+weights, clipping with noise or secure aggregation are averagers, and need no change in a method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
+from typing import ClassVar, Literal
+
+from flexlora.errors import ConfigError
+from flexlora.lowrank import Factors, LowRankSum
+from flexlora.method.interface import Method, RoundContext, Upload
+
+Weights = Literal["examples", "uniform", "norms"]
+"""How clients are weighted: by their examples, equally, or by the norm of their update."""
+
+
+class Mean(StrEnum):
+    """The means over a cohort, ``p_k`` being client k's weight; all weights add up to 1."""
+
+    PRODUCTS = "mean of products"
+    """``sum_k p_k B_k A_k``."""
+    PRODUCTS_BY_COMPONENT = "mean of products by component"
+    """``sum_k sum_j p_kj B_k[:, j] A_k[j]``, p_kj the weight among the clients that have j."""
+    FACTORS = "mean of factors"
+    """``sum_k p_k B_k`` and ``sum_k p_k A_k``; all of one rank."""
+    PADDED_FACTORS = "mean of zero-padded factors"
+    """The same, at unequal ranks: a component that a client lacks counts as zero."""
+    FACTORS_BY_COMPONENT = "mean of factors by component"
+    """Each column of ``B`` and row of ``A`` averaged over the clients that have it."""
+    NUMBERED_COMPONENTS = "mean of numbered components"
+    """The same of the components that uploads number in ``component_ids``."""
+    NUMBERED_CHANGES = "mean of numbered changes"
+    """The mean over all clients; a component that an upload does not number counts as zero."""
+    AUX_FACTORS = "mean of the adapters beside an upload"
+    """``FACTORS`` of ``Upload.aux``."""
+    UPLOADS = "single uploads"
+    """No mean: the method reads every upload itself."""
+
+
+class Cohort(ABC):
+    """The means over one round's uploads. All are in float64, computed when they are asked for.
+
+    A ``last`` is the server's value before the round: it stays where no client has a component.
+    """
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, float]:
+        """The weight of every client whose upload arrived, in cohort order.
+
+        Before they are divided by their sum.
+        """
+
+    @abstractmethod
+    def ranks(self, module: str) -> dict[str, int]:
+        """The rank of this module in the upload of every client that trains it."""
+
+    @abstractmethod
+    def products(self, module: str, rank: int | None = None) -> LowRankSum:
+        """The mean of products, as a sum of low rank.
+
+        An averager that recovers the mean from sketches recovers its leading ``rank``
+        components; others ignore ``rank``.
+        """
+
+    @abstractmethod
+    def products_by_component(self, module: str) -> LowRankSum:
+        """The mean of products, each component's over the clients that have it."""
+
+    @abstractmethod
+    def factors(self, module: str) -> Factors:
+        """The mean of ``B`` and of ``A``. Its product is not the mean of the products."""
+
+    @abstractmethod
+    def padded_factors(self, module: str, last: Factors) -> Factors:
+        """The mean of ``B`` and of ``A``, padded with zeros to one rank."""
+
+    @abstractmethod
+    def factors_by_component(self, module: str, last: Factors) -> Factors:
+        """The mean of each component's two vectors over the clients that have it."""
+
+    @abstractmethod
+    def numbered_components(self, module: str, last: Factors) -> Factors:
+        """The mean of each numbered component's two vectors over the clients that have it."""
+
+    @abstractmethod
+    def numbered_changes(self, module: str, last: Factors, sketched: bool = False) -> Factors:
+        """``last`` plus the mean change of each numbered component's two vectors.
+
+        With ``sketched`` a change of rank r counts r / ``last.rank`` in ``B``, where clients
+        trained ``B`` times the inverse of that.
+        """
+
+    @abstractmethod
+    def aux_factors(self, name: str, module: str) -> Factors:
+        """``factors`` of the adapters of this name that travel beside the uploads."""
+
+    @property
+    @abstractmethod
+    def uploads(self) -> Sequence[Upload]:
+        """The uploads themselves, in cohort order."""
+
+    @abstractmethod
+    def only(self, modules: Collection[str]) -> Cohort | None:
+        """The clients that train one of these modules, and these modules of their uploads.
+
+        None where there is no such client.
+        """
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients whose uploads arrived, in cohort order."""
+        return list(self.weights)
+
+
+class Averager(ABC):
+    """How the means over a cohort are computed: the plug-in.
+
+    A kind is a frozen dataclass whose fields are its options.
+    """
+
+    title: ClassVar[str]
+    offers: ClassVar[frozenset[Mean]]
+    """Which of them its cohorts compute."""
+
+    @abstractmethod
+    def cohort(self, uploads: Sequence[Upload], weights: Weights, context: RoundContext) -> Cohort:
+        """The means over these uploads: validated, in cohort order, at least one."""
+
+
+def require_means(averager: Averager, method: Method) -> None:
+    """Refuse an averager that does not offer what the method needs.
+
+    Raises:
+        ConfigError: naming both and the means that are missing.
+    """
+    missing = sorted(method.needs - averager.offers)
+    if missing:
+        raise ConfigError(
+            f"The averager {averager.title!r} does not compute the {', the '.join(missing)}, which "
+            f"{method.title!r} needs; use averager 'plain', or another method."
+        )
