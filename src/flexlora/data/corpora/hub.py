@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from flexlora.data.corpora.table import Columns, corpus_of
 from flexlora.data.corpus import SPLITS, Corpus
-from flexlora.errors import DataError
+from flexlora.errors import ConfigError, DataError
 
 
 def read(
@@ -29,15 +29,15 @@ def read(
     ``split_rows``). No code of the dataset is run.
 
     Raises:
-        DataError: the package ``datasets`` is not installed, a split or column is missing or
-            misnamed, or a value is null or of the wrong type.
+        DataError: a split or column is missing or misnamed, or a value is null or ill-typed.
+        ConfigError: the package ``datasets`` is not installed.
     """
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise DataError(
+        raise ConfigError(
             f"Reading '{name}' from the hub needs the package 'datasets'; install it with: "
-            "pip install 'flexlora[hub]'"
+            "pip install 'flexlora[hub]'."
         ) from error
     dataset = load_dataset(name, name=subset, revision=revision)
     place = f"The dataset '{name}'"

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from flexlora.data.corpus import Corpus, split_rows
-from flexlora.errors import DataError
+from flexlora.errors import ConfigError, DataError
 from flexlora.seeds import rng
 
 
@@ -216,8 +216,8 @@ def generate(
     not on the other families. Cost: about 0.2 ms per example.
 
     Raises:
-        DataError: a family is unknown, or has too few short and different questions; or the
-            package ``reasoning_gym`` is not installed.
+        DataError: a family is unknown, or has too few short and different questions.
+        ConfigError: the package ``reasoning_gym`` is not installed.
     """
     if examples < 1:
         raise DataError(
@@ -274,9 +274,9 @@ def _create(name: str, config: Mapping[str, Any]) -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise DataError(
+        raise ConfigError(
             "Generating puzzles needs the package 'reasoning_gym'; install it with: "
-            "pip install 'flexlora[demo]'"
+            "pip install 'flexlora[demo]'."
         ) from error
     return reasoning_gym.create_dataset(name, **config)
 

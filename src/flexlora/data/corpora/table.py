@@ -59,7 +59,7 @@ class Columns:
 
 
 def read(
-    path: Path | str, columns: Columns | None = None, clients: Collection[str] | None = None
+    path: str | Path, columns: Columns | None = None, clients: Collection[str] | None = None
 ) -> Corpus:
     """The corpus in a ``.parquet``, ``.jsonl``, ``.json`` (lines or one array) or ``.csv`` file.
 
@@ -102,7 +102,7 @@ def read(
     return corpus
 
 
-def column_names(path: Path | str) -> list[str]:
+def column_names(path: str | Path) -> list[str]:
     """The names of a file's columns; for JSON those of the first record.
 
     Raises:
