@@ -86,7 +86,7 @@ class Plugins(Generic[T]):
                 f"The {self.label} {cls.__name__} of {name} is no dataclass; decorate it with "
                 "@dataclass(frozen=True)."
             )
-        fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        fields = [f.name for f in dataclasses.fields(cls)]
         for option in options:
             if option not in fields:
                 raise ConfigError(
