@@ -25,11 +25,13 @@ from support.learning import (
     adapter_of,
     assert_close,
     assert_moved,
+    distance,
     draw,
     of_rank,
     settings,
 )
 from support.oracle import relative_error
+from support.rounding import rounding
 from support.rows import sharing_store, store_of
 
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5), (4, 6), (6, 2), (2, 2), (3, 7))
@@ -123,19 +125,19 @@ def trained_by_peft(folder, base, adapter, store, how: Training, prompt_loss=Fal
 
 
 @pytest.mark.parametrize(
-    ("ranks", "changes", "tolerance"),
+    ("ranks", "changes"),
     [
-        ((2, 2), SGD, 1e-5),
-        ((5, 5), SGD, 1e-5),
-        ((2, 5), {**SGD, "scaling": "sqrt"}, 1e-5),
-        ((2, 5), {**SGD, "clip_norm": 0.01, "learning_rate": 5.0}, 1e-5),
-        ((2, 5), {**SGD, "prompt_loss": True, "weight_decay": 0.1}, 1e-5),
-        ((2, 2), {}, 1e-5),
-        ((5, 5), {"weight_decay": 0.1}, 3e-5),
+        ((2, 2), SGD),
+        ((5, 5), SGD),
+        ((2, 5), {**SGD, "scaling": "sqrt"}),
+        ((2, 5), {**SGD, "clip_norm": 0.01, "learning_rate": 5.0}),
+        ((2, 5), {**SLOW, "prompt_loss": True, "weight_decay": 0.1}),
+        ((2, 2), {}),
+        ((5, 5), {"weight_decay": 0.1}),
     ],
 )
 @pytest.mark.parametrize("shared", [False, True])
-def test_training_is_that_of_peft(folder, base, store, sharing, shared, ranks, changes, tolerance):
+def test_training_is_that_of_peft(folder, base, store, sharing, shared, ranks, changes):
     """Three steps, of examples in packs here and in padded batches there.
 
     Where rows share their first tokens, those stand there in every row and here once.
@@ -150,7 +152,9 @@ def test_training_is_that_of_peft(folder, base, store, sharing, shared, ranks, c
         warnings.simplefilter("ignore")
         want = trained_by_peft(folder, base, adapter, store, how, how.prompt_loss)
     assert got.adapter.ranks == adapter.ranks
-    assert_close(got.adapter, want, tolerance)
+    assert distance(got.adapter, want) < rounding(
+        base.model, lambda: run(base, adapter, store, how=how).adapter, got.adapter, distance
+    )
     assert_moved(got.adapter, adapter)
 
 
