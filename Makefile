@@ -30,7 +30,7 @@ test-all: $(READY)  ## All tests, the slow ones too, with the slowest named
 NUMERIC := $(addprefix tests/,lowrank model training evaluation method methods peft_format wire) \
   tests/federation/test_client_turn.py
 
-test-numeric: $(READY)  ## The numeric tests as on processors with plain SSE2 and with AVX2
+test-numeric: $(READY)  ## The numeric tests with the sums of processors without AVX2 and without AVX-512
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(NUMERIC)
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	  $(BIN)/python -m pytest $(NUMERIC)
