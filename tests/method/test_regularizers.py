@@ -97,13 +97,6 @@ def test_it_is_added_to_the_methods_own_penalty():
     torch.testing.assert_close(both.penalty(now, start), want)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(folder / "model")
-    return folder
-
-
 def ready_for(folder, name, same=False, **changes):
     if same or not methods.kind(name).mixed_ranks:
         same = {"all": {"attention": 3, "feed_forward": 3}}

@@ -246,13 +246,6 @@ def test_a_kind_is_a_file_that_says_its_paper():
         assert found.title and found.paper.startswith("arXiv ")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(folder / "model")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -26,16 +26,6 @@ from support.rows import sharing_store, store_of
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder) -> Base:
-    return Source(str(folder)).load()
-
-
 @pytest.fixture
 def adapter(base) -> Adapter:
     return Adapter(
@@ -82,8 +72,8 @@ def spans(forest: Forest):
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", [attention.NAME, "eager", "sdpa"])
-def test_examples_in_one_row_do_not_see_each_other(folder, name, share):
-    base = Source(str(folder), attention=name).load()
+def test_examples_in_one_row_do_not_see_each_other(model_folder, name, share):
+    base = Source(str(model_folder), attention=name).load()
     rows = sharing_store()
     laid = pack(rows, range(len(rows)), share=share)
     assert any(prefix >= 0 for prefix in laid.forest.prefixes) == share
@@ -164,9 +154,9 @@ def test_all_linear_layers_but_the_head_are_adapted(base):
     assert base.shapes["model.layers.0.mlp.down_proj"] == (32, 48)
 
 
-def test_attached_is_the_model_with_its_weights_changed(folder, base, adapter):
+def test_attached_is_the_model_with_its_weights_changed(model_folder, base, adapter):
     before = snapshot(base)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     with torch.no_grad():
         for module, f in adapter.items():
             merged.get_submodule(module).weight += 0.1 * f.B @ f.A
@@ -274,9 +264,9 @@ def test_edges_that_do_not_fit_are_refused_and_forgotten(base, adapter):
     assert_untouched(base, before)
 
 
-def test_adapters_side_by_side_may_have_different_modules(folder, adapter):
+def test_adapters_side_by_side_may_have_different_modules(model_folder, adapter):
     """Each sees its own modules alone, whatever the other one has."""
-    base = Source(str(folder)).load()
+    base = Source(str(model_folder)).load()
     before = snapshot(base)
     some, others = adapter.only(list(adapter)[::2]), adapter.only(list(adapter)[1::3])
     ids = torch.tensor([[1, 4, 6, 3, 9]])
@@ -359,7 +349,7 @@ def ours(model) -> tuple[int, int]:
     ],
 )
 def test_norms_and_blocks_that_we_know_are_ours_and_say_the_same(
-    folder, kind, changes, norms, blocks
+    model_folder, kind, changes, norms, blocks
 ):
     model = of_kind(kind, **changes)
     names = set(model.state_dict())
@@ -395,8 +385,8 @@ def test_other_models_train_side_by_side_too(kind):
 # --- loading -------------------------------------------------------------------------------
 
 
-def test_targets_choose_layers_by_their_last_name(folder):
-    base = Source(str(folder), targets=("q_proj", "v_proj")).load()
+def test_targets_choose_layers_by_their_last_name(model_folder):
+    base = Source(str(model_folder), targets=("q_proj", "v_proj")).load()
     assert {path.rsplit(".", 1)[-1] for path in base.shapes} == {"q_proj", "v_proj"}
     assert len(base.shapes) == 4
 
@@ -415,11 +405,11 @@ def test_targets_choose_layers_by_their_last_name(folder):
         ({"attention": "flashy"}, "flashy"),
     ],
 )
-def test_what_this_machine_or_model_has_not_is_refused(folder, options, message):
+def test_what_this_machine_or_model_has_not_is_refused(model_folder, options, message):
     if options == {"device": "cuda"} and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ValueError, match=message):
-        Source(str(folder), **options).load()
+        Source(str(model_folder), **options).load()
 
 
 def test_a_model_that_is_not_there_is_refused_with_its_name(tmp_path):

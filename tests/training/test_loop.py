@@ -18,7 +18,6 @@ from flexlora.model.base import Base
 from flexlora.model.source import Source
 from flexlora.training.loop import ClientTask, Trained, label_losses, train
 from flexlora.training.optimizer import Training
-from support import models
 from support.learning import (
     SGD,
     SLOW,
@@ -36,16 +35,6 @@ from support.rows import sharing_store, store_of
 
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5), (4, 6), (6, 2), (2, 2), (3, 7))
 """Prompt and response tokens of each row."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder) -> Base:
-    return Source(str(folder)).load()
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +58,11 @@ def run(base, adapter, store, rows=ROWS, how=None, order=None, penalty=None, rou
     return train(base, learner, store, how or settings(), round)
 
 
-def trained_by_peft(folder, base, adapter, store, how: Training, prompt_loss=False) -> Adapter:
+def trained_by_peft(
+    model_folder, base, adapter, store, how: Training, prompt_loss=False
+) -> Adapter:
     """The same with Hugging Face's model and PEFT's layers, examples padded on the right."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     ranks = adapter.ranks
     config = peft.LoraConfig(
         r=1,
@@ -137,7 +128,7 @@ def trained_by_peft(folder, base, adapter, store, how: Training, prompt_loss=Fal
     ],
 )
 @pytest.mark.parametrize("shared", [False, True])
-def test_training_is_that_of_peft(folder, base, store, sharing, shared, ranks, changes):
+def test_training_is_that_of_peft(model_folder, base, store, sharing, shared, ranks, changes):
     """Three steps, of examples in packs here and in padded batches there.
 
     Where rows share their first tokens, those stand there in every row and here once.
@@ -150,7 +141,7 @@ def test_training_is_that_of_peft(folder, base, store, sharing, shared, ranks, c
     assert got.steps == 3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        want = trained_by_peft(folder, base, adapter, store, how, how.prompt_loss)
+        want = trained_by_peft(model_folder, base, adapter, store, how, how.prompt_loss)
     assert got.adapter.ranks == adapter.ranks
     assert distance(got.adapter, want) < rounding(
         base.model, lambda: run(base, adapter, store, how=how).adapter, got.adapter, distance
@@ -363,8 +354,8 @@ def test_a_last_step_that_is_not_finite_is_refused_too(base, store):
         run(base, of_rank(base, 2), store, how=how)
 
 
-def test_a_base_in_half_precision_trains_factors_in_single(folder, store):
-    half = Source(str(folder), dtype="bfloat16").load()
+def test_a_base_in_half_precision_trains_factors_in_single(model_folder, store):
+    half = Source(str(model_folder), dtype="bfloat16").load()
     assert half.model.dtype == torch.bfloat16
     adapter = of_rank(half, 3)
     how = settings(max_steps=2, epochs=9, batch_examples=99, learning_rate=0.02)

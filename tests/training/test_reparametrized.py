@@ -11,11 +11,8 @@ import transformers
 from flexlora.data.packing import steps
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.parametrization import Form, column
-from flexlora.model.base import Base
-from flexlora.model.source import Source
 from flexlora.training.loop import ClientTask, train, train_together
 from flexlora.training.reparametrized import FormedAdapter
-from support import models
 from support.factors import random_adapter, random_factors
 from support.learning import draw, of_rank, settings
 from support.oracle import product, relative_error
@@ -58,16 +55,6 @@ def learner_of(shapes, seed=0, name="client 'f'", rows=ROWS, **options):
     forms = forms_of(shapes, seed)
     start = {m: form.factors() for m, form in forms.items()}
     return ClientTask(name, start, rows, draw(seed), form=forms, **options)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder) -> Base:
-    return Source(str(folder)).load()
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +157,9 @@ def test_a_column_has_one_term_and_no_width():
     assert (f.shape, f.rank, f.B.numel() + f.A.numel()) == ((5, 0), 1, 5)
 
 
-def trained_densely(folder, forms, store, how, order, rest=None):
+def trained_densely(model_folder, forms, store, how, order, rest=None):
     """The same on dense weights with autograd alone, row by row."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     held = {m: form.parameters.clone().requires_grad_() for m, form in forms.items()}
     kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -211,11 +198,11 @@ def trained_densely(folder, forms, store, how, order, rest=None):
     ],
     ids=str,
 )
-def test_training_is_autograd_through_dense_weights(folder, base, store, changes):
+def test_training_is_autograd_through_dense_weights(model_folder, base, store, changes):
     how, rest = settings(**changes, pack_tokens=40), random_adapter(base.shapes, 2, 90)
     learner = learner_of(base.shapes, rest=rest)
     got = train(base, learner, store, how)
-    want = trained_densely(folder, learner.form, store, how, draw(0), rest)
+    want = trained_densely(model_folder, learner.form, store, how, draw(0), rest)
     assert got.steps == 3
     for module, form in learner.form.items():
         moved, wanted = (p - form.parameters for p in (got.adapter[module].B[:, 0], want[module]))

@@ -32,16 +32,6 @@ ADAMW = {"optimizer": "adamw", "learning_rate": 0.01}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder) -> Base:
-    return Source(str(folder)).load()
-
-
-@pytest.fixture(scope="module")
 def store() -> TokenStore:
     return sharing_store()
 
@@ -166,8 +156,8 @@ def test_each_client_is_clipped_for_itself(base, store, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_with_transformers_own_attention_too(folder, store, name):
-    other = Source(str(folder), attention=name).load()
+def test_with_transformers_own_attention_too(model_folder, store, name):
+    other = Source(str(model_folder), attention=name).load()
     assert_as_alone(other, store, settings(**SLOW, pack_tokens=1000))
 
 
@@ -191,9 +181,9 @@ def test_a_model_without_layers_of_our_own_too(store):
     assert_as_alone(base, store, settings(**SLOW, pack_tokens=1000))
 
 
-def test_a_base_in_half_precision_too(folder, store):
+def test_a_base_in_half_precision_too(model_folder, store):
     """As far as its sums agree: who stands beside whom decides how they are rounded."""
-    half = Source(str(folder), dtype="bfloat16").load()
+    half = Source(str(model_folder), dtype="bfloat16").load()
     how = settings(**SLOW, pack_tokens=1000, max_steps=1)
     for got, learner in zip(
         train_together(half, learners(half), store, how), learners(half), strict=True
@@ -311,8 +301,8 @@ def test_a_client_whose_last_step_is_not_finite_is_refused_by_name(base, store):
         train_together(base, some, store, settings())
 
 
-def test_a_client_of_fewer_modules_trains_as_it_would_alone(folder, store):
-    base = Source(str(folder)).load()
+def test_a_client_of_fewer_modules_trains_as_it_would_alone(model_folder, store):
+    base = Source(str(model_folder)).load()
     fewer = learners(base)[3].adapter
     fewer = fewer.only(list(fewer)[::2])
 
