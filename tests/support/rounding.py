@@ -18,7 +18,7 @@ T = TypeVar("T")
 ROUNDINGS = 4
 """Every weight is in a product of the forward and of the backward pass, in both computations."""
 
-DRAWS = 2
+DRAWS = 3
 
 MOST = 1e-3
 """A result that rounding moves further than this says nothing about a wrong term."""
