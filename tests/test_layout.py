@@ -73,6 +73,7 @@ HOMES = {
 """Which parts may import a large dependency, by its name."""
 
 METHODS_MAY_IMPORT = {"errors", "lowrank", "method", "methods", "seeds"}
+"""Of the files of methods; their ``__init__`` finds them and may import what finds plug-ins."""
 
 LONG_FILES = {
     "flexlora.deployment.flower.gate": 409,
@@ -96,7 +97,7 @@ def method_imports(package: Package) -> list[str]:
     return [
         str(each)
         for each in package.own
-        if package.room(each.importer) == "methods"
+        if each.importer.startswith(f"{package.name}.methods.")
         and package.room(each.imported) not in METHODS_MAY_IMPORT
     ]
 

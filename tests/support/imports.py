@@ -66,9 +66,9 @@ class Package:
                     yield Import(module, alias.name, node.lineno)
             elif isinstance(node, ast.ImportFrom):
                 source = self._source(module, node)
-                for alias in node.names:
-                    full = f"{source}.{alias.name}"
-                    yield Import(module, full if full in self.trees else source, node.lineno)
+                full = [f"{source}.{alias.name}" for alias in node.names]
+                for target in dict.fromkeys(x if x in self.trees else source for x in full):
+                    yield Import(module, target, node.lineno)
 
     def _source(self, module: str, node: ast.ImportFrom) -> str:
         if not node.level:
