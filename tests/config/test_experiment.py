@@ -146,7 +146,7 @@ def test_an_unknown_key_of_a_rank_type_too(read):
 
 def test_an_unknown_option_of_the_method(read):
     message = refused(read, "method.splt=left")
-    assert "Method 'flexlora' has no option 'splt'. Did you mean 'split'?" in message
+    assert "The method 'flexlora' has no option 'splt'. Did you mean 'split'?" in message
     message = refused(read, 'method.name="hetlra"')
     assert "There is no method 'hetlra'. Did you mean 'hetlora'?" in message
 

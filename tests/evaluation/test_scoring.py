@@ -15,16 +15,10 @@ from flexlora.evaluation import generation, held_out_loss, vllm_engine
 from flexlora.evaluation.rouge import rouge_l
 from flexlora.evaluation.scoring import Evaluation, Question, Score, evaluate_each, pick
 from flexlora.journal.record import Record, mean_scores
-from flexlora.model.source import Source
 from support import models
 from support.factors import random_factors
 
 SETTINGS = Evaluation(max_new_tokens=7, max_prompt_tokens=23, batch_tokens=100)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return Source(str(models.save(tmp_path_factory.mktemp("tiny")))).load()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from support.oracle import best, product, relative_error
 
+from flexlora.laws.dense import best, product, relative_error
 from flexlora.lowrank import decomposition
 from flexlora.lowrank.decomposition import decompose
 from flexlora.lowrank.factors import Factors

@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.oracle import product
 
+from flexlora.laws.dense import product
 from flexlora.lowrank.factors import Adapter, Factors
 from support.factors import random_factors
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.oracle import best, product, relative_error, weighted_sum
 
+from flexlora.laws.dense import best, product, relative_error, weighted_sum
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.sums import Accumulator, LowRankSum, norm
 from flexlora.lowrank.svd import SVD

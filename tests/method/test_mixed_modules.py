@@ -179,13 +179,6 @@ TYPES = {
 RANKS = {"types": TYPES, "distribution": {"phone": 0.5, "site": 0.5}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("targeted")
-    models.save(folder / "model")
-    return folder
-
-
 def ran(folder, where, **changes):
     settings = models.settings(folder, **{"ranks": RANKS, **changes})
     ready = setup.prepare(settings, models.corpus())

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from support.oracle import product, relative_error
+from support.rounds import SHAPES, clients_of, jolt, made, opened, played, started, turn
 
 from flexlora import methods, wire
 from flexlora.errors import ConfigError
@@ -22,8 +24,6 @@ from flexlora.training.optimizer import Training
 from flexlora.wire import validate
 from support import models
 from support.factors import random_factors
-from support.oracle import product, relative_error
-from support.rounds import SHAPES, clients_of, jolt, made, opened, played, started, turn
 
 SGD = Training(optimizer="sgd", schedule="constant", learning_rate=0.1, clip_norm=1e9, alpha=4.0)
 
@@ -95,13 +95,6 @@ def test_it_is_added_to_the_methods_own_penalty():
     both, alone = prox.around(hetlora, SGD), prox.around(made("flexlora"), SGD)
     want = hetlora.penalty(now, start) + alone.penalty(now, start)
     torch.testing.assert_close(both.penalty(now, start), want)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(folder / "model")
-    return folder
 
 
 def ready_for(folder, name, same=False, **changes):

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from support.oracle import best, product, relative_error
+from support.rounds import EXAMPLES, SHAPES, clients_of, jolt, made, played, started, still, turn
 
 from flexlora import methods, wire
 from flexlora.errors import ConfigError
@@ -17,8 +19,6 @@ from flexlora.method.server_optimizers.fedadam import FedAdam
 from flexlora.method.server_optimizers.fedavgm import FedAvgM
 from flexlora.method.wrapper import MethodWrapper
 from support import models
-from support.oracle import best, product, relative_error
-from support.rounds import EXAMPLES, SHAPES, clients_of, jolt, made, played, started, still, turn
 
 PRODUCTS = [name for name in methods.names() if methods.kind(name).product]
 FULL = [{"model.q": 7, "model.up": 5}] * 3
@@ -244,13 +244,6 @@ def test_a_kind_is_a_file_that_says_its_paper():
         found = server_optimizers.make({"name": name})
         assert type(found).__name__.lower() == name
         assert found.title and found.paper.startswith("arXiv ")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(folder / "model")
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from support.oracle import product, relative_error
 
+from flexlora.laws.dense import product, relative_error
 from flexlora.lowrank.factors import Adapter
 from flexlora.model.trainable import FlatAdapter
 from support.factors import random_factors

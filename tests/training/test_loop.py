@@ -10,41 +10,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from support.oracle import relative_error
 
 from flexlora.data.packing import pack, steps
 from flexlora.data.tokens import TokenStore
+from flexlora.laws.dense import relative_error
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model.base import Base
 from flexlora.model.source import Source
 from flexlora.training.loop import ClientTask, Trained, label_losses
 from flexlora.training.optimizer import Training
-from support import models
 from support.learning import (
     SGD,
     SLOW,
     adapter_of,
     assert_close,
     assert_moved,
+    distance,
     draw,
     of_rank,
     settings,
     train,
 )
+from support.rounding import rounding
 from support.rows import sharing_store, store_of
 
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5), (4, 6), (6, 2), (2, 2), (3, 7))
 """Prompt and response tokens of each row."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder) -> Base:
-    return Source(str(folder)).load()
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +61,11 @@ def run(
     return train(base, learner, store, training or settings(), round)
 
 
-def trained_by_peft(folder, base, adapter, store, training: Training, prompt_loss=False) -> Adapter:
+def trained_by_peft(
+    model_folder, base, adapter, store, training: Training, prompt_loss=False
+) -> Adapter:
     """The same with Hugging Face's model and PEFT's layers, examples padded on the right."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     ranks = adapter.ranks
     config = peft.LoraConfig(
         r=1,
@@ -126,19 +119,19 @@ def trained_by_peft(folder, base, adapter, store, training: Training, prompt_los
 
 
 @pytest.mark.parametrize(
-    ("ranks", "changes", "tolerance"),
+    ("ranks", "changes"),
     [
-        ((2, 2), SGD, 1e-5),
-        ((5, 5), SGD, 1e-5),
-        ((2, 5), {**SGD, "scaling": "sqrt"}, 1e-5),
-        ((2, 5), {**SGD, "clip_norm": 0.01, "learning_rate": 5.0}, 1e-5),
-        ((2, 5), {**SGD, "prompt_loss": True, "weight_decay": 0.1}, 1e-5),
-        ((2, 2), {}, 1e-5),
-        ((5, 5), {"weight_decay": 0.1}, 3e-5),
+        ((2, 2), SGD),
+        ((5, 5), SGD),
+        ((2, 5), {**SGD, "scaling": "sqrt"}),
+        ((2, 5), {**SGD, "clip_norm": 0.01, "learning_rate": 5.0}),
+        ((2, 5), {**SLOW, "prompt_loss": True, "weight_decay": 0.1}),
+        ((2, 2), {}),
+        ((5, 5), {"weight_decay": 0.1}),
     ],
 )
 @pytest.mark.parametrize("shared", [False, True])
-def test_training_is_that_of_peft(folder, base, store, sharing, shared, ranks, changes, tolerance):
+def test_training_is_that_of_peft(model_folder, base, store, sharing, shared, ranks, changes):
     """Three steps, of examples in packs here and in padded batches there.
 
     Where rows share their first tokens, those stand there in every row and here once.
@@ -151,9 +144,14 @@ def test_training_is_that_of_peft(folder, base, store, sharing, shared, ranks, c
     assert got.steps == 3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        want = trained_by_peft(folder, base, adapter, store, training, training.prompt_loss)
+        want = trained_by_peft(model_folder, base, adapter, store, training, training.prompt_loss)
     assert got.adapter.ranks == adapter.ranks
-    assert_close(got.adapter, want, tolerance)
+    assert distance(got.adapter, want) < rounding(
+        base.model,
+        lambda: run(base, adapter, store, training=training).adapter,
+        got.adapter,
+        distance,
+    )
     assert_moved(got.adapter, adapter)
 
 
@@ -362,8 +360,8 @@ def test_a_last_step_that_is_not_finite_is_refused_too(base, store):
         run(base, of_rank(base, 2), store, training=training)
 
 
-def test_a_base_in_half_precision_trains_factors_in_single(folder, store):
-    half = Source(str(folder), dtype="bfloat16").load()
+def test_a_base_in_half_precision_trains_factors_in_single(model_folder, store):
+    half = Source(str(model_folder), dtype="bfloat16").load()
     assert half.model.dtype == torch.bfloat16
     adapter = of_rank(half, 3)
     training = settings(max_steps=2, epochs=9, batch_examples=99, learning_rate=0.02)

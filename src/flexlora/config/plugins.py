@@ -76,7 +76,8 @@ class Plugins(Generic[T]):
         """
         if "name" not in section:
             raise ConfigError(
-                f"The {self.label}'s 'name' is missing; it is one of {', '.join(self.names())}."
+                f"'{self.label.replace(' ', '_')}.name' is missing; it is one of "
+                f"{', '.join(self.names())}."
             )
         name = str(section["name"])
         options = {key: value for key, value in section.items() if key != "name"}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.oracle import product
 
+from flexlora.laws.dense import product
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.routes import krylov
 

@@ -11,7 +11,6 @@ from flexlora.model.layers import attention
 from flexlora.model.source import Source
 from flexlora.model.trainable import FlatAdapter
 from flexlora.training.loop import label_losses
-from support import models
 from support.factors import random_adapter
 from support.rows import FORESTS, dense_mask, sharing_store
 
@@ -147,11 +146,6 @@ def test_without_a_forest_it_is_that_of_transformers():
 # --- in a model ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
 def losses_and_gradients(base: Base, share: bool = True):
     row = pack(sharing_store(), range(9), share=share)
     flat = FlatAdapter.of(random_adapter(base.shapes, 3), lambda rank: 1.0, base.device)
@@ -163,30 +157,30 @@ def losses_and_gradients(base: Base, share: bool = True):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_transformers_own_attention_gives_the_same_with_a_mask(folder, name):
-    ours, gradient = losses_and_gradients(Source(str(folder)).load())
-    reference, expected = losses_and_gradients(Source(str(folder), attention=name).load())
-    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+def test_transformers_own_attention_gives_the_same_with_a_mask(model_folder, name):
+    ours, gradient = losses_and_gradients(Source(str(model_folder)).load())
+    theirs, expected = losses_and_gradients(Source(str(model_folder), attention=name).load())
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("name", [attention.NAME, "sdpa", "eager"])
-def test_what_is_shared_has_the_gradients_of_all(folder, name):
-    base = Source(str(folder), attention=name).load()
+def test_what_is_shared_has_the_gradients_of_all(model_folder, name):
+    base = Source(str(model_folder), attention=name).load()
     whole, gradient = losses_and_gradients(base)
     alone, expected = losses_and_gradients(base, share=False)
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_attention_without_masks_cannot_share(folder, monkeypatch):
-    base = Source(str(folder)).load()
+def test_attention_without_masks_cannot_share(model_folder, monkeypatch):
+    base = Source(str(model_folder)).load()
     monkeypatch.setattr(base.model.config, "_attn_implementation", "flash_attention_2")
     assert not base.shares_prefixes
     with pytest.raises(ValueError, match="'flash_attention_2' cannot share first tokens"):
         base.logits(pack(sharing_store(), range(9)))
 
 
-def test_our_name_is_known_to_transformers(folder):
-    assert Source(str(folder)).load().model.config._attn_implementation == attention.NAME
+def test_our_name_is_known_to_transformers(model_folder):
+    assert Source(str(model_folder)).load().model.config._attn_implementation == attention.NAME
     assert attention.NAME in transformers.AttentionInterface()

@@ -8,21 +8,9 @@ import torch
 from flexlora.data.packing import join, pack
 from flexlora.model.base import Base
 from flexlora.model.layers.last_layer import LastLayer
-from flexlora.model.source import Source
 from flexlora.model.trainable import FlatAdapter
-from support import models
 from support.learning import of_rank
 from support.rows import sharing_store
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder) -> Base:
-    return Source(str(folder)).load()
 
 
 def outcome(base: Base, row, edges, adapters, recompute):
