@@ -13,13 +13,13 @@ from flexlora.method import Method, WithServerOptimizer, regularizers, server_op
 from flexlora.training import Training
 
 
-def load(path: Path, changes: Sequence[str] = ()) -> Experiment:
+def load(path: str | Path, changes: Sequence[str] = ()) -> Experiment:
     """The experiment in a TOML file, with its plug-ins checked; see ``config.load``.
 
     Raises:
         ConfigError: the file, a key, or the name or an option of a plug-in is wrong.
     """
-    return _checked(config.load(path, changes), str(path))
+    return _checked(config.load(Path(path), changes), str(path))
 
 
 def parse(content: Mapping[str, Any], place: str) -> Experiment:

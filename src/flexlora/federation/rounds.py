@@ -42,7 +42,10 @@ SPECTRA = 6
 
 
 def run(
-    ready: PreparedRun, folder: Path, federation: Transport | None = None, resume: bool = False
+    ready: PreparedRun,
+    folder: str | Path,
+    federation: Transport | None = None,
+    resume: bool = False,
 ) -> Iterator[Event]:
     """Run the federation in ``folder``, yielding every event as it enters the journal.
 
@@ -54,6 +57,7 @@ def run(
             a run already, another process runs there, or nobody returned a usable upload in a
             round.
     """
+    folder = Path(folder)
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.alone(folder):

@@ -99,17 +99,18 @@ class Report:
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
 
-def check(directory: Path) -> Report:
+def check(directory: str | Path) -> Report:
     """Read an adapter through, one module in memory at a time, and judge who reads it alike.
 
     The verdicts follow the sources of PEFT 0.21.2, vLLM 0.30.0 and later, llama.cpp's
     ``convert_lora_to_gguf.py`` and TensorRT-LLM's ``lora_manager.py``; none of these is run.
 
     Raises:
-        ValueError: the directory holds no sound LoRA adapter: something is missing,
+        AdapterError: the directory holds no sound LoRA adapter: something is missing,
             malformed, inconsistent, NaN or infinite. An adapter that is sound, but more
             than ``B @ A``, is reported with its ``refusal``.
     """
+    directory = Path(directory)
     config = read_config(directory)
     try:
         stored = read(directory)

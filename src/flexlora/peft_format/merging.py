@@ -29,8 +29,8 @@ class Kept:
 
 
 def merge(
-    directories: Sequence[Path],
-    out: Path,
+    directories: Sequence[str | Path],
+    out: str | Path,
     weights: Sequence[float] | None = None,
     rank: int | float | Literal["max"] = "max",
     base: str | None = None,
@@ -48,10 +48,11 @@ def merge(
         AdapterError: an adapter cannot be read, shapes or base models differ, or a weight or
             the rank makes no sense.
     """
-    adapters = [reading.read(directory) for directory in directories]
+    folders = [Path(directory) for directory in directories]
+    adapters = [reading.read(folder) for folder in folders]
     p = normalized(_checked_weights(weights, len(adapters)))
     _check_rank(rank)
-    named = base or _common_base(adapters, directories)
+    named = base or _common_base(adapters, folders)
     modules = dict.fromkeys(module for each in adapters for module in each.adapter)
     merged: dict[str, Factors] = {}
     kept = []
@@ -64,7 +65,7 @@ def merge(
         _check_shapes(module, [f for _, f in terms])
         merged[module], facts = _merged(module, LowRankSum.of(terms), rank)
         kept.append(facts)
-    writing.write(Adapter(merged), out, base_model=named, dtype=dtype)
+    writing.write(Adapter(merged), Path(out), base_model=named, dtype=dtype)
     return kept
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def write(
 
     Raises:
         AdapterError: the adapter is empty, not finite or of higher rank than ``rank``; a
-            name is not a module path; ``directory`` is in use (``replace=True`` replaces
+            name is not a module path; the file cannot be written; ``directory`` is in use (``replace=True`` replaces
             an adapter, and nothing else).
     """
     directory = directory.resolve()
@@ -66,6 +67,11 @@ def write(
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)
         _move(partial, directory)
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise AdapterError(
+            f"{directory / WEIGHTS} cannot be written ({error}); is the disk full?"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

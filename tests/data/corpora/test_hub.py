@@ -8,6 +8,7 @@ import pytest
 
 from flexlora.data.corpora import hub
 from flexlora.data.corpora.table import Columns
+from flexlora.errors import ConfigError
 
 COLUMNS = Columns(client="who", category=None, split=None)
 
@@ -82,5 +83,5 @@ def test_a_missing_column_is_refused(installed):
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'flexlora\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'flexlora\[hub\]'"):
         hub.read("some/name", COLUMNS)

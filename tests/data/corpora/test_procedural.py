@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("reasoning_gym", reason="needs the extra 'demo'")
 
 from flexlora.data.corpora.procedural import FAMILIES, generate
+from flexlora.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -83,5 +84,5 @@ def test_what_cannot_be_generated_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="Cannot generate 0 examples"):
         generate(examples=0, seed=1)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ImportError, match=r"pip install 'flexlora\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'flexlora\[demo\]'"):
         generate(["gcd"], examples=3, seed=1)

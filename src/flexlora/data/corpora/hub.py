@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from flexlora.data.corpora.table import Columns, corpus_of
 from flexlora.data.corpus import SPLITS, Corpus
-from flexlora.errors import DataError
+from flexlora.errors import ConfigError, DataError
 
 
 def read(
@@ -30,13 +30,13 @@ def read(
 
     Raises:
         DataError: a split or column is missing or misnamed, or a value is null or ill-typed.
-        ImportError: the package ``datasets`` is not installed.
+        ConfigError: the package ``datasets`` is not installed.
     """
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(
-            f"Reading '{name}' from the hub needs the package 'datasets'; install it with "
+        raise ConfigError(
+            f"Reading '{name}' from the hub needs the package 'datasets'; install it with: "
             "pip install 'flexlora[hub]'."
         ) from error
     held = load_dataset(name, name=subset, revision=revision)

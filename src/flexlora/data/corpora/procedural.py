@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from flexlora.data.corpus import Corpus, split_rows
-from flexlora.errors import DataError
+from flexlora.errors import ConfigError, DataError
 from flexlora.seeds import rng
 
 
@@ -216,7 +216,7 @@ def generate(
 
     Raises:
         DataError: a family is unknown, or has not so many short and different questions.
-        ImportError: the package ``reasoning_gym`` is not installed.
+        ConfigError: the package ``reasoning_gym`` is not installed.
     """
     if examples < 1:
         raise DataError(f"Cannot generate {examples} examples a family; ask for at least one.")
@@ -271,8 +271,8 @@ def _create(name: str, config: Mapping[str, Any]) -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ImportError(
-            "Generating puzzles needs the package 'reasoning_gym'; install it with "
+        raise ConfigError(
+            "Generating puzzles needs the package 'reasoning_gym'; install it with: "
             "pip install 'flexlora[demo]'."
         ) from error
     return reasoning_gym.create_dataset(name, **config)

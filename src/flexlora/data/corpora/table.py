@@ -58,7 +58,7 @@ class Columns:
 
 
 def read(
-    path: Path, columns: Columns | None = None, clients: Collection[str] | None = None
+    path: str | Path, columns: Columns | None = None, clients: Collection[str] | None = None
 ) -> Corpus:
     """The corpus in a ``.parquet``, ``.jsonl``, ``.json`` (lines or one array) or ``.csv``.
 
@@ -69,7 +69,7 @@ def read(
         DataError: the suffix is unknown, a column or a client is missing, or a value is
             null or of the wrong type.
     """
-    columns = columns or Columns()
+    path, columns = Path(path), columns or Columns()
     kinds = {
         ".parquet": _parquet,
         ".jsonl": _json,
