@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from flexlora.cli.options import Changes
+from flexlora.cli.options import Changes, refuse_file
 from flexlora.errors import ConfigError, FlexloraError
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def serve(
             raise ConfigError("Give a CONFIG.toml, or --resume DIR.")
         settings = compose.load(path, changes or ())
         target = folder or Path(settings.run.folder or f"runs/{path.stem}")
+        refuse_file(target, "--folder")
         _refuse_existing(target)
         how = settings.federation
         first = clients if clients is not None else how.cohort or how.quorum
@@ -194,7 +195,11 @@ def show_demo(
     """Three real clients of ranks 4, 16 and 64 as processes with TLS, on a small real model."""
     from flexlora.deployment import demo
 
-    found = demo.show(folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}")
+    target = folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}"
+    if target.is_dir():
+        raise ConfigError(f"{target} exists already; give --folder the name of a new folder.")
+    refuse_file(target, "--folder")
+    found = demo.show(target)
     for name, seconds in zip(("real", "simulated"), found.rounds_seconds, strict=True):
         print(f"{name} rounds, seconds: {', '.join(f'{s:.1f}' for s in seconds)}")
     print(f"adapter: {found.adapter}")

@@ -25,7 +25,7 @@ def _table() -> None:
 
     from flexlora import methods
 
-    table = Table("name", "mixed ranks", "exact", "paper", box=None)
+    table = Table("name", "mixed ranks", "exact", "paper", box=None, pad_edge=False)
     for name in methods.names():
         kind = methods.kind(name)
         table.add_row(name, _yes(kind.mixed_ranks), _exact(name), kind.paper)

@@ -23,18 +23,27 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The con
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")]
 
 
+def refuse_file(folder: Path, option: str) -> None:
+    """Refuse a folder that is a file, or lies in one; names ``option``, which sets another."""
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise ConfigError(
+            f"The folder {folder} cannot be made: it or one of its parents is a file; give "
+            f"another {option}."
+        )
+
+
 def make_folder(folder: Path, option: str) -> None:
     """Make a folder and its parents, unless it exists.
 
     Raises:
         ConfigError: it cannot be made; names ``option``, which sets another.
     """
+    refuse_file(folder, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = "it or one of its parents is a file" if _is_file(folder) else error.strerror
         raise ConfigError(
-            f"The folder {folder} cannot be made: {reason}; give another {option}."
+            f"The folder {folder} cannot be made: {error.strerror}; give another {option}."
         ) from error
 
 
@@ -56,7 +65,3 @@ def stored(folder: Path) -> Experiment:
             f"{path} is not valid JSON ({error}); restore the file, or start a new run."
         ) from error
     return compose.parse(content, str(path))
-
-
-def _is_file(folder: Path) -> bool:
-    return any(path.exists() and not path.is_dir() for path in (folder, *folder.parents))

@@ -50,8 +50,8 @@ def write(
 
     Raises:
         AdapterError: the adapter is empty, not finite or of higher rank than ``rank``; a
-            name is not a module path; the file cannot be written; ``directory`` is in use (``replace=True`` replaces
-            an adapter, and nothing else).
+            name is not a module path; a file cannot be written; ``directory`` is in use
+            (``replace=True`` replaces an adapter, and nothing else).
     """
     directory = directory.resolve()
     _refuse_target(directory, replace)
