@@ -30,6 +30,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexlora.data import Corpus as Corpus
     from flexlora.errors import AdapterError as AdapterError
     from flexlora.errors import ConfigError as ConfigError
     from flexlora.errors import DataError as DataError
@@ -59,6 +60,7 @@ _PUBLIC = {
     "prepare": "federation.setup",
     "PreparedRun": "federation.setup",
     "run": "federation.rounds",
+    "Corpus": "data",
     # On adapters in PEFT's format.
     "merge": "peft_format",
     "check": "peft_format",
