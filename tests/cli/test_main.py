@@ -4,6 +4,7 @@ import errno
 import os
 
 import pytest
+import typer
 
 import flexlora
 from flexlora.cli import main, methods
@@ -38,12 +39,11 @@ def test_every_command_has_help_that_fits_80_columns(call, name):
     assert "…" not in long.out
 
 
-def test_every_option_and_argument_is_explained(call):
-    import typer
-
+def test_every_option_is_explained():
     for name, command in typer.main.get_command(main.app).commands.items():
         for parameter in command.params:
-            assert getattr(parameter, "help", None), f"{name}: {parameter.name}"
+            if parameter.param_type_name == "option":
+                assert parameter.help, f"{name}: {parameter.name}"
 
 
 def test_the_version(call):
