@@ -1,7 +1,7 @@
 """Federated LoRA fine-tuning of language models across clients with different LoRA ranks.
 
-The subsystems, in the order in which they build on each other. A folder imports only from those
-above it; a test holds this.
+The subsystems, in the order in which they build on each other. A subsystem imports only from those
+above it, which a test checks.
 
     errors          the library's exception types
     seeds           random generators, each with an address
@@ -22,8 +22,9 @@ above it; a test holds this.
     reporting       a journal -> tables, pages, metrics
     cli             the command line
 
-In every subsystem a file in the singular says what a thing is; a folder in the plural holds its
-kinds, one per file. A package's ``__init__`` is the way in: it names what others may import.
+In every subsystem a file in the singular defines an interface, and the folder in the plural has its
+implementations, one per file. The ``__init__`` of a subsystem names what other subsystems may
+import; ``docs/api.md`` lists what users import from ``flexlora`` itself.
 """
 
 from importlib import import_module

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -115,6 +116,23 @@ def test_every_command_has_three_wrong_inputs():
     names = [name for group in main.COMMANDS.values() for name in group]
     for name in names:
         assert sum(command == name for command, _, _ in FAULTS) >= 3, name
+
+
+@pytest.mark.parametrize(
+    ("package", "section", "command"),
+    [
+        ("datasets", 'path = "squad"\nformat = "hub"', "pip install 'flexlora[hub]'"),
+        ("reasoning_gym", 'format = "procedural"', "pip install 'flexlora[demo]'"),
+    ],
+)
+def test_a_missing_extra_is_one_sentence_with_its_command(
+    call, tmp_path, monkeypatch, package, section, command
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    path = tmp_path / "extra.toml"
+    path.write_text(CONFIG.replace('path = "d.parquet"', section), encoding="utf-8")
+    result = call("run", path)
+    assert result.code == 2 and result.err.startswith("error: ") and command in result.err
 
 
 @pytest.mark.parametrize("name", [name for group in main.COMMANDS.values() for name in group])

@@ -150,7 +150,7 @@ def join(
         float | None, typer.Option(help="For one turn, at most; limits an automatic rank.")
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="A=B,...", help="E.g. input=question,output=answer.")
+        str | None, typer.Option(metavar="A=B,...", help="E.g. input=text,output=answer.")
     ] = None,
     rows_of: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of a file of several clients, whose rows.")

@@ -124,8 +124,9 @@ def evaluate(
     """Evaluate an adapter, or the base model, on the test rows of a config."""
     from flexlora import peft_format
     from flexlora.evaluation import evaluate_each
-    from flexlora.federation import checkpoint, compose, setup
+    from flexlora.federation import compose, setup
     from flexlora.lowrank import Adapter
+    from flexlora.storage import write_atomically
 
     settings = compose.load(path, changes or ())
     loaded = peft_format.read(adapter).adapter if adapter else Adapter({})
@@ -138,7 +139,7 @@ def evaluate(
         ready.base, [loaded], ready.questions, ready.prompt, settings.evaluation
     )
     if out:
-        checkpoint.write(out, json.dumps(rows, indent=1).encode())
+        write_atomically(out, json.dumps(rows, indent=1).encode())
     _print_scores(rows)
 
 
@@ -157,6 +158,7 @@ def run_and_report(
     from flexlora.cli import progress
     from flexlora.federation import checkpoint, rounds, setup
     from flexlora.reporting import page, tracker, trackers
+    from flexlora.storage import write_atomically
 
     settings = cluster.settings(settings) if cluster else settings
     if not resume:
@@ -166,7 +168,7 @@ def run_and_report(
     ready = setup.prepare(settings)
     if not resume:
         content = _with_threads(settings).model_dump_json(indent=1)
-        checkpoint.write(folder / "config.json", content.encode())
+        write_atomically(folder / "config.json", content.encode())
     point = checkpoint.load(folder) if resume else None
     done, together = (point.round, point.together) if point else (0, None)
     turns = (settings.federation.rounds - done) * min(ready.cohort_size, len(ready.clients))

@@ -26,6 +26,7 @@ from flexlora.federation import checkpoint, compose, rounds, setup
 from flexlora.federation.setup import PreparedRun
 from flexlora.journal import Event, Record
 from flexlora.model import Base
+from flexlora.storage import write_atomically
 
 ALL = "all"
 CELLS = "cells"
@@ -174,7 +175,7 @@ def _watched(cell: Cell, ready: PreparedRun, watch: Watch) -> None:
     if not begun:
         cell.folder.mkdir(parents=True, exist_ok=True)
         stored = ready.experiment.model_dump_json(indent=1)
-        checkpoint.write(cell.folder / "config.json", stored.encode())
+        write_atomically(cell.folder / "config.json", stored.encode())
     done = checkpoint.load(cell.folder).round if begun else 0
     left = ready.experiment.federation.rounds - done
     turns = left * min(ready.cohort_size, len(ready.clients))
