@@ -26,7 +26,7 @@ FAULTS = [
     ("run", [], "Give a CONFIG.toml, or --resume DIR."),
     ("run", ["missing.toml"], "missing.toml cannot be read"),
     ("run", ["folder"], "folder cannot be read"),
-    ("run", ["latin.toml"], "latin.toml is no valid TOML"),
+    ("run", ["latin.toml"], "valid TOML"),
     ("run", ["config.toml", "--set", "seed"], "--set takes KEY=VALUE"),
     ("run", ["config.toml"], "d.parquet"),
     ("run", ["config.toml", "--folder", "file"], "The folder file cannot be made"),
