@@ -33,8 +33,9 @@ def merge(
 ) -> None:
     """Merge PEFT adapters of any ranks and scales into one.
 
-    The result is the weighted mean of the products B @ A. Weights are normalised to sum to one. A
-    module that an adapter lacks counts as no update from that adapter.
+    The result is the weighted mean of the products B @ A.
+    Weights are normalised to sum to 1.
+    A module that an adapter lacks counts as no update from that adapter.
     """
     from flexlora.peft_format import merge as merge_adapters
     from flexlora.peft_format import parse_rank
