@@ -322,7 +322,7 @@ def test_a_command_that_is_stopped_writes_what_it_has(call, tmp_path, monkeypatc
     monkeypatch.setattr(HetLoRA, "aggregate", stopped)
     words = ("--methods", "flexlora,hetlora", "--seeds", "1", "--output", tmp_path / "c")
     code, said, error = call(*words)
-    assert code == 130 and "go on with the same command" in error
+    assert code == 130 and "resume with the same command" in error
     assert "hetlora: seed 3 not completed" in said
     monkeypatch.undo()
 

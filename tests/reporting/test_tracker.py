@@ -9,8 +9,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
-from flexlora.cli import main
+from flexlora.cli.run import run_and_report
 from flexlora.federation import rounds, setup
 from flexlora.journal.record import Record
 from flexlora.reporting import tracker, trackers
@@ -285,8 +286,8 @@ def test_the_command_feeds_the_trackers(ready, tmp_path, monkeypatch, capsys):
     settings = ready.experiment.model_copy(update={"run": how})
     tracked = dataclasses.replace(ready, experiment=settings)
     monkeypatch.setattr(setup, "prepare", lambda settings: tracked)
-    monkeypatch.setattr(main.torch, "get_num_threads", lambda: 1)
-    events = main._run(settings, tmp_path / "run")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    events = run_and_report(settings, tmp_path / "run")
     assert events[-1]["event"] == "finish"
     found = {(name, step) for name, step, _ in read_tensorboard(tmp_path / "run")}
     assert found == expected(tmp_path / "run").keys()

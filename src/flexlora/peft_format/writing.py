@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,8 +53,8 @@ def write(
 
     Raises:
         AdapterError: the adapter is empty, not finite or of a higher rank than ``rank``; a
-            name is not a module path; ``directory`` is in use (``replace=True`` replaces an
-            adapter, and nothing else).
+            name is not a module path; a file cannot be written; ``directory`` is in use
+            (``replace=True`` replaces an adapter, and nothing else).
     """
     directory = Path(directory).resolve()
     check_target(directory, replace)
@@ -69,6 +70,11 @@ def write(
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)
         _move(partial, directory)
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise AdapterError(
+            f"{directory / WEIGHTS} cannot be written ({error}); is the disk full?"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
