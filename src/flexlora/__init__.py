@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from flexlora.federation.compose import load as load
     from flexlora.federation.prepared import PreparedRun as PreparedRun
     from flexlora.federation.rounds import run as run
-        from flexlora.federation.setup import prepare as prepare
+    from flexlora.federation.setup import prepare as prepare
     from flexlora.lowrank import SVD as SVD
     from flexlora.lowrank import Adapter as Adapter
     from flexlora.lowrank import Factors as Factors
