@@ -1,12 +1,12 @@
 import pytest
 import torch
 
+from flexlora.laws.dense import best, product, relative_error
 from flexlora.lowrank import decomposition
 from flexlora.lowrank.decomposition import decompose
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.routes import dense, krylov, qr
 from support.factors import random_factors
-from support.oracle import best, product, relative_error
 
 
 def shaped(out: int, rank: int, in_: int) -> Factors:

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.laws.dense import product
 from flexlora.lowrank.factors import Adapter, Factors
 from support.factors import random_factors
-from support.oracle import product
 
 
 def test_shape_and_rank():

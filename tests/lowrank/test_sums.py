@@ -3,11 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.laws.dense import best, product, relative_error, weighted_sum
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.sums import Accumulator, LowRankSum, norm
 from flexlora.lowrank.svd import SVD
 from support.factors import random_factors
-from support.oracle import best, product, relative_error, weighted_sum
 
 settings.register_profile("flexlora", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("flexlora")

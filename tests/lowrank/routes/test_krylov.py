@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.laws.dense import product
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.routes import krylov
-from support.oracle import product
 
 settings.register_profile("krylov", deadline=None, max_examples=25, derandomize=True)
 
