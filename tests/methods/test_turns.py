@@ -27,13 +27,13 @@ def prepared(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def requests(prepared):
-    """All clients in round 2, from one global state; they differ in rows, and in ranks."""
-    context = prepared.context(2)
+    """All clients in round 1, from one global state; they differ in rows, and in ranks."""
+    context = prepared.context(1)
     state = prepared.method.start(prepared.fresh(), prepared.context(0))
     return [
         TurnRequest(
             name,
-            2,
+            1,
             wire.encode_download(prepared.method.handout(state, client, context), torch.float32),
         )
         for name, client in prepared.clients.items()

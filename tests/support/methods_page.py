@@ -173,8 +173,8 @@ kind of layers; with the others each module's mean is over the clients that trai
 summed rank, K its size, p the rank that an energy leaves, b the components that a budget gives
 the module, c the numbers of a column of what is trained in place of factors; "or" means in turn,
 "then" from a later round on. Beside the formula stand the measured KiB of float32 messages for one
-module of {shape}, a client of rank 8 among clients of ranks 4, 8 and 16 (8, 8, 8 where ranks must be
-equal), for a client that took part in every round. FedProx **composes with** every method; a server
+module of {shape}, a client of rank 8 among clients of ranks 4, 8 and 16 (8, 8, 8 where ranks must
+be equal), for a client that took part in every round. FedProx **composes with** every method; a server
 optimiser or SCAFFOLD with those that say so, and is refused with others. Exactness is that of a
 float32 wire: a coarser `federation.wire_dtype` rounds every message. **Code** is lines of code
 without comments, docstrings and blank lines. The median is {median}.
