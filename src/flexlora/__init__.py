@@ -5,7 +5,7 @@ above it; a test holds this.
 
     errors          the library's exception types
     seeds           random generators, each with an address
-    storage         atomic writes, and locks between processes
+    storage         files: atomic writes, locks between processes, tensors read one by one
     lowrank         factor pairs, their weighted sums, truncated SVDs
     journal         what a run writes down, and how it is read
     data            rows -> tokens: corpora, partitions, prompts, packing

@@ -46,7 +46,7 @@ def test_a_method_says_what_it_is(name):
     assert type(method).__name__.lower() == name
     assert method.info.paper.startswith("arXiv ") or name == "flexfold"
     assert method.info.title and method.info.up and method.info.down and method.info.server
-    assert method.means
+    assert method.needs
 
 
 def test_unknown_names_are_refused_with_the_nearest():

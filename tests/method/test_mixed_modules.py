@@ -15,7 +15,7 @@ from flexlora.method.mixed_modules import targeted
 from flexlora.method.partial_step import aggregated, joined, part_of, upload_of
 from flexlora.method.server_optimizer import MOMENTUM
 from flexlora.training.loop import ClientTask, train
-from flexlora.wire import messages
+from flexlora.wire import adapters
 from support import models
 from support.factors import random_factors
 from support.rounds import SHAPES, clients_of, draw_of, fresh, jolt, made, played, started, turn
@@ -249,13 +249,13 @@ def test_updates_merged_for_good_are_not_read_by_a_step(folder, tmp_path, monkey
     uploads = [
         Upload(c.id, 3, Fresh(ready.shapes, 1, c.id).own(c.ranks), c.examples) for c in everybody
     ]
-    read, taken = messages._Stored.__getitem__, []
+    read, taken = adapters.StoredModules.__getitem__, []
 
     def counted(stored, module):
         taken.append(stored.path.name)
         return read(stored, module)
 
-    monkeypatch.setattr(messages._Stored, "__getitem__", counted)
+    monkeypatch.setattr(adapters.StoredModules, "__getitem__", counted)
     after = ready.method.aggregate(state, uploads)
     assert not [name for name in taken if name.startswith("merged")]
     assert after.adapters["merged-00001"] is state.adapters["merged-00001"]

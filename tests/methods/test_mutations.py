@@ -54,8 +54,8 @@ FAULTS = {
     ),
     "residual of the wrong sign": (
         "methods/fedexlora.py",
-        "(-1.0, means[module])",
-        "(1.0, means[module])",
+        "(-1.0, factors[module])",
+        "(1.0, factors[module])",
     ),
     "missed rounds are not sent again": (
         "method/merge_log.py",
@@ -63,7 +63,7 @@ FAULTS = {
         "for round, update in self.updates.items() if last < round == max(self.updates)}",
     ),
     "bytes that are not bytes": (
-        "wire/messages.py",
+        "wire/adapters.py",
         'tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()',
         'tensors[f"{module}.A"] = factors.A.detach().contiguous()',
     ),

@@ -8,9 +8,9 @@ import torch
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method.interface import Client, Expected, Upload
 from flexlora.wire import validate
-from support import factors as ingredients
+from support import factors as support_factors
 
-random_factors = functools.partial(ingredients.random_factors, dtype=torch.float32)
+random_factors = functools.partial(support_factors.random_factors, dtype=torch.float32)
 SHAPES = {"model.q": (11, 7), "model.up": (13, 5)}
 CLIENT = Client("anna", {"model.q": 3, "model.up": 2}, "small", 17)
 EXPECTED = {m: Expected(SHAPES[m], 1, rank) for m, rank in CLIENT.ranks.items()}
@@ -35,12 +35,12 @@ def with_module(module: str, factors: Factors) -> Adapter:
     return Adapter({**GOOD.adapter, module: factors})
 
 
-def test_what_was_asked_for_passes():
+def test_what_was_requested_passes():
     check()
     check(adapter=with_module("model.q", random_factors(11, 1, 7)))
 
 
-def holding(value: float, half: str) -> Factors:
+def with_value(value: float, half: str) -> Factors:
     factors = random_factors(11, 3, 7)
     getattr(factors, half)[1, 1] = value
     return factors
@@ -49,8 +49,8 @@ def holding(value: float, half: str) -> Factors:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"client": "bo"}, "says it is of 'bo', round 4"),
-        ({"round": 3}, "says it is of 'anna', round 3"),
+        ({"client": "bo"}, "names client 'bo', round 4"),
+        ({"round": 3}, "names client 'anna', round 3"),
         ({"examples": 0}, "counts 0 examples"),
         ({"examples": -5}, "counts -5 examples"),
         ({"examples": 18}, "counts 18 examples"),
@@ -74,10 +74,22 @@ def holding(value: float, half: str) -> Factors:
             {"adapter": with_module("model.up", random_factors(13, 0, 5))},
             "'model.up' has rank 0",
         ),
-        ({"adapter": with_module("model.q", holding(math.nan, "A"))}, "holds NaN or infinity"),
-        ({"adapter": with_module("model.q", holding(-math.inf, "B"))}, "holds NaN or infinity"),
-        ({"adapter": with_module("model.q", holding(3e38, "B"))}, "has the norm 3e\\+38; at most"),
-        ({"adapter": with_module("model.q", holding(-2e6, "A"))}, "has the norm 2e\\+06; at most"),
+        (
+            {"adapter": with_module("model.q", with_value(math.nan, "A"))},
+            "contains NaN or infinity",
+        ),
+        (
+            {"adapter": with_module("model.q", with_value(-math.inf, "B"))},
+            "contains NaN or infinity",
+        ),
+        (
+            {"adapter": with_module("model.q", with_value(3e38, "B"))},
+            "has a factor with the norm 3e\\+38, above",
+        ),
+        (
+            {"adapter": with_module("model.q", with_value(-2e6, "A"))},
+            "has a factor with the norm 2e\\+06, above",
+        ),
     ],
 )
 def test_everything_else_is_refused_with_its_place(changes, message):
@@ -87,7 +99,7 @@ def test_everything_else_is_refused_with_its_place(changes, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2])
-def test_numbers_of_a_kind_that_nobody_trains_are_refused(dtype):
+def test_dtypes_in_which_nothing_is_trained_are_refused(dtype):
     odd = Factors(torch.ones(11, 3).to(dtype), torch.ones(3, 7).to(dtype))
     with pytest.raises(ValueError, match=r"model\.q"):
         check(adapter=with_module("model.q", odd))
@@ -116,11 +128,11 @@ def test_numbered_terms_pass():
         {**TERMS, "model.up": (1.0, 2)},
     ],
 )
-def test_terms_that_the_server_does_not_know_are_refused(terms):
+def test_terms_with_wrong_numbers_are_refused(terms):
     with pytest.raises(ValueError, match="numbers"):
         validate.upload(dataclasses.replace(GOOD, terms=terms), CLIENT, 4, NUMBERED, 17)
 
 
-def test_terms_that_nobody_asked_for_are_refused():
+def test_terms_that_were_not_requested_are_refused():
     with pytest.raises(ValueError, match="numbers the terms of 2 modules, not of the 0"):
         check(terms=TERMS)

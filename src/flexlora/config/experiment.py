@@ -47,7 +47,7 @@ class Data(BaseModel):
     """
 
     model_config = CLOSED
-    format: Literal["table", "natural-instructions", "hub", "procedural", "remote"] = "table"
+    format: str = "table"
     path: str | None = None
     columns: Columns = Columns()
     prompt: Literal["alpaca", "chat", "plain"] = "alpaca"
@@ -249,7 +249,7 @@ def _cross_check(experiment: Experiment, place: str) -> None:
             f"federation.quorum {federation.quorum} is more than a round wants, "
             f"federation.cohort {federation.cohort}"
         )
-    if data.format not in ("procedural", "remote") and data.path is None:
+    if data.format in ("table", "natural-instructions", "hub") and data.path is None:
         faults.append(f"data.format {data.format!r} needs data.path")
     if data.partition.kind in ("iid", "dirichlet", "shards") and data.partition.clients is None:
         faults.append(f"data.partition.kind {data.partition.kind!r} needs data.partition.clients")

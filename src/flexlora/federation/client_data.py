@@ -16,6 +16,7 @@ from flexlora.data import Corpus, partition, split_rows
 from flexlora.data.corpora import hub, mapped, natural_instructions, procedural, table
 from flexlora.errors import DataError
 from flexlora.evaluation import Question, pick
+from flexlora.federation import corpora
 from flexlora.seeds import rng
 
 
@@ -27,6 +28,8 @@ def read(experiment: Experiment, cache: Path) -> Corpus:
             "data.format 'remote' says that the rows are with real clients: start it by "
             "`flexlora serve`, or name a format that can be simulated."
         )
+    if reader := corpora.installed(data.format):
+        return chosen(reader(data.path, data.columns, seed), experiment)
     if data.format == "procedural":
         families = data.families or procedural.FAMILIES
         made = procedural.generate(families, examples=data.examples, seed=seed)

@@ -9,7 +9,15 @@ from typing import Any
 from flexlora import config, methods
 from flexlora.config import Experiment, Plugins
 from flexlora.errors import ConfigError
-from flexlora.method import Averager, Method, averagers, regularizers, server_optimizers
+from flexlora.federation import corpora
+from flexlora.method import (
+    Averager,
+    Method,
+    averagers,
+    regularizers,
+    require_means,
+    server_optimizers,
+)
 from flexlora.method.server_optimizer import with_server_optimizer
 from flexlora.training import Training
 
@@ -92,9 +100,15 @@ def method_of(experiment: Experiment) -> Method:
     )
 
 
-def averager_of(experiment: Experiment) -> Averager:
-    """The averager that a config names; plain averaging if it names none."""
-    return averagers.make(experiment.averager or PLAIN)
+def averager_for(method: Method, experiment: Experiment) -> Averager:
+    """The averager that a config names; plain averaging if it names none.
+
+    Raises:
+        ConfigError: it does not compute what the method needs.
+    """
+    averager = averagers.make(experiment.averager or PLAIN)
+    require_means(averager, method)
+    return averager
 
 
 def _wrapped(
@@ -126,6 +140,7 @@ def _checked(experiment: Experiment, place: str) -> Experiment:
         (experiment.averager, averagers.PLUGINS),
     )
     try:
+        corpora.check(experiment.data.format)
         for section, plugins in sections:
             if section is not None:
                 plugins.make(section)

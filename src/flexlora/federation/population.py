@@ -27,7 +27,7 @@ class Population(Mapping[str, Client]):
 
 @dataclass(frozen=True)
 class Clients(Population):
-    """The clients of a simulation; each is made when it is asked for, from what it differs in.
+    """The clients of a simulation; each is made when it is looked up.
 
     ``rows`` has each client's training rows, ``types`` its rank type, ``ranks`` each type's
     rank by module.
@@ -55,5 +55,5 @@ class Clients(Population):
     @cached_property
     def counts(self) -> Mapping[str, int]:
         """How many clients are of each type."""
-        found = Counter(self.types[id] for id in self.rows)
-        return {kind: found[kind] for kind in self.ranks if found[kind]}
+        counts = Counter(self.types[id] for id in self.rows)
+        return {kind: counts[kind] for kind in self.ranks if counts[kind]}

@@ -1,4 +1,4 @@
-"""The seam between the round loop and wherever the clients are."""
+"""What the round loop needs of the place where its clients are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexlora.method import Cohort, Method, RoundContext, State
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client sent: bytes, not yet looked at."""
+    """What a client sent: bytes, not checked yet."""
 
     client: str
     data: bytes
@@ -43,7 +43,7 @@ class LateReply:
 
 @dataclass(frozen=True)
 class TransportEvent:
-    """What happens among real clients, for the journal: an event's name and its facts."""
+    """What happens among real clients, for the journal: an event's name and its fields."""
 
     event: str
     facts: Mapping[str, Any]
@@ -65,7 +65,7 @@ class WaitPolicy:
 
 
 class Transport(Protocol):
-    """Carries jobs to clients and replies back."""
+    """Carries requests to clients and replies back."""
 
     @property
     def clients_at_once(self) -> int:
@@ -73,22 +73,22 @@ class Transport(Protocol):
         ...
 
     def present(self, clients: Collection[str]) -> list[str]:
-        """Those of these clients that can be asked now, in their order."""
+        """Those of these clients that a request can reach now, in their order."""
         ...
 
     def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Received]:
-        """One reply or loss for each job, as they arrive, in any order.
+        """One reply or loss for each request, as they arrive, in any order.
 
-        Jobs are drawn when there is somebody to take them, so that not all downloads of a
-        round are in memory at once. When it has enough, those still at work are not waited
-        for; nothing is said of them.
+        Requests are drawn when a client can take them, so that not all downloads of a round
+        are in memory at once. Once the policy has enough, clients still at work are not waited
+        for, and nothing is yielded for them.
         """
         ...
 
 
 @runtime_checkable
 class Aggregating(Protocol):
-    """A federation whose workers take a part in the server's step too."""
+    """A transport whose workers take a part in the server's step too."""
 
     def aggregate(
         self, method: Method, state: State, cohort: Cohort, context: RoundContext

@@ -17,7 +17,7 @@ FactorNames = Literal["BA", "B", "A"]
 
 
 @runtime_checkable
-class StoredModules(Protocol):
+class KnownRanks(Protocol):
     """Modules in a file, whose ranks are known without reading them."""
 
     def rank(self, module: str) -> int:
@@ -136,7 +136,7 @@ class Adapter(Mapping[str, Factors]):
 
     def rank(self, module: str) -> int:
         """The rank of a module; one that lies in a file is not read for it."""
-        if isinstance(self.modules, StoredModules):
+        if isinstance(self.modules, KnownRanks):
             return self.modules.rank(module)
         return self.modules[module].rank
 

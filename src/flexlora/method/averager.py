@@ -125,8 +125,8 @@ class Averager(ABC):
     """
 
     title: ClassVar[str]
-    means: ClassVar[frozenset[Mean]]
-    """Which means its cohorts offer."""
+    offers: ClassVar[frozenset[Mean]]
+    """Which of them its cohorts compute."""
 
     @abstractmethod
     def cohort(self, uploads: Sequence[Upload], weights: Weights, context: RoundContext) -> Cohort:
@@ -139,7 +139,7 @@ def require_means(averager: Averager, method: Method) -> None:
     Raises:
         ConfigError: naming both and the means that are missing.
     """
-    missing = sorted(method.means - averager.means)
+    missing = sorted(method.needs - averager.offers)
     if missing:
         raise ConfigError(
             f"The averager {averager.title!r} does not compute the {', the '.join(missing)}, which "

@@ -272,7 +272,7 @@ class Method(ABC):
         return frozenset()
 
     @property
-    def means(self) -> frozenset[Mean]:
+    def needs(self) -> frozenset[Mean]:
         """Which means over the cohort ``aggregate`` asks for; a class attribute.
 
         An averager that does not offer one of them is refused at the start.

@@ -53,9 +53,9 @@ class MethodWrapper(Method):
         return self.wrapped.features
 
     @property
-    def means(self) -> frozenset[Mean]:
+    def needs(self) -> frozenset[Mean]:
         """The inner method's."""
-        return self.wrapped.means
+        return self.wrapped.needs
 
     @property
     def weights(self) -> Weights:

@@ -1,8 +1,8 @@
-"""FedEx-LoRA (arXiv 2410.09432): means of the factors, and what they miss merged into the base.
+"""FedEx-LoRA (arXiv 2410.09432): averaged factors; what they miss is merged into the base.
 
 ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and the residual
 ``sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A)``, whose rank is at most (K - 1) r,
-is sent factored and merged by everybody for good. Exact on every client.
+is sent factored and merged by every client for good. Exact on every client.
 
 Differs: weights by examples where the paper's are equal (``weights = "uniform"``); every
 residual that a client has not merged yet is sent to it, so that it may miss rounds.
@@ -36,7 +36,7 @@ class FedExLoRA(Method):
     """FedEx-LoRA. Unequal ranks are refused at start-up."""
 
     info = Info(
-        "FedEx-LoRA: factor means, residual merged into the base",
+        "FedEx-LoRA: averaged factors, residual merged into the base",
         "arXiv 2410.09432",
         exact=True,
         up="r*(m+n)",
@@ -44,31 +44,31 @@ class FedExLoRA(Method):
         server="one SVD of rank S; one of all so far for the export",
     )
     features = frozenset({Feature.PER_MODULE})
-    means = frozenset({Mean.FACTORS, Mean.PRODUCTS})
+    needs = frozenset({Mean.FACTORS, Mean.PRODUCTS})
 
     weights: Weights = "examples"
 
     def handout(self, state: State, client: Client, context: RoundContext) -> Download:
-        """The factor means, and the residuals to merge."""
+        """The averaged factors, and the residuals to merge."""
         download = truncated(state, client, context)
         return replace(download, base_updates=state.merge_log.pending(client.id))
 
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
-        """The means, and one SVD of each module's residual, of rank (K - 1) r at most."""
-        means = {module: cohort.factors(module) for module in state.model}
+        """The averages, and one SVD of each module's residual, of rank (K - 1) r at most."""
+        factors = {module: cohort.factors(module) for module in state.model}
 
         def residual(module: str) -> list[Weighted]:
-            return [*cohort.products(module).terms, (-1.0, means[module])]
+            return [*cohort.products(module).terms, (-1.0, factors[module])]
 
         ranks = {
             module: min((len(cohort.clients) - 1) * mean.rank, *mean.shape)
-            for module, mean in means.items()
+            for module, mean in factors.items()
         }
         update = Truncation().best(residual, state.model, ranks).adapter
-        model = Adapter({m: f.to(state.model[m].B.dtype) for m, f in means.items()})
+        model = Adapter({m: f.to(state.model[m].B.dtype) for m, f in factors.items()})
         log = state.merge_log.after(context.round, cohort.clients, update)
         return replace(state, model=model, merge_log=log)
 
     def global_adapter(self, state: State, context: RoundContext) -> Adapter:
-        """All residuals and the means, as one SVD of each module."""
+        """All residuals and the averaged factors, as one SVD of each module."""
         return total([*state.merge_log.updates.values(), state.model], state.model)

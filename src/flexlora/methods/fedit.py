@@ -24,7 +24,7 @@ class FedIT(Method):
         server="sums of factors",
     )
     features = frozenset({Feature.PER_MODULE, Feature.COMMON_FACTORS, Feature.SAME_FOR_EQUAL_RANKS})
-    means = frozenset({Mean.FACTORS})
+    needs = frozenset({Mean.FACTORS})
 
     weights: Weights = "examples"
 

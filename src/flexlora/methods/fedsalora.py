@@ -1,6 +1,6 @@
 """FedSA-LoRA (arXiv 2410.01463): ``A`` is shared and averaged, ``B`` never leaves its client.
 
-Both are trained; the server sees and averages ``A`` alone. Each client's model is its own:
+Both are trained; the server sees and averages only ``A``. Each client's model is its own:
 the common ``A`` with the ``B`` that it keeps; a client that never trained has ``B = 0`` and so
 the base model.
 """
@@ -45,7 +45,7 @@ class FedSALoRA(Method):
         exempt={"gauge": "only A is shared"},
     )
     features = frozenset({Feature.PER_MODULE, Feature.PERSONAL, Feature.SAME_FOR_EQUAL_RANKS})
-    means = frozenset({Mean.FACTORS})
+    needs = frozenset({Mean.FACTORS})
 
     weights: Weights = "examples"
 

@@ -1,4 +1,4 @@
-"""FedSVD (arXiv 2505.12805): ``B`` alone is trained; the server turns ``B A`` into an SVD anew.
+"""FedSVD (arXiv 2505.12805): only ``B`` is trained; the server renews the bases by an SVD.
 
 ``A`` is common, so the mean of ``B`` is the mean of the products. After every round
 ``B A = U S V'`` is handed out as ``B = U S`` and ``A = V'``: the same product, and an ``A`` with
@@ -35,7 +35,7 @@ class FedSVD(Method):
     """FedSVD: ``B`` travels up, both down. Unequal ranks are refused at start-up."""
 
     info = Info(
-        "FedSVD: means of B, bases renewed by SVD",
+        "FedSVD: averaged B, bases renewed by SVD",
         "arXiv 2505.12805",
         exact=True,
         up="r*m",
@@ -44,7 +44,7 @@ class FedSVD(Method):
         exempt={"gauge": "A is not trained"},
     )
     features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
-    means = frozenset({Mean.FACTORS})
+    needs = frozenset({Mean.FACTORS})
 
     weights: Weights = "examples"
 

@@ -1,9 +1,9 @@
 """FFA-LoRA (arXiv 2403.12313), nested: one frozen ``A`` for all, of which clients use a part.
 
 ``A`` is drawn once from the run's seed and never trained; a client of rank r uses its first
-r rows, trains its ``B`` and sends it alone. As ``A`` is common, the mean of ``B`` is the mean
-of the products. At unequal ranks each column of ``B`` is averaged over the clients that hold
-it, which keeps this true term by term.
+r rows, trains its ``B`` and sends only that. As ``A`` is common, the mean of ``B`` is the mean
+of the products. At unequal ranks each column of ``B`` is averaged over the clients that have
+it, which keeps this true component by component.
 
 Differs: the paper has equal ranks only; ``A`` does not travel, the client draws it.
 """
@@ -39,7 +39,7 @@ class FFALoRA(Method):
     """FFA-LoRA: half the traffic. It wants its own, mostly higher, learning rate."""
 
     info = Info(
-        "FFA-LoRA: one frozen A, means of B",
+        "FFA-LoRA: one frozen A, averaged B",
         "arXiv 2403.12313",
         exact=True,
         by_component=True,
@@ -56,7 +56,7 @@ class FFALoRA(Method):
             Feature.SAME_FOR_EQUAL_RANKS,
         }
     )
-    means = frozenset({Mean.FACTORS_BY_COMPONENT})
+    needs = frozenset({Mean.FACTORS_BY_COMPONENT})
 
     weights: Weights = "examples"
 

@@ -11,8 +11,8 @@ mean change D as a gradient: ``x + rate D``, or entry by entry the step of FedAd
 With both densities and the rate at 1 this is FedIT.
 
 Differs: magnitudes are those of the effective factors, with the LoRA scale in B; the server's
-Adam decays no weights. The paper's clients of fewer means have a lower density. Here means are
-ranks, and as every client trains every entry, unequal ranks are refused.
+Adam decays no weights. The paper's weaker clients have a lower density. Here a weaker client has a
+lower rank, and as every client trains every entry, unequal ranks are refused.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class FLASC(Method):
     features = frozenset(
         {Feature.PER_MODULE, Feature.SPARSE_MESSAGES, Feature.SAME_FOR_EQUAL_RANKS}
     )
-    means = frozenset({Mean.FACTORS})
+    needs = frozenset({Mean.FACTORS})
 
     density_down: float = 0.25
     density_up: float = 0.25

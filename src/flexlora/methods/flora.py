@@ -1,4 +1,4 @@
-"""FLoRA (arXiv 2409.05976): stack the factors, merge the stack into everybody's base.
+"""FLoRA (arXiv 2409.05976): stack the factors, merge the stack into every client's base.
 
 ``[B_1 .. B_K]`` and ``[p_1 A_1; ..; p_K A_K]`` have the mean of the products as their
 product, exactly and for any ranks. Every client merges the stack into its base for good and
@@ -42,12 +42,12 @@ class FLoRA(Method):
         server="a stack; one SVD of all so far for the export",
     )
     features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE})
-    means = frozenset({Mean.PRODUCTS})
+    needs = frozenset({Mean.PRODUCTS})
 
     weights: Weights = "examples"
 
     def start(self, fresh: Adapter, context: RoundContext) -> State:
-        """No update at all: of the model only shapes are known."""
+        """No update at all: the model has shapes and no component."""
         return State(fresh.first(dict.fromkeys(fresh, 0)))
 
     def handout(self, state: State, client: Client, context: RoundContext) -> Download:

@@ -1,8 +1,8 @@
 """FLoRIST (arXiv 2506.09199): FLoRA's stack, cut by SVD to a share of its energy.
 
 Of each module's mean of products the smallest rank is kept whose squared singular values
-reach ``energy`` of all; that one pair is sent to everybody, who merges it into the base and
-starts afresh at the own rank, as in FLoRA (the paper's appendix). ``energy`` 1 is FLoRA.
+reach ``energy`` of all; that one pair is sent to all clients, which merge it into their base
+and start afresh at their own rank, as in FLoRA (the paper's appendix). ``energy`` 1 is FLoRA.
 
 Differs: one QR-based SVD in place of the paper's three, with the same result. The paper
 chooses the threshold for each model and data set between 0.80 and 0.99; the default here is
@@ -47,7 +47,7 @@ class FLoRIST(Method):
         lossless={"energy": 1.0},
     )
     features = frozenset({Feature.MIXED_RANKS, Feature.PER_MODULE})
-    means = frozenset({Mean.PRODUCTS})
+    needs = frozenset({Mean.PRODUCTS})
 
     energy: float = 0.9
     weights: Weights = "examples"
@@ -57,7 +57,7 @@ class FLoRIST(Method):
             raise ConfigError(f"energy is a share in (0, 1], got {self.energy}.")
 
     def start(self, fresh: Adapter, context: RoundContext) -> State:
-        """No update at all: of the model only shapes are known."""
+        """No update at all: the model has shapes and no component."""
         return State(fresh.first(dict.fromkeys(fresh, 0)))
 
     def handout(self, state: State, client: Client, context: RoundContext) -> Download:

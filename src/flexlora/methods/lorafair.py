@@ -1,6 +1,6 @@
-"""LoRA-FAIR (arXiv 2411.14961): means of the factors, ``B`` corrected towards the true mean.
+"""LoRA-FAIR (arXiv 2411.14961): averaged factors, ``B`` corrected towards the true mean.
 
-With ``W = sum_k p_k B_k A_k`` and the means ``B``, ``A`` the server looks for the ``D`` with
+With ``W = sum_k p_k B_k A_k`` and the averages ``B``, ``A`` the server looks for the ``D`` with
 ``(B + D) A`` near ``W`` and ``D`` small, and hands out ``A`` and ``B + D``.
 
 ``solver`` "cosine" is the paper's: gradient descent on ``1 - cos(W, (B + D) A) + strength |D|``.
@@ -30,14 +30,14 @@ class LoRAFAIR(Method):
     """LoRA-FAIR. Unequal ranks are refused at start-up."""
 
     info = Info(
-        "LoRA-FAIR: factor means, B corrected on the server",
+        "LoRA-FAIR: averaged factors, B corrected on the server",
         "arXiv 2411.14961",
         up="r*(m+n)",
         down="r*(m+n)",
         server="products of factors, one system of r unknowns",
     )
     features = frozenset({Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS})
-    means = frozenset({Mean.FACTORS, Mean.PRODUCTS})
+    needs = frozenset({Mean.FACTORS, Mean.PRODUCTS})
 
     solver: Literal["ridge", "cosine"] = "ridge"
     strength: float = 0.01
@@ -53,7 +53,7 @@ class LoRAFAIR(Method):
             raise ConfigError(f"steps is at least 1, got {self.steps}.")
 
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
-        """Factor means and a correction of ``B``; products of factors, never the full matrix."""
+        """Averaged factors, ``B`` corrected; products of factors, never the full matrix."""
         solve, model = self._ridge if self.solver == "ridge" else self._cosine, {}
         for module, last in state.model.items():
             products, mean = cohort.products(module), cohort.factors(module)

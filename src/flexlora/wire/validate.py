@@ -13,7 +13,7 @@ from flexlora.method import Client, ModuleSpec, Upload, UploadSpec
 LARGEST_NORM = 1e6
 """Of a factor. Trained ones are far below; finite numbers without bound overflow in products."""
 
-WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRANSPORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that adapters may travel in."""
 
 
@@ -67,9 +67,9 @@ def _check_factors(module: str, factors: Factors, spec: ModuleSpec, place: str) 
         raise ProtocolError(
             f"{place}: module {module!r} is {factors.shape} (out, in), not {spec.shape}."
         )
-    if factors.B.dtype not in WIRE_DTYPES:
+    if factors.B.dtype not in TRANSPORT_DTYPES:
         raise ProtocolError(
-            f"{place}: module {module!r} is {factors.B.dtype}, not one of {WIRE_DTYPES}."
+            f"{place}: module {module!r} is {factors.B.dtype}, not one of {TRANSPORT_DTYPES}."
         )
     if not spec.min_rank <= factors.rank <= spec.max_rank:
         raise ProtocolError(

@@ -15,10 +15,10 @@ class Plain(Averager):
     """Weighted means, exact in float64. It has no options."""
 
     title = "plain averaging"
-    means = frozenset(Mean)
+    offers = frozenset(Mean)
 
     def cohort(
         self, uploads: Sequence[Upload], weights: Weights, context: RoundContext
     ) -> WeightedCohort:
-        """The means at the weights that the method asks for."""
+        """Weighted by what the method names."""
         return WeightedCohort(tuple(uploads), client_weights(uploads, weights))

@@ -1,6 +1,6 @@
 """SCAFFOLD (arXiv 1910.06378, option II): clients correct their gradients for their own drift.
 
-Client i holds a control ``c_i``, the mean gradient of its last turn, and the server their mean
+Client i has a control ``c_i``, the mean gradient of its last round, and the server their mean
 ``c``. Every step's gradient gains ``c - c_i``. After K steps from x to y at learning rates eta
 
 ``c_i' = c_i - c + (x - y) / sum(eta)``,
@@ -8,8 +8,8 @@ Client i holds a control ``c_i``, the mean gradient of its last turn, and the se
 of which the change is sent. Controls are gradients in the effective factors: a client of LoRA
 scale s optimises ``B / s``, so B moves by ``s^2 eta`` times its gradient, which is divided out.
 
-Means of gradients in factors need factors that mean the same to all clients and from round to
-round: methods that decompose products anew, refresh ``A``, rotate or alternate are refused,
+A mean of gradients in the factors needs factors that are the same for all clients and from round
+to round: methods that decompose products anew, refresh ``A``, rotate or alternate are refused,
 and unequal ranks. Steps must be a learning rate times the gradient: AdamW, momentum and weight
 decay are refused. Steps that ``training.clip_norm`` shortens count as they were taken.
 
@@ -105,9 +105,9 @@ class WithScaffold(MethodWrapper):
         return self.inner.features - lost
 
     @property
-    def means(self) -> frozenset[Mean]:
+    def needs(self) -> frozenset[Mean]:
         """The inner method's, and that of the controls."""
-        return self.inner.means | {Mean.AUX_FACTORS}
+        return self.inner.needs | {Mean.AUX_FACTORS}
 
     def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """The method's download, and the mean control once there is one."""

@@ -40,5 +40,5 @@ class FedAdam(ServerOptimizer):
         """One norm of the change, by QR of its factors."""
         (b1, b2), (out, in_) = self.betas, change.shape
         last = self.tau**2 if moment is None else moment
-        found = b2 * last + (1 - b2) * change.norm() ** 2 / (out * in_)
-        return Step(b1, 1 - b1, self.rate / (math.sqrt(found) + self.tau), found)
+        square = b2 * last + (1 - b2) * change.norm() ** 2 / (out * in_)
+        return Step(b1, 1 - b1, self.rate / (math.sqrt(square) + self.tau), square)
