@@ -51,7 +51,7 @@ class MedianNorm(Averager):
     """Norm clipping: an upload larger than the median counts in inverse proportion."""
 
     title = "norm clipping at the median"
-    means = frozenset(Mean) - {Mean.UPLOADS}
+    offers = frozenset(Mean) - {Mean.UPLOADS}
 
     def cohort(self, uploads, weights, context):
         norms = [sent_norm(upload.adapter) for upload in uploads]
@@ -76,7 +76,7 @@ class Watched:
 
 
 CLIPPING = MedianNorm()
-OFFERED = [name for name in methods.shipped() if methods.make(name).means <= CLIPPING.means]
+OFFERED = [name for name in methods.shipped() if methods.make(name).needs <= CLIPPING.offers]
 
 
 def turns_of(method, state, clients, number, private=None):
@@ -129,7 +129,7 @@ def test_the_methods_that_it_serves():
 
 
 @pytest.mark.parametrize("name", OFFERED)
-def test_a_method_runs_under_it_and_reads_the_means_that_it_names(name):
+def test_a_method_runs_under_it_and_reads_the_means_that_it_needs(name):
     method = methods.make(name)
     require_means(CLIPPING, method)
     clients = clients_of(method)
@@ -147,7 +147,7 @@ def test_a_method_runs_under_it_and_reads_the_means_that_it_names(name):
             for module, shape in SHAPES.items():
                 assert update[module].shape == shape
                 assert relative_error(product(update[module]), product(last[module])) > 1e-3
-    assert read and read <= method.means
+    assert read and read <= method.needs
 
 
 def test_flexlora_under_it_is_the_best_rank_of_the_clipped_mean_of_products():
