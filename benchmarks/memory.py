@@ -26,8 +26,8 @@ import torch
 from result import Claim, Table, data_file, finish, setting, status_kib
 
 from flexlora import config
-from flexlora.federation.rounds import run
 from flexlora.federation.prepared import PreparedRun
+from flexlora.federation.rounds import run
 from flexlora.federation.setup import prepare
 from flexlora.model import smollm2
 from flexlora.model.source import Source

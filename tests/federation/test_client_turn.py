@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from support.oracle import product, relative_error
 
 from flexlora import methods, wire
 from flexlora.federation import client_turn, setup
@@ -11,10 +12,10 @@ from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method.handout import chosen_of
 from flexlora.method.interface import Download
 from flexlora.seeds import rng
-from flexlora.training.loop import ClientTask, train
+from flexlora.training.loop import ClientTask
 from support import models
 from support.factors import random_adapter
-from support.oracle import product, relative_error
+from support.learning import train
 
 
 @pytest.fixture(scope="module")

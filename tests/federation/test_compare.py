@@ -316,7 +316,7 @@ def test_the_command_compares_and_says_where(call, tmp_path, monkeypatch):
     code, said, _ = call("--methods", "all", "--seeds", "1", "--output", tmp_path / "c")
     assert code == 0
     assert "★" in said and "fedit: refused: " in said
-    assert "With one seed the spread is not known" in said
+    assert "One seed does not show how much" in said
     found = json.loads((tmp_path / "c/comparison.json").read_text())
     assert [m["cells"][0]["state"] for m in found["methods"]].count("finished") == 2
     assert found["methods"][-1]["method"] == "fedit"
@@ -342,7 +342,7 @@ def test_a_command_that_is_stopped_writes_what_it_has(call, tmp_path, monkeypatc
     words = ("--methods", "flexlora,hetlora", "--seeds", "1", "--output", tmp_path / "c")
     code, said, error = call(*words)
     assert code == 130 and "go on with the same command" in error
-    assert "hetlora: seed 3 not run to its end" in said
+    assert "hetlora: seed 3 not completed" in said
     monkeypatch.undo()
 
 

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from support.oracle import product, relative_error, weighted_sum
 
 from flexlora import wire
 from flexlora.federation import checkpoint, client_turn, collect, rounds, setup
@@ -24,7 +25,6 @@ from flexlora.journal.record import Record
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.peft_format import WEIGHTS
 from support import models
-from support.oracle import product, relative_error, weighted_sum
 
 
 @dataclass(frozen=True)

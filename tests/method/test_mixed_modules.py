@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.rounds import SHAPES, clients_of, draw_of, fresh, jolt, made, played, started, turn
 
 from flexlora import methods, seeds, wire
 from flexlora.config.ranks import RankType
@@ -14,11 +15,11 @@ from flexlora.method.interface import Fresh, Upload
 from flexlora.method.mixed_modules import targeted
 from flexlora.method.partial_step import aggregated, joined, part_of, upload_of
 from flexlora.method.server_optimizer import MOMENTUM
-from flexlora.training.loop import ClientTask, train
+from flexlora.training.loop import ClientTask
 from flexlora.wire import adapters
 from support import models
 from support.factors import random_factors
-from support.rounds import SHAPES, clients_of, draw_of, fresh, jolt, made, played, started, turn
+from support.learning import train
 
 ATTENTION, FEED_FORWARD = "model.self_attn.q", "model.mlp.up"
 BOTH = dict(zip((ATTENTION, FEED_FORWARD), SHAPES.values(), strict=True))

@@ -100,8 +100,8 @@ def test_a_tracker_that_fails_is_said_once_and_stops_nothing(tmp_path, capsys):
     assert len(list(following(running(tmp_path, *kinds), [failing, sound], tmp_path))) == 4
     assert len(sound.events) == 4 and len(failing.events) == 1 and failing.closed == 1
     said = capsys.readouterr().err
-    assert said.count("warning: Told does not follow this run any more") == 1
-    assert "ConnectionError: no route to the store. The run is not touched" in said
+    assert said.count("warning: Told is disabled for the rest of this run") == 1
+    assert "ConnectionError: no route to the store. The run continues" in said
 
 
 def test_what_would_exit_ends_the_tracker_alone(tmp_path, capsys, monkeypatch):

@@ -3,10 +3,12 @@
 import numpy as np
 import torch
 
+from flexlora.data import TokenStore
 from flexlora.laws.dense import product, relative_error
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model.base import Base
 from flexlora.model.blocks import kind
+from flexlora.training.loop import ClientTask, Trained, train_together
 from flexlora.training.optimizer import Training
 from support.factors import random_adapter, random_factors
 
@@ -53,3 +55,10 @@ def assert_same_move(got: Adapter, want: Adapter, start: Adapter, tolerance: flo
         begun = product(start[module])
         error = relative_error(product(got[module]) - begun, product(want[module]) - begun)
         assert error < tolerance, module
+
+
+def train(
+    base: Base, task: ClientTask, store: TokenStore, settings: Training, round: int = 1
+) -> Trained:
+    """Train a single client."""
+    return train_together(base, [task], store, settings, round)[0]

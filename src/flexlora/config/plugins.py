@@ -81,7 +81,12 @@ class Plugins(Generic[T]):
         name = str(section["name"])
         options = {key: value for key, value in section.items() if key != "name"}
         cls = self.kind(name, files)
-        fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        if not dataclasses.is_dataclass(cls):
+            raise ConfigError(
+                f"The {self.label} {cls.__name__} of {name} is no dataclass; decorate it with "
+                "@dataclass(frozen=True)."
+            )
+        fields = [f.name for f in dataclasses.fields(cls)]
         for option in options:
             if option not in fields:
                 raise ConfigError(
@@ -137,11 +142,6 @@ class Plugins(Generic[T]):
         if inspect.isabstract(cls):
             missing = ", ".join(sorted(getattr(cls, "__abstractmethods__")))  # noqa: B009
             raise ConfigError(f"The {self.label} {cls.__name__} of {place} must define: {missing}.")
-        if not dataclasses.is_dataclass(cls):
-            raise ConfigError(
-                f"The {self.label} {cls.__name__} of {place} is no dataclass; decorate it with "
-                "@dataclass(frozen=True)."
-            )
         return cls
 
 
