@@ -8,11 +8,11 @@ from flexlora import methods
 from support.methods_page import PAGE, code_lines, measured, page, predicted
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", methods.shipped())
 def test_formulas_are_the_bytes_measured(name):
-    found = measured(name)
-    said = predicted(name, found)
-    assert found["up"] == said["up"] and found["down"] == said["down"]
+    measurement = measured(name)
+    formulas = predicted(name, measurement)
+    assert measurement["up"] == formulas["up"] and measurement["down"] == formulas["down"]
 
 
 def test_the_page_is_up_to_date():
@@ -20,4 +20,4 @@ def test_the_page_is_up_to_date():
 
 
 def test_a_method_is_a_small_file():
-    assert statistics.median(code_lines(name) for name in methods.names()) < 60
+    assert statistics.median(code_lines(name) for name in methods.shipped()) < 60

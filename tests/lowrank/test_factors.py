@@ -90,3 +90,20 @@ def test_an_adapter_is_a_mapping_in_its_order():
 def test_first_of_an_adapter_takes_at_most_what_is_there():
     adapter = Adapter({"b.up": random_factors(13, 2, 5), "a.q": random_factors(11, 3, 7)})
     assert adapter.first({"b.up": 9, "a.q": 1}).ranks == {"b.up": 2, "a.q": 1}
+
+
+def test_restricted_leaves_one_factor_and_the_rank():
+    factors = random_factors(11, 3, 7)
+    only_B, only_A, both = (factors.restricted(names) for names in ("B", "A", "BA"))
+    assert torch.equal(only_B.B, factors.B) and only_B.A.shape == (3, 0)
+    assert torch.equal(only_A.A, factors.A) and only_A.B.shape == (0, 3)
+    assert torch.equal(both.B, factors.B) and torch.equal(both.A, factors.A)
+    adapter = Adapter({"a.q": factors}).restricted("B")
+    assert adapter.ranks == {"a.q": 3} and adapter.parameters == 33
+
+
+def test_components_come_in_the_order_of_their_numbers():
+    factors = random_factors(11, 5, 7)
+    some = factors.components([4, 0])
+    assert torch.equal(some.B, factors.B[:, [4, 0]]) and torch.equal(some.A, factors.A[[4, 0]])
+    assert factors.components([]).rank == 0

@@ -3,14 +3,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexlora.lowrank.factors import Adapter
-from flexlora.method.interface import Upload
+from flexlora.laws.dense import product, relative_error, weighted_sum
+from flexlora.laws.rounds import SEED, aggregated
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import RoundContext, Upload
 from flexlora.methods.fedit import FedIT
 from support.factors import random_factors
-from support.oracle import product, relative_error, weighted_sum
 
 M = "model.q"
 EXAMPLES = (13, 17, 29)
+CONTEXT = RoundContext(1, SEED, {M: (11, 7)}, {M: 3})
 
 
 def uploads(seed: int, rank: int = 3) -> list[Upload]:
@@ -20,9 +22,9 @@ def uploads(seed: int, rank: int = 3) -> list[Upload]:
     ]
 
 
-def aggregate(found):
-    state = FedIT().start(Adapter({M: random_factors(11, 3, 7, 99)}))
-    return FedIT().aggregate(state, found).adapters["global"][M]
+def aggregate(uploads: list[Upload]) -> Factors:
+    state = FedIT().start(Adapter({M: random_factors(11, 3, 7, 99)}), CONTEXT)
+    return aggregated(FedIT(), state, uploads, CONTEXT).model[M]
 
 
 def test_the_factors_are_the_means_of_the_factors():
@@ -55,7 +57,7 @@ def test_clients_that_agree_on_one_factor_lose_nothing():
     """Then the covariance is zero."""
     shared = random_factors(11, 3, 7, 50).A
     found = [
-        Upload(u.client, 1, Adapter({M: type(u.adapter[M])(u.adapter[M].B, shared)}), u.examples)
+        Upload(u.client, 1, Adapter({M: Factors(u.adapter[M].B, shared)}), u.examples)
         for u in uploads(1)
     ]
     exact = weighted_sum([(u.examples / sum(EXAMPLES), u.adapter[M]) for u in found])
@@ -68,8 +70,3 @@ def test_what_the_wire_rounds_is_not_rounded_again_by_the_server(coarse):
     found = [Upload(u.client, 1, u.adapter.to(coarse), u.examples) for u in uploads(1)]
     B = sum(u.examples / sum(EXAMPLES) * u.adapter[M].B.double() for u in found)
     assert relative_error(aggregate(found).B, B) < 1e-6
-
-
-def test_the_ranks_known_are_kept():
-    state = FedIT().start(Adapter({M: random_factors(11, 3, 7, 99)}))
-    assert FedIT().aggregate(state, uploads(1)).facts == {"ranks": {M: 3}}

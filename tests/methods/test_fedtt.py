@@ -8,23 +8,38 @@ import pytest
 import torch
 
 from flexlora import wire
-from flexlora.method.interface import Client
-from flexlora.methods.fedtt import _matrix, _split
-from support.oracle import product, relative_error
-from support.rounds import (
+from flexlora.errors import ConfigError
+from flexlora.laws.dense import product, relative_error
+from flexlora.laws.rounds import (
     EXAMPLES,
     SHAPES,
+    after_rounds,
+    aggregated,
+    client_turn,
     clients_of,
-    draw_of,
-    jolt,
-    made,
+    context_of,
+    first_state,
+    noise,
     opened,
-    played,
-    started,
-    turn,
 )
+from flexlora.method import Client
+from flexlora.methods import make
+from flexlora.methods.fedtt import _matrix, _split
 
 Q = "model.q"
+
+
+def turns_of(method, state, clients, number):
+    context, learn = context_of(number, clients), noise(method, number)
+    return [client_turn(method, state, c, context, learn) for c in clients]
+
+
+def after(method, state, turns, clients, number):
+    return aggregated(method, state, [t.upload for t in turns], context_of(number, clients))
+
+
+def played(method, clients, rounds):
+    return after_rounds(method, clients, rounds, lambda number: noise(method, number))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +58,7 @@ def test_sizes_are_split(size, parts, want):
 
 def test_the_cores_of_a_module_of_smollm2():
     """576 x 1536 at rank 8 and trains of rank 5, core by core."""
-    method = made("fedtt")
+    method = make("fedtt")
     B, A = method._shapes(1536, 576, 8)
     assert B == [(1, 8, 2, 5), (5, 12, 2, 5), (5, 16, 2, 1)]
     assert A == [(1, 2, 12, 5), (5, 2, 8, 5), (5, 2, 6, 1)]
@@ -57,7 +72,7 @@ def test_the_cores_of_a_module_of_smollm2():
 def test_cores_make_a_chain(sizes, cores):
     out, in_, rank = sizes
     for train, (rows, columns) in zip(
-        made("fedtt", cores=cores)._shapes(*sizes), ((out, rank), (rank, in_)), strict=True
+        make("fedtt", {"cores": cores})._shapes(*sizes), ((out, rank), (rank, in_)), strict=True
     ):
         assert len(train) == cores and train[0][0] == train[-1][3] == 1
         assert all(a[3] == b[0] for a, b in itertools.pairwise(train))
@@ -80,20 +95,24 @@ def test_an_entry_is_a_product_of_matrices():
 
 def test_ranks_are_no_larger_than_they_can_be():
     """6 x 10 as 2 x 5 and 3 x 2 cells: six numbers on one side bound the rank."""
-    assert made("fedtt", cores=2, train_rank=99)._train(6, 10) == [(1, 2, 5, 6), (6, 3, 2, 1)]
+    assert make("fedtt", {"cores": 2, "train_rank": 99})._train(6, 10) == [
+        (1, 2, 5, 6),
+        (6, 3, 2, 1),
+    ]
 
 
 def test_the_start_is_no_update_and_has_the_spread_of_lora():
-    method, client = made("fedtt"), Client("c0", {"m": 8}, "t", 13)
+    method, client = make("fedtt"), Client("c0", {"m": 8}, "t", 13)
     shapes = {"m": (288, 192)}
-    start = opened(method, started(method, [client], shapes), client, 1, shapes=shapes)
+    state = first_state(method, [client], shapes)
+    start = opened(method, state, client, context_of(1, [client], shapes))
     f = start.adapter["m"]
     assert f.shape == (288, 192) and f.rank == 8
     assert float(f.B.norm()) == 0
     assert 0.3 < float(f.A.std() * (3 * 192) ** 0.5) < 3
-    form = method.form(start)["m"]
-    parameters = form.parameters.clone().requires_grad_()
-    now = form.factors(parameters)
+    parametrization = method.parametrize(start)["m"]
+    parameters = parametrization.parameters.clone().requires_grad_()
+    now = parametrization.factors(parameters)
     (now.B @ now.A).sum().backward()
     first = prod(method._shapes(288, 192, 8)[0][0])
     assert bool(parameters.grad[:first].all()) and not parameters.grad[first:].any()
@@ -101,12 +120,12 @@ def test_the_start_is_no_update_and_has_the_spread_of_lora():
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_bytes_are_those_of_the_cores(plus):
-    method = made("fedtt", plus=plus)
+    method = make("fedtt", {"plus": plus})
     clients = clients_of(method)
-    state = played(method, clients, 2, lambda number: jolt(number, method=method))
-    done = turn(method, state, clients[0], 3, jolt(3, method=method))
+    state, context = played(method, clients, 2), context_of(3, clients)
+    done = turns_of(method, state, clients, 3)[0]
     up = wire.encode_upload(done.upload, torch.float32)
-    down = wire.encode_download(method.handout(state, clients[0], draw_of(3)), torch.float32)
+    down = wire.encode_download(method.handout(state, clients[0], context), torch.float32)
     numbers = {"up": 0, "down": 0}
     for module, shape in SHAPES.items():
         chain = [s for train in method._shapes(*shape, clients[0].ranks[module]) for s in train]
@@ -121,62 +140,57 @@ def test_bytes_are_those_of_the_cores(plus):
 
 
 def test_cores_are_averaged_each_for_itself():
-    method = made("fedtt")
+    method = make("fedtt")
     clients = clients_of(method)
-    state = played(method, clients, 1, lambda number: jolt(number, method=method))
-    turns = [turn(method, state, c, 2, jolt(2, method=method)) for c in clients]
-    found = method.aggregate(state, [t.upload for t in turns]).adapters["global"]
+    state = played(method, clients, 1)
+    turns = turns_of(method, state, clients, 2)
+    model = after(method, state, turns, clients, 2).model
     for module in SHAPES:
         want = sum(
             n / sum(EXAMPLES) * t.trained[module].B for n, t in zip(EXAMPLES, turns, strict=True)
         )
-        torch.testing.assert_close(found[module].B, want)
+        torch.testing.assert_close(model[module].B, want)
 
 
 def test_plus_trains_first_last_and_one_between_by_turns():
-    method = made("fedtt", plus=True)
+    method = make("fedtt", {"plus": True})
     clients = clients_of(method)
-    state, moved = started(method, clients), []
+    state, moved = first_state(method, clients), []
     for number in range(1, 6):
-        done = [turn(method, state, c, number, jolt(number, method=method)) for c in clients]
-        after = method.aggregate(state, [t.upload for t in done])
+        done = turns_of(method, state, clients, number)
+        new = after(method, state, done, clients, number)
         chain = [s for train in method._shapes(*SHAPES[Q], 3) for s in train]
-        before, now = (s.adapters["global"][Q].B[:, 0] for s in (state, after))
+        before, now = (s.model[Q].B[:, 0] for s in (state, new))
         pieces = torch.split(before != now, [prod(s) for s in chain])
         moved.append([i for i, piece in enumerate(pieces) if piece.any()])
         assert all(pieces[i].all() for i in moved[-1])
-        # What a client has trained is what the server has made of it, if it is alone.
-        alone = method.update(method.aggregate(state, [done[0].upload]))
-        assert relative_error(product(alone[Q]), product(done[0].factors[Q])) < 1e-9
-        state = after
+        # What a client has trained is what the server has made of it, if there is no other.
+        single = after(method, state, done[:1], clients, number)
+        update = method.global_adapter(single, context_of(number, clients))
+        assert relative_error(product(update[Q]), product(done[0].factors[Q])) < 1e-9
+        state = new
     assert moved == [[0, 1, 5], [0, 2, 5], [0, 3, 5], [0, 4, 5], [0, 1, 5]]
 
 
 def test_plus_brings_the_mean_nearer_to_that_of_products():
-    errors = {}
+    """From the same cores, over five draws of what the clients learn."""
+    plain = make("fedtt")
+    clients = clients_of(plain)
+    state, context, errors = played(plain, clients, 2), context_of(3, clients), {}
     for plus in (False, True):
-        method = made("fedtt", plus=plus)
-        clients = clients_of(method)
-        state = played(method, clients, 2, lambda n, own=method: jolt(n, method=own))
-        turns = [turn(method, state, c, 3, jolt(3, method=method, size=0.3)) for c in clients]
-        got = method.update(method.aggregate(state, [t.upload for t in turns]))
-        errors[plus] = sum(
-            float(
-                (
-                    product(got[m])
-                    - sum(
-                        n / sum(EXAMPLES) * t.model()[m]
-                        for n, t in zip(EXAMPLES, turns, strict=True)
-                    )
-                ).norm()
-                / product(got[m]).norm()
-            )
-            for m in SHAPES
-        )
+        method, errors[plus] = make("fedtt", {"plus": plus}), 0.0
+        for salt in range(5):
+            learn = noise(method, salt, size=0.3)
+            turns = [client_turn(method, state, c, context, learn) for c in clients]
+            got = method.global_adapter(after(method, state, turns, clients, 3), context)
+            for m in SHAPES:
+                models = [t.model()[m] for t in turns]
+                mean = sum(n / sum(EXAMPLES) * x for n, x in zip(EXAMPLES, models, strict=True))
+                errors[plus] += float((product(got[m]) - mean).norm() / product(got[m]).norm())
     assert 0 < errors[True] < errors[False]
 
 
 @pytest.mark.parametrize("options", [{"cores": 1}, {"train_rank": 0}])
 def test_options_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match="cores is at least 2 and train_rank at least 1"):
-        made("fedtt", **options)
+    with pytest.raises(ConfigError, match="cores is at least 2 and train_rank at least 1"):
+        make("fedtt", options)

@@ -6,12 +6,22 @@ import torch
 
 from flexlora import methods, wire
 from flexlora.federation import checkpoint, rounds, setup
-from flexlora.lowrank.factors import Adapter
+from flexlora.laws.dense import relative_error
+from flexlora.laws.rounds import (
+    SHAPES,
+    after_rounds,
+    aggregated,
+    client_turn,
+    clients_of,
+    context_of,
+    no_training,
+    noise,
+)
+from flexlora.lowrank import Adapter
+from flexlora.method import Feature
 from flexlora.methods.flasc import FIRST, FLASC, SECOND, largest
 from support import models
 from support.factors import random_factors
-from support.oracle import relative_error
-from support.rounds import SHAPES, clients_of, draw_of, jolt, made, played, turn
 
 
 def entries(adapter) -> torch.Tensor:
@@ -26,6 +36,19 @@ def adapter(seed=1) -> Adapter:
 
 def dense(**options) -> FLASC:
     return FLASC(density_down=1.0, density_up=1.0, **options)
+
+
+def played(method, clients, rounds):
+    return after_rounds(method, clients, rounds, lambda number: noise(method, number))
+
+
+def turns_of(method, state, clients, number, learn=None):
+    context, learn = context_of(number, clients), learn or noise(method, number)
+    return [client_turn(method, state, c, context, learn) for c in clients]
+
+
+def after(method, state, turns, clients, number):
+    return aggregated(method, state, [t.upload for t in turns], context_of(number, clients))
 
 
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.9])
@@ -52,34 +75,33 @@ def test_large_modules_take_the_share_of_small_ones():
 
 def test_everything_and_a_rate_of_one_is_fedit():
     """Oracle 14 of the methods' reference: over three rounds, from the same start."""
-    fedit = made("fedit")
+    fedit = methods.make("fedit")
     clients = clients_of(fedit)
-    got, want = (played(method, clients, 3, jolt) for method in (dense(), fedit))
-    for module, f in want.adapters["global"].items():
-        assert relative_error(got.adapters["global"][module].B, f.B) < 1e-12
-        assert relative_error(got.adapters["global"][module].A, f.A) < 1e-12
-    sparse = played(FLASC(), clients, 3, jolt).adapters["global"]
-    assert all(relative_error(sparse[m].B, want.adapters["global"][m].B) > 0.1 for m in SHAPES)
+    got, want = (played(method, clients, 3).model for method in (dense(), fedit))
+    for module, f in want.items():
+        assert relative_error(got[module].B, f.B) < 1e-12
+        assert relative_error(got[module].A, f.A) < 1e-12
+    sparse = played(FLASC(), clients, 3).model
+    assert all(relative_error(sparse[m].B, want[m].B) > 0.1 for m in SHAPES)
 
 
 def test_a_client_starts_from_zeros_and_its_change_is_from_there():
     """What it was not handed is no change, and is not lost to the server."""
     method = FLASC(density_up=1.0)
     clients = clients_of(method)
-    state = played(method, clients, 1, jolt)
-    still = [turn(method, state, c, 2, lambda client, start: start.adapter) for c in clients]
-    assert all(not entries(t.upload.adapter).any() for t in still)
-    after = method.aggregate(state, [t.upload for t in still])
-    assert torch.equal(entries(after.adapters["global"]), entries(state.adapters["global"]))
-    start = entries(still[0].start.adapter)
+    state = played(method, clients, 1)
+    turns = turns_of(method, state, clients, 2, no_training)
+    assert all(not entries(t.upload.adapter).any() for t in turns)
+    new = after(method, state, turns, clients, 2)
+    assert torch.equal(entries(new.model), entries(state.model))
+    start = entries(turns[0].start.adapter)
     assert (start == 0).float().mean() > 0.7
 
 
 def test_every_entry_may_be_sent_that_was_handed_out_as_zero():
     method = FLASC(density_down=0.1, density_up=0.3)
     clients = clients_of(method)
-    state = played(method, clients, 1, jolt)
-    t = turn(method, state, clients[0], 2, jolt(2))
+    t = turns_of(method, played(method, clients, 1), clients, 2)[0]
     sent, start = entries(t.upload.adapter), entries(t.start.adapter)
     assert (sent != 0).sum() == math.ceil(0.3 * len(sent))
     assert bool((sent[start == 0] != 0).any())
@@ -89,43 +111,46 @@ def test_every_entry_may_be_sent_that_was_handed_out_as_zero():
 def test_adam_is_the_papers_recursion_entry_by_entry(betas):
     method = dense(optimizer="adam", rate=0.3, betas=betas, tau=0.05)
     clients = clients_of(method)
-    state = played(method, clients, 1, lambda n: lambda client, start: start.adapter)
-    x = entries(state.adapters["global"])
+    state = after_rounds(method, clients, 1, lambda number: no_training)
+    x = entries(state.model)
     m, v = torch.zeros_like(x), torch.full_like(x, 0.05**2)
     total = sum(c.examples for c in clients)
     v = betas[1] * v  # the round in which nobody learnt anything
     for number in (2, 3, 4):
-        turns = [turn(method, state, c, number, jolt(number)) for c in clients]
+        turns = turns_of(method, state, clients, number)
         mean = sum(t.client.examples / total * entries(t.upload.adapter) for t in turns)
         m = betas[0] * m + (1 - betas[0]) * mean
         v = betas[1] * v + (1 - betas[1]) * mean**2
         x = x + 0.3 * m / (v.sqrt() + 0.05)
-        state = method.aggregate(state, [t.upload for t in turns])
-    assert relative_error(entries(state.adapters["global"])[None], x[None]) < 1e-12
-    assert relative_error(entries(state.adapters[FIRST])[None], m[None]) < 1e-12
-    assert relative_error(entries(state.adapters[SECOND])[None], v[None]) < 1e-12
+        state = after(method, state, turns, clients, number)
+    assert relative_error(entries(state.model)[None], x[None]) < 1e-12
+    assert relative_error(entries(state.memory[FIRST])[None], m[None]) < 1e-12
+    assert relative_error(entries(state.memory[SECOND])[None], v[None]) < 1e-12
 
 
 def test_rates_that_are_not_given_are_the_papers():
     clients = clients_of(FLASC())
     for name, rate in (("sgd", 1.0), ("adam", 0.005)):
-        known = played(dense(optimizer=name), clients, 2, jolt)
-        given = played(dense(optimizer=name, rate=rate), clients, 2, jolt)
-        assert torch.equal(entries(known.adapters["global"]), entries(given.adapters["global"]))
+        default = played(dense(optimizer=name), clients, 2)
+        given = played(dense(optimizer=name, rate=rate), clients, 2)
+        assert torch.equal(entries(default.model), entries(given.model))
 
 
 def test_moments_survive_a_checkpoint(tmp_path):
     method = FLASC(optimizer="adam")
     clients = clients_of(method)
-    state = played(method, clients, 2, jolt)
+    state = played(method, clients, 2)
     state = dataclasses.replace(
-        state, adapters={k: a.to(torch.float32) for k, a in state.adapters.items()}
+        state,
+        model=state.model.to(torch.float32),
+        memory={name: a.to(torch.float32) for name, a in state.memory.items()},
     )
     loaded = checkpoint.save(tmp_path, 2, 0, state).state
-    uploads = [turn(method, state, c, 3, jolt(3)).upload for c in clients]
-    got, want = (method.aggregate(s, uploads) for s in (loaded, state))
-    for name in ("global", FIRST, SECOND):
-        assert torch.equal(entries(got.adapters[name]), entries(want.adapters[name]))
+    turns = turns_of(method, state, clients, 3)
+    got, want = (after(method, s, turns, clients, 3) for s in (loaded, state))
+    assert torch.equal(entries(got.model), entries(want.model))
+    for name in (FIRST, SECOND):
+        assert torch.equal(entries(got.memory[name]), entries(want.memory[name]))
 
 
 def test_sparse_messages_are_smaller_and_what_they_hold_is_the_same():
@@ -138,7 +163,8 @@ def test_sparse_messages_are_smaller_and_what_they_hold_is_the_same():
             for i, (m, s) in enumerate(shapes.items())
         }
     )
-    handed = method.handout(method.start(whole), clients[0], draw_of(1))
+    state = method.start(whole, context_of(0, clients, shapes))
+    handed = method.handout(state, clients[0], context_of(1, clients, shapes))
     dense_, sparse = (wire.encode_download(handed, torch.float32, how) for how in (False, True))
     # A tenth of the numbers and a 32nd for the mask: 0.13, and what the header says.
     assert len(sparse) < 0.28 * len(dense_)
@@ -162,9 +188,9 @@ def test_impossible_options_are_refused(options, message):
 
 
 def test_it_is_made_from_a_config():
-    found = methods.make("flasc", {"optimizer": "adam", "betas": [0.8, 0.9], "density_up": 0.5})
-    assert found == FLASC(optimizer="adam", betas=(0.8, 0.9), density_up=0.5)
-    assert found.by_rank_alone
+    flasc = methods.make("flasc", {"optimizer": "adam", "betas": [0.8, 0.9], "density_up": 0.5})
+    assert flasc == FLASC(optimizer="adam", betas=(0.8, 0.9), density_up=0.5)
+    assert Feature.SAME_FOR_EQUAL_RANKS in flasc.features
 
 
 def test_a_run_learns_with_fewer_bytes_both_ways(tmp_path):
@@ -172,15 +198,15 @@ def test_a_run_learns_with_fewer_bytes_both_ways(tmp_path):
     models.save(tmp_path / "model")
     totals = {}
     for name in ("flasc", "fedit"):
-        how = models.settings(
+        settings = models.settings(
             tmp_path,
             method={"name": name},
             ranks={"rank": 3, "types": None, "distribution": None},
             training={"epochs": 2},
             evaluation={"seen_clients": 0},
         )
-        ready = setup.prepare(how, models.corpus())
-        events = list(rounds.run(ready, tmp_path / name))
+        prepared = setup.prepare(settings, models.corpus())
+        events = list(rounds.run(prepared, tmp_path / name))
         totals[name] = [event for event in events if event["event"] == "round"]
         handed = [event for event in events if event["event"] == "client"]
         assert len({(event["round"], event["bytes_down"]) for event in handed}) == 3

@@ -8,19 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora import methods
-from flexlora.lowrank.factors import Adapter, Factors
-from flexlora.method.interface import Client, Download, State, Upload
+from flexlora.laws.dense import product
+from flexlora.laws.rounds import SEED, SHAPES, aggregated
+from flexlora.lowrank import Adapter, Factors
+from flexlora.method import Client, Download, RoundContext, State, Turn, Upload
 from flexlora.methods.hetlora import HetLoRA
-from flexlora.seeds import rng
 from support.factors import random_factors
-from support.oracle import product
 
 Q, UP = "model.q", "model.up"
-SHAPES = {Q: (11, 7), UP: (13, 5)}
 
 
-def draw(module):
-    return rng(5, "handout", module)
+def context_of(number: int) -> RoundContext:
+    return RoundContext(number, SEED, SHAPES, {Q: 6, UP: 5})
+
+
+def started(adapter: Adapter) -> State:
+    return HetLoRA().start(adapter, context_of(0))
+
+
+def after(state: State, uploads: list[Upload]) -> State:
+    return aggregated(HetLoRA(), state, uploads, context_of(1))
+
+
+def handed(state: State, client: Client) -> Adapter:
+    return HetLoRA().handout(state, client, context_of(2)).adapter
+
+
+def sent(method: HetLoRA, start: Adapter, trained: Adapter) -> Adapter:
+    return method.upload_from(Turn(Download(start), trained, 4, 1))
 
 
 def adapter(ranks: dict[str, int], seed: int) -> Adapter:
@@ -62,8 +77,11 @@ def test_the_penalty_is_the_formula_and_so_is_its_gradient(keep, rank):
     start = adapter({Q: rank, UP: rank + 2}, 1)
     heads = {m: max(math.floor(keep * f.rank), 1) for m, f in start.items()}
     method = HetLoRA(keep=keep, decay=0.3)
-    found = []
-    for formula in (lambda now: method.penalty(now, start), lambda now: 0.3 * tail(now, heads)):
+    values = []
+    for formula in (
+        lambda now: method.penalty(now, Download(start)),
+        lambda now: 0.3 * tail(now, heads),
+    ):
         leaves = {
             m: Factors(f.B.clone().requires_grad_(), f.A.clone().requires_grad_())
             for m, f in start.items()
@@ -72,8 +90,8 @@ def test_the_penalty_is_the_formula_and_so_is_its_gradient(keep, rank):
         gradients = torch.autograd.grad(
             value, [t for f in leaves.values() for t in (f.B, f.A)], allow_unused=True
         )
-        found.append([value.detach(), *gradients])
-    for got, want in zip(*found, strict=True):
+        values.append([value.detach(), *gradients])
+    for got, want in zip(*values, strict=True):
         torch.testing.assert_close(got, want, equal_nan=False)
 
 
@@ -81,7 +99,7 @@ def test_a_tail_of_zeros_has_a_finite_gradient():
     """As at the start, where B is zero."""
     f = random_factors(11, 5, 7)
     B, A = torch.zeros_like(f.B).requires_grad_(), f.A.clone().requires_grad_()
-    HetLoRA(keep=0.5).penalty({Q: Factors(B, A)}, Adapter({Q: f})).backward()
+    HetLoRA(keep=0.5).penalty({Q: Factors(B, A)}, Download(Adapter({Q: f}))).backward()
     assert B.grad.isfinite().all()
     assert A.grad.isfinite().all()
 
@@ -92,7 +110,7 @@ def test_a_tail_of_zeros_has_a_finite_gradient():
 def test_a_client_prunes_itself_where_the_tail_shrank_and_only_there(by, pruned):
     start = adapter({Q: 6, UP: 3}, 1)
     heads = {Q: 4, UP: 2}
-    returned = HetLoRA(keep=0.7).shares(Download(start), shrunk(start, heads, by))
+    returned = sent(HetLoRA(keep=0.7), start, shrunk(start, heads, by))
     assert returned.ranks == (heads if pruned else start.ranks)
     for m in start:
         assert torch.equal(returned[m].A, start[m].A[: returned[m].rank])
@@ -103,49 +121,41 @@ def test_the_tails_of_all_layers_count_together():
     one = Adapter(
         {Q: shrunk(start, {Q: 4, UP: 2}, 0.1)[Q], UP: shrunk(start, {Q: 4, UP: 2}, 1.05)[UP]}
     )
-    assert HetLoRA(keep=0.7).shares(Download(start), one).ranks == {Q: 4, UP: 2}
+    assert sent(HetLoRA(keep=0.7), start, one).ranks == {Q: 4, UP: 2}
 
 
 def test_nobody_prunes_below_the_smallest_rank():
     start = adapter({Q: 6, UP: 3}, 1)
     method = HetLoRA(keep=0.4, smallest_rank=3)
-    assert method.shares(Download(start), shrunk(start, {Q: 3, UP: 3}, 0.5)).ranks == {Q: 3, UP: 3}
+    assert sent(method, start, shrunk(start, {Q: 3, UP: 3}, 0.5)).ranks == {Q: 3, UP: 3}
     below = adapter({Q: 2, UP: 1}, 1)
-    assert method.shares(Download(below), shrunk(below, {Q: 0, UP: 0}, 0.5)).ranks == {Q: 2, UP: 1}
+    assert sent(method, below, shrunk(below, {Q: 0, UP: 0}, 0.5)).ranks == {Q: 2, UP: 1}
 
 
 def test_the_default_prunes_one_term_of_up_to_a_hundred():
     for rank in (2, 8, 30, 100):
         start = Adapter({Q: random_factors(11, rank, 7, rank)})
-        returned = HetLoRA().shares(Download(start), shrunk(start, {Q: rank - 1}, 0.5))
+        returned = sent(HetLoRA(), start, shrunk(start, {Q: rank - 1}, 0.5))
         assert returned.ranks == {Q: rank - 1}
 
 
 def test_ranks_never_recover():
-    method = HetLoRA()
-    state = method.start(adapter({Q: 6, UP: 5}, 3))
+    state = started(adapter({Q: 6, UP: 5}, 3))
     client = Client("c0", {Q: 6, UP: 5}, "large", 7)
-    held = client.ranks
     for number, ranks in enumerate(({Q: 5, UP: 4}, {Q: 3, UP: 4}), start=1):
-        state = method.aggregate(state, [Upload("c0", number, adapter(ranks, number), 7)])
-        assert method.handout(state, client, draw).adapter.ranks == ranks
-        # A round without this client, in which others hold more, does not give it back.
-        others = [Upload("c1", number, adapter({Q: 6, UP: 5}, 40), 7)]
-        state = method.aggregate(state, others)
-        held = method.handout(state, client, draw).adapter.ranks
-        assert held == ranks
-    assert method.handout(state, Client("c9", {Q: 6, UP: 5}, "large", 7), draw).adapter.ranks == {
-        Q: 6,
-        UP: 5,
-    }
+        state = after(state, [Upload("c0", number, adapter(ranks, number), 7)])
+        assert handed(state, client).ranks == ranks
+        # A round without this client, in which others have more, does not give it back.
+        state = after(state, [Upload("c1", number, adapter({Q: 6, UP: 5}, 40), 7)])
+        assert handed(state, client).ranks == ranks
+    assert handed(state, Client("c9", {Q: 6, UP: 5}, "large", 7)).ranks == {Q: 6, UP: 5}
 
 
 def test_what_was_pruned_survives_json():
-    method = HetLoRA()
-    state = method.aggregate(method.start(adapter({Q: 6, UP: 5}, 3)), uploads_of({Q: 2, UP: 3}))
-    again = State(state.adapters, json.loads(json.dumps(dict(state.facts))))
+    state = after(started(adapter({Q: 6, UP: 5}, 3)), uploads_of({Q: 2, UP: 3}))
+    again = State(state.model, per_client=json.loads(json.dumps(state.per_client)))
     client = Client("c0", {Q: 6, UP: 5}, "large", 7)
-    assert method.handout(again, client, draw).adapter.ranks == {Q: 2, UP: 3}
+    assert handed(again, client).ranks == {Q: 2, UP: 3}
 
 
 def test_weights_are_the_shares_of_the_products_norms():
@@ -155,8 +165,7 @@ def test_weights_are_the_shares_of_the_products_norms():
         math.sqrt(sum(float(product(f).square().sum()) for f in u.adapter.values()))
         for u in uploads
     ]
-    method = HetLoRA()
-    got = method.aggregate(method.start(adapter({Q: 6, UP: 4}, 77)), uploads).adapters["global"]
+    got = after(started(adapter({Q: 6, UP: 4}, 77)), uploads).model
     for m, rank in ((Q, 6), (UP, 4)):
         B = sum(
             n / sum(norms) * u.adapter[m].padded(rank).B
@@ -175,17 +184,15 @@ def test_updates_of_zero_weigh_alike():
         Upload(f"c{i}", 1, Adapter({m: Factors(0 * f.B, f.A) for m, f in u.adapter.items()}), 3)
         for i, u in enumerate(uploads_of({Q: 2, UP: 2}, {Q: 2, UP: 2}))
     ]
-    method = HetLoRA()
-    got = method.aggregate(method.start(adapter({Q: 2, UP: 2}, 7)), zero).adapters["global"]
+    got = after(started(adapter({Q: 2, UP: 2}, 7)), zero).model
     want = (zero[0].adapter[Q].A + zero[1].adapter[Q].A) / 2
     torch.testing.assert_close(got[Q].A, want)
 
 
 def test_terms_that_nobody_holds_are_carried_on():
-    method = HetLoRA()
-    state = method.start(adapter({Q: 6, UP: 5}, 3))
-    last = state.adapters["global"]
-    got = method.aggregate(state, uploads_of({Q: 2, UP: 5})).adapters["global"]
+    state = started(adapter({Q: 6, UP: 5}, 3))
+    last = state.model
+    got = after(state, uploads_of({Q: 2, UP: 5})).model
     assert got.ranks == {Q: 6, UP: 5}
     assert torch.equal(got[Q].B[:, 2:], last[Q].B[:, 2:])
     assert torch.equal(got[Q].A[2:], last[Q].A[2:])
@@ -193,22 +200,19 @@ def test_terms_that_nobody_holds_are_carried_on():
 
 
 def test_the_server_keeps_single_precision_whatever_the_wire_is():
-    method = HetLoRA()
-    state = method.start(adapter({Q: 2, UP: 2}, 3).to(torch.float32))
+    state = started(adapter({Q: 2, UP: 2}, 3).to(torch.float32))
     (upload,) = uploads_of({Q: 2, UP: 2})
     coarse = Upload("c0", 1, upload.adapter.to(torch.bfloat16), 7)
-    got = method.aggregate(state, [coarse]).adapters["global"]
+    got = after(state, [coarse]).model
     assert {f.B.dtype for f in got.values()} == {torch.float32}
 
 
 def test_a_handout_is_the_first_terms():
-    method = HetLoRA()
-    state = method.start(adapter({Q: 6, UP: 5}, 3))
-    handed = method.handout(state, Client("c0", {Q: 2, UP: 3}, "small", 7), draw).adapter
-    whole = state.adapters["global"]
+    whole = adapter({Q: 6, UP: 5}, 3)
+    first = handed(started(whole), Client("c0", {Q: 2, UP: 3}, "small", 7))
     for m, rank in ((Q, 2), (UP, 3)):
-        assert torch.equal(handed[m].B, whole[m].B[:, :rank])
-        assert torch.equal(handed[m].A, whole[m].A[:rank])
+        assert torch.equal(first[m].B, whole[m].B[:, :rank])
+        assert torch.equal(first[m].A, whole[m].A[:rank])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAWS = [f"tests/methods/test_{name}.py" for name in ("laws", "claims", "hetlora")]
+LAWS = [
+    "tests/laws/test_laws.py",
+    "tests/methods/test_claims.py",
+    "tests/methods/test_hetlora.py",
+]
 
 FAULTS = {
     "rank guessed from sizes": (
@@ -30,14 +34,19 @@ FAULTS = {
         "right.expand(Vt[:, :rank])",
     ),
     "state that a checkpoint misses": (
-        "methods/rolora.py",
-        '{**state.facts, "rounds": rounds}',
-        "state.facts",
+        "federation/checkpoint.py",
+        '"per_client": {name: dict(values) for name, values in state.per_client.items()},',
+        '"per_client": {},',
+    ),
+    "a checkpoint that misses what clients have merged": (
+        "federation/checkpoint.py",
+        'MergeLog(updates, facts["merged_until"])',
+        "MergeLog(updates, {})",
     ),
     "scale of a sketch not taken out again": (
-        "methods/fslora.py",
-        " * (change.rank / last.rank)",
-        "",
+        "method/averaging.py",
+        "scale = change.rank / last.rank if sketched else 1.0",
+        "scale = 1.0",
     ),
     "weights on both factors": (
         "lowrank/sums.py",
@@ -46,13 +55,13 @@ FAULTS = {
     ),
     "residual of the wrong sign": (
         "methods/fedexlora.py",
-        "Factors(f.B - mean.B, f.A - mean.A)",
-        "Factors(mean.B - f.B, f.A - mean.A)",
+        "(-1.0, factors[module])",
+        "(1.0, factors[module])",
     ),
     "missed rounds are not sent again": (
-        "method/averaging.py",
-        "if round > last}",
-        "if round > last and round == max(log(state))}",
+        "method/merge_log.py",
+        "for round, update in self.updates.items() if round > last}",
+        "for round, update in self.updates.items() if last < round == max(self.updates)}",
     ),
     "bytes that are not bytes": (
         "wire/adapters.py",
@@ -66,23 +75,23 @@ FAULTS = {
     ),
     "weights by nothing": (
         "method/averaging.py",
-        'u.examples if weights == "examples" else 1',
-        "1",
+        "return tuple(float(upload.examples) for upload in uploads)",
+        "return (1.0,) * len(uploads)",
     ),
     "rarity of ranks forgotten": (
         "method/averaging.py",
-        "return [weight / held[: f.rank].clamp_min(1e-300) for weight, f in weighted]",
-        "return [weight + 0 * held[: f.rank] for weight, f in weighted]",
+        "return [weight / totals[: f.rank].clamp_min(1e-300) for weight, f in weighted]",
+        "return [weight + 0 * totals[: f.rank] for weight, f in weighted]",
     ),
     "the rest is forgotten in the mean": (
         "methods/flexfold.py",
-        "        share[f.rank :] += weight\n",
-        "        share[f.rank :] += 0 * weight\n",
+        "        share[rank:] += weight\n",
+        "        share[rank:] += 0 * weight\n",
     ),
     "padding on the wrong side": (
-        "methods/hetlora.py",
-        "B[:, : f.rank] += weight",
-        "B[:, -f.rank :] += weight",
+        "method/averaging.py",
+        "B[:, : f.rank] += weight * f.B.double()",
+        "B[:, -f.rank :] += weight * f.B.double()",
     ),
     "the untrained half is averaged too": (
         "methods/rolora.py",
@@ -91,13 +100,13 @@ FAULTS = {
     ),
     "terms of another client": (
         "method/handout.py",
-        "terms[module] = tuple(sorted(drawn[: client.ranks[module]].tolist()))",
-        "terms[module] = tuple(range(client.ranks[module]))",
+        "ids[module] = tuple(sorted(order[: client.ranks[module]].tolist()))",
+        "ids[module] = tuple(range(client.ranks[module]))",
     ),
     "a private half leaves home": (
         "methods/fedsalora.py",
-        'return trained.half("A")',
-        "return trained",
+        'return turn.trained.restricted("A")',
+        "return turn.trained",
     ),
 }
 """By name: a file below src/flexlora, a text in it, and the faulty text that replaces it.

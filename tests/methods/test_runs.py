@@ -8,6 +8,7 @@ import torch
 from flexlora import methods, peft_format
 from flexlora.federation import rounds, setup
 from flexlora.journal.record import Record
+from flexlora.method import Feature
 from flexlora.model.base import Base
 from support import models
 
@@ -31,7 +32,7 @@ def prepared(folder, base, name, number):
         "evaluation": {"base": False, "truncated": False, "seen_clients": 1},
         "training": {"scaling": "none", "alpha": 2.0},
     }
-    if not methods.kind(name).mixed_ranks:
+    if Feature.MIXED_RANKS not in methods.make(name).features:
         same = {"all": {"attention": 3, "feed_forward": 3}}
         changes["ranks"] = {"types": same, "distribution": {"all": 1.0}}
     return setup.prepare(models.settings(folder, **changes), models.corpus(), base=base)
@@ -59,15 +60,14 @@ def test_a_resumed_run_is_the_run(name, folder, base, tmp_path):
 
 def test_a_base_that_cannot_merge_sees_merged_updates_beside_it(folder, tmp_path, monkeypatch):
     """In float32 both ways are the same training."""
-    found = []
+    adapters = []
     for folds in (True, False):
         base = models.settings(folder).model.load()
         monkeypatch.setattr(Base, "folds", property(lambda self, folds=folds: folds))
-        ready = prepared(folder, base, "flora", 3)
-        sgd = dataclasses.replace(ready.workplace.training, optimizer="sgd", learning_rate=0.1)
-        ready = dataclasses.replace(ready, place=dataclasses.replace(ready.workplace, training=sgd))
-        list(rounds.run(ready, tmp_path / str(folds)))
-        found.append(peft_format.read(rounds.adapter_folder(tmp_path / str(folds), 3)).adapter)
-    for module, f in found[0].items():
-        error = (f.B @ f.A - found[1][module].B @ found[1][module].A).norm()
+        run = prepared(folder, base, "flora", 3)
+        sgd = dataclasses.replace(run.runtime.training, optimizer="sgd", learning_rate=0.1)
+        list(rounds.run(run.with_runtime(training=sgd), tmp_path / str(folds)))
+        adapters.append(peft_format.read(rounds.adapter_folder(tmp_path / str(folds), 3)).adapter)
+    for module, f in adapters[0].items():
+        error = (f.B @ f.A - adapters[1][module].B @ adapters[1][module].A).norm()
         assert error < 1e-4 * (f.B @ f.A).norm()

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from flexlora import methods, wire
-from flexlora.method.interface import Client
-from support.rounds import draw_of, jolt, made, started, turn
+from flexlora.laws.rounds import aggregated, client_turn, context_of, first_state, noise
+from flexlora.method import Client, Feature, Method
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 MODULE, SHAPE = "model.layers.0.mlp.gate_proj", (1536, 576)
-RANKS = {True: (4, 8, 16), False: (8, 8, 8)}
-"""Of the three clients of the measured rounds, for methods that take mixed ranks and others."""
+MIXED_RANKS, EQUAL_RANKS = (4, 8, 16), (8, 8, 8)
+"""Of the three clients of the measured rounds, for methods that support mixed ranks and others."""
 MEASURED = 1
 """Which of the clients is measured: it takes part in every round."""
 
@@ -39,36 +39,36 @@ def body(data: bytes) -> int:
 
 
 def measured(name: str) -> dict:
-    """Bytes up and down of the middle client in rounds 2 and 3, and what the formulas speak of."""
-    method, shapes = made(name), {MODULE: SHAPE}
-    ranks = RANKS[method.mixed_ranks]
+    """Bytes up and down of the middle client in rounds 2 and 3, and the formulas' variables."""
+    method, shapes = methods.make(name), {MODULE: SHAPE}
+    sparse = Feature.SPARSE_MESSAGES in method.features
+    ranks = MIXED_RANKS if Feature.MIXED_RANKS in method.features else EQUAL_RANKS
     clients = [
         Client(f"c{i}", {MODULE: r}, f"t{i}", n)
         for i, (r, n) in enumerate(zip(ranks, (13, 17, 29), strict=True))
     ]
-    state, kept = started(method, clients, shapes), dict.fromkeys(c.id for c in clients)
-    up, down, energy_ranks, budget, sides = [], [], [], [], []
+    state = first_state(method, clients, shapes)
+    private = {client.id: {} for client in clients}
+    up, down, update_ranks, budgets, sides = [], [], [], [], []
     for number in (1, 2, 3):
-        learn = jolt(number, method=method)
-        turns = [turn(method, state, c, number, learn, kept[c.id], shapes) for c in clients]
-        client = clients[MEASURED]
-        handed = method.handout(state, client, draw_of(number))
+        context, learn = context_of(number, clients, shapes), noise(method, number)
+        turns = [client_turn(method, state, c, context, learn, private[c.id]) for c in clients]
+        handed = method.handout(state, clients[MEASURED], context)
+        upload = turns[MEASURED].upload
         if number > 1:
-            up.append(
-                body(wire.encode_upload(turns[MEASURED].upload, torch.float32, method.sparse))
-            )
-            down.append(body(wire.encode_download(handed, torch.float32, method.sparse)))
-            energy_ranks.append(max([a[MODULE].rank for a in handed.merge.values()], default=0))
-            budget.append(turns[MEASURED].upload.adapter[MODULE].rank)
-            sides.append(turns[MEASURED].upload.adapter[MODULE].shape[0])
-        kept = {t.client.id: t.kept for t in turns}
-        state = method.aggregate(state, [t.upload for t in turns])
-    return {"up": up, "down": down, "p": energy_ranks, "b": budget, "c": sides, "ranks": ranks}
+            up.append(body(wire.encode_upload(upload, torch.float32, sparse)))
+            down.append(body(wire.encode_download(handed, torch.float32, sparse)))
+            update_ranks.append(max([a[MODULE].rank for a in handed.base_updates.values()] or [0]))
+            budgets.append(upload.adapter[MODULE].rank)
+            sides.append(upload.adapter[MODULE].shape[0])
+        private = {turn.client.id: turn.private for turn in turns}
+        state = aggregated(method, state, [turn.upload for turn in turns], context)
+    return {"up": up, "down": down, "p": update_ranks, "b": budgets, "c": sides, "ranks": ranks}
 
 
-def predicted(name: str, found: dict) -> dict[str, list[float]]:
-    """What the formulas say of the same messages, in bytes."""
-    kind, ranks = methods.kind(name), found["ranks"]
+def predicted(name: str, measurement: dict) -> dict[str, list[float]]:
+    """The same messages' bytes by the formulas."""
+    info, ranks = methods.make(name).info, measurement["ranks"]
     m, n = SHAPE
     names = {
         "m": m,
@@ -78,17 +78,17 @@ def predicted(name: str, found: dict) -> dict[str, list[float]]:
         "S": sum(ranks),
         "K": len(ranks),
     }
-    said = {}
+    sizes = {}
     for way in ("up", "down"):
-        early, _, late = getattr(kind, way).partition(" then ")
-        said[way] = []
+        early, _, late = getattr(info, way).partition(" then ")
+        sizes[way] = []
         for at, number in enumerate((2, 3)):
             # Rounds 2 and 3; "or" begins with round 1, "then" with round 3.
             parts = (late if late and number == 3 else early).split(" or ")
-            now = {name: found[name][at] for name in ("p", "b", "c")}
+            now = {name: measurement[name][at] for name in ("p", "b", "c")}
             numbers = value(parts[(number - 1) % len(parts)], {**names, **now})
-            said[way].append(4 * round(numbers))
-    return said
+            sizes[way].append(4 * round(numbers))
+    return sizes
 
 
 def kib(values: list[int]) -> str:
@@ -113,31 +113,37 @@ def code_lines(name: str) -> int:
     )
 
 
-def ways(name: str) -> str:
-    """What composes with the method, as it declares."""
-    kind = methods.kind(name)
-    found = [label for attribute, label in COMPOSES.items() if getattr(kind, attribute, False)]
-    return ", ".join(found) or "–"
+COMPOSES = {Feature.PRODUCT_STATE: "server optimizers", Feature.COMMON_FACTORS: "SCAFFOLD"}
 
 
-COMPOSES = {"product": "server optimisers", "fixed_frame": "SCAFFOLD"}
+def composes_with(method: Method) -> str:
+    """What the method's features let be added to it."""
+    return ", ".join(label for f, label in COMPOSES.items() if f in method.features) or "–"
+
+
+def exactness(method: Method) -> str:
+    if Feature.PERSONAL in method.features:
+        return "–"
+    if not method.info.exact:
+        return "no"
+    return "by component" if method.info.by_component else "yes"
 
 
 def row(name: str) -> str:
-    kind, found = methods.kind(name), measured(name)
-    exact = "no" if not kind.exact else "term by term" if kind.rank_wise else "yes"
-    formulas = [re.sub(r"\*", " ", getattr(kind, way)) for way in ("up", "down")]
+    method, measurement = methods.make(name), measured(name)
+    info, features = method.info, method.features
+    up, down = (re.sub(r"\*", " ", formula) for formula in (info.up, info.down))
     cells = [
         f"`{name}`",
-        kind.title,
-        kind.paper,
-        "–" if kind.personal else exact,
-        "yes" if kind.mixed_ranks else "no",
-        "yes" if kind.by_module else "no",
-        f"{formulas[0]}: {kib(found['up'])}",
-        f"{formulas[1]}: {kib(found['down'])}",
-        kind.server,
-        ways(name),
+        info.title,
+        info.paper,
+        exactness(method),
+        "yes" if Feature.MIXED_RANKS in features else "no",
+        "yes" if Feature.PER_MODULE in features else "no",
+        f"{up}: {kib(measurement['up'])}",
+        f"{down}: {kib(measurement['down'])}",
+        info.server,
+        composes_with(method),
         str(code_lines(name)),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -157,12 +163,12 @@ HEAD = """# Methods
 
 Generated from the methods by `make docs`; a test checks that it is up to date.
 
-A method of this library is one file in `src/flexlora/methods/`. The tests in
-`tests/methods/test_laws.py` ("laws") run on all of them. To add your own, see
+A method of this library is one file in `src/flexlora/methods/`. The laws of
+`src/flexlora/laws/laws.py` are checked on all of them. To add your own, see
 [CONTRIBUTING.md](../CONTRIBUTING.md). The columns of the table:
 
 - **Exact:** whether the server's result is the weighted mean of the clients' products, up to the
-  rank that the server keeps. "Term by term": the mean of each rank-one component is over the
+  rank that the server keeps. "By component": the mean of each rank-one component is over the
   clients that have this component. A dash: each client's model is personal. Exactness is that of
   a float32 wire; a coarser `federation.wire_dtype` rounds every message.
 - **Mixed ranks:** methods without it require all clients to use the same rank.
@@ -190,15 +196,15 @@ GUIDE = Path(__file__).with_name("methods_guide.md")
 
 
 def page() -> str:
-    lines = sorted(code_lines(name) for name in methods.names())
+    lines = sorted(code_lines(name) for name in methods.shipped())
     head = HEAD.format(
         shape=f"{SHAPE[0]} x {SHAPE[1]}",
         header=f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|",
         median=lines[len(lines) // 2],
         guide=GUIDE.read_text(encoding="utf-8") if GUIDE.exists() else "",
     )
-    rows = "\n".join(row(name) for name in methods.names())
-    return f"{head}{rows}\n\n## What each one does\n\n" + "\n".join(map(notes, methods.names()))
+    rows = "\n".join(row(name) for name in methods.shipped())
+    return f"{head}{rows}\n\n## What each one does\n\n" + "\n".join(map(notes, methods.shipped()))
 
 
 if __name__ == "__main__":
