@@ -1,4 +1,4 @@
-"""A federated method of one's own: FedIT with uploads clipped to a maximal norm.
+"""A federated method of one's own: FedIT with changes clipped to a maximal norm.
 
     flexlora laws examples/own_method.py                        # check it against the laws
     flexlora run CONFIG.toml --plugin examples/own_method.py    # use it in a run
@@ -27,7 +27,7 @@ from flexlora.method import (
     Turn,
     Weights,
     changes,
-    update_norm,
+    parameter_norm,
 )
 
 
@@ -56,7 +56,7 @@ class Clipped(Method):
     def upload_from(self, turn: Turn) -> Adapter:
         """What training changed in each factor, scaled down where it is too much."""
         change = changes(turn.start.adapter, turn.trained)
-        scale = min(1.0, self.max_norm / max(update_norm(change), 1e-12))
+        scale = min(1.0, self.max_norm / max(parameter_norm(change), 1e-12))
         return Adapter({m: Factors(f.B * scale, f.A * scale) for m, f in change.items()})
 
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:

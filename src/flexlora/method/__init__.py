@@ -6,6 +6,7 @@ from flexlora.method.averaging import (
     client_weights,
     component_shares,
     factor_means,
+    parameter_norm,
     update_norm,
 )
 from flexlora.method.features import require
@@ -86,6 +87,7 @@ __all__ = [
     "in_parallel",
     "mixed_modules",
     "numbered_spec",
+    "parameter_norm",
     "random_components",
     "require",
     "require_means",

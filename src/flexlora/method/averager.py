@@ -121,7 +121,8 @@ class Cohort(ABC):
 class Averager(ABC):
     """How the means over a cohort are computed: the plug-in.
 
-    A kind is a frozen dataclass whose fields are its options.
+    A kind is a frozen dataclass whose fields are its options. Weights by client do not bound
+    what one client does to a component that no other client has: its weight cancels there.
     """
 
     title: ClassVar[str]

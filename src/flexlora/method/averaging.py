@@ -150,8 +150,17 @@ def client_weights(uploads: Sequence[Upload], weights: Weights) -> tuple[float, 
 
 
 def update_norm(adapter: Adapter) -> float:
-    """The Frobenius norm of the whole update, all modules together."""
+    """The Frobenius norm of the whole update, all modules together.
+
+    Zero where only one factor travels, as there is no product: see ``parameter_norm``.
+    """
     return math.sqrt(sum(norm(factors) ** 2 for factors in adapter.values()))
+
+
+def parameter_norm(adapter: Adapter) -> float:
+    """The norm of all parameters of ``B`` and ``A`` as one vector, whichever of them travel."""
+    squares = [x.double().square().sum() for f in adapter.values() for x in (f.B, f.A)]
+    return math.sqrt(sum(map(float, squares)))
 
 
 def factor_means(weighted: Sequence[Weighted]) -> Factors:
