@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from flexlora.cli import main
-from flexlora.deployment.flower.superlink import free_port
+from flexlora.deployment.flower.processes import free_port
 from flexlora.journal.record import Record
 from support import flower, models
 
