@@ -18,7 +18,8 @@ from flexlora.deployment.flower import pull_backoff
 from flexlora.deployment.flower.gate import Gate
 from flexlora.deployment.flower.gate_rules import RequestLimits
 from flexlora.deployment.flower.long_poll import MOST_WAITING_BYTES, NOTHING_YET, LongPoll
-from flexlora.deployment.flower.superlink import SuperLink, supernode
+from flexlora.deployment.flower.superlink import SuperLink
+from flexlora.deployment.flower.supernode import supernode
 
 MESSAGES, OBJECT = NOTHING_YET
 

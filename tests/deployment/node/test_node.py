@@ -442,9 +442,9 @@ def test_private_halves_change_what_is_learnt(folder, tmp_path):
     mine = owner(folder, tmp_path / "state")
     server.turn(Node(mine), 1)
     download = server.download(2)
-    _, with_it = Node(mine).answer(server.header(2), download)
+    _, with_it = Node(mine).handle(server.header(2), download)
     shutil.rmtree(mine.state)
-    _, without = Node(mine).answer(server.header(2), download)
+    _, without = Node(mine).handle(server.header(2), download)
     assert not same(server.opened(with_it), server.opened(without))
 
 

@@ -135,17 +135,19 @@ class ProcessId:
         if self.created is None or process.pid != self.pid:
             return False
         try:
-            return abs(process.create_time() - self.created) <= _SAME_TIME_SECONDS
+            created: float = process.create_time()
         except psutil.Error:  # it has ended
             return False
+        return abs(created - self.created) <= _SAME_TIME_SECONDS
 
 
 def _log_of(process: psutil.Process) -> str | None:
     """The log with which a process was started, "" for none; None if that cannot be read."""
     try:
-        return process.environ().get(_LOG, "")
+        variables: dict[str, str] = process.environ()
     except (psutil.Error, OSError):  # it has ended, or is another user's
         return None
+    return variables.get(_LOG, "")
 
 
 @dataclass
