@@ -26,7 +26,7 @@ def without_brackets(host: str) -> str:
 def split(text: str) -> tuple[str, int] | None:
     """Host and port of HOST:PORT, without brackets; None if the text has another form."""
     host, _, port = text.rpartition(":")
-    # isdecimal alone takes digits of other scripts as well.
+    # isdecimal also accepts digits of other scripts.
     if not host or "/" in host or not (port.isascii() and port.isdecimal()):
         return None
     if int(port) > _MOST_PORT:

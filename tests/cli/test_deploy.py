@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from flexlora.deployment import certificates, keys
 from flexlora.deployment.node import join as joining
 from flexlora.deployment.node.capacity import Capacity
 from flexlora.deployment.server import server_run
+from flexlora.journal import Record
 
 
 @pytest.fixture
@@ -224,6 +226,24 @@ def test_a_run_begun_without_keys_is_not_gone_on_with_as_if_it_had_them(call, pl
     call("serve", plan, "--insecure", "--folder", "run")
     code, _, said = call("serve", "--resume", "run", "--keys", held)
     assert code == 2 and "--insecure" in said
+
+
+def test_a_port_in_use_is_found_before_anything_is_written(refused, plan):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        said = refused("serve", plan, "--insecure", "--listen", address)
+    assert f"The server cannot listen on {address}: Address already in use." in said
+    assert "--listen HOST:PORT" in said and not (plan.parent / "runs").exists()
+
+
+def test_a_finished_run_is_not_served_again_and_stays_finished(call, plan, served, tmp_path):
+    """With exit code 0: a service that restarts failed commands must not restart this one."""
+    call("serve", plan, "--insecure", "--folder", "run")
+    Record(tmp_path / "run").append("finish", rounds=2, adapter="run/adapter")
+    served.clear()
+    code, out, _ = call("serve", "--resume", "run", "--insecure")
+    assert (code, served) == (0, []) and "has finished; adapter: run/adapter" in out
+    assert len(list(Record(tmp_path / "run").events("finish"))) == 1
 
 
 # join

@@ -19,62 +19,65 @@ if TYPE_CHECKING:
     from flexlora.deployment.node.capacity import Modules
 
 
+Server = Annotated[
+    str, typer.Argument(metavar="HOST:PORT", help="Address of the server, without https://.")
+]
+Data = Annotated[Path, typer.Option(help="Your rows: .parquet, .jsonl, .json or .csv.")]
+Rank = Annotated[
+    str, typer.Option(metavar="auto|N", help="LoRA rank, or auto to benchmark this machine.")
+]
+ModuleTypes = Annotated[
+    str,
+    typer.Option(metavar="all|attention|feed_forward", help="Modules that this client trains."),
+]
+KeyFolder = Annotated[
+    Path | None,
+    typer.Option("--keys", metavar="DIR", help="Folder of your NAME.key and the server's ca.crt."),
+]
+Name = Annotated[str | None, typer.Option(help="Name of this client; by default that of its key.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="No TLS and no keys; only to a server on 127.0.0.1.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Path or hub name of the base model; by default the server's hub name."),
+]
+Device = Annotated[str, typer.Option(help="PyTorch device, e.g. cpu, cuda:0.")]
+Memory = Annotated[
+    float | None, typer.Option(metavar="GIB", help="Memory limit for the adapter (GiB).")
+]
+Seconds = Annotated[
+    float | None, typer.Option(help="Time limit per round (s); caps the automatic rank.")
+]
+ColumnNames = Annotated[
+    str | None,
+    typer.Option(metavar="A=B,...", help="Names of your columns, e.g. output=answer."),
+]
+RowsOf = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Client name to select, if the file holds several clients."),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Directory for local client state; by default flexlora-NAME."),
+]
+
+
 def join(
-    server: Annotated[
-        str, typer.Argument(metavar="HOST:PORT", help="Address of the server, without https://.")
-    ],
-    data: Annotated[Path, typer.Option(help="Your rows: .parquet, .jsonl, .json or .csv.")],
-    rank: Annotated[
-        str,
-        typer.Option(metavar="auto|N", help="LoRA rank, or auto to benchmark this machine."),
-    ] = "auto",
-    modules: Annotated[
-        str,
-        typer.Option(metavar="all|attention|feed_forward", help="Modules that this client trains."),
-    ] = "all",
-    key_folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys", metavar="DIR", help="Folder with your NAME.key and the server's ca.crt."
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of this client; by default that of its key.")
-    ] = None,
-    insecure: Annotated[
-        bool,
-        typer.Option("--insecure", help="No TLS and no keys; only to a server on 127.0.0.1."),
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Path or hub name of the base model; by default the server's hub name."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="PyTorch device, e.g. cpu, cuda:0.")] = "cpu",
-    memory: Annotated[
-        float | None, typer.Option(metavar="GIB", help="Memory limit for the adapter (GiB).")
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(help="Time limit per round (s); caps the automatic rank."),
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A=B,...", help="Your columns' names, e.g. instruction=question,output=answer."
-        ),
-    ] = None,
-    rows_of: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Client name to select, if the file holds several clients."
-        ),
-    ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Directory for local client state; by default flexlora-NAME."
-        ),
-    ] = None,
+    server: Server,
+    data: Data,
+    rank: Rank = "auto",
+    modules: ModuleTypes = "all",
+    key_folder: KeyFolder = None,
+    name: Name = None,
+    insecure: Insecure = False,
+    model: Model = None,
+    device: Device = "cpu",
+    memory: Memory = None,
+    seconds: Seconds = None,
+    columns: ColumnNames = None,
+    rows_of: RowsOf = None,
+    state: State = None,
 ) -> None:
     """Take part in a federation with your own rows, which stay on this machine."""
     from flexlora.deployment import keys

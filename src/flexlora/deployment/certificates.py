@@ -123,7 +123,7 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ip_address(host))
     except ValueError:
         pass
-    # A name of digits alone is a mistyped address: 10.0.0.256, 10.0.0.
+    # A name of only digits is a mistyped address: 10.0.0.256, 10.0.0.
     if not _DNS_NAME.fullmatch(host) or host.rpartition(".")[2].isdigit():
         raise ProtocolError(
             f"'{host}' is neither a DNS name nor an IP address; give what nodes connect to, "
@@ -146,7 +146,7 @@ def _authority(folder: Path) -> tuple[PrivateKey, x509.Certificate]:
             raise ProtocolError(f"{key_path} is not the key of {path}; put the right one there.")
         return key, ca
     key = ec.generate_private_key(ec.SECP256R1())
-    # Random, so that two CAs of the same people are told apart.
+    # Random, so that the names of two CAs of the same owner differ.
     name = _subject(f"flexlora CA {os.urandom(4).hex()}")
     ends = datetime.now(UTC) + timedelta(days=_CA_DAYS)
     ca = (

@@ -455,7 +455,7 @@ def test_what_a_client_says_it_has_weighs_no_more_than_the_limit_and_it_is_said(
     made.wait_for_clients(1)
     (fact,) = news(heard(made, "ash"), "joined")
     assert fact["note"] == (
-        "Client 'ash' says that it has 7000 examples; its uploads weigh as much as 500, which is "
+        "Client 'ash' reports 7000 examples; its uploads are weighted as 500, the limit "
         "federation.most_examples."
     )
     assert fact["note"] in (tmp_path / ARRIVALS).read_text()
@@ -692,9 +692,9 @@ def test_a_late_answer_of_the_same_round_is_taken_by_the_next_attempt(three):
     three.grid.spoil = None
     found = answers(heard(three, "ash", "birch", round=2))
     assert sorted(found, key=str) == [
+        LateReply("ash", "It answers an earlier request, for round 1."),
         Reply("ash", b"ash"),
         Reply("birch", b"birch"),
-        LateReply("ash", "It answers an earlier request, for round 1."),
     ]
 
 
@@ -705,8 +705,8 @@ def test_a_late_answer_of_an_earlier_round_is_not_taken_for_this_one(three):
     three.grid.nodes[2**63].says = lambda header, payload: ({}, b"%d" % header["round"])
     found = answers(heard(three, "ash", round=2))
     assert sorted(found, key=str) == [
-        Reply("ash", b"2"),
         LateReply("ash", "It answers an earlier request, for round 1."),
+        Reply("ash", b"2"),
     ]
 
 
@@ -770,6 +770,14 @@ def test_who_comes_is_said_also_before_the_first_round(tmp_path):
     lines = (tmp_path / ARRIVALS).read_text().splitlines()
     assert lines[0] == "client ash connected: rank 3, 7 examples" and len(lines) == 2
     assert lines[1].startswith("a client was rejected: No model xxx") and len(lines[1]) == 500
+
+
+def test_a_rejected_node_with_a_key_is_called_by_its_name(tmp_path):
+    """What it says of itself may have no name in it."""
+    bad = flower.Scripted(8, lambda header, payload: ({"error": "No model."}, b""))
+    flower.let_in(tmp_path, {"ash": 7, "birch": 8})
+    federation(tmp_path, client(7, "ash"), bad, quorum=1).present([])
+    assert "client birch was rejected: No model." in (tmp_path / ARRIVALS).read_text()
 
 
 @pytest.mark.parametrize("code", [1, 2, 8])

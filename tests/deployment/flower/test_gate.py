@@ -314,7 +314,7 @@ def test_every_other_path_of_the_superlink_is_forbidden(door, keys, link):
         status, body, _ = ask(door, keys, "POST", path)
         assert (status, body.count(b"\n")) == (403, 1), path
         reason = json.loads(body)["detail"]
-        assert reason == "Only the requests of a registered Flower node pass this gate."
+        assert reason == "The gate forwards only the requests of a registered Flower node."
     assert not link.seen
 
 
@@ -322,7 +322,7 @@ def test_every_other_path_of_the_superlink_is_forbidden(door, keys, link):
 def test_a_node_does_not_register_itself(door, keys, link, call):
     status, body, _ = ask(door, keys, "POST", f"/v1/fleet/{call}")
     assert (status, json.loads(body)["code"]) == (412, 412)
-    assert "hand in a public key" in json.loads(body)["detail"]
+    assert "send a public key" in json.loads(body)["detail"]
     assert not link.seen
 
 
@@ -806,7 +806,7 @@ def test_flower_through_the_gate(kind, tmp_path):
         # Not registered: with a key of its own making, and with none.
         for options, reason in (
             (("--auth-supernode-private-key", nodes / "stranger.key"), "Failed to activate"),
-            ((), "hand in a public key"),
+            ((), "send a public key"),
         ):
             log = tmp_path / "refused.log"
             with started(supernode(*options), env, log) as process:

@@ -232,8 +232,8 @@ class FlowerTransport:
         before, self._rejected[node] = self._rejected.get(node), reason
         if reason != before:
             name = self.registry.name_of(node)
-            who = "a client" if name is None else f"client {name}"
-            self.registry.note(f"{who} was rejected: {reason}")
+            client = "a client" if name is None else f"client {name}"
+            self.registry.note(f"{client} was rejected: {reason}")
             self._events.append(TransportEvent("refused", {"reason": reason}))
 
     def _announce(self, client: str, entry: ClientInfo) -> None:

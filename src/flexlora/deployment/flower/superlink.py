@@ -1,4 +1,4 @@
-"""Flower's SuperLink: started on loopback, asked and commanded through its command line."""
+"""Flower's SuperLink: started on loopback, and controlled by Flower's command line."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Node:
                     "version of flexlora on both sides."
                 )
             return handlers[kind](header, payload)
-        # The disk may be full or the memory too small: the server is told about any error.
+        # The disk may be full or the memory too small: any error is reported to the server.
         except Exception as error:
             name = "" if isinstance(error, FlexloraError) else f"{type(error).__name__}: "
             if not isinstance(error, FlexloraError | OSError):

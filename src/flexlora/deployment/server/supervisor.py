@@ -26,7 +26,7 @@ from flexlora.storage import locked
 _LOOK_SECONDS: Final = 0.3
 _MOST_RESTARTS: Final = 20
 _BEGIN_SECONDS: Final = 60.0
-"""Time for the run's process to start, before Flower is asked for the state of the run."""
+"""Time for the run's process to start, before the supervisor queries its state from Flower."""
 
 _LOCK: Final = "serve.lock"
 
@@ -64,9 +64,11 @@ class Listening:
         try:
             addresses.listener(self.host, self.port).close()
         except OSError as error:
+            # Python appends the address to the system's words.
+            reason = (error.strerror or str(error)).partition(" (while")[0]
             raise ConfigError(
-                f"The server cannot listen on {self.address}: {error.strerror or error}. Stop the "
-                "program that uses it, or give another address with --listen HOST:PORT."
+                f"The server cannot listen on {self.address}: {reason}. Stop the program that uses "
+                "it, or give another address with --listen HOST:PORT."
             ) from error
 
 
