@@ -29,6 +29,7 @@ from flexlora.deployment.server.registry import ARRIVALS, ClientRegistry
 from flexlora.federation import rounds, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.transport import LateReply, Lost, Reply, TransportEvent, WaitPolicy
+from flexlora.journal import LossKind
 from flexlora.journal.record import Record
 from flexlora.peft_format import WEIGHTS
 from support import flower, models
@@ -312,8 +313,8 @@ def test_an_upload_whose_facts_are_zero_does_not_stop_who_watches(folder, nodes,
         _, data = records.opened(node.handle(message).content)
         (tmp_path / "upload").write_bytes(data)
         upload = wire.open_upload(tmp_path / "upload")
-        facts = dict.fromkeys(upload.facts, 0)
-        made = type(upload)(**{**vars(upload), "facts": facts})
+        metrics = dict.fromkeys(upload.metrics, 0)
+        made = type(upload)(**{**vars(upload), "metrics": metrics})
         data = wire.encode_upload(made, next(iter(upload.adapter.values())).B.dtype)
         return Message(records.record({"round": 1}, records.payload(data)), reply_to=message)
 
@@ -344,7 +345,7 @@ def test_a_client_that_lost_what_it_had_merged_is_handed_all_of_it_again(
     assert cut and weights(got, 4) == weights(simulated("flora"), 4)
     (lost,) = of(got, "lost")
     assert (lost["round"], lost["client"]) == (3, "client0")
-    assert "What was merged in rounds [1] is no longer whole in" in lost["reason"]
+    assert "The base updates of rounds [1] are not complete in" in lost["reason"]
 
 
 # One exchange, with nodes that say what a test wants
@@ -498,22 +499,24 @@ def test_errors_of_the_superlink_are_of_the_client_they_are_about(three):
     found = answers(heard(three, "ash", "birch", "cedar"))
     reason = "Flower's error 5: Node Unavailable"
     assert sorted(found, key=str) == [
-        Lost("ash", reason),
-        Lost("cedar", reason),
+        Lost("ash", reason, LossKind.UNREACHABLE),
+        Lost("cedar", reason, LossKind.UNREACHABLE),
         Reply("birch", b"birch"),
     ]
 
 
 def test_a_message_that_flower_does_not_take_is_a_loss(three):
     del three.grid.nodes[2**63]
-    assert answers(heard(three, "ash")) == [Lost("ash", "Flower did not accept the message to it.")]
+    reason = "Flower did not accept the message to it."
+    assert answers(heard(three, "ash")) == [Lost("ash", reason, LossKind.UNREACHABLE)]
 
 
 def test_a_client_that_is_not_online_is_lost_at_once(three):
     three.grid.nodes[2**63].online = False
     assert three._wait_for(2) == ["birch", "cedar"]
     asked = len(three.grid.pushed)
-    assert answers(heard(three, "ash")) == [Lost("ash", "Its node is not online.")]
+    reason = "Its node is not online."
+    assert answers(heard(three, "ash")) == [Lost("ash", reason, LossKind.UNREACHABLE)]
     assert len(three.grid.pushed) == asked
 
 
@@ -543,6 +546,28 @@ def test_what_a_client_says_went_wrong_is_its_loss(tmp_path):
     (lost,) = answers(heard(made, "ash"))
     assert lost.client == "ash" and lost.reason.startswith("OSError: xxx")
     assert len(lost.reason) == 500
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"error": "It did not answer within 30 s."},
+        {"error": "Enough uploads had arrived without its own."},
+        {"error": "x", "kind": "not_needed"},
+        {"error": "x", "forgot": "yes"},
+    ],
+)
+def test_a_reason_that_a_client_sends_does_not_decide_the_kind(tmp_path, said):
+    made = federation(tmp_path, client(7, "ash", lambda header, payload: (said, b"")))
+    (lost,) = answers(heard(made, "ash"))
+    assert (lost.kind, lost.lost_base) == (LossKind.CLIENT_ERROR, False)
+
+
+def test_a_client_that_lost_its_base_is_of_that_kind(tmp_path):
+    said = {"error": "x", "forgot": True}
+    made = federation(tmp_path, client(7, "ash", lambda header, payload: (said, b"")))
+    (lost,) = answers(heard(made, "ash"))
+    assert (lost.kind, lost.lost_base) == (LossKind.LOST_STATE, True)
 
 
 def strange(content: RecordDict):
@@ -587,6 +612,7 @@ def test_a_message_that_is_none_of_ours_is_a_loss(three, content, reason):
     three.grid.spoil = strange(RecordDict(content))
     (lost,) = answers(heard(three, "ash"))
     assert isinstance(lost, Lost) and reason in lost.reason
+    assert lost.kind is LossKind.INVALID_UPLOAD
     three.grid.spoil = None
     assert answers(heard(three, "ash", round=2)) == [Reply("ash", b"ash")]
 
@@ -661,7 +687,8 @@ def test_who_does_not_answer_in_time_is_lost(three):
     three.poll_seconds = 0.05
     started = time.monotonic()
     found = answers(heard(three, "birch", "ash", patience=WaitPolicy(0.2)))
-    assert found == [Reply("birch", b"birch"), Lost("ash", "It did not answer within 0.2 s.")]
+    late = Lost("ash", "It did not answer within 0.2 s.", LossKind.NO_ANSWER)
+    assert found == [Reply("birch", b"birch"), late]
     assert 0.2 <= time.monotonic() - started < 5
 
 

@@ -21,7 +21,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     models.save(folder / "model")
     ready = setup.prepare(models.settings(folder, ranks=ONE), models.corpus())
-    here = ready.workplace
+    here = ready.local
     rows = {"client3": here.rows["client3"]}
     return setup.ClientRuntime(**{**vars(here), "rows": rows})
 

@@ -19,11 +19,17 @@ from flexlora.deployment import run_spec
 from flexlora.deployment.node import node
 from flexlora.deployment.node.capacity import Capacity
 from flexlora.deployment.node.node import Node, NodeConfig, training_rows
-from flexlora.federation.client_turn import FACTS
+from flexlora.federation.client_turn import METRICS
 from flexlora.lowrank.factors import Adapter, Factors
-from flexlora.method import averaging
-from flexlora.method.interface import Client, Download, Fresh, Upload
-from flexlora.seeds import rng
+from flexlora.method.averagers.plain import Plain
+from flexlora.method.interface import (
+    Client,
+    Download,
+    Feature,
+    FreshAdapters,
+    RoundContext,
+    Upload,
+)
 from support import models
 
 RUN = "0123456789abcdef"
@@ -77,17 +83,22 @@ class Server:
         self.shapes = self.settings.model.load().shapes
         self.ranks = dict.fromkeys(self.shapes, RANK)
         self.client = Client(NAME, self.ranks, f"r{RANK}", 10)
-        self.state = self.method.start(Fresh(self.shapes, self.settings.seed).common(self.ranks))
+        fresh = FreshAdapters(self.shapes, self.settings.seed).common(self.ranks)
+        self.state = self.method.start(fresh, self.context(0))
 
     def enrolled(self, at: Node) -> dict:
         said, data = at.handle({"kind": "enrol", "terms": self.told}, b"")
         assert data == b""
         return said
 
+    def context(self, number: int) -> RoundContext:
+        return RoundContext(number, self.settings.seed, self.shapes, self.ranks)
+
     def download(self, number: int) -> bytes:
-        handed = self.method.handout(self.state, self.client, lambda name: rng(1, number, name))
-        handed = replace(handed, held=averaging.held(self.state, self.client))
-        return wire.encode_download(handed, self.dtype, self.method.sparse)
+        download = self.method.handout(self.state, self.client, self.context(number))
+        download = replace(download, base_rounds=self.state.merge_log.merged(NAME))
+        sparse = Feature.SPARSE_MESSAGES in self.method.features
+        return wire.encode_download(download, self.dtype, sparse)
 
     def header(self, number: int, **changes) -> dict:
         return {"kind": "turn", "terms": self.told, "client": NAME, "round": number, **changes}
@@ -96,12 +107,14 @@ class Server:
         """An upload, absorbed into the server's state."""
         said, data = at.handle(self.header(number), self.download(number))
         assert said == {"round": number}, said
-        self.state = self.method.aggregate(self.state, [self.opened(data)])
+        context = self.context(number)
+        cohort = Plain().cohort([self.opened(data)], self.method.weights, context)
+        self.state = self.method.aggregate(self.state, cohort, context)
         return data
 
     def turn_again(self, at: Node, number: int) -> bytes:
         """As ``turn``, once a client has said that it lost what it had merged."""
-        self.state = averaging.forgotten(self.state, NAME)
+        self.state = replace(self.state, merge_log=self.state.merge_log.forget(NAME))
         return self.turn(at, number)
 
     def opened(self, data: bytes) -> Upload:
@@ -136,7 +149,7 @@ def turns(monkeypatch) -> list[int]:
 
 def same(one: Upload, other: Upload) -> bool:
     """Whether two uploads are equal to the bit, but for what the clock said."""
-    facts = [{**upload.facts, "seconds": 0.0} for upload in (one, other)]
+    facts = [{**upload.metrics, "seconds": 0.0} for upload in (one, other)]
     if facts[0] != facts[1] or one.adapter.keys() != other.adapter.keys():
         return False
     return all(
@@ -248,7 +261,7 @@ def test_a_turn_trains_on_the_owners_rows(server, here, turns):
     upload = server.opened(server.turn(here, 1))
     assert turns == [1]
     assert (upload.client, upload.round, upload.examples) == (NAME, 1, 10)
-    assert set(FACTS) <= upload.facts.keys() and upload.facts["steps"] == 3
+    assert set(METRICS) <= upload.metrics.keys() and upload.metrics["steps"] == 3
     assert upload.adapter.ranks == server.ranks
     assert any(f.B.any() for f in upload.adapter.values())
 
@@ -368,7 +381,7 @@ def test_whatever_goes_wrong_is_said_with_its_kind(server, here, monkeypatch, er
 def test_a_rank_above_the_owners_means_is_refused(server, here, turns):
     assert server.enrolled(here)["attention"] == RANK
     server.ranks = dict.fromkeys(server.shapes, 16)
-    large = Fresh(server.shapes, 1).common(server.ranks)
+    large = FreshAdapters(server.shapes, 1).common(server.ranks)
     payload = wire.encode_download(Download(large), torch.float32)
     said, _ = here.handle(server.header(1), payload)
     assert "rank" in fault(said) and turns == []
@@ -456,7 +469,9 @@ def test_a_node_that_lost_what_it_had_merged_says_so(folder, tmp_path, turns):
         server.turn(at, number)
     shutil.rmtree(mine.state / RUN / "private")
     said, data = at.handle(server.header(4), server.download(4))
-    assert said["forgot"] is True and "merged in rounds [1, 2] is no longer" in said["error"]
+    assert (
+        said["forgot"] is True and "base updates of rounds [1, 2] are not complete" in said["error"]
+    )
     assert data == b"" and len(server.opened(server.turn_again(at, 4)).adapter) == 14
 
 
@@ -496,7 +511,7 @@ def test_new_terms_of_the_same_run_are_taken(folder, tmp_path):
     told = json.loads(server.told)
     told["training"]["max_steps"] = 1
     server.told = json.dumps(told)
-    assert server.opened(server.turn(at, 2)).facts["steps"] == 1
+    assert server.opened(server.turn(at, 2)).metrics["steps"] == 1
 
 
 # Rows

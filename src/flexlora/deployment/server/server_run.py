@@ -96,7 +96,8 @@ def check(settings: Experiment) -> None:
     if not limits.same_modules:
         mixed_modules(method)  # which may refuse
     evaluation = settings.evaluation
-    if Feature.PERSONAL in method.features and (evaluation.seen_clients or evaluation.unseen_clients):
+    evaluated = evaluation.seen_clients or evaluation.unseen_clients
+    if evaluated and Feature.PERSONAL in method.features:
         raise ProtocolError(
             "With this method each client has a model of its own, which stays on its machine, so "
             "the server cannot evaluate it: set evaluation.seen_clients = 0 and "
