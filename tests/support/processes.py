@@ -22,7 +22,11 @@ from support import flower, models
 
 RANKS = {"client0": 2, "client1": 5, "client2": 3}
 
-SOONER = {"PYTHONPATH": str(Path(__file__).parent / "sooner")}
+SOONER = {
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).parent / "sooner"), os.environ.get("PYTHONPATH", "")]
+    )
+}
 """The environment in which Flower counts a node that was killed as online for 20 seconds alone."""
 
 

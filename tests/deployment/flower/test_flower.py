@@ -444,7 +444,7 @@ def test_a_client_that_fails_and_is_who_it_was_does_not_join_again(tmp_path):
 def test_a_client_that_forgot_is_not_asked_who_it_is(tmp_path):
     forgets = {"error": "lost it", "forgot": True}
     made = federation(tmp_path, client(2**63, "ash", lambda header, payload: (forgets, b"")))
-    assert [e.forgot for e in answers(heard(made, "ash"))] == [True]
+    assert [e.lost_base for e in answers(heard(made, "ash"))] == [True]
     assert len(made.grid.asked("enrol")) == 1
 
 
