@@ -17,7 +17,7 @@ from flexlora.config.ranks import RankType
 from flexlora.deployment import run_spec
 from flexlora.deployment.server import admission, server_run
 from flexlora.deployment.server.limits import RankLimits
-from flexlora.deployment.server.registry import NODES
+from flexlora.deployment.server.registry import ARRIVALS, NODES
 from flexlora.deployment.server.server_run import ServePlan
 from flexlora.federation import checkpoint
 from flexlora.journal.record import Record
@@ -358,6 +358,16 @@ def test_events_are_told_as_they_come_until_the_run_has_finished(serving, tmp_pa
     found = list(serving(tmp_path, ran(LONG, ("asked", {"client": "ash"}), FINISH)))
     assert [event["event"] for event in found] == ["start", "asked", "finish"]
     assert FakeLink.last.process.ended == -15 and FakeLink.last.submitted == 1
+
+
+def test_a_clients_line_is_printed_before_the_events_that_follow_from_it(serving, tmp_path, capsys):
+    def comes(folder):
+        (folder / ARRIVALS).write_text("client ash connected\n")
+        Record(folder).append("joined", client="ash")
+
+    with contextlib.closing(serving(tmp_path, comes)) as events:
+        assert next(events)["event"] == "joined"
+        assert capsys.readouterr().err == "client ash connected\n"
 
 
 def test_a_run_that_stopped_says_why_and_how_to_go_on(serving, tmp_path):

@@ -189,6 +189,9 @@ def _served(folder: Path, listening: Listening) -> Iterator[Event]:
         server.start()
         offset_bytes = checkpoint.journal_bytes(folder)
         while True:
+            # A client's line before the events that follow from it.
+            console.print_change(_update_nodes(server))
+            console.print_new()
             for event, after in _events_after(Record(folder).path, offset_bytes):
                 offset_bytes = after
                 yield event
@@ -199,8 +202,6 @@ def _served(folder: Path, listening: Listening) -> Iterator[Event]:
                         f"The run stopped: {event['reason']} Resume it with: flexlora serve "
                         f"--resume {folder}, and --listen and --keys as before."
                     )
-            console.print_change(_update_nodes(server))
-            console.print_new()
             if server.restart_ended():
                 # The journal was cut back to the checkpoint.
                 offset_bytes = checkpoint.journal_bytes(folder)
