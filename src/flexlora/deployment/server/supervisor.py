@@ -189,10 +189,11 @@ def _served(folder: Path, listening: Listening) -> Iterator[Event]:
         server.start()
         offset_bytes = checkpoint.journal_bytes(folder)
         while True:
-            # A client's line before the events that follow from it.
+            events = list(_events_after(Record(folder).path, offset_bytes))
+            # Read after the events, so that a client's line comes before those that follow from it.
             console.print_change(_update_nodes(server))
             console.print_new()
-            for event, after in _events_after(Record(folder).path, offset_bytes):
+            for event, after in events:
                 offset_bytes = after
                 yield event
                 if event["event"] == "finish":
