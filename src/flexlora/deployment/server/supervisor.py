@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from flexlora.deployment.server.admission import Admission
 from flexlora.deployment.server.registry import ARRIVALS
 from flexlora.errors import ConfigError, FlexloraError, ProtocolError
 from flexlora.federation import checkpoint
-from flexlora.journal import Event, Record
+from flexlora.journal import Event, Record, events_after
 from flexlora.storage import locked
 
 _LOOK_SECONDS: Final = 0.3
@@ -189,7 +188,7 @@ def _served(folder: Path, listening: Listening) -> Iterator[Event]:
         server.start()
         offset_bytes = checkpoint.journal_bytes(folder)
         while True:
-            events = list(_events_after(Record(folder).path, offset_bytes))
+            events = list(events_after(Record(folder).path, offset_bytes))
             # Read after the events, so that a client's line comes before those that follow from it.
             console.print_change(_update_nodes(server))
             console.print_new()
@@ -245,19 +244,6 @@ class _ConsoleLines:
             text = file.read()
         self.offset_bytes += len(text)
         print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
-
-
-def _events_after(path: Path, offset_bytes: int) -> Iterator[tuple[Event, int]]:
-    """The whole lines after an offset of the journal, each with the offset after it."""
-    if not path.exists():
-        return
-    with path.open("rb") as journal:
-        journal.seek(offset_bytes)
-        for line in journal:
-            if not line.endswith(b"\n"):
-                return
-            offset_bytes += len(line)
-            yield json.loads(line), offset_bytes
 
 
 def _gate(home: Path, listening: Listening, upstream: str, keys: ServerKeys) -> Process:
