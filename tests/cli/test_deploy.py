@@ -165,7 +165,7 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(refused, plan, tmp_path, f
     [
         ("ranks.rank=''", "ranks"),
         ("federation.rounds=0", "'federation.rounds' is 0"),
-        ("federation.quorum=4", "federation.quorum 4 is more than a round wants"),
+        ("federation.quorum=4", "federation.quorum 4 is more than federation.cohort 3"),
         ("method.name='flexlore'", "There is no method 'flexlore'"),
     ],
 )
