@@ -19,6 +19,7 @@ import typer
 from flexlora import addresses
 from flexlora.cli.join import interrupt
 from flexlora.cli.join import join as join
+from flexlora.cli.options import Changes, refuse_file
 from flexlora.errors import ConfigError, FlexloraError
 
 if TYPE_CHECKING:
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 PORT = 8090
 MOST_DIFFERENCE = 1e-6
 """The largest relative difference between the products of the demonstration's two adapters."""
-
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. federation.rounds=3."),
-]
 
 
 def make_keys(
@@ -129,6 +125,7 @@ def _begin(folder: Path, settings: Experiment, clients: int | None, listening: L
     from flexlora.deployment.server import server_run
 
     _refuse_existing(folder)
+    refuse_file(folder, "--folder")
     if listening.keys is not None:
         from flexlora.deployment.certificates import ServerKeys
 
@@ -147,7 +144,11 @@ def show_demo(
     """Train with three real clients of ranks 4, 16 and 64, and compare with a simulation."""
     from flexlora.deployment import demo
 
-    comparison = demo.show(folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}")
+    target = folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}"
+    if target.is_dir():
+        raise ConfigError(f"{target} exists already; give --folder the name of a new folder.")
+    refuse_file(target, "--folder")
+    comparison = demo.show(target)
     for name, seconds in zip(("real", "simulated"), comparison.rounds_seconds, strict=True):
         print(f"{name} rounds, seconds: {', '.join(f'{s:.1f}' for s in seconds)}")
     print(f"adapter: {comparison.adapter}")
