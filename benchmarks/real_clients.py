@@ -17,8 +17,8 @@ from statistics import median
 
 from result import Claim, Table, finish, setting
 
-from flexlora.deployment.demo import Plan, show
-from flexlora.deployment.flower.superlink import free_port
+from flexlora.deployment.demo import DemoSettings, show
+from flexlora.deployment.flower.processes import free_port
 
 MOST_OVERHEAD = 0.20
 MOST_BYTES = 0.02
@@ -68,9 +68,9 @@ def main() -> int:
     options = parser.parse_args()
     port = free_port()
     relay = Relay(port)
-    plan = Plan({"word_sorting": options.rank}, options.steps, 100, port, relay.reached)
+    demo = DemoSettings({"word_sorting": options.rank}, options.steps, 100, port, relay.reached)
     with tempfile.TemporaryDirectory() as folder:
-        found = show(Path(folder) / "run", plan)
+        found = show(Path(folder) / "run", demo)
     real, simulated = (median(seconds) for seconds in found.rounds_seconds)
     turn = median(found.turns_seconds)
     claims = [

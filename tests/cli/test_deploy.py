@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -12,10 +13,11 @@ pytest.importorskip("flwr", reason="needs flexlora[flower]")
 
 from flexlora.cli import deploy, main
 from flexlora.data.corpora.table import Columns
-from flexlora.deployment import keys
+from flexlora.deployment import certificates, keys
 from flexlora.deployment.node import join as joining
 from flexlora.deployment.node.capacity import Capacity
 from flexlora.deployment.server import server_run
+from flexlora.journal import Record
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def rows(tmp_path):
 def held(tmp_path_factory):
     """The server's keys in ``keys``, a node's in ``keys/clinic``."""
     folder = tmp_path_factory.mktemp("held") / "keys"
-    keys.make_server(folder, ["localhost"])
+    certificates.make_server(folder, ["localhost"])
     (folder / "nodes").mkdir(mode=0o700)
     keys.make_node(folder / "clinic", "clinic")
     (folder / "clinic" / "ca.crt").write_bytes((folder / "ca.crt").read_bytes())
@@ -103,21 +105,31 @@ def test_serve_wants_keys_or_to_be_told_that_there_are_none(refused, plan, held)
     assert not (plan.parent / "runs").exists()
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "example.org", "[::]", ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "example.org", "[::]"])
 def test_without_keys_nobody_else_can_reach_the_server(refused, plan, host):
     said = refused("serve", plan, "--insecure", "--listen", f"{host}:9001")
-    assert "listens on 127.0.0.1 alone" in said and "flexlora keys" in said
+    assert "listens only on 127.0.0.1" in said and "flexlora keys" in said
     assert not (plan.parent / "runs").exists()
 
 
 def test_without_keys_the_default_port_of_all_addresses_is_refused_as_any_other(call, plan):
     code, _, said = call("serve", plan, "--insecure", "--listen", f"0.0.0.0:{deploy.PORT}")
-    assert code == 2 and "127.0.0.1 alone" in said
+    assert code == 2 and "only on 127.0.0.1" in said
 
 
 @pytest.mark.parametrize(
     "listen",
-    ["8090", "host", "host:", "host:0", "host:65536", "host:-1", "host:x", "host:８０９０.5"],
+    [
+        "8090",
+        "host",
+        "host:",
+        "host:0",
+        "host:65536",
+        "host:-1",
+        "host:x",
+        "host:８０９０",
+        ":8090",
+    ],
 )
 def test_an_address_is_a_host_and_a_port(refused, plan, listen):
     said = refused("serve", plan, "--insecure", "--listen", listen)
@@ -144,7 +156,7 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(refused, plan, tmp_path, f
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / file).write_text("{}")
     said = refused("serve", plan, "--insecure", "--folder", "run")
-    assert "run already holds a run; go on with: flexlora serve --resume run" in said
+    assert "run already holds a run; resume it with: flexlora serve --resume run" in said
     assert [path.name for path in (tmp_path / "run").iterdir()] == [file]
 
 
@@ -153,7 +165,7 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(refused, plan, tmp_path, f
     [
         ("ranks.rank=''", "ranks"),
         ("federation.rounds=0", "'federation.rounds' is 0"),
-        ("federation.quorum=4", "federation.quorum 4 is more than a round wants"),
+        ("federation.quorum=4", "federation.quorum 4 is more than federation.cohort 3"),
         ("method.name='flexlore'", "There is no method 'flexlore'"),
     ],
 )
@@ -168,7 +180,7 @@ def test_ranks_dealt_by_shares_are_refused(refused, tmp_path):
     path = tmp_path / "shares.toml"
     path.write_text(CONFIG.replace("rank = 8", 'distribution = "uniform"'))
     said = refused("serve", path, "--insecure")
-    assert "ranks.distribution deals ranks to clients known beforehand" in said
+    assert "ranks.distribution assigns ranks to a fixed set of simulated clients" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -214,6 +226,24 @@ def test_a_run_begun_without_keys_is_not_gone_on_with_as_if_it_had_them(call, pl
     call("serve", plan, "--insecure", "--folder", "run")
     code, _, said = call("serve", "--resume", "run", "--keys", held)
     assert code == 2 and "--insecure" in said
+
+
+def test_a_port_in_use_is_found_before_anything_is_written(refused, plan):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        said = refused("serve", plan, "--insecure", "--listen", address)
+    assert f"The server cannot listen on {address}: Address already in use." in said
+    assert "--listen HOST:PORT" in said and not (plan.parent / "runs").exists()
+
+
+def test_a_finished_run_is_not_served_again_and_stays_finished(call, plan, served, tmp_path):
+    """With exit code 0: a service that restarts failed commands must not restart this one."""
+    call("serve", plan, "--insecure", "--folder", "run")
+    Record(tmp_path / "run").append("finish", rounds=2, adapter="run/adapter")
+    served.clear()
+    code, out, _ = call("serve", "--resume", "run", "--insecure")
+    assert (code, served) == (0, []) and "has finished; adapter: run/adapter" in out
+    assert len(list(Record(tmp_path / "run").events("finish"))) == 1
 
 
 # join
@@ -334,7 +364,7 @@ def test_an_owner_is_what_the_words_say(call, rows, joined, held):
     ((server, owner, found, _),) = joined
     assert server == "fed.example.org:8090" and found.name == "clinic"
     assert (owner.name, owner.data, str(owner.state)) == ("clinic", rows, "flexlora-clinic")
-    assert owner.budget == Capacity(16, int(1.5 * 2**30), 600.0)
+    assert owner.capacity == Capacity(16, int(1.5 * 2**30), 600.0)
     assert (owner.model, owner.device, owner.rows_of) == ("/models/base", "cuda:0", "ward 7")
     assert owner.columns is None
 
@@ -349,7 +379,7 @@ def test_columns_that_are_not_named_are_not_there(call, rows, joined):
 def test_without_words_the_machine_is_measured(call, rows, joined, tmp_path):
     call("join", "127.0.0.1:8090", "--data", rows, "--insecure", "--name", "ash", "--state", "mine")
     ((_, owner, found, _),) = joined
-    assert found is None and owner.budget == Capacity() and owner.columns is None
+    assert found is None and owner.capacity == Capacity() and owner.columns is None
     assert (owner.name, str(owner.state), owner.device) == ("ash", "mine", "cpu")
 
 
@@ -358,7 +388,7 @@ def test_without_words_the_machine_is_measured(call, rows, joined, tmp_path):
 
 def test_keys_of_nobody_are_refused(refused):
     said = refused("keys", "mine")
-    assert "--host for the server's certificates, --node for a client" in said
+    assert "give --host for the server or --node for a client" in said
 
 
 def test_a_servers_keys_and_its_nodes_are_made_at_once(call, tmp_path):
@@ -371,8 +401,8 @@ def test_a_servers_keys_and_its_nodes_are_made_at_once(call, tmp_path):
         place = tmp_path / "mine" / name
         assert keys.NodeKey.of(place).name == name
         assert stat.S_IMODE(place.stat().st_mode) == 0o700
-        assert f"give mine/{name} to the owner of '{name}'" in out
-    keys.ServerKeys.of(tmp_path / "mine")
+        assert f"send mine/{name} to client '{name}' over a secure channel" in out
+    certificates.ServerKeys.of(tmp_path / "mine")
 
 
 def test_a_node_may_be_added_where_the_servers_keys_are(call, tmp_path):

@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from flexlora.deployment import keys
-from flexlora.deployment.keys import NodeKey, ServerKeys, make_node, make_server, node_keys
+from flexlora.deployment import certificates
+from flexlora.deployment.certificates import ServerKeys, make_server
+from flexlora.deployment.keys import NodeKey, make_node, node_keys
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_a_renewed_certificate_is_of_the_same_ca(tmp_path):
 
 
 def test_a_certificate_does_not_outlive_its_ca(tmp_path, monkeypatch):
-    monkeypatch.setattr(keys, "_CA_DAYS", 30)
+    monkeypatch.setattr(certificates, "_CA_DAYS", 30)
     made = make_server(tmp_path / "server", [])
     assert made.expires == certificate(made.ca).not_valid_after_utc
 
@@ -152,7 +153,7 @@ def test_an_open_folder_gets_no_keys(tmp_path):
     folder.mkdir()
     folder.chmod(0o755)
     for make in (lambda: make_server(folder, []), lambda: make_node(folder, "alpha")):
-        with pytest.raises(ValueError, match=f"open to others.*chmod 700 {folder}"):
+        with pytest.raises(ValueError, match=f"open to other users.*chmod 700 {folder}"):
             make()
     assert not list(folder.iterdir())
 
@@ -209,7 +210,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
 
 
 def test_an_expired_certificate_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(keys, "_SERVER_DAYS", 0)
+    monkeypatch.setattr(certificates, "_SERVER_DAYS", 0)
     with pytest.raises(ValueError, match=r"server\.crt expired on 20.*flexlora keys"):
         make_server(tmp_path / "server", [])
 
@@ -218,7 +219,7 @@ def test_an_expired_certificate_is_refused(tmp_path, monkeypatch):
 def test_an_open_private_key_is_refused(tmp_path, bits):
     made = make_server(tmp_path / "server", [])
     made.key.chmod(bits)
-    with pytest.raises(ValueError, match=f"open to others .*chmod 600 {made.key}"):
+    with pytest.raises(ValueError, match=f"open to other users .*chmod 600 {made.key}"):
         ServerKeys.of(tmp_path / "server")
 
 
@@ -288,7 +289,7 @@ def test_a_node_is_told_what_it_lacks(tmp_path, made):
     make_node(tmp_path, "alpha")
     with pytest.raises(ValueError, match=r"no beta\.key in .*--node beta"):
         NodeKey.of(tmp_path, "beta")
-    with pytest.raises(ValueError, match=r"ca\.crt is not there; ask the server's owner"):
+    with pytest.raises(ValueError, match=r"ca\.crt is not there; get the server's"):
         NodeKey.of(tmp_path)
     (tmp_path / "ca.crt").write_bytes(made.ca.read_bytes())
     (tmp_path / "alpha.key").chmod(0o644)

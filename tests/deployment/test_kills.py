@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs flexlora[flower]")
 
+from flexlora.deployment.flower.processes import ProcessId
 from support.processes import RANKS, SOONER, Site
 
 pytestmark = pytest.mark.slow
@@ -34,8 +35,8 @@ def sites(tmp_path):
 
 def supernode(site: Site) -> None:
     """The SuperNode with all that it started, in the middle of a turn."""
-    group = int((site.state("client1") / "flower" / "supernode.pid").read_text())
-    os.killpg(group, signal.SIGKILL)
+    leader = ProcessId.read(site.state("client1") / "flower" / "supernode.pid")
+    os.killpg(leader.pid, signal.SIGKILL)
 
 
 def client_process(site: Site) -> None:
@@ -157,7 +158,7 @@ def test_a_key_that_is_taken_out_ends_a_right_and_a_new_one_gives_it_back(tmp_pa
         site.begin()
         site.until(site.done(1), 120, "round 1")
         site.let_in("client1").unlink()
-        site.until(lambda: "node client1 is put out" in site.said("serve"), 30, "to be put out")
+        site.until(lambda: "revoked node client1" in site.said("serve"), 30, "to be put out")
         number = len(site.events("round"))
         site.until(site.done(number + 3), 120, "rounds without it")
         assert site.events("round")[-1]["cohort"] == ["client0"]

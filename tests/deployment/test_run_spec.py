@@ -53,7 +53,7 @@ def test_a_server_optimizer_is_part_of_the_terms(tmp_path):
 )
 def test_a_run_s_name_is_no_path(said, run):
     """It names a folder on the node."""
-    with pytest.raises(ValueError, match=r"terms cannot be read \(run: "):
+    with pytest.raises(ValueError, match=r"run specification cannot be read \(run: "):
         parsed(said, run=run)
 
 
@@ -80,7 +80,9 @@ def test_a_run_s_name_is_no_path(said, run):
     ],
 )
 def test_ill_formed_terms_are_refused_by_name(said, changes, place):
-    with pytest.raises(ValueError, match=rf"terms cannot be read \(.*{place}.*same version"):
+    with pytest.raises(
+        ValueError, match=rf"specification cannot be read \(.*{place}.*same version"
+    ):
         parsed(said, **changes)
 
 
@@ -93,7 +95,7 @@ def test_what_is_missing_is_named(said, name):
 
 @pytest.mark.parametrize("text", ["", "None", "[]", "{", "\ud800", "[" * 10**5, '{"run": ' * 10**4])
 def test_what_is_no_table_is_refused(text):
-    with pytest.raises(ValueError, match=r"terms cannot be read|surrogates"):
+    with pytest.raises(ValueError, match=r"run specification cannot be read|surrogates"):
         run_spec.parse(text)
 
 
@@ -107,10 +109,10 @@ def test_huge_numbers_are_numbers(said):
     ("changes", "message"),
     [
         ({"method": {"name": "flra"}}, "There is no method 'flra'. Did you mean 'flora'?"),
-        ({"method": {}}, "There is no method 'None'"),
+        ({"method": {}}, "The method's 'name' is missing"),
         ({"method": {"name": "../evil"}}, "There is no method '../evil'"),
         ({"method": {"name": "os"}}, "There is no method 'os'"),
-        ({"method": {"name": "flora", "rank": 3}}, "Method 'flora' has no option 'rank'"),
+        ({"method": {"name": "flora", "rank": 3}}, "The method 'flora' has no option 'rank'"),
         ({"method": {"name": "flora", "weights": 3}}, "option 'weights' is 3"),
         ({"server_optimizer": {"name": "fedavg"}}, "no server optimizer 'fedavg'"),
         ({"server_optimizer": {}}, "'name' is missing"),
@@ -126,7 +128,7 @@ def test_what_this_version_does_not_have_is_refused(said, changes, message):
 def test_a_source_has_no_other_fields(said):
     """trust_remote_code, for instance."""
     said["model"]["trust_remote_code"] = True
-    with pytest.raises(ValueError, match=r"terms cannot be read"):
+    with pytest.raises(ValueError, match=r"run specification cannot be read"):
         parsed(said)
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import typer
 import yaml
 
 from flexlora.cli import main
-from flexlora.deployment.flower.superlink import free_port
+from flexlora.deployment.flower.processes import free_port
 from flexlora.journal.record import Record
 from support import flower, models
 
@@ -135,11 +136,8 @@ def test_two_laptops_as_the_page_says(places, tmp_path):
                     running[f"{number} {line}"] = process
                 else:
                     assert process.wait(120) == 0
-                if " keys " in line and " --host " in line:
-                    for name in ("ada", "bo"):
-                        (places[name] / "keys").mkdir()
-                        held = places["server"] / "keys" / name
-                        held.rename(places[name] / "keys" / name)
+                if line.startswith("flexlora keys my-keys"):
+                    exchange_keys(places["server"] / "server-keys", places[place] / "my-keys")
         journal = Record(places["server"] / "runs" / "federation")
         seen = ""
         while not list(journal.events("finish", "stopped")):
@@ -156,6 +154,13 @@ def test_two_laptops_as_the_page_says(places, tmp_path):
     assert joined == {"ada": [64], "bo": [8]}
     assert "ada" in seen and "flexlora" in seen.lower()
     assert all(e["received"] == 2 for e in journal.events("round"))
+
+
+def exchange_keys(server: Path, client: Path) -> None:
+    """Copy the files of the page's table."""
+    for public in client.glob("*.pub"):
+        shutil.copy(public, server / "nodes")
+    shutil.copy(server / "ca.crt", client)
 
 
 def fetched(url: str) -> str:

@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from flexlora import addresses
 from flexlora.journal import JOURNAL, LossKind, Record
 from flexlora.reporting import watch
 from flexlora.reporting.watch import page, words
@@ -457,7 +458,7 @@ def test_a_page_that_is_stopped_frees_its_port(tmp_path):
 
 
 def test_an_address_that_others_reach_is_warned_of(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("flexlora.reporting.watch.server._is_loopback", lambda host: False)
+    monkeypatch.setattr("flexlora.addresses.is_loopback", lambda host: False)
     with watch.start(tmp_path) as page_of:
         assert get(page_of.url, host="my.server")[0] == 200
         assert f"everyone who reaches {page_of.url}" in capsys.readouterr().err
@@ -474,7 +475,7 @@ def test_an_address_that_others_reach_is_warned_of(tmp_path, capsys, monkeypatch
 def test_which_addresses_only_this_machine_reaches(host, alone):
     from flexlora.reporting.watch import server
 
-    assert server._is_loopback(host) is alone
+    assert addresses.is_loopback(host) is alone
     assert (server._hosts(host) is None) is not alone
 
 

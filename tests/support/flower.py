@@ -18,8 +18,8 @@ from flexlora.data.corpus import Corpus
 from flexlora.deployment.flower import records
 from flexlora.deployment.flower.client_app import WORKER, app
 from flexlora.deployment.node.capacity import Capacity, Modules
-from flexlora.deployment.node.node import Answer, Node, NodeConfig
-from flexlora.deployment.node.worker_socket import Worker
+from flexlora.deployment.node.node import Node, NodeConfig
+from flexlora.deployment.node.worker_socket import Response, Worker
 from flexlora.deployment.server.registry import NODES
 from support import models
 
@@ -58,7 +58,7 @@ class Scripted:
     """A node without a worker: what it answers to a header and a payload is a function's."""
 
     number: int
-    says: Callable[[Mapping[str, Any], bytes], Answer]
+    says: Callable[[Mapping[str, Any], bytes], Response]
     online: bool = True
 
     def handle(self, message: Message) -> Message:
@@ -174,8 +174,8 @@ def start(
     nodes = {}
     for number, (client, rank) in enumerate(ranks.items(), start=2**63 + 7):
         owner = owner_of(client, rank, files[client], folder)
-        owner = replace(owner, budget=Capacity(rank, modules=modules.get(client, "all")))
-        nodes[number] = beside(number, Node(owner).answer, sockets / f"{client}.sock")
+        owner = replace(owner, capacity=Capacity(rank, modules=modules.get(client, "all")))
+        nodes[number] = beside(number, Node(owner).handle, sockets / f"{client}.sock")
     return FakeGrid(nodes)
 
 
@@ -185,7 +185,7 @@ def owner_of(client: str, rank: int, data: Path, folder: Path) -> NodeConfig:
     return NodeConfig(client, data, folder / f"state-{client}", Capacity(rank), model=model)
 
 
-def beside(number: int, answer: Callable[[Mapping[str, Any], bytes], Answer], path: Path):
+def beside(number: int, answer: Callable[[Mapping[str, Any], bytes], Response], path: Path):
     """A node with a worker that listens beside it."""
     worker = Worker(path, answer)
     threading.Thread(target=worker.serve, daemon=True).start()

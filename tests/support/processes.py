@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flexlora.deployment import keys
-from flexlora.deployment.flower.superlink import free_port
-from flexlora.deployment.server.supervisor import NODES
+from flexlora import addresses
+from flexlora.deployment import certificates, keys
+from flexlora.deployment.flower.processes import free_port
+from flexlora.deployment.keys import NODES
 from flexlora.federation import rounds, setup
 from flexlora.journal.record import Record
 from flexlora.peft_format import WEIGHTS
@@ -21,7 +22,11 @@ from support import flower, models
 
 RANKS = {"client0": 2, "client1": 5, "client2": 3}
 
-SOONER = {"PYTHONPATH": str(Path(__file__).parent / "sooner")}
+SOONER = {
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).parent / "sooner"), os.environ.get("PYTHONPATH", "")]
+    )
+}
 """The environment in which Flower counts a node that was killed as online for 20 seconds alone."""
 
 
@@ -47,7 +52,7 @@ class Site:
         models.save(self.folder / "model")
         (self.folder / "data").mkdir()
         self.files = flower.data_of(models.corpus(), self.folder / "data")
-        keys.make_server(self.folder / "keys", [self.address.rpartition(":")[0]])
+        certificates.make_server(self.folder / "keys", [self.host])
         (self.folder / "keys" / NODES).mkdir(mode=0o700)
         for client in self.ranks:
             self.give_key(client)
@@ -73,6 +78,10 @@ class Site:
             evaluation={"seen_clients": 0, "unseen_clients": 0, "base": False, "truncated": False},
             run={"clients_at_once": None},
         )
+
+    @property
+    def host(self) -> str:
+        return addresses.parse(self.address, "a site", "127.0.0.1:8090")[0]
 
     @property
     def run(self) -> Path:
@@ -161,8 +170,8 @@ class Site:
         return any((e["round"], e["client"]) == (round, client) for e in self.events("client"))
 
     def listens(self) -> bool:
-        host, _, port = self.address.rpartition(":")
-        probe = f"import socket; socket.create_connection(({host!r}, {port}), 1).close()"
+        target = addresses.split(self.address)
+        probe = f"import socket; socket.create_connection({target!r}, 1).close()"
         command = [*self.within.get("serve", ()), sys.executable, "-c", probe]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 

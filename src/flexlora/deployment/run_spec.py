@@ -1,4 +1,4 @@
-"""The terms of a federation: all that a data owner's machine must know to take part."""
+"""The specification of a run: all that a client's machine needs to take part."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from flexlora.model.layers import attention
 from flexlora.training import Training
 
 ATTENTIONS = (attention.NAME, "sdpa", "eager", "flash_attention_2")
-"""The kernels that a server may ask for; transformers would fetch others from the hub."""
+"""The attention kernels that a server may name; transformers would download others."""
 
 
 class RunSpec(BaseModel):
-    """What the server tells every node once, as JSON; no path and no address is in it.
+    """What the server sends to every node, as JSON; it has no path and no address.
 
-    ``run`` names the run. The method and the regulariser are those of the server, so that
-    both sides compute the same.
+    ``run`` is the run's random id. ``attention`` and ``feed_forward`` are the largest ranks. The
+    method and the regulariser are the server's, so that both sides compute the same.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,18 +43,18 @@ class RunSpec(BaseModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The kind of numbers that adapters travel in."""
+        """The dtype in which adapters are transmitted."""
         return prepared.dtype(self.wire_dtype)
 
     def composed(self) -> Method:
-        """The method, within the server optimiser and the regulariser."""
+        """The method, wrapped by the server optimiser and the regulariser."""
         return compose.composed(
             self.method, self.server_optimizer, self.regularizer, self.training, files=False
         )
 
 
 def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> RunSpec:
-    """The terms of an experiment; ``limit`` has the largest rank by kind of module."""
+    """The specification of an experiment; ``limit`` has the largest rank by type of module."""
     return RunSpec(
         run=run,
         seed=settings.seed,
@@ -72,25 +72,26 @@ def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> RunSpec:
 
 
 def parse(text: str) -> RunSpec:
-    """Terms from a server's JSON.
+    """The specification in a server's JSON.
 
     Raises:
-        ProtocolError: they are ill-formed, or name what this version does not have.
+        ProtocolError: it is ill-formed, or names something that this version does not have.
     """
     try:
-        found = RunSpec.model_validate_json(text, strict=True)
+        spec = RunSpec.model_validate_json(text, strict=True)
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()[:5]
         )
         raise ProtocolError(
-            f"The server's terms cannot be read ({faults}). Run the same version of flexlora on "
-            "both sides."
+            f"The server's run specification cannot be read ({faults}). Install the same version "
+            "of flexlora on both sides."
         ) from error
-    if found.model.attention not in ATTENTIONS:
+    if spec.model.attention not in ATTENTIONS:
         raise ProtocolError(
-            f"The server names the attention {found.model.attention!r}, which may be code from the "
-            f"network; this node takes one of {', '.join(ATTENTIONS)}."
+            f"The server names the attention kernel {spec.model.attention!r}, which transformers "
+            f"might download; this node accepts {', '.join(ATTENTIONS)}. Change model.attention in "
+            "the server's config."
         )
-    found.composed()
-    return found
+    spec.composed()
+    return spec

@@ -40,12 +40,14 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 @contextmanager
-def locked(folder: Path, name: str = LOCK, refusal: str | None = None) -> Iterator[None]:
+def locked(
+    folder: Path, name: str = LOCK, refusal: str | None = None, seconds: float = 0.0
+) -> Iterator[None]:
     """Keep other processes out of ``folder`` until the end of the block.
 
     The operating system releases the lock when this process ends, however it ends. A folder
     that does not exist is not created, and nothing is locked. ``refusal`` replaces the sentence
-    of the error.
+    of the error; ``seconds`` is how long to wait for a lock that another process has.
 
     Raises:
         ProtocolError: another process has the lock.
@@ -55,7 +57,7 @@ def locked(folder: Path, name: str = LOCK, refusal: str | None = None) -> Iterat
         return
     lock = _lock(folder / name)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=seconds)
     except Timeout as error:
         sentence = f"Another process runs in {folder}; let it end, or give another folder."
         raise ProtocolError(refusal or sentence) from error

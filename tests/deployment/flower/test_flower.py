@@ -17,16 +17,19 @@ pytest.importorskip("flwr", reason="needs flexlora[flower]")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flexlora import model, wire
+from flexlora import model, storage, wire
 from flexlora.cli import progress
 from flexlora.config.ranks import RankType
 from flexlora.deployment.flower import records
-from flexlora.deployment.flower.grid import Flower
+from flexlora.deployment.flower.grid import FlowerTransport
+from flexlora.deployment.node import node
 from flexlora.deployment.server import server_run
-from flexlora.deployment.server.registry import ARRIVALS, ClientRegistry, RankLimits
-from flexlora.federation import checkpoint, rounds, setup
+from flexlora.deployment.server.limits import RankLimits
+from flexlora.deployment.server.registry import ARRIVALS, ClientRegistry
+from flexlora.federation import rounds, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.transport import LateReply, Lost, Reply, TransportEvent, WaitPolicy
+from flexlora.journal import LossKind
 from flexlora.journal.record import Record
 from flexlora.peft_format import WEIGHTS
 from support import flower, models
@@ -67,10 +70,12 @@ def sockets():
 def serve(folder: Path, grid, settings, clients=3, bound=True) -> list[dict]:
     """A run of real clients; its journal."""
     if not (folder / server_run.PLAN).exists():
-        server_run.lay_out(folder, settings, server_run.Plan.new(clients, bound))
+        server_run.write_run_folder(folder, settings, server_run.ServePlan.new(clients, bound))
         names = [client for client in RANKS][: len(grid.nodes)]
         flower.let_in(folder, dict(zip(names, grid.nodes, strict=True)))
-    server_run.host(folder, lambda roll, terms, quorum: Flower(grid, roll, terms, quorum, 0.01))
+    server_run.run_server(
+        folder, lambda registry, spec, quorum: FlowerTransport(grid, registry, spec, quorum, 0.01)
+    )
     return list(Record(folder).events())
 
 
@@ -180,7 +185,7 @@ TWO = {"federation": {"rounds": 2, "cohort": 3, "quorum": 2, "attempts": 1}}
 def test_a_client_whose_disk_is_full_is_lost_with_that_reason_and_takes_its_next_turn(
     folder, nodes, tmp_path, monkeypatch
 ):
-    write, left = checkpoint.write, [1]
+    write, left = storage.write_atomically, [1]
 
     def full(path, data):
         if path.name.startswith("upload-") and "client1" in str(path) and left:
@@ -188,7 +193,7 @@ def test_a_client_whose_disk_is_full_is_lost_with_that_reason_and_takes_its_next
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(node, "write_atomically", full)
     events = serve(tmp_path / "served", nodes(), remote(folder, **TWO))
     (lost,) = of(events, "lost")
     assert (lost["round"], lost["client"]) == (1, "client1")
@@ -308,8 +313,8 @@ def test_an_upload_whose_facts_are_zero_does_not_stop_who_watches(folder, nodes,
         _, data = records.opened(node.handle(message).content)
         (tmp_path / "upload").write_bytes(data)
         upload = wire.open_upload(tmp_path / "upload")
-        facts = dict.fromkeys(upload.facts, 0)
-        made = type(upload)(**{**vars(upload), "facts": facts})
+        metrics = dict.fromkeys(upload.metrics, 0)
+        made = type(upload)(**{**vars(upload), "metrics": metrics})
         data = wire.encode_upload(made, next(iter(upload.adapter.values())).B.dtype)
         return Message(records.record({"round": 1}, records.payload(data)), reply_to=message)
 
@@ -340,7 +345,7 @@ def test_a_client_that_lost_what_it_had_merged_is_handed_all_of_it_again(
     assert cut and weights(got, 4) == weights(simulated("flora"), 4)
     (lost,) = of(got, "lost")
     assert (lost["round"], lost["client"]) == (3, "client0")
-    assert "What was merged in rounds [1] is no longer whole in" in lost["reason"]
+    assert "The base updates of rounds [1] are not complete in" in lost["reason"]
 
 
 # One exchange, with nodes that say what a test wants
@@ -358,19 +363,19 @@ def client(number: int, name: str, says=None, **more) -> flower.Scripted:
     return flower.Scripted(number, answer)
 
 
-def federation(folder: Path, *nodes, quorum=None, **options) -> Flower:
+def federation(folder: Path, *nodes, quorum=None, **options) -> FlowerTransport:
     """These nodes, enrolled."""
     grid = flower.FakeGrid({node.number: node for node in nodes})
     roll = ClientRegistry(
         folder, RankLimits(RankType(5, 5), {}), ["m.self_attn.q_proj"], **{"bound": False}
     )
     online = sum(node.online for node in nodes)
-    made = Flower(grid, roll, "{}", online if quorum is None else quorum, 0.001, **options)
-    made.gather(made.quorum)
+    made = FlowerTransport(grid, roll, "{}", online if quorum is None else quorum, 0.001, **options)
+    made.wait_for_clients(made.quorum)
     return made
 
 
-def heard(made: Flower, *clients, round=1, patience=None, download=b"download") -> list:
+def heard(made: FlowerTransport, *clients, round=1, patience=None, download=b"download") -> list:
     jobs = [TurnRequest(name, round, download) for name in clients]
     return list(made.exchange(jobs, patience or WaitPolicy()))
 
@@ -384,7 +389,7 @@ def news(events: list, kind: str) -> list[dict]:
 
 
 @pytest.fixture
-def three(tmp_path) -> Flower:
+def three(tmp_path) -> FlowerTransport:
     names = ("ash", "birch", "cedar")
     return federation(tmp_path, *(client(2**63 + n, name) for n, name in enumerate(names)))
 
@@ -406,7 +411,7 @@ def test_a_client_with_other_means_is_asked_again_who_it_is(tmp_path):
         if header["kind"] == "enrol":
             ranks = {"attention": means["rank"], "feed_forward": means["rank"]}
             return {"client": "ash", "examples": 7, "device": "cpu", **ranks}, b""
-        if means["rank"] < made.roll.entries["ash"].attention:
+        if means["rank"] < made.registry.entries["ash"].attention:
             return {"error": "The server asks to train rank 3; its owner gives 2 at most."}, b""
         return {"round": header["round"]}, b"ash"
 
@@ -415,7 +420,7 @@ def test_a_client_with_other_means_is_asked_again_who_it_is(tmp_path):
     found = heard(made, "ash")
     assert [type(e) for e in answers(found)] == [Lost]
     assert made.present(["ash"]) == ["ash"]  # at once, not after half a minute
-    assert made.roll.entries["ash"].attention == 2
+    assert made.registry.entries["ash"].attention == 2
     found = heard(made, "ash")
     assert [e["ranks"] for e in news(found, "joined")] == [[2]]
     assert answers(found) == [Reply("ash", b"ash")]
@@ -439,7 +444,7 @@ def test_a_client_that_fails_and_is_who_it_was_does_not_join_again(tmp_path):
 def test_a_client_that_forgot_is_not_asked_who_it_is(tmp_path):
     forgets = {"error": "lost it", "forgot": True}
     made = federation(tmp_path, client(2**63, "ash", lambda header, payload: (forgets, b"")))
-    assert [e.forgot for e in answers(heard(made, "ash"))] == [True]
+    assert [e.lost_base for e in answers(heard(made, "ash"))] == [True]
     assert len(made.grid.asked("enrol")) == 1
 
 
@@ -447,11 +452,11 @@ def test_what_a_client_says_it_has_weighs_no_more_than_the_limit_and_it_is_said(
     ash = client(2**63, "ash", examples=7000)
     ash.online = False
     made = federation(tmp_path, ash)
-    made.roll.most_examples, ash.online = 500, True
-    made.gather(1)
+    made.registry.most_examples, ash.online = 500, True
+    made.wait_for_clients(1)
     (fact,) = news(heard(made, "ash"), "joined")
     assert fact["note"] == (
-        "Client 'ash' says that it has 7000 examples; its uploads weigh as much as 500, which is "
+        "Client 'ash' reports 7000 examples; its uploads are weighted as 500, the limit "
         "federation.most_examples."
     )
     assert fact["note"] in (tmp_path / ARRIVALS).read_text()
@@ -494,22 +499,24 @@ def test_errors_of_the_superlink_are_of_the_client_they_are_about(three):
     found = answers(heard(three, "ash", "birch", "cedar"))
     reason = "Flower's error 5: Node Unavailable"
     assert sorted(found, key=str) == [
-        Lost("ash", reason),
-        Lost("cedar", reason),
+        Lost("ash", reason, LossKind.UNREACHABLE),
+        Lost("cedar", reason, LossKind.UNREACHABLE),
         Reply("birch", b"birch"),
     ]
 
 
 def test_a_message_that_flower_does_not_take_is_a_loss(three):
     del three.grid.nodes[2**63]
-    assert answers(heard(three, "ash")) == [Lost("ash", "Flower did not take the message to it.")]
+    reason = "Flower did not accept the message to it."
+    assert answers(heard(three, "ash")) == [Lost("ash", reason, LossKind.UNREACHABLE)]
 
 
 def test_a_client_that_is_not_online_is_lost_at_once(three):
     three.grid.nodes[2**63].online = False
     assert three._wait_for(2) == ["birch", "cedar"]
     asked = len(three.grid.pushed)
-    assert answers(heard(three, "ash")) == [Lost("ash", "Its node is not online.")]
+    reason = "Its node is not online."
+    assert answers(heard(three, "ash")) == [Lost("ash", reason, LossKind.UNREACHABLE)]
     assert len(three.grid.pushed) == asked
 
 
@@ -541,6 +548,28 @@ def test_what_a_client_says_went_wrong_is_its_loss(tmp_path):
     assert len(lost.reason) == 500
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"error": "It did not answer within 30 s."},
+        {"error": "Enough uploads had arrived without its own."},
+        {"error": "x", "kind": "not_needed"},
+        {"error": "x", "forgot": "yes"},
+    ],
+)
+def test_a_reason_that_a_client_sends_does_not_decide_the_kind(tmp_path, said):
+    made = federation(tmp_path, client(7, "ash", lambda header, payload: (said, b"")))
+    (lost,) = answers(heard(made, "ash"))
+    assert (lost.kind, lost.lost_base) == (LossKind.CLIENT_ERROR, False)
+
+
+def test_a_client_that_lost_its_base_is_of_that_kind(tmp_path):
+    said = {"error": "x", "forgot": True}
+    made = federation(tmp_path, client(7, "ash", lambda header, payload: (said, b"")))
+    (lost,) = answers(heard(made, "ash"))
+    assert (lost.kind, lost.lost_base) == (LossKind.LOST_STATE, True)
+
+
 def strange(content: RecordDict):
     """Answers a turn with this content."""
 
@@ -562,27 +591,28 @@ def array(stype=records.STYPE, name="flexlora", data=b"abc"):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({}, "none of flexlora's"),
-        ({"other": ConfigRecord({"json": "{}"})}, "none of flexlora's"),
-        ({"flexlora.header": ConfigRecord({"text": "{}"})}, "none of flexlora's"),
-        ({"flexlora.header": ConfigRecord({"json": "no JSON"})}, "none of flexlora's"),
-        ({"flexlora.header": ConfigRecord({"json": 7.5})}, "is no table"),
-        ({"flexlora.header": ConfigRecord({"json": "[1]"})}, "is no table"),
-        ({"flexlora.header": array()}, "none of flexlora's"),
-        ({**HEADER, "flexlora.payload": ConfigRecord({"a": 1})}, "payload is none"),
-        ({**HEADER, "flexlora.payload": array("numpy.ndarray")}, "payload is none"),
-        ({**HEADER, "flexlora.payload": array(name="other")}, "payload is none"),
+        ({}, "not one of flexlora's"),
+        ({"other": ConfigRecord({"json": "{}"})}, "not one of flexlora's"),
+        ({"flexlora.header": ConfigRecord({"text": "{}"})}, "not one of flexlora's"),
+        ({"flexlora.header": ConfigRecord({"json": "no JSON"})}, "not one of flexlora's"),
+        ({"flexlora.header": ConfigRecord({"json": 7.5})}, "is not a JSON object"),
+        ({"flexlora.header": ConfigRecord({"json": "[1]"})}, "is not a JSON object"),
+        ({"flexlora.header": array()}, "not one of flexlora's"),
+        ({**HEADER, "flexlora.payload": ConfigRecord({"a": 1})}, "payload is not one of"),
+        ({**HEADER, "flexlora.payload": array("numpy.ndarray")}, "payload is not one of"),
+        ({**HEADER, "flexlora.payload": array(name="other")}, "payload is not one of"),
         (
             {**HEADER, "flexlora.payload": ArrayRecord({**array(), **array(name="more")})},
-            "payload is none",
+            "payload is not one of",
         ),
-        ({**HEADER, "flexlora.payload": ArrayRecord()}, "payload is none"),
+        ({**HEADER, "flexlora.payload": ArrayRecord()}, "payload is not one of"),
     ],
 )
 def test_a_message_that_is_none_of_ours_is_a_loss(three, content, reason):
     three.grid.spoil = strange(RecordDict(content))
     (lost,) = answers(heard(three, "ash"))
     assert isinstance(lost, Lost) and reason in lost.reason
+    assert lost.kind is LossKind.INVALID_UPLOAD
     three.grid.spoil = None
     assert answers(heard(three, "ash", round=2)) == [Reply("ash", b"ash")]
 
@@ -657,7 +687,8 @@ def test_who_does_not_answer_in_time_is_lost(three):
     three.poll_seconds = 0.05
     started = time.monotonic()
     found = answers(heard(three, "birch", "ash", patience=WaitPolicy(0.2)))
-    assert found == [Reply("birch", b"birch"), Lost("ash", "It did not answer within 0.2 s.")]
+    late = Lost("ash", "It did not answer within 0.2 s.", LossKind.NO_ANSWER)
+    assert found == [Reply("birch", b"birch"), late]
     assert 0.2 <= time.monotonic() - started < 5
 
 
@@ -688,9 +719,9 @@ def test_a_late_answer_of_the_same_round_is_taken_by_the_next_attempt(three):
     three.grid.spoil = None
     found = answers(heard(three, "ash", "birch", round=2))
     assert sorted(found, key=str) == [
+        LateReply("ash", "It answers an earlier request, for round 1."),
         Reply("ash", b"ash"),
         Reply("birch", b"birch"),
-        LateReply("ash", "It answers an earlier request, for round 1."),
     ]
 
 
@@ -701,8 +732,8 @@ def test_a_late_answer_of_an_earlier_round_is_not_taken_for_this_one(three):
     three.grid.nodes[2**63].says = lambda header, payload: ({}, b"%d" % header["round"])
     found = answers(heard(three, "ash", round=2))
     assert sorted(found, key=str) == [
-        Reply("ash", b"2"),
         LateReply("ash", "It answers an earlier request, for round 1."),
+        Reply("ash", b"2"),
     ]
 
 
@@ -728,7 +759,7 @@ def test_a_node_that_is_refused_is_told_of_and_not_asked_again_and_again(tmp_pat
     made.present([])
     made.present([])
     (refused,) = news(heard(made, "ash"), "refused")
-    assert "Client 'birch' says its examples are '0'" in refused["reason"]
+    assert "Client 'birch' sent an invalid number of examples: '0'" in refused["reason"]
     assert made.grid.asked("enrol") == [7, 8]
 
 
@@ -745,13 +776,13 @@ def test_a_node_whose_owner_has_mended_it_is_asked_again(tmp_path, monkeypatch):
     made.present([])
     made.grid.nodes[8] = client(8, "birch", examples=3)
     assert made.present([]) == ["ash"]  # not at once
-    monkeypatch.setattr(f"{Flower.__module__}._AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(f"{FlowerTransport.__module__}._AGAIN_SECONDS", 0.0)
     made.quorum = 2
     assert made.present([]) == ["ash", "birch"]
 
 
 def test_a_node_that_is_refused_again_for_the_same_is_told_of_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{Flower.__module__}._AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(f"{FlowerTransport.__module__}._AGAIN_SECONDS", 0.0)
     made = federation(tmp_path, client(7, "ash"), client(8, "birch", examples=0), quorum=1)
     for _ in range(5):
         made.present([])
@@ -764,8 +795,16 @@ def test_who_comes_is_said_also_before_the_first_round(tmp_path):
     bad = flower.Scripted(8, lambda header, payload: ({"error": "No\nmodel\n" + "x" * 999}, b""))
     federation(tmp_path, client(7, "ash"), bad, quorum=1).present([])
     lines = (tmp_path / ARRIVALS).read_text().splitlines()
-    assert lines[0] == "ash has come: r3, 7 rows" and len(lines) == 2
-    assert lines[1].startswith("a node was not let in: No model xxx") and len(lines[1]) == 500
+    assert lines[0] == "client ash connected: rank 3, 7 examples" and len(lines) == 2
+    assert lines[1].startswith("a client was rejected: No model xxx") and len(lines[1]) == 500
+
+
+def test_a_rejected_node_with_a_key_is_called_by_its_name(tmp_path):
+    """What it says of itself may have no name in it."""
+    bad = flower.Scripted(8, lambda header, payload: ({"error": "No model."}, b""))
+    flower.let_in(tmp_path, {"ash": 7, "birch": 8})
+    federation(tmp_path, client(7, "ash"), bad, quorum=1).present([])
+    assert "client birch was rejected: No model." in (tmp_path / ARRIVALS).read_text()
 
 
 @pytest.mark.parametrize("code", [1, 2, 8])
@@ -779,7 +818,7 @@ def test_a_node_whose_app_fails_is_told_of(three, code):
     three.grid.spoil = spoil
     for _ in range(5):
         three.present([])
-    assert "ImportError" in str([e.facts for e in three._news])
+    assert "ImportError" in str([e.facts for e in three._events])
 
 
 def test_a_node_that_went_away_before_it_answered_is_asked_when_it_is_back(tmp_path):
@@ -794,7 +833,7 @@ def test_a_node_that_went_away_before_it_answered_is_asked_when_it_is_back(tmp_p
 
 
 def test_a_node_that_takes_long_to_load_its_model_arrives_once(three, monkeypatch):
-    monkeypatch.setattr(f"{Flower.__module__}._AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(f"{FlowerTransport.__module__}._AGAIN_SECONDS", 0.0)
     three.grid.nodes[9] = client(9, "elm")
     three.grid.spoil = waits(9)
     for _ in range(4):
@@ -811,7 +850,7 @@ def test_a_client_with_a_new_number_takes_the_place_of_its_old_one(three):
     three.grid.nodes[2**63].online = False
     three.grid.nodes[11] = client(11, "ash", attention=2, feed_forward=2)
     assert three.present([]) == ["ash", "birch", "cedar"]
-    assert three.roll.entries["ash"].node == 11 and three.roll["ash"].rank_type == "r2"
+    assert three.registry.entries["ash"].node == 11 and three.registry["ash"].rank_type == "r2"
     assert answers(heard(three, "ash")) == [Reply("ash", b"ash")]
     assert three.grid.asked("turn") == [11]
 
@@ -819,7 +858,7 @@ def test_a_client_with_a_new_number_takes_the_place_of_its_old_one(three):
 def test_a_bound_name_is_not_taken_over(tmp_path):
     flower.let_in(tmp_path, {"ash": 7, "birch": 8})
     made = federation(tmp_path, client(7, "ash"), quorum=1)
-    made.roll.bound = True
+    made.registry.bound = True
     made.grid.nodes[8] = client(8, "ash", lambda *_: ({}, b"poison"))
     assert made.present([]) == ["ash"]
     made.present([])
@@ -839,7 +878,7 @@ def test_a_node_may_join_while_a_round_goes_on(three):
 
 
 def test_a_message_says_its_terms_to_a_worker_that_was_restarted(three):
-    three.terms = json.dumps({"run": "x"})
+    three.spec = json.dumps({"run": "x"})
     heard(three, "ash")
     header, payload = records.opened(three.grid.pushed[-1].content)
     assert header == {"kind": "turn", "terms": '{"run": "x"}', "client": "ash", "round": 1}
@@ -861,13 +900,13 @@ def handled(number: int, message: Message, config: dict) -> dict:
 def test_a_node_without_a_worker_says_so(three):
     heard(three, "ash")
     said = handled(7, three.grid.pushed[-1], {})
-    assert "names no worker; start it by `flexlora join`" in said["error"]
+    assert "has no worker; start it with `flexlora join`" in said["error"]
 
 
 def test_a_node_whose_worker_has_ended_says_so(three, sockets):
     heard(three, "ash")
     said = handled(7, three.grid.pushed[-1], {"worker": str(sockets / "gone")})
-    assert "is `flexlora join` still running?" in said["error"]
+    assert "`flexlora join` has ended on this client's machine" in said["error"]
 
 
 def test_a_message_that_is_none_of_ours_is_answered_with_what_is_wrong(three, sockets):
@@ -875,4 +914,4 @@ def test_a_message_that_is_none_of_ours_is_answered_with_what_is_wrong(three, so
     message = three.grid.pushed[-1]
     message.content = RecordDict({"other": ConfigRecord({"a": 1})})
     said = handled(7, message, {"worker": str(sockets / "gone")})
-    assert "none of flexlora's" in said["error"]
+    assert "not one of flexlora's" in said["error"]

@@ -24,8 +24,10 @@ import httpx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexlora.deployment.flower import gate
-from flexlora.deployment.keys import make_node, make_server
+from flexlora.deployment.certificates import make_server
+from flexlora.deployment.flower import gate, gate_rules
+from flexlora.deployment.flower.gate_rules import RequestLimits
+from flexlora.deployment.keys import make_node
 
 NGINX_CONF = Path(__file__).parents[3] / "deploy" / "nginx.conf"
 PULL = "/v1/fleet/pull-messages"
@@ -276,13 +278,13 @@ def test_the_calls_are_those_of_flowers_nodes():
     from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
     theirs = {path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
-    ours = {f"/v1/fleet/{call}" for call in gate.CALLS}
+    ours = {f"/v1/fleet/{call}" for call in gate_rules.CALLS}
     assert theirs - ours == {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}
     assert ours < theirs
     assert {method for method, path in PROTOBUF_REQUEST_TYPES if path in ours} == {"POST"}
 
 
-@pytest.mark.parametrize("call", gate.CALLS)
+@pytest.mark.parametrize("call", gate_rules.CALLS)
 def test_what_a_node_needs_passes(door, keys, link, call):
     body = bytes(range(256)) * 9
     status, answer, headers = ask(door, keys, "POST", f"/v1/fleet/{call}", body)
@@ -312,7 +314,7 @@ def test_every_other_path_of_the_superlink_is_forbidden(door, keys, link):
         status, body, _ = ask(door, keys, "POST", path)
         assert (status, body.count(b"\n")) == (403, 1), path
         reason = json.loads(body)["detail"]
-        assert reason == "Only the requests of a registered Flower node pass this gate."
+        assert reason == "The gate forwards only the requests of a registered Flower node."
     assert not link.seen
 
 
@@ -320,7 +322,7 @@ def test_every_other_path_of_the_superlink_is_forbidden(door, keys, link):
 def test_a_node_does_not_register_itself(door, keys, link, call):
     status, body, _ = ask(door, keys, "POST", f"/v1/fleet/{call}")
     assert (status, json.loads(body)["code"]) == (412, 412)
-    assert "hand in a public key" in json.loads(body)["detail"]
+    assert "send a public key" in json.loads(body)["detail"]
     assert not link.seen
 
 
@@ -343,26 +345,26 @@ def test_no_tunnel(door, keys, link):
 @given(
     st.one_of(
         st.binary(max_size=40),
-        st.sampled_from(sorted(gate._OPEN)).flatmap(
+        st.sampled_from(sorted(gate_rules.ALLOWED_PATHS)).flatmap(
             lambda path: st.integers(0, len(path) - 1).flatmap(
                 lambda at: st.binary(min_size=1, max_size=3).map(
                     lambda new: path[:at] + new + path[at + 1 :]
                 )
             )
         ),
-    ).filter(lambda path: path not in gate._OPEN)
+    ).filter(lambda path: path not in gate_rules.ALLOWED_PATHS)
 )
 def test_no_other_bytes_pass(path):
     scope = {"type": "http", "method": "POST", "raw_path": path, "query_string": b""}
-    with pytest.raises(gate._Refused) as refused:
-        gate._check({**scope, "headers": [(b"content-length", b"0")]}, 99)
+    with pytest.raises(gate_rules.Refused) as refused:
+        gate_rules.body_length({**scope, "headers": [(b"content-length", b"0")]}, 99)
     # A node that would register itself is refused in words that it understands.
     assert refused.value.status in (403, 412)
 
 
 def test_the_two_rules_are_the_same():
     listed = re.findall(r'"~\^POST /v1/fleet/(\S+)\\z" +1;', NGINX_CONF.read_text())
-    assert tuple(listed) == gate.CALLS
+    assert tuple(listed) == gate_rules.CALLS
 
 
 def test_headers_that_matter_pass_and_no_others(door, keys, link):
@@ -418,7 +420,7 @@ def test_the_superlinks_hop_by_hop_headers_stay_behind(door, keys, link):
 
 
 def test_a_body_is_bounded(keys, link, tmp_path):
-    app = gate.app(link.url, keys.ca, most_body_bytes=1000)
+    app = gate.app(link.url, keys.ca, RequestLimits(body_bytes=1000))
 
     async def both():
         transport = httpx.ASGITransport(app)
@@ -472,8 +474,8 @@ def test_headers_are_bounded(door, keys, link):
 
 def test_many_headers_are_refused(keys, link):
     scope = {"type": "http", "method": "POST", "raw_path": PULL.encode(), "query_string": b""}
-    with pytest.raises(gate._Refused, match="more than 64 headers"):
-        gate._check({**scope, "headers": [(b"flwr-x", b"")] * 65}, 99)
+    with pytest.raises(gate_rules.Refused, match="more than 64 headers"):
+        gate_rules.body_length({**scope, "headers": [(b"flwr-x", b"")] * 65}, 99)
 
 
 @contextlib.contextmanager
@@ -540,38 +542,38 @@ def in_process(app, content=b"x"):
     return asyncio.run(post())
 
 
-def test_a_node_may_try_again_while_the_superlink_is_away(keys, monkeypatch):
+def test_a_node_may_try_again_while_the_superlink_is_away(keys):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr(gate, "_IDLE_SECONDS", 0.2)
-        reply = in_process(gate.app(f"http://{address}", None))
+        limits = RequestLimits(idle_seconds=0.2)
+        reply = in_process(gate.app(f"http://{address}", None, limits))
         assert (reply.status_code, "took too long" in reply.text) == (504, True)
     reply = in_process(gate.app(f"http://{address}", None))
     assert (reply.status_code, "cannot be reached" in reply.text) == (502, True)
 
 
-def test_a_node_that_says_nothing_more_is_let_go(keys, link, monkeypatch):
-    monkeypatch.setattr(gate, "_IDLE_SECONDS", 0.2)
+def test_a_node_that_says_nothing_more_is_let_go(keys, link):
+    limits = RequestLimits(idle_seconds=0.2)
 
     async def stuck():
         yield b"x"
         await asyncio.sleep(1)
         yield b"y"
 
-    reply = in_process(gate.app(link.url, keys.ca), stuck())
+    reply = in_process(gate.app(link.url, keys.ca, limits), stuck())
     assert (reply.status_code, "Nothing came" in reply.text) == (408, True)
     assert not link.seen
 
 
-def test_a_node_that_dawdles_is_let_go(keys, link, monkeypatch):
-    monkeypatch.setattr(gate, "_SECONDS", 0.3)
+def test_a_node_that_dawdles_is_let_go(keys, link):
+    limits = RequestLimits(seconds=0.3)
 
     async def trickle():
         for _ in range(100):
             yield b"x"
             await asyncio.sleep(0.05)
 
-    reply = in_process(gate.app(link.url, keys.ca), trickle())
+    reply = in_process(gate.app(link.url, keys.ca, limits), trickle())
     assert (reply.status_code, "took too long" in reply.text) == (504, True)
     assert not link.seen
 
@@ -804,7 +806,7 @@ def test_flower_through_the_gate(kind, tmp_path):
         # Not registered: with a key of its own making, and with none.
         for options, reason in (
             (("--auth-supernode-private-key", nodes / "stranger.key"), "Failed to activate"),
-            ((), "hand in a public key"),
+            ((), "send a public key"),
         ):
             log = tmp_path / "refused.log"
             with started(supernode(*options), env, log) as process:

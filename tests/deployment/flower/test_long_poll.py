@@ -16,8 +16,10 @@ from flwr.supercore.inflatable import inflatable_utils
 
 from flexlora.deployment.flower import pull_backoff
 from flexlora.deployment.flower.gate import Gate
-from flexlora.deployment.flower.long_poll import MOST_QUESTION_BYTES, NOTHING_YET, Held
-from flexlora.deployment.flower.superlink import SuperLink, supernode
+from flexlora.deployment.flower.gate_rules import RequestLimits
+from flexlora.deployment.flower.long_poll import MOST_WAITING_BYTES, NOTHING_YET, LongPoll
+from flexlora.deployment.flower.superlink import SuperLink
+from flexlora.deployment.flower.supernode import supernode
 
 MESSAGES, OBJECT = NOTHING_YET
 
@@ -36,7 +38,12 @@ def gate(answers, seconds=5.0):
         return found if isinstance(found, httpx.Response) else replied(200, found)
 
     client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
-    return Gate("http://127.0.0.1:1", client, 2**20, Held(seconds, pause_seconds=0.01)), asked
+    return Gate(
+        "http://127.0.0.1:1",
+        client,
+        RequestLimits(body_bytes=2**20),
+        LongPoll(seconds, pause_seconds=0.01),
+    ), asked
 
 
 def post(app, path, content=b"node 7", headers=None):
@@ -64,7 +71,7 @@ def test_a_node_hears_as_soon_as_there_is_something(path):
     assert (reply.status_code, reply.content) == (200, b"something")
     assert [(where, body) for where, body, _ in asked] == [(path.decode(), b"node 7")] * 3
     assert {headers["flwr-signature"] for _, _, headers in asked} == {"s"}
-    assert app.held.count == 0
+    assert app.long_poll.count == 0
 
 
 @pytest.mark.parametrize("path", [MESSAGES, OBJECT])
@@ -76,7 +83,7 @@ def test_a_question_is_not_held_for_ever(path):
 
 def test_a_gate_that_closes_holds_nothing():
     app, asked = gate([b""])
-    app.held.ending = lambda: True
+    app.long_poll.ending = lambda: True
     assert post(app, MESSAGES).content == b""
     assert len(asked) == 1
 
@@ -86,7 +93,7 @@ def test_a_gate_that_closes_holds_nothing():
     [
         (b"/v1/fleet/confirm-message-received", replied(200, b""), b"x"),
         (MESSAGES, replied(401, b""), b"x"),
-        (MESSAGES, replied(200, b""), b"x" * (MOST_QUESTION_BYTES + 1)),
+        (MESSAGES, replied(200, b""), b"x" * (MOST_WAITING_BYTES + 1)),
         (OBJECT, replied(200, b"\x08\x00"), b"x"),
         (OBJECT, replied(200, NOTHING_YET[OBJECT] + b"\x10\x01"), b"x"),
     ],
@@ -123,9 +130,9 @@ def test_nothing_is_fetched_for_a_node_that_hung_up():
 
 def test_many_questions_share_what_the_superlink_is_asked():
     async def waited(count):
-        held = Held(pause_seconds=0.01, count=count)
+        poll = LongPoll(pause_seconds=0.01, count=count)
         started = time.monotonic()
-        assert not await held._has_left(asyncio.Event().wait)
+        assert not await poll._has_left(asyncio.Event().wait)
         return time.monotonic() - started
 
     assert asyncio.run(waited(1)) < 0.2
@@ -137,7 +144,7 @@ def test_flower_asks_sooner(monkeypatch):
     for pull in both:
         assert pull.__kwdefaults__["initial_backoff"] == 1, "Flower has changed: is it needed?"
         monkeypatch.setattr(pull, "__kwdefaults__", pull.__kwdefaults__)
-    pull_backoff.ask_sooner()
+    pull_backoff.shorten_pull_backoff()
     tried = []
 
     def pull_one(id):

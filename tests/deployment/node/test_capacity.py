@@ -21,7 +21,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     models.save(folder / "model")
     ready = setup.prepare(models.settings(folder, ranks=ONE), models.corpus())
-    here = ready.workplace
+    here = ready.local
     rows = {"client3": here.rows["client3"]}
     return setup.ClientRuntime(**{**vars(here), "rows": rows})
 
@@ -70,14 +70,14 @@ def needed(place, attention, feed_forward):
 )
 def test_a_rank_that_is_given_is_taken_up_to_the_limit(place, steps, free, rank, given):
     free(0)  # the owner knows better
-    found = Capacity(rank).means(place, LIMIT)
+    found = Capacity(rank).propose(place, LIMIT)
     assert found.rank == RankType(*given) and found.tokens_per_second is None
     assert steps == []
 
 
 def test_with_memory_enough_the_limit_is_taken_and_the_speed_measured(place, steps, free):
     free(1e12)
-    found = Capacity().means(place, LIMIT)
+    found = Capacity().propose(place, LIMIT)
     assert found.rank == LIMIT and found.tokens_per_second == 500 / 4.0
     assert steps == [LIMIT]
 
@@ -89,18 +89,20 @@ def test_with_memory_enough_the_limit_is_taken_and_the_speed_measured(place, ste
 def test_less_memory_gives_a_smaller_rank(place, steps, free, fits, given):
     """Half of the free memory; each try is half of the last."""
     free(2 * needed(place, *fits))
-    assert Capacity().means(place, LIMIT).rank == RankType(*given)
+    assert Capacity().propose(place, LIMIT).rank == RankType(*given)
     assert steps == [RankType(*given)]  # what does not fit is not tried out
     free(2 * needed(place, *fits) - 2)
     if given != (1, 1):
-        assert Capacity().means(place, LIMIT).rank.attention == given[0] // 2
+        assert Capacity().propose(place, LIMIT).rank.attention == given[0] // 2
 
 
 def test_the_owners_memory_counts_where_it_is_less(place, steps, free):
     free(1e12)
-    assert Capacity(memory_bytes=needed(place, 10, 10)).means(place, LIMIT).rank == RankType(10, 10)
+    assert Capacity(memory_bytes=needed(place, 10, 10)).propose(place, LIMIT).rank == RankType(
+        10, 10
+    )
     free(2 * needed(place, 5, 5))
-    assert Capacity(memory_bytes=needed(place, 10, 10)).means(place, LIMIT).rank == RankType(5, 5)
+    assert Capacity(memory_bytes=needed(place, 10, 10)).propose(place, LIMIT).rank == RankType(5, 5)
 
 
 @pytest.mark.parametrize(("seconds", "rank"), [(12.0, (40, 24)), (11.9, (20, 20)), (0.4, (1, 1))])
@@ -108,7 +110,7 @@ def test_less_time_gives_a_smaller_rank(place, steps, free, seconds, rank):
     """A turn of 11 rows has three steps of 4; one costs a second for each ten of the rank."""
     assert len(place.rows["client3"]) == 11 and place.training.batch_examples == 4
     free(1e12)
-    assert Capacity(seconds=seconds).means(place, LIMIT).rank == RankType(*rank)
+    assert Capacity(seconds=seconds).propose(place, LIMIT).rank == RankType(*rank)
 
 
 @pytest.mark.parametrize(("epochs", "most", "turns"), [(2, None, 6), (2, 4, 4), (5, 1, 1)])
@@ -116,26 +118,26 @@ def test_a_turns_steps_are_the_terms(place, steps, free, epochs, most, turns):
     free(1e12)
     how = type(place.training)(**{**vars(place.training), "epochs": epochs, "max_steps": most})
     here = type(place)(**{**vars(place), "training": how})
-    assert Capacity(seconds=turns * 4.0).means(here, LIMIT).rank == LIMIT
-    assert Capacity(seconds=turns * 3.9).means(here, LIMIT).rank == RankType(20, 20)
+    assert Capacity(seconds=turns * 4.0).propose(here, LIMIT).rank == LIMIT
+    assert Capacity(seconds=turns * 3.9).propose(here, LIMIT).rank == RankType(20, 20)
 
 
 @pytest.mark.parametrize(
     ("modules", "given"), [("attention", (30, 0)), ("feed_forward", (0, 24)), ("all", (30, 24))]
 )
 def test_a_client_may_train_some_modules_alone(place, steps, free, modules, given):
-    assert Capacity(30, modules=modules).means(place, LIMIT).rank == RankType(*given)
+    assert Capacity(30, modules=modules).propose(place, LIMIT).rank == RankType(*given)
 
 
 def test_modules_that_are_not_trained_need_no_memory(place, steps, free):
     free(2 * needed(place, 40, 0))
-    assert Capacity(modules="attention").means(place, LIMIT).rank == RankType(40, 0)
-    assert Capacity().means(place, LIMIT).rank.attention < 40
+    assert Capacity(modules="attention").propose(place, LIMIT).rank == RankType(40, 0)
+    assert Capacity().propose(place, LIMIT).rank.attention < 40
 
 
 def test_a_client_that_the_server_leaves_nothing_to_train_is_told(place):
-    with pytest.raises(ValueError, match="trains attention alone, for which the server leaves no"):
-        Capacity(3, modules="attention").means(place, RankType(0, 24))
+    with pytest.raises(ValueError, match="trains only attention, for which the server"):
+        Capacity(3, modules="attention").propose(place, RankType(0, 24))
 
 
 def test_modules_have_names():
@@ -145,20 +147,20 @@ def test_modules_have_names():
 
 def test_memory_and_time_count_both(place, steps, free):
     free(2 * needed(place, 20, 20))
-    assert Capacity(seconds=3.1).means(place, LIMIT).rank == RankType(10, 10)
+    assert Capacity(seconds=3.1).propose(place, LIMIT).rank == RankType(10, 10)
     assert steps == [RankType(20, 20), RankType(10, 10)]
 
 
 @pytest.mark.parametrize("limits", [{"memory_bytes": 1}, {"seconds": 1e-9}])
 def test_where_not_even_rank_1_fits_it_is_said(place, steps, free, limits):
     free(1e12)
-    with pytest.raises(ValueError, match=r"Not even rank 1 .*give it more memory or time"):
-        Capacity(**limits).means(place, LIMIT)
+    with pytest.raises(ValueError, match=r"Even rank 1 is above .*raise --memory or --seconds"):
+        Capacity(**limits).propose(place, LIMIT)
 
 
 def test_a_machine_that_does_not_say_its_memory_has_no_limit_of_it(place, steps, free):
     free(math.inf)
-    assert Capacity().means(place, LIMIT).rank == LIMIT
+    assert Capacity().propose(place, LIMIT).rank == LIMIT
 
 
 @pytest.mark.parametrize("name", ["rank", "memory_bytes", "seconds"])
@@ -177,7 +179,7 @@ def test_a_limit_is_a_number(name):
 def test_a_step_is_measured_on_the_clients_own_rows_and_leaves_nothing(place):
     """The real one: the base model is afterwards as it was."""
     before = {name: value.clone() for name, value in place.base.model.state_dict().items()}
-    found = Capacity(seconds=600.0).means(place, RankType(3, 2))
+    found = Capacity(seconds=600.0).propose(place, RankType(3, 2))
     assert found.rank == RankType(3, 2) and found.tokens_per_second > 0
     after = place.base.model.state_dict()
     assert all(after[name].equal(value) for name, value in before.items())

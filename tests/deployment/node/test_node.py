@@ -19,12 +19,17 @@ from flexlora.deployment import run_spec
 from flexlora.deployment.node import node
 from flexlora.deployment.node.capacity import Capacity
 from flexlora.deployment.node.node import Node, NodeConfig, training_rows
-from flexlora.federation import checkpoint
-from flexlora.federation.client_turn import FACTS
+from flexlora.federation.client_turn import METRICS
 from flexlora.lowrank.factors import Adapter, Factors
-from flexlora.method import averaging
-from flexlora.method.interface import Client, Download, Fresh, Upload
-from flexlora.seeds import rng
+from flexlora.method.averagers.plain import Plain
+from flexlora.method.interface import (
+    Client,
+    Download,
+    Feature,
+    FreshAdapters,
+    RoundContext,
+    Upload,
+)
 from support import models
 
 RUN = "0123456789abcdef"
@@ -55,7 +60,7 @@ def quick(monkeypatch, loaded):
 
 
 def owner(folder: Path, state: Path, **changes) -> NodeConfig:
-    usual = {"budget": Capacity(RANK), "model": str(folder / "model")}
+    usual = {"capacity": Capacity(RANK), "model": str(folder / "model")}
     return NodeConfig(NAME, folder / "mine.jsonl", state, **{**usual, **changes})
 
 
@@ -78,31 +83,38 @@ class Server:
         self.shapes = self.settings.model.load().shapes
         self.ranks = dict.fromkeys(self.shapes, RANK)
         self.client = Client(NAME, self.ranks, f"r{RANK}", 10)
-        self.state = self.method.start(Fresh(self.shapes, self.settings.seed).common(self.ranks))
+        fresh = FreshAdapters(self.shapes, self.settings.seed).common(self.ranks)
+        self.state = self.method.start(fresh, self.context(0))
 
     def enrolled(self, at: Node) -> dict:
-        said, data = at.answer({"kind": "enrol", "terms": self.told}, b"")
+        said, data = at.handle({"kind": "enrol", "terms": self.told}, b"")
         assert data == b""
         return said
 
+    def context(self, number: int) -> RoundContext:
+        return RoundContext(number, self.settings.seed, self.shapes, self.ranks)
+
     def download(self, number: int) -> bytes:
-        handed = self.method.handout(self.state, self.client, lambda name: rng(1, number, name))
-        handed = replace(handed, held=averaging.held(self.state, self.client))
-        return wire.encode_download(handed, self.dtype, self.method.sparse)
+        download = self.method.handout(self.state, self.client, self.context(number))
+        download = replace(download, base_rounds=self.state.merge_log.merged(NAME))
+        sparse = Feature.SPARSE_MESSAGES in self.method.features
+        return wire.encode_download(download, self.dtype, sparse)
 
     def header(self, number: int, **changes) -> dict:
         return {"kind": "turn", "terms": self.told, "client": NAME, "round": number, **changes}
 
     def turn(self, at: Node, number: int) -> bytes:
         """An upload, absorbed into the server's state."""
-        said, data = at.answer(self.header(number), self.download(number))
+        said, data = at.handle(self.header(number), self.download(number))
         assert said == {"round": number}, said
-        self.state = self.method.aggregate(self.state, [self.opened(data)])
+        context = self.context(number)
+        cohort = Plain().cohort([self.opened(data)], self.method.weights, context)
+        self.state = self.method.aggregate(self.state, cohort, context)
         return data
 
     def turn_again(self, at: Node, number: int) -> bytes:
         """As ``turn``, once a client has said that it lost what it had merged."""
-        self.state = averaging.forgotten(self.state, NAME)
+        self.state = replace(self.state, merge_log=self.state.merge_log.forget(NAME))
         return self.turn(at, number)
 
     def opened(self, data: bytes) -> Upload:
@@ -137,7 +149,7 @@ def turns(monkeypatch) -> list[int]:
 
 def same(one: Upload, other: Upload) -> bool:
     """Whether two uploads are equal to the bit, but for what the clock said."""
-    facts = [{**upload.facts, "seconds": 0.0} for upload in (one, other)]
+    facts = [{**upload.metrics, "seconds": 0.0} for upload in (one, other)]
     if facts[0] != facts[1] or one.adapter.keys() != other.adapter.keys():
         return False
     return all(
@@ -167,7 +179,7 @@ def test_a_node_says_who_it_is_and_what_it_can_do(server, here):
 
 
 def test_a_rank_is_within_the_servers_limit(folder, tmp_path):
-    most = Node(owner(folder, tmp_path / "state", budget=Capacity(99)))
+    most = Node(owner(folder, tmp_path / "state", capacity=Capacity(99)))
     said = Server(tmp_path, settings(folder)).enrolled(most)
     assert (said["attention"], said["feed_forward"]) == (5, 5)
 
@@ -179,20 +191,20 @@ def test_an_answer_is_fit_for_json(server, here):
 
 @pytest.mark.parametrize("told", [None, "", "{}", "[" * 10**4, 7, ["x"]])
 def test_ill_formed_terms_are_refused(here, told):
-    said, data = here.answer({"kind": "enrol", "terms": told}, b"")
-    assert "The server's terms cannot be read" in fault(said) and data == b""
+    said, data = here.handle({"kind": "enrol", "terms": told}, b"")
+    assert "The server's run specification cannot be read" in fault(said) and data == b""
 
 
 def test_a_method_that_is_not_there_is_refused(server, here):
     told = json.dumps({**json.loads(server.told), "method": {"name": "flexlore"}})
-    said, _ = here.answer({"kind": "enrol", "terms": told}, b"")
+    said, _ = here.handle({"kind": "enrol", "terms": told}, b"")
     assert "There is no method 'flexlore'. Did you mean 'flexlora'?" in fault(said)
 
 
 @pytest.mark.parametrize("kind", [None, "shell", "", 3, ["turn"], {"turn": 1}])
 def test_what_is_not_known_is_refused(server, here, kind):
-    said, _ = here.answer({**server.header(1), "kind": kind}, server.download(1))
-    assert "unknown" in fault(said) or "TypeError" in fault(said)
+    said, _ = here.handle({**server.header(1), "kind": kind}, server.download(1))
+    assert "unknown kind" in fault(said)
     assert server.enrolled(here)["client"] == NAME
 
 
@@ -211,8 +223,8 @@ def test_a_path_that_the_server_names_is_refused(folder, tmp_path, monkeypatch, 
     told = json.loads(Server(tmp_path, settings(folder)).told)
     told["model"]["name"] = name
     at = Node(owner(folder, tmp_path / "state", model=None))
-    said, _ = at.answer({"kind": "enrol", "terms": json.dumps(told)}, b"")
-    assert "which is a path on this machine" in fault(said) and "--model" in fault(said)
+    said, _ = at.handle({"kind": "enrol", "terms": json.dumps(told)}, b"")
+    assert "by a local path" in fault(said) and "--model" in fault(said)
 
 
 def test_a_server_does_not_learn_which_files_exist(folder, tmp_path, server):
@@ -221,7 +233,7 @@ def test_a_server_does_not_learn_which_files_exist(folder, tmp_path, server):
         told = json.loads(server.told)
         told["model"]["name"] = str(name)
         at = Node(owner(folder, tmp_path / "state", model=None))
-        answer, _ = at.answer({"kind": "enrol", "terms": json.dumps(told)}, b"")
+        answer, _ = at.handle({"kind": "enrol", "terms": json.dumps(told)}, b"")
         said.append(fault(answer).replace(name.name, "NAME"))
     assert said[0] == said[1]
 
@@ -230,7 +242,7 @@ def test_the_owners_model_is_taken_whatever_the_server_names(folder, tmp_path):
     told = json.loads(Server(tmp_path, settings(folder)).told)
     told["model"]["name"] = "somebody/else"
     at = Node(owner(folder, tmp_path / "state"))
-    said, _ = at.answer({"kind": "enrol", "terms": json.dumps(told)}, b"")
+    said, _ = at.handle({"kind": "enrol", "terms": json.dumps(told)}, b"")
     assert said["client"] == NAME
 
 
@@ -238,7 +250,7 @@ def test_the_owners_device_is_taken_whatever_the_server_names(folder, tmp_path):
     told = json.loads(Server(tmp_path, settings(folder)).told)
     told["model"]["device"] = "cuda:7"
     at = Node(owner(folder, tmp_path / "state"))
-    said, _ = at.answer({"kind": "enrol", "terms": json.dumps(told)}, b"")
+    said, _ = at.handle({"kind": "enrol", "terms": json.dumps(told)}, b"")
     assert said["device"] == "cpu"
 
 
@@ -249,29 +261,29 @@ def test_a_turn_trains_on_the_owners_rows(server, here, turns):
     upload = server.opened(server.turn(here, 1))
     assert turns == [1]
     assert (upload.client, upload.round, upload.examples) == (NAME, 1, 10)
-    assert set(FACTS) <= upload.facts.keys() and upload.facts["steps"] == 3
+    assert set(METRICS) <= upload.metrics.keys() and upload.metrics["steps"] == 3
     assert upload.adapter.ranks == server.ranks
     assert any(f.B.any() for f in upload.adapter.values())
 
 
 def test_a_redelivered_job_is_answered_from_the_disk(server, here, turns):
     download = server.download(1)
-    first = here.answer(server.header(1), download)
-    again = here.answer(server.header(1), download)
+    first = here.handle(server.header(1), download)
+    again = here.handle(server.header(1), download)
     assert turns == [1] and first == again
 
 
 def test_a_redelivered_job_is_answered_after_a_restart(server, here, turns):
     download = server.download(1)
-    first = here.answer(server.header(1), download)
-    again = Node(here.owner).answer(server.header(1), download)
+    first = here.handle(server.header(1), download)
+    again = Node(here.config).handle(server.header(1), download)
     assert turns == [1] and first == again
 
 
 def test_another_download_of_the_same_round_is_trained(server, here, turns):
     """A server that lost its last round hands out another one."""
     first = server.turn(here, 1)
-    _, other = here.answer(server.header(1), server.download(1))  # the state has moved on
+    _, other = here.handle(server.header(1), server.download(1))  # the state has moved on
     assert turns == [1, 1]
     assert not same(server.opened(first), server.opened(other))
 
@@ -279,7 +291,7 @@ def test_another_download_of_the_same_round_is_trained(server, here, turns):
 def test_the_last_upload_alone_is_kept(server, here):
     for number in (1, 2, 3):
         server.turn(here, number)
-    (kept,) = (here.owner.state / RUN).glob("upload-*")
+    (kept,) = (here.config.state / RUN).glob("upload-*")
     assert kept.name.startswith("upload-00003-")
 
 
@@ -299,40 +311,38 @@ def test_the_last_upload_alone_is_kept(server, here):
     ],
 )
 def test_a_job_of_another_client_or_of_no_round_is_refused(server, here, turns, changes):
-    said, data = here.answer(server.header(1, **changes), server.download(1))
-    assert "The job is for client" in fault(said) and f"this is client {NAME!r}" in fault(said)
+    said, data = here.handle(server.header(1, **changes), server.download(1))
+    assert "The request is for client" in fault(said) and f"this is client {NAME!r}" in fault(said)
     assert data == b"" and turns == []
-    assert not list((here.owner.state / RUN).glob("upload-*"))
+    assert not list((here.config.state / RUN).glob("upload-*"))
 
 
 def test_a_download_that_is_none_is_refused_and_the_next_is_trained(server, here, turns):
     for payload in (b"", b"\x80\x04pickle", server.download(1)[:-5], server.download(1)[8:]):
-        said, data = here.answer(server.header(1), payload)
-        assert "stored adapter" in fault(said) and data == b""
+        said, data = here.handle(server.header(1), payload)
+        assert "not a valid safetensors file" in fault(said) and data == b""
     server.turn(here, 1)
 
 
 def test_a_download_for_another_model_is_refused(server, here):
     strange = Adapter({"model.layers.9.mlp.up_proj": Factors(torch.ones(4, 2), torch.ones(2, 3))})
     payload = wire.encode_download(Download(strange), torch.float32)
-    said, _ = here.answer(server.header(1), payload)
+    said, _ = here.handle(server.header(1), payload)
     assert "has no adapted layer of that name" in fault(said)
     server.turn(here, 1)
 
 
 def test_a_full_disk_is_said_and_the_next_turn_works(server, here, monkeypatch, turns):
-    write = checkpoint.write
     payload = server.download(1)
 
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write", full)
-        said, data = here.answer(server.header(1), payload)
+        patch.setattr(node, "write_atomically", full)
+        said, data = here.handle(server.header(1), payload)
         assert fault(said) == "OSError: [Errno 28] No space left on device" and data == b""
-    assert checkpoint.write is write
-    assert here.answer(server.header(1), payload)[0] == {"round": 1}
+    assert here.handle(server.header(1), payload)[0] == {"round": 1}
     assert turns == [1, 1]
 
 
@@ -345,10 +355,10 @@ def test_nothing_stays_of_a_turn_that_found_the_disk_full(server, here, monkeypa
     for number in (2, 3):  # each round has a file of its own name
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            said, _ = here.answer(server.header(number), server.download(number))
+            said, _ = here.handle(server.header(number), server.download(number))
             assert "No space left" in fault(said)
     server.turn(here, 4)
-    left = sorted(path.name for path in (here.owner.state / RUN).iterdir())
+    left = sorted(path.name for path in (here.config.state / RUN).iterdir())
     assert [name for name in left if name.startswith(".upload")] == []
 
 
@@ -360,7 +370,7 @@ def test_whatever_goes_wrong_is_said_with_its_kind(server, here, monkeypatch, er
 
     with monkeypatch.context() as patch:
         patch.setattr(node, "turn", broken)
-        said, data = here.answer(server.header(1), server.download(1))
+        said, data = here.handle(server.header(1), server.download(1))
     assert fault(said).startswith(f"{type(error).__name__}: ") and data == b""
     server.turn(here, 1)
 
@@ -371,9 +381,9 @@ def test_whatever_goes_wrong_is_said_with_its_kind(server, here, monkeypatch, er
 def test_a_rank_above_the_owners_means_is_refused(server, here, turns):
     assert server.enrolled(here)["attention"] == RANK
     server.ranks = dict.fromkeys(server.shapes, 16)
-    large = Fresh(server.shapes, 1).common(server.ranks)
+    large = FreshAdapters(server.shapes, 1).common(server.ranks)
     payload = wire.encode_download(Download(large), torch.float32)
-    said, _ = here.answer(server.header(1), payload)
+    said, _ = here.handle(server.header(1), payload)
     assert "rank" in fault(said) and turns == []
 
 
@@ -382,29 +392,29 @@ def test_a_rank_above_the_owners_means_is_refused_where_it_is_all_that_travels(f
     server = Server(tmp_path, settings(folder, "flora"))
     here = Node(owner(folder, tmp_path / "state"))
     server.client = replace(server.client, ranks=dict.fromkeys(server.shapes, 16))
-    said, _ = here.answer(server.header(1), server.download(1))
-    assert "train rank 16 in" in fault(said) and f"gives {RANK} at most" in fault(said)
+    said, _ = here.handle(server.header(1), server.download(1))
+    assert "train rank 16 in" in fault(said) and f"its limit is rank {RANK}" in fault(said)
 
 
 def test_modules_that_the_owner_leaves_out_are_not_trained(folder, tmp_path, server, turns):
-    budget = Capacity(RANK, modules="feed_forward")
-    here = Node(owner(folder, tmp_path / "state", budget=budget))
+    capacity = Capacity(RANK, modules="feed_forward")
+    here = Node(owner(folder, tmp_path / "state", capacity=capacity))
     assert server.enrolled(here)["attention"] == 0
-    said, _ = here.answer(server.header(1), server.download(1))
-    assert "self_attn.k_proj', which its owner leaves out." in fault(said)
+    said, _ = here.handle(server.header(1), server.download(1))
+    assert "self_attn.k_proj', which its --modules exclude." in fault(said)
     assert turns == []
 
 
 def test_what_a_client_keeps_to_itself_is_its_owners_alone(server, here):
     """Its rows lie there as tokens, beside its private halves."""
     server.turn(here, 1)
-    assert stat.S_IMODE(here.owner.state.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE(here.config.state.stat().st_mode) & 0o077 == 0
 
 
 def test_nothing_is_written_outside_of_the_state(server, here, tmp_path):
-    before = {path for path in tmp_path.rglob("*") if here.owner.state not in path.parents}
+    before = {path for path in tmp_path.rglob("*") if here.config.state not in path.parents}
     server.turn(here, 1)
-    after = {path for path in tmp_path.rglob("*") if here.owner.state not in path.parents}
+    after = {path for path in tmp_path.rglob("*") if here.config.state not in path.parents}
     assert {path.name for path in after - before} <= {"state", "upload-0"}
 
 
@@ -445,9 +455,9 @@ def test_private_halves_change_what_is_learnt(folder, tmp_path):
     mine = owner(folder, tmp_path / "state")
     server.turn(Node(mine), 1)
     download = server.download(2)
-    _, with_it = Node(mine).answer(server.header(2), download)
+    _, with_it = Node(mine).handle(server.header(2), download)
     shutil.rmtree(mine.state)
-    _, without = Node(mine).answer(server.header(2), download)
+    _, without = Node(mine).handle(server.header(2), download)
     assert not same(server.opened(with_it), server.opened(without))
 
 
@@ -458,8 +468,10 @@ def test_a_node_that_lost_what_it_had_merged_says_so(folder, tmp_path, turns):
     for number in (1, 2, 3):
         server.turn(at, number)
     shutil.rmtree(mine.state / RUN / "private")
-    said, data = at.answer(server.header(4), server.download(4))
-    assert said["forgot"] is True and "merged in rounds [1, 2] is no longer" in said["error"]
+    said, data = at.handle(server.header(4), server.download(4))
+    assert (
+        said["forgot"] is True and "base updates of rounds [1, 2] are not complete" in said["error"]
+    )
     assert data == b"" and len(server.opened(server.turn_again(at, 4)).adapter) == 14
 
 
@@ -474,7 +486,7 @@ def test_a_node_that_lost_some_of_what_it_had_merged_says_so(folder, tmp_path, f
     entry.unlink()
     if fault == "empty":  # the power was gone before it was on the disk
         entry.touch()
-    said, _ = at.answer(server.header(4), server.download(4))
+    said, _ = at.handle(server.header(4), server.download(4))
     assert said.get("forgot") is True
     server.turn_again(at, 4)
 
@@ -499,7 +511,7 @@ def test_new_terms_of_the_same_run_are_taken(folder, tmp_path):
     told = json.loads(server.told)
     told["training"]["max_steps"] = 1
     server.told = json.dumps(told)
-    assert server.opened(server.turn(at, 2)).facts["steps"] == 1
+    assert server.opened(server.turn(at, 2)).metrics["steps"] == 1
 
 
 # Rows
@@ -587,7 +599,7 @@ def test_rows_are_of_the_client_and_of_the_split(tmp_path):
 
 def test_no_row_to_train_on_is_said(tmp_path):
     data = write(tmp_path / "a.jsonl", [row(n, split="test") for n in range(2)])
-    with pytest.raises(ValueError, match="no row to train on; look at its split column"):
+    with pytest.raises(ValueError, match="no training rows; check the values of its split column"):
         rows_of(data)
 
 

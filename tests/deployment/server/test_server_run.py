@@ -1,7 +1,6 @@
 """The server's side of a real federation: laid out, hosted, watched and gone on with."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -16,11 +15,13 @@ import pytest
 from flexlora import model
 from flexlora.config.ranks import RankType
 from flexlora.deployment import run_spec
-from flexlora.deployment.server import server_run
-from flexlora.deployment.server.registry import RankLimits
-from flexlora.deployment.server.server_run import Plan
+from flexlora.deployment.server import admission, server_run
+from flexlora.deployment.server.limits import RankLimits
+from flexlora.deployment.server.registry import ARRIVALS, NODES
+from flexlora.deployment.server.server_run import ServePlan
 from flexlora.federation import checkpoint
 from flexlora.journal.record import Record
+from flexlora.lowrank import Adapter
 from flexlora.method.interface import State
 from support import models
 
@@ -49,15 +50,15 @@ def settings(folder, **changes):
 
 
 def test_every_run_has_a_name_of_its_own():
-    names = {Plan.new(3, bound=True).run for _ in range(50)}
+    names = {ServePlan.new(3, bound=True).run for _ in range(50)}
     assert len(names) == 50 and all(len(name) == 32 and int(name, 16) >= 0 for name in names)
 
 
 def test_what_is_laid_out_is_read_again(folder, tmp_path):
-    made, plan = settings(folder), Plan.new(4, bound=False)
-    server_run.lay_out(tmp_path / "run", made, plan)
+    made, plan = settings(folder), ServePlan.new(4, bound=False)
+    server_run.write_run_folder(tmp_path / "run", made, plan)
     held = json.loads((tmp_path / "run" / server_run.PLAN).read_text())
-    assert Plan(**held) == plan
+    assert ServePlan(**held) == plan
     text = (tmp_path / "run" / server_run.CONFIG).read_text()
     assert server_run.compose.parse(json.loads(text), "-") == made
 
@@ -67,7 +68,7 @@ def test_what_is_laid_out_is_read_again(folder, tmp_path):
     [
         (
             {"ranks": {"types": None, "distribution": "uniform"}},
-            r"ranks\.distribution deals ranks to clients known beforehand",
+            r"ranks\.distribution assigns ranks to a fixed set of simulated clients",
         ),
         (
             {"ranks": {"distribution": None, "clients": {"ash": "huge"}}},
@@ -83,7 +84,9 @@ def test_what_only_a_simulation_can_run_is_refused_before_anything_is_written(
     folder, tmp_path, changes, message
 ):
     with pytest.raises(ValueError, match=message):
-        server_run.lay_out(tmp_path / "run", settings(folder, **changes), Plan.new(2, bound=True))
+        server_run.write_run_folder(
+            tmp_path / "run", settings(folder, **changes), ServePlan.new(2, bound=True)
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -92,7 +95,7 @@ def test_several_ranks_for_a_method_of_one_are_refused_before_anything_is_writte
     named = {"distribution": None, "clients": {"ash": "small", "birch": "large"}}
     made = settings(folder, ranks=named, method={"name": "fedsalora"})
     with pytest.raises(ValueError, match="one rank"):
-        server_run.lay_out(tmp_path / "run", made, Plan.new(2, bound=True))
+        server_run.write_run_folder(tmp_path / "run", made, ServePlan.new(2, bound=True))
 
 
 PHONES = {
@@ -107,15 +110,15 @@ PHONES = {
 
 def test_limits_that_leave_out_modules_need_a_method_that_goes_by_module(folder, tmp_path):
     """As a simulation refuses it; and one rank is one where a module is trained."""
-    plan = Plan.new(2, bound=True)
+    plan = ServePlan.new(2, bound=True)
     made = settings(folder, ranks=PHONES, method={"name": "hetlora"})
-    with pytest.raises(ValueError, match="decides over all modules at once"):
-        server_run.lay_out(tmp_path / "run", made, plan)
+    with pytest.raises(ValueError, match="does not support aggregation by module"):
+        server_run.write_run_folder(tmp_path / "run", made, plan)
     assert not (tmp_path / "run").exists()
-    server_run.lay_out(
+    server_run.write_run_folder(
         tmp_path / "fedit", settings(folder, ranks=PHONES, method={"name": "fedit"}), plan
     )
-    server_run.lay_out(tmp_path / "flexlora", settings(folder, ranks=PHONES), plan)
+    server_run.write_run_folder(tmp_path / "flexlora", settings(folder, ranks=PHONES), plan)
 
 
 # Whether it lives
@@ -126,24 +129,24 @@ def test_a_run_that_has_not_begun_counts_as_alive(tmp_path):
 
 
 def test_a_run_is_alive_as_long_as_its_process_holds_the_lock(tmp_path):
-    with (tmp_path / server_run.ALIVE).open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with server_run._pid_lock(tmp_path):
         assert server_run.is_alive(tmp_path)
         assert server_run.is_alive(tmp_path)  # looking takes nothing away
+        assert int((tmp_path / server_run.PID).read_text()) == os.getpid()
     assert not server_run.is_alive(tmp_path)
-    server_run.forget(tmp_path)
+    server_run.clear_pid(tmp_path)
     assert server_run.is_alive(tmp_path)  # another is awaited
 
 
 def test_what_a_killed_process_left_behind_is_dead_whatever_its_number(tmp_path):
-    (tmp_path / server_run.ALIVE).write_text("1")  # a process that is always there
+    (tmp_path / server_run.PID).write_text("1")  # a process that is always there
     assert not server_run.is_alive(tmp_path)
 
 
 def test_forgetting_twice_is_no_fault(tmp_path):
-    (tmp_path / server_run.ALIVE).write_text("7")
-    server_run.forget(tmp_path)
-    server_run.forget(tmp_path)
+    (tmp_path / server_run.PID).write_text("7")
+    server_run.clear_pid(tmp_path)
+    server_run.clear_pid(tmp_path)
     assert server_run.is_alive(tmp_path)
 
 
@@ -162,7 +165,7 @@ class Watched:
     together: int = 1
     ends: BaseException = field(default_factory=Enough)
 
-    def gather(self, clients):
+    def wait_for_clients(self, clients):
         self.asked.append(clients)
         raise self.ends
 
@@ -171,7 +174,7 @@ def hosted(folder, made, plan, watched=None):
     """What the federation of a folder is made of, and whom it waits for."""
     watched = watched or Watched()
     if not (folder / server_run.PLAN).exists():
-        server_run.lay_out(folder, made, plan)
+        server_run.write_run_folder(folder, made, plan)
     given = []
 
     def connect(*arguments):
@@ -179,24 +182,24 @@ def hosted(folder, made, plan, watched=None):
         return watched
 
     with pytest.raises(type(watched.ends)):
-        server_run.host(folder, connect)
+        server_run.run_server(folder, connect)
     return given, watched.asked
 
 
 def test_nodes_are_told_the_terms_of_the_config(folder, tmp_path):
     how = {"federation": {"rounds": 2, "cohort": 3, "quorum": 2}, "method": {"name": "flora"}}
-    plan = Plan.new(3, bound=True)
+    plan = ServePlan.new(3, bound=True)
     (roll, told, quorum), _ = hosted(tmp_path / "run", settings(folder, **how), plan)
     agreed = run_spec.parse(told)
     assert agreed.run == plan.run and agreed.method["name"] == "flora"
     assert (agreed.attention, agreed.feed_forward, quorum) == (5, 5, 2)
-    assert roll.folder == tmp_path / "run" and roll.limit == RankLimits(RankType(5, 5), {})
+    assert roll.folder == tmp_path / "run" and roll.limits == RankLimits(RankType(5, 5), {})
     assert len(roll.modules) == 14
 
 
 def test_the_roll_knows_what_a_client_weighs_at_most(folder, tmp_path):
     how = {"federation": {"rounds": 2, "cohort": 3, "most_examples": 500}}
-    plan = Plan.new(3, bound=True)
+    plan = ServePlan.new(3, bound=True)
     (roll, *_), _ = hosted(tmp_path / "run", settings(folder, **how), plan)
     assert roll.most_examples == 500
 
@@ -205,23 +208,23 @@ def test_the_roll_knows_what_a_client_weighs_at_most(folder, tmp_path):
 @pytest.mark.parametrize(("method", "alike"), [("flexlora", False), ("fedsalora", True)])
 def test_the_plan_and_the_method_decide_who_is_let_in(folder, tmp_path, bound, method, alike):
     made = settings(folder, method={"name": method})
-    (roll, _, _), _ = hosted(tmp_path / "run", made, Plan.new(2, bound=bound))
-    assert (roll.bound, roll.alike) == (bound, alike)
+    (roll, _, _), _ = hosted(tmp_path / "run", made, ServePlan.new(2, bound=bound))
+    assert (roll.bound, roll.one_rank) == (bound, alike)
 
 
 def test_the_first_round_waits_for_all_and_a_resumed_run_for_its_quorum(folder, tmp_path):
     made = settings(folder, federation={"rounds": 2, "cohort": 3, "quorum": 2})
-    plan, run = Plan.new(4, bound=True), tmp_path / "run"
+    plan, run = ServePlan.new(4, bound=True), tmp_path / "run"
     assert hosted(run, made, plan)[1] == [4]
     assert hosted(run, made, plan)[1] == [4]  # stopped before its first checkpoint
-    checkpoint.save(run, 0, 0, State({}, {}))
+    checkpoint.save(run, 0, 0, State(Adapter({})))
     assert hosted(run, made, plan)[1] == [2]
 
 
 def test_why_a_run_stopped_is_in_its_journal(folder, tmp_path):
     run = tmp_path / "run"
     watched = Watched(ends=ValueError("too few have come"))
-    hosted(run, settings(folder), Plan.new(1, bound=True), watched)
+    hosted(run, settings(folder), ServePlan.new(1, bound=True), watched)
     (event,) = Record(run).events("stopped")
     assert event["reason"] == "ValueError: too few have come"
 
@@ -230,7 +233,7 @@ def test_why_a_run_stopped_is_in_its_journal(folder, tmp_path):
 def test_a_process_that_was_told_to_end_is_dead(folder, tmp_path, ends):
     """By SIGTERM, when memory is short: nothing says that it stopped."""
     run = tmp_path / "run"
-    hosted(run, settings(folder), Plan.new(1, bound=True), Watched(ends=ends))
+    hosted(run, settings(folder), ServePlan.new(1, bound=True), Watched(ends=ends))
     assert list(Record(run).events("stopped", "finish")) or not server_run.is_alive(run)
 
 
@@ -241,7 +244,7 @@ def test_a_process_that_could_not_say_why_it_stopped_is_dead(folder, tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Record, "append", full)
-    hosted(run, settings(folder), Plan.new(1, bound=True), Watched(ends=OSError()))
+    hosted(run, settings(folder), ServePlan.new(1, bound=True), Watched(ends=OSError()))
     assert not server_run.is_alive(run)
 
 
@@ -286,10 +289,10 @@ class FakeLink:
         self.registered.append(name)
         return 1000 + len(FakeLink.known)
 
-    def number(self, public, name, known):
+    def number(self, public, name, recorded):
         if public.read_bytes() in FakeLink.known:
             found = 1001 + FakeLink.known.index(public.read_bytes())
-            assert found not in known
+            assert found not in recorded
             return found
         return self.register(public, name)
 
@@ -336,7 +339,7 @@ def ran(*events, dies=False):
         for event, fields in events:
             Record(folder).append(event, **fields)
         if dies:
-            (folder / server_run.ALIVE).write_text("7")
+            (folder / server_run.PID).write_text("7")
 
     return act
 
@@ -348,7 +351,7 @@ FINISH = ("finish", {"rounds": 1})
 def round_(folder, number, *events):
     """A round's events and the checkpoint after it."""
     ran(*events)(folder)
-    checkpoint.save(folder, number, Record(folder).bytes, State({}, {}))
+    checkpoint.save(folder, number, Record(folder).bytes, State(Adapter({})))
 
 
 def test_events_are_told_as_they_come_until_the_run_has_finished(serving, tmp_path):
@@ -357,9 +360,21 @@ def test_events_are_told_as_they_come_until_the_run_has_finished(serving, tmp_pa
     assert FakeLink.last.process.ended == -15 and FakeLink.last.submitted == 1
 
 
+def test_a_clients_line_is_printed_before_the_events_that_follow_from_it(serving, tmp_path, capsys):
+    def comes(folder):
+        (folder / ARRIVALS).write_text("client ash connected\n")
+        Record(folder).append("joined", client="ash")
+
+    with contextlib.closing(serving(tmp_path, comes)) as events:
+        assert next(events)["event"] == "joined"
+        assert capsys.readouterr().err == "client ash connected\n"
+
+
 def test_a_run_that_stopped_says_why_and_how_to_go_on(serving, tmp_path):
     stopped = ("stopped", {"reason": "ValueError: too few."})
-    with pytest.raises(ValueError, match=r"stopped: ValueError: too few\. Go on with: flexlora se"):
+    with pytest.raises(
+        ValueError, match=r"stopped: ValueError: too few\. Resume it with: flexlora"
+    ):
         list(serving(tmp_path, ran(LONG, stopped)))
     assert FakeLink.last.process.ended == -15
 
@@ -430,12 +445,12 @@ def test_two_servers_in_one_folder_are_one_too_many(serving, tmp_path):
 @pytest.fixture
 def sleeper(tmp_path):
     """Flower's process, of a log: it sleeps."""
-    superlink = pytest.importorskip("flexlora.deployment.flower.superlink")
+    processes = pytest.importorskip("flexlora.deployment.flower.processes")
     made = []
 
     def make(log="its.log"):
         command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
-        made.append(superlink.Process(command, tmp_path / log, dict(os.environ)))
+        made.append(processes.Process(command, tmp_path / log, dict(os.environ)))
         return made[-1]
 
     yield make
@@ -443,29 +458,92 @@ def sleeper(tmp_path):
         process.stop()
 
 
-def number(process) -> int:
-    return int(process.log.with_suffix(".pid").read_text())
+def identity(process):
+    from flexlora.deployment.flower.processes import ProcessId
+
+    return ProcessId.read(process.id_file)
+
+
+def up(process) -> None:
+    """Start a process and wait until it has its environment."""
+    process.start()
+    while not process.last_lines():
+        time.sleep(0.01)
 
 
 def test_what_a_crash_left_behind_is_ended_before_it_is_started_again(sleeper):
     first, second = sleeper(), sleeper()
-    first.start()
-    while not first.last_lines():  # it has its environment
-        time.sleep(0.01)
+    up(first)
     second.start()
-    assert first._held.wait(5) == -signal.SIGKILL
-    assert number(second) == second._held.pid and second.ended is None
+    assert first._running.wait(5) == -signal.SIGKILL
+    assert identity(second).pid == second._running.pid and second.ended is None
+
+
+def test_what_it_had_started_in_another_group_is_ended_too(sleeper, tmp_path):
+    """Flower starts the server's side of the run in a group of its own."""
+    first, second = sleeper(), sleeper()
+    sleep = f"[{sys.executable!r}, '-c', 'import time; time.sleep(60)']"
+    code = (
+        "import subprocess, time\n"
+        f"child = subprocess.Popen({sleep}, start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    first.arguments = [sys.executable, "-c", code]
+    up(first)
+    import psutil
+
+    child = psutil.Process(int(first.last_lines()))
+    os.kill(first._running.pid, signal.SIGKILL)
+    first._running.wait()
+    second.start()
+    assert psutil.wait_procs([child], 5)[1] == [] or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_another_process_that_has_its_number_by_now_is_left_alone(sleeper):
     """After a reboot numbers are given anew: to another Python, or to another of one's own."""
     other, gone = sleeper("another.log"), sleeper()
-    other.start()
-    while not other.last_lines():
-        time.sleep(0.01)
-    gone.log.with_suffix(".pid").write_text(str(number(other)))
+    up(other)
+    shutil.copy(other.id_file, gone.id_file)
     gone.start()
     assert other.ended is None and gone.ended is None
+
+
+@pytest.mark.parametrize("seconds, ended", [(0.0, True), (60.0, False), (-86400.0, False)])
+def test_where_environments_cannot_be_read_the_start_time_decides(
+    sleeper, monkeypatch, seconds, ended
+):
+    """The number alone may be another program's."""
+    from flexlora.deployment.flower import processes
+
+    first, second = sleeper(), sleeper()
+    up(first)
+    real = identity(first)
+    processes.ProcessId(real.pid, real.created + seconds).write(first.id_file)
+    monkeypatch.setattr(processes, "_log_of", lambda process: None)
+    second.start()
+    time.sleep(0.2)
+    assert (first.ended is not None) is ended and second.ended is None
+
+
+def test_the_file_of_an_earlier_version_has_a_number_alone(sleeper, monkeypatch):
+    from flexlora.deployment.flower import processes
+
+    first, second = sleeper(), sleeper()
+    up(first)
+    first.id_file.write_text(str(first._running.pid))
+    assert identity(first) == processes.ProcessId(first._running.pid, None)
+    second.start()
+    assert first._running.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("content", ["", "half", "[1]", "{}", '{"pid": 1}', '{"pid": "x"}'])
+def test_a_damaged_file_identifies_no_process(sleeper, content):
+    process = sleeper()
+    process.id_file.write_text(content)
+    assert identity(process) is None
+    process.start()
+    assert identity(process).pid == process._running.pid
 
 
 # Nodes whose keys come while it serves
@@ -475,8 +553,9 @@ def test_another_process_that_has_its_number_by_now_is_left_alone(sleeper):
 def pairs(tmp_path_factory):
     """A server's keys, and two nodes'."""
     keys = pytest.importorskip("flexlora.deployment.keys")
+    certificates = pytest.importorskip("flexlora.deployment.certificates")
     folder = tmp_path_factory.mktemp("pairs")
-    keys.make_server(folder / "keys", ["localhost"])
+    certificates.make_server(folder / "keys", ["localhost"])
     for name in ("ash", "birch"):
         keys.make_node(folder / name, name)
     return folder
@@ -495,7 +574,7 @@ def comes(pairs, held, name):
 
 
 def nodes(folder):
-    return json.loads((folder / server_run.NODES).read_text())
+    return json.loads((folder / NODES).read_text())
 
 
 def test_nodes_are_let_in_by_their_keys_also_later(serving, pairs, held, tmp_path, capsys):
@@ -510,7 +589,7 @@ def test_nodes_are_let_in_by_their_keys_also_later(serving, pairs, held, tmp_pat
     ]
     list(serving(run, ran(LONG), keys=held, then=then))
     assert [*found, nodes(run)] == [{"ash": 1001}, {"ash": 1001, "birch": 1002}]
-    assert "node birch may join" in capsys.readouterr().err
+    assert "authorised node birch" in capsys.readouterr().err
 
 
 def test_nodes_are_not_registered_again(serving, pairs, held, tmp_path):
@@ -536,7 +615,7 @@ def test_a_node_whose_key_is_taken_out_is_put_out(serving, pairs, held, tmp_path
     comes(pairs, held, "birch")
     goes_on(serving, run, held, (held / "nodes" / "ash.pub").unlink)
     assert FakeLink.out == [1001] and nodes(run) == {"birch": 1002}
-    assert "node ash is put out: it has no key here any more\n" in capsys.readouterr().err
+    assert "revoked node ash: its key was removed\n" in capsys.readouterr().err
 
 
 def test_a_node_with_another_key_is_another_node(serving, pairs, held, tmp_path, capsys):
@@ -548,7 +627,7 @@ def test_a_node_with_another_key_is_another_node(serving, pairs, held, tmp_path,
     )
     assert FakeLink.out == [1001] and nodes(run) == {"ash": 1002}
     said = capsys.readouterr().err
-    assert "node ash is put out: it has another key\nnode ash may join\n" in said
+    assert "revoked node ash: its key was replaced\nauthorised node ash\n" in said
 
 
 def test_a_key_that_was_put_out_does_not_come_back_and_it_is_said_why(
@@ -565,9 +644,9 @@ def test_a_key_that_was_put_out_does_not_come_back_and_it_is_said_why(
     )
     assert nodes(run) == {"birch": 1002}
     said = capsys.readouterr().err
-    assert "node ash is not let in: its key SHA256:" in said
+    assert "node ash is not authorised: its key SHA256:" in said
     assert "make a new one: flexlora keys DIR --node ash" in said
-    assert "node birch may join" in said
+    assert "authorised node birch" in said
 
 
 def test_keys_that_went_while_nobody_served_are_noticed(serving, pairs, held, tmp_path):
@@ -584,11 +663,11 @@ def test_nodes_of_a_run_that_knew_no_fingerprints_stay_in(serving, pairs, held, 
     run = tmp_path / "run"
     comes(pairs, held, "ash")
     goes_on(serving, run, held)
-    (run / server_run.NUMBERS).unlink()
+    (run / admission.NUMBERS).unlink()
     round_(run, 1, LONG)
     list(serving(run, ran(FINISH), keys=held))
     assert FakeLink.out == [] and nodes(run) == {"ash": 1001}
-    assert list(json.loads((run / server_run.NUMBERS).read_text()).values()) == [1001]
+    assert list(json.loads((run / admission.NUMBERS).read_text()).values()) == [1001]
 
 
 def test_a_folder_of_keys_that_is_gone_puts_nobody_out(serving, pairs, held, tmp_path, capsys):
@@ -597,7 +676,7 @@ def test_a_folder_of_keys_that_is_gone_puts_nobody_out(serving, pairs, held, tmp
     comes(pairs, held, "ash")
     goes_on(serving, run, held, lambda: (held / "nodes").rename(held / "elsewhere"))
     assert FakeLink.out == [] and nodes(run) == {"ash": 1001}
-    assert "no node is let in or put out: " in capsys.readouterr().err
+    assert "the authorised nodes are unchanged: " in capsys.readouterr().err
 
 
 def test_a_fingerprint_is_the_one_that_openssh_says(pairs):
@@ -632,7 +711,7 @@ def test_a_server_killed_between_registering_and_writing_it_down_goes_on(
     run.mkdir()
     comes(pairs, held, "ash")
     list(serving(run, ran(FINISH), keys=held))
-    for file in (server_run.NODES, server_run.NUMBERS):
+    for file in (NODES, admission.NUMBERS):
         (run / file).unlink()  # as if the kill had come before it was written
     round_(run, 1, LONG)
     assert [e["event"] for e in serving(run, ran(FINISH), keys=held)] == ["finish"]

@@ -1,7 +1,8 @@
 """Clients on other people's machines, over Flower (https://flower.ai).
 
-Only the files of this folder import Flower. ``grid`` is the federation, ``server_app`` and
-``client_app`` are what Flower starts, ``records`` is what travels, ``superlink`` starts Flower's
-own processes, ``gate`` stands between them and the network, and ``app`` is all that is sent to
-the nodes: a few lines that import ``client_app`` from the library installed there.
+Only the files of this folder import Flower. ``grid`` is the transport of the round loop,
+``server_app`` and ``client_app`` are the apps that Flower starts, ``records`` the content of its
+messages. ``superlink`` and ``supernode`` start Flower's own ``processes``; ``gate``, an allow-list
+proxy, stands between them and the network. ``app`` is sent to the nodes: a few lines that import
+``client_app`` from the library installed there.
 """

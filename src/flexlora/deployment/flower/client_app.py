@@ -1,4 +1,4 @@
-"""What Flower starts on a node for every message: it passes the message on to the worker."""
+"""The app that Flower starts on a node for every message; it passes messages on to the worker."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from flexlora.deployment.node import worker_socket
 from flexlora.errors import FlexloraError, ProtocolError
 
 WORKER = "worker"
-"""The key of the node's config under which the path of the worker's socket stands."""
+"""The key of the path of the worker's socket in the node's config."""
 
 app = ClientApp()
 
 
 @app.query()
 def enrol(message: Message, context: Context) -> Message:
-    """Who the client is, and what it can do."""
+    """The client's name, its examples and its limits."""
     return _passed_on(message, context)
 
 
 @app.train()
 def turn(message: Message, context: Context) -> Message:
-    """One turn of training."""
+    """Local training in one round."""
     return _passed_on(message, context)
 
 
 def _passed_on(message: Message, context: Context) -> Message:
-    """The worker's answer; a fault is an answer too."""
+    """The worker's response; an error is sent in its header."""
     try:
         if WORKER not in context.node_config:
             raise ProtocolError(
-                "This SuperNode's node config names no worker; start it by `flexlora join`."
+                "This SuperNode's node config has no worker; start it with `flexlora join`."
             )
         path = Path(str(context.node_config[WORKER]))
-        header, data = worker_socket.ask(path, *records.opened(message.content))
+        header, data = worker_socket.request(path, *records.opened(message.content))
     except FlexloraError as error:
         header, data = {"error": str(error)}, b""
-    held = records.payload(data) if data else None
-    return Message(records.record(header, held), reply_to=message)
+    array = records.payload(data) if data else None
+    return Message(records.record(header, array), reply_to=message)

@@ -1,4 +1,4 @@
-"""The clients of other people's machines: jobs and replies as messages over Flower's grid."""
+"""The transport of the round loop over Flower: requests and replies as messages of its grid."""
 
 from __future__ import annotations
 
@@ -27,106 +27,117 @@ from flexlora.federation import (
 from flexlora.journal import LossKind
 
 _ENROL_SECONDS: Final = 3600.0
-"""How long a node may take to load its model and say who it is."""
+"""Time for a node to load its model and report itself."""
 
 _AGAIN_SECONDS: Final = 30.0
-"""After which a node that was not let in, or has not answered, is asked again who it is: its
-owner may have mended it, or its answer may be lost with a SuperLink that was killed."""
+"""After this time a node that was rejected or has not replied is sent another enrolment request:
+its owner may have repaired it, or its reply may be lost with a SuperLink that was killed."""
 
 _AWAY: Final = (3, 4, 5)
 """Flower's codes for a message or a reply that is gone, and a node that is."""
 
 _LONGEST_SECONDS: Final = 12 * 3600.0
-"""How long a message lives, where a round has no deadline."""
+"""Lifetime of a message in a round without a deadline."""
+
+_LONGEST_REASON: Final = 500
 
 
-Asked = tuple[str, int]
-"""A client, and the round of its job."""
+Request = tuple[str, int]
+"""A client, and the round of a request to it."""
+
+Answer = Message | ProtocolError
+"""A message from a node, or the error with which Flower could not read it."""
 
 
 @dataclass
-class Flower:
-    """A federation over Flower.
+class FlowerTransport:
+    """The clients of a federation over Flower.
 
-    ``terms`` is what every node is told. Nodes are asked who they are when they appear;
-    ``roll`` knows them by their own names, and Flower's numbers for them appear nowhere else.
-    A round begins when ``quorum`` of its clients are there.
+    Every node gets ``spec``, the run's specification as JSON. Nodes are sent an enrolment request
+    when they appear. The ``registry`` has clients by their own names; only this class uses
+    Flower's numbers of their nodes. A round begins when ``quorum`` clients are online.
     """
 
     grid: Grid
-    roll: ClientRegistry
-    terms: str
+    registry: ClientRegistry
+    spec: str
     quorum: int = 1
     poll_seconds: float = 0.25
     clients_at_once: int = 1
-    _client: dict[int, str] = field(default_factory=dict)
-    _refused: dict[int, str] = field(default_factory=dict)
-    _invited: dict[str, int] = field(default_factory=dict)
-    _asked_at: dict[int, float] = field(default_factory=dict)
-    _doubted: set[int] = field(default_factory=set)
-    _late: dict[str, Asked] = field(default_factory=dict)
-    _news: list[TransportEvent] = field(default_factory=list)
+    _clients: dict[int, str] = field(default_factory=dict)
+    _rejected: dict[int, str] = field(default_factory=dict)
+    _enrolling: dict[str, int] = field(default_factory=dict)
+    _enrol_sent_at: dict[int, float] = field(default_factory=dict)
+    _re_enrolling: set[int] = field(default_factory=set)
+    _late: dict[str, Request] = field(default_factory=dict)
+    _events: list[TransportEvent] = field(default_factory=list)
 
-    def gather(self, clients: int) -> None:
-        """Wait until so many clients have come."""
-        self._wait_for(clients)
+    def wait_for_clients(self, count: int) -> None:
+        """Wait until this many clients have connected."""
+        self._wait_for(count)
 
     def present(self, clients: Collection[str]) -> list[str]:
-        """The clients whose nodes are online; waits until they are as many as the quorum.
+        """The clients whose nodes are online; waits until there are as many as the quorum.
 
-        Those who have come since are among them, whether or not they are in ``clients``.
+        Clients that have connected since are included, whether or not they are in ``clients``.
         """
         return self._wait_for(self.quorum)
 
     def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Received]:
-        """Hand out the jobs, then yield what comes back, as it comes.
+        """Send the requests, then yield replies as they arrive.
 
-        Late answers to earlier rounds are told as strays.
+        Replies to requests of earlier rounds are yielded as ``LateReply``.
         """
-        yield from self._told()
+        yield from self._take_events()
         started, seconds = time.monotonic(), patience.seconds
-        asked: dict[str, Asked] = {}
-        held = _Payloads()
+        pending: dict[str, Request] = {}
+        payloads = _Payloads()
         for job in jobs:
-            if (message := self._message(job, held, seconds)) is None:
-                yield Lost(job.client, "Its node is not online.", LossKind.UNREACHABLE)
-            elif not (id := next(iter(self.grid.push_messages([message])), None)):
-                reason = "Flower did not take the message to it."
-                yield Lost(job.client, reason, LossKind.UNREACHABLE)
-            else:
-                asked[id] = job.client, job.round
-                yield TransportEvent("asked", {"client": job.client})
-        while asked and not patience.enough():
+            yield self._sent(job, self._message(job, payloads, seconds), pending)
+        while pending and not patience.enough():
             if seconds is not None and time.monotonic() - started > seconds:
-                late = f"It did not answer within {seconds:g} s."
+                reason = f"It did not answer within {seconds:g} s."
                 kind = LossKind.NO_ANSWER
-                yield from (Lost(client, late, kind) for client, _ in asked.values())
+                yield from (Lost(client, reason, kind) for client, _ in pending.values())
                 break
-            yield from self._heard(asked)
-        self._late |= asked
+            yield from self._poll(pending)
+        self._late |= pending
 
-    def _heard(self, asked: dict[str, Asked]) -> Iterator[Received]:
-        """What one look at the grid brings; ``asked`` loses those who have answered."""
-        found = False
-        for id, message in self._pulled([*asked, *self._late, *self._invited]):
-            found = True
-            if id in self._invited:
-                self._welcome(message, self._invited.pop(id))
+    def _sent(
+        self, job: TurnRequest, message: Message | None, pending: dict[str, Request]
+    ) -> Lost | TransportEvent:
+        """Send a request, if its node is online, and add it to ``pending``."""
+        if message is None:
+            return Lost(job.client, "Its node is not online.", LossKind.UNREACHABLE)
+        id = next(iter(self.grid.push_messages([message])), None)
+        if not id:
+            reason = "Flower did not accept the message to it."
+            return Lost(job.client, reason, LossKind.UNREACHABLE)
+        pending[id] = job.client, job.round
+        return TransportEvent("asked", {"client": job.client})
+
+    def _poll(self, pending: dict[str, Request]) -> Iterator[Received]:
+        """Poll the grid once; requests with a reply are removed from ``pending``."""
+        idle = True
+        for id, answer in self._pulled([*pending, *self._late, *self._enrolling]):
+            idle = False
+            if id in self._enrolling:
+                self._on_enrolled(answer, self._enrolling.pop(id))
             elif id in self._late:
-                yield self._late_answer(message, self._late.pop(id), asked)
-            elif id in asked:
-                if _complains(message):
-                    self._ask_anew(asked[id][0])
-                yield _reply(message, asked.pop(id))
-        yield from self._told()
-        if not found:
+                yield self._late_reply(answer, self._late.pop(id), pending)
+            elif id in pending:
+                if _has_client_error(answer):
+                    self._enrol_again(pending[id][0])
+                yield _reply(answer, pending.pop(id))
+        yield from self._take_events()
+        if idle:
             time.sleep(self.poll_seconds)
 
-    def _pulled(self, ids: list[str]) -> Iterator[tuple[str, Message | ValueError]]:
-        """What has come in answer to these messages, by their ids, one in memory at a time.
+    def _pulled(self, ids: list[str]) -> Iterator[tuple[str, Answer]]:
+        """The answers to these messages that have arrived, by id, one in memory at a time.
 
-        Flower makes objects of a node's bytes while it pulls, and what it has pulled together
-        with something that it cannot read is lost: so each is asked for alone.
+        Flower makes objects of a node's bytes while it pulls; everything that is pulled together
+        with a message that it cannot read is lost. So each message is pulled by itself.
         """
         for id in ids:
             try:
@@ -134,99 +145,101 @@ class Flower:
                     yield id, message
             except httpx.HTTPError:
                 raise  # the SuperLink is away
+            # A node's bytes decide what Flower raises: KeyError, ValueError, TypeError, ...
             except Exception as error:
                 reason = f"Flower cannot read its answer ({type(error).__name__}: {error})."
-                yield id, ValueError(reason[:500])
+                yield id, ProtocolError(reason[:_LONGEST_REASON])
 
-    def _late_answer(
-        self, message: Message | ValueError, whose: Asked, asked: dict[str, Asked]
+    def _late_reply(
+        self, answer: Answer, request: Request, pending: dict[str, Request]
     ) -> Received:
-        """An answer to an earlier request: of use if the same is still asked of its client."""
-        client, round = whose
-        again = next((i for i, other in asked.items() if other == whose), None)
-        if again is None or isinstance(message, ValueError) or message.has_error():
+        """An answer to an earlier request, used if the same request is pending again."""
+        client, round = request
+        again = next((id for id, other in pending.items() if other == request), None)
+        if again is None or isinstance(answer, ProtocolError) or answer.has_error():
             return LateReply(client, f"It answers an earlier request, for round {round}.")
-        self._late[again] = whose
-        return _reply(message, asked.pop(again))
+        self._late[again] = request
+        return _reply(answer, pending.pop(again))
 
-    def _message(self, job: TurnRequest, held: _Payloads, seconds: float | None) -> Message | None:
-        """The job as a message to its client's node, if that is known."""
-        node = next((n for n, client in self._client.items() if client == job.client), None)
+    def _message(
+        self, job: TurnRequest, payloads: _Payloads, seconds: float | None
+    ) -> Message | None:
+        """The request as a message to its client's node; None if no node is online."""
+        node = next((n for n, client in self._clients.items() if client == job.client), None)
         if node is None:
             return None
-        header = {"kind": "turn", "terms": self.terms, "client": job.client, "round": job.round}
-        content = records.record(header, held.of(job))
+        header = {"kind": "turn", "terms": self.spec, "client": job.client, "round": job.round}
+        content = records.record(header, payloads.of(job))
         ttl = _LONGEST_SECONDS if seconds is None else seconds + _ENROL_SECONDS
         return Message(content, node, MessageType.TRAIN, ttl=ttl, group_id=str(job.round))
 
     def _wait_for(self, count: int) -> list[str]:
         while True:
             online = set(self.grid.get_node_ids())
-            self._client = {n: c for n, c in self._client.items() if n in online}
-            self._asked_at = {n: at for n, at in self._asked_at.items() if n in online}
-            self._invite(online - self._client.keys())
-            if self._invited:
-                for id, message in self._pulled(list(self._invited)):
-                    self._welcome(message, self._invited.pop(id))
-            here = set(self._client.values())
-            if len(here) >= count:
-                return [client for client in self.roll if client in here]
+            self._clients = {n: c for n, c in self._clients.items() if n in online}
+            self._enrol_sent_at = {n: at for n, at in self._enrol_sent_at.items() if n in online}
+            self._enrol(online - self._clients.keys())
+            if self._enrolling:
+                for id, answer in self._pulled(list(self._enrolling)):
+                    self._on_enrolled(answer, self._enrolling.pop(id))
+            connected = set(self._clients.values())
+            if len(connected) >= count:
+                return [client for client in self.registry if client in connected]
             time.sleep(self.poll_seconds)
 
-    def _invite(self, nodes: Collection[int]) -> None:
-        """Ask nodes that nobody knows yet who they are, each at most every half minute."""
-        lately = time.monotonic() - _AGAIN_SECONDS
+    def _enrol(self, nodes: Collection[int]) -> None:
+        """Send enrolment requests to nodes without a client, at most every half minute each."""
+        recently = time.monotonic() - _AGAIN_SECONDS
         for node in sorted(nodes):
-            if self._asked_at.get(node, lately) > lately:
+            if self._enrol_sent_at.get(node, recently) > recently:
                 continue
-            content = records.record({"kind": "enrol", "terms": self.terms})
+            content = records.record({"kind": "enrol", "terms": self.spec})
             message = Message(content, node, MessageType.QUERY, ttl=_ENROL_SECONDS)
             if id := next(iter(self.grid.push_messages([message])), None):
-                self._invited[id] = node
-                self._asked_at[node] = time.monotonic()
+                self._enrolling[id] = node
+                self._enrol_sent_at[node] = time.monotonic()
 
-    def _ask_anew(self, client: str) -> None:
-        """Ask a client at once who it is: it may have been started again, with other means."""
-        for node in [n for n, name in self._client.items() if name == client]:
-            del self._client[node]
-            self._asked_at.pop(node, None)
-            self._doubted.add(node)
-            self._invite([node])
+    def _enrol_again(self, client: str) -> None:
+        """Enrol a client again at once: it may have been restarted, with other limits."""
+        for node in [n for n, name in self._clients.items() if name == client]:
+            del self._clients[node]
+            self._enrol_sent_at.pop(node, None)
+            self._re_enrolling.add(node)
+            self._enrol([node])
 
-    def _welcome(self, message: Message | ValueError, node: int) -> None:
-        """Write down who answered, or why it is not let in."""
-        if node in self._client:
-            return  # it was asked more than once while it loaded its model
+    def _on_enrolled(self, answer: Answer, node: int) -> None:
+        """Record the client of a node, or the reason why it is rejected."""
+        if node in self._clients:
+            return  # it had several requests while it loaded its model
+        if isinstance(answer, Message) and _is_away(answer):
+            self._enrol_sent_at.pop(node, None)  # it is enrolled when it is back
+            return
+        entries = dict(self.registry.entries)
         try:
-            if isinstance(message, ValueError):
-                raise message
-            if message.has_error():
-                if message.error.code in _AWAY:
-                    self._asked_at.pop(node, None)  # it is asked when it is back
-                    return
-                raise ProtocolError(_fault(message))
-            said, _ = records.opened(message.content)
-            if "error" in said:
-                raise ProtocolError(str(said["error"])[:2000])
-            entries = dict(self.roll.entries)
-            client, entry = self.roll.admit(said, node)
+            client, entry = self.registry.admit(_report(answer), node)
         except FlexloraError as error:
-            before, self._refused[node] = self._refused.get(node), str(error)
-            if str(error) != before:
-                self.roll.note(f"a node was not let in: {error}")
-                self._news.append(TransportEvent("refused", {"reason": str(error)}))
+            self._reject(node, str(error))
             return
         # A client that was restarted without a key has a new node.
-        self._client = {n: c for n, c in self._client.items() if c != client} | {node: client}
-        doubted = node in self._doubted
-        self._doubted.discard(node)
-        if doubted and entries.get(client) == entry:
-            return
-        self._announce(client, entry)
+        self._clients = {n: c for n, c in self._clients.items() if c != client} | {node: client}
+        unchanged = node in self._re_enrolling and entries.get(client) == entry
+        self._re_enrolling.discard(node)
+        if not unchanged:
+            self._announce(client, entry)
+
+    def _reject(self, node: int, reason: str) -> None:
+        """Report a rejected node, once for each reason."""
+        before, self._rejected[node] = self._rejected.get(node), reason
+        if reason != before:
+            name = self.registry.name_of(node)
+            client = "a client" if name is None else f"client {name}"
+            self.registry.note(f"{client} was rejected: {reason}")
+            self._events.append(TransportEvent("refused", {"reason": reason}))
 
     def _announce(self, client: str, entry: ClientInfo) -> None:
-        """Say who has come, and with what."""
-        self.roll.note(f"{client} has come: {entry.rank_type}, {entry.examples} rows")
+        """Report a client that has connected."""
+        offer = f"{entry.rank_text}, {entry.examples} examples"
+        self.registry.note(f"client {client} connected: {offer}")
         facts: dict[str, Any] = {
             "client": client,
             "rank_type": entry.rank_type,
@@ -235,24 +248,24 @@ class Flower:
             "device": entry.device,
             "tokens_per_second": entry.tokens_per_second,
         }
-        if note := self.roll.capped(client):
-            self.roll.note(note)
+        if note := self.registry.capped(client):
+            self.registry.note(note)
             facts["note"] = note
-        self._news.append(TransportEvent("joined", facts))
+        self._events.append(TransportEvent("joined", facts))
 
-    def _told(self) -> Iterator[TransportEvent]:
-        news, self._news = self._news, []
-        yield from news
+    def _take_events(self) -> Iterator[TransportEvent]:
+        events, self._events = self._events, []
+        yield from events
 
 
 @dataclass
 class _Payloads:
-    """The downloads of an exchange as Flower holds them: one of each file, for all its clients."""
+    """The downloads of an exchange as Flower's arrays: one of each file, for all its clients."""
 
     files: dict[Path, ArrayRecord] = field(default_factory=dict)
 
     def of(self, job: TurnRequest) -> ArrayRecord:
-        """What a job hands out."""
+        """The download of a request."""
         if not isinstance(job.download, Path):
             return records.payload(job.download)
         if job.download not in self.files:
@@ -260,35 +273,57 @@ class _Payloads:
         return self.files[job.download]
 
 
-def _fault(message: Message) -> str:
+def _is_away(message: Message) -> bool:
+    return message.has_error() and message.error.code in _AWAY
+
+
+def _report(answer: Answer) -> dict[str, Any]:
+    """What a node reports of itself when it enrols.
+
+    Raises:
+        ProtocolError: it sent an error, or what Flower or this library cannot read.
+    """
+    if isinstance(answer, ProtocolError):
+        raise answer
+    if answer.has_error():
+        raise ProtocolError(_flower_error(answer))
+    report, _ = records.opened(answer.content)
+    if "error" in report:
+        raise ProtocolError(str(report["error"])[:2000])
+    return report
+
+
+def _flower_error(message: Message) -> str:
     """An error of Flower's in words."""
-    return f"Flower's error {message.error.code}: {message.error.reason or 'no reason'}"[:500]
+    reason = message.error.reason or "no reason"
+    return f"Flower's error {message.error.code}: {reason}"[:_LONGEST_REASON]
 
 
-def _complains(message: Message | ValueError) -> bool:
-    """Whether a client says itself why it has not trained; not that it forgot what it had."""
-    if isinstance(message, ValueError) or message.has_error():
+def _has_client_error(answer: Answer) -> bool:
+    """Whether a client reports an error of its own, other than lost state."""
+    if isinstance(answer, ProtocolError) or answer.has_error():
         return False
     try:
-        header, _ = records.opened(message.content)
-    except FlexloraError:
+        header, _ = records.opened(answer.content)
+    except ProtocolError:
         return False
     return "error" in header and header.get("forgot") is not True
 
 
-def _reply(message: Message | ValueError, asked: Asked) -> Reply | Lost:
-    """What a client answered: its upload, its own fault, or Flower's."""
-    client, _ = asked
-    if isinstance(message, ValueError):
-        return Lost(client, str(message), LossKind.UNREACHABLE)
-    if message.has_error():
-        return Lost(client, _fault(message), LossKind.UNREACHABLE)
+def _reply(answer: Answer, request: Request) -> Reply | Lost:
+    """A client's upload, or its error, or Flower's."""
+    client, _ = request
+    if isinstance(answer, ProtocolError):
+        return Lost(client, str(answer), LossKind.UNREACHABLE)
+    if answer.has_error():
+        return Lost(client, _flower_error(answer), LossKind.UNREACHABLE)
     try:
-        header, data = records.opened(message.content)
-    except FlexloraError as fault:
-        return Lost(client, str(fault), LossKind.INVALID_UPLOAD)
+        header, data = records.opened(answer.content)
+    except ProtocolError as error:
+        return Lost(client, str(error), LossKind.INVALID_UPLOAD)
     if "error" in header:
+        reason = str(header["error"])[:_LONGEST_REASON]
         lost_base = header.get("forgot") is True
         kind = LossKind.LOST_STATE if lost_base else LossKind.CLIENT_ERROR
-        return Lost(client, str(header["error"])[:500], kind, lost_base)
+        return Lost(client, reason, kind, lost_base)
     return Reply(client, data)

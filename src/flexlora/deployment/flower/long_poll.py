@@ -1,8 +1,8 @@
-"""Questions that the gate holds for a while, when the SuperLink has nothing yet to answer them.
+"""Long polling at the gate: a node's request waits there until the SuperLink has something for it.
 
-Flower's node asks for messages, and three seconds later again; for an object of a message that is
-still on its way to the SuperLink, after one second, two, four. The gate asks the SuperLink for it,
-several times a second, so that a node hears of its turn at once.
+Flower's node polls for messages every three seconds, and for an object of a message that is still
+on its way to the SuperLink after one second, two, four. The gate polls the SuperLink several times
+a second in its place, so that a node gets a request without delay.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ import httpx
 from starlette.types import Receive
 
 NOTHING_YET: Final = {b"/v1/fleet/pull-messages": b"", b"/v1/fleet/pull-object": b"\x08\x01"}
-"""By the call, the answer that says so, in protobuf: no message; an object known, but not there."""
+"""The SuperLink's reply of each call that stands for "nothing yet", in protobuf: no message; an
+object that is registered but has not arrived."""
 
-MOST_QUESTION_BYTES: Final = 4096
-"""A question that is held is in memory; Flower's have some hundred bytes."""
+MOST_WAITING_BYTES: Final = 4096
+"""The largest request that waits in memory; Flower's have some hundred bytes."""
 
 _MOST_A_SECOND: Final = 20.0
-"""Questions to the SuperLink, of all that are held; one takes it some 10 ms."""
+"""Polls of the SuperLink per second, of all waiting requests together; one takes some 10 ms."""
 
 _LONGEST_PAUSE_SECONDS: Final = 3.0
-"""However many are held, none is asked less often than its node would."""
+"""However many requests wait, each is polled at least as often as its node would poll."""
 
 
 @dataclass
-class Held:
-    """How long questions are held, and how many are now.
+class LongPoll:
+    """How long requests wait, and how many wait now.
 
     ``seconds`` is well below the 30 after which Flower's node takes a server for dead, and the
-    305 for which a signature holds. ``ending`` says that the gate is about to close.
+    305 for which a signature is valid. ``ending`` returns whether the gate is about to close.
     """
 
     seconds: float = 20.0
@@ -42,14 +43,14 @@ class Held:
     ending: Callable[[], bool] = lambda: False
     count: int = 0
 
-    async def answer(
-        self, ask: Callable[[], Awaitable[httpx.Response]], nothing: bytes, receive: Receive
+    async def reply(
+        self, poll: Callable[[], Awaitable[httpx.Response]], nothing: bytes, receive: Receive
     ) -> httpx.Response | None:
-        """What ``ask`` brings, once it is not ``nothing`` or time is up; None if the node left."""
+        """The first reply that is not ``nothing``, or the last one; None if the node left."""
         until = time.monotonic() + self.seconds
         self.count += 1
         try:
-            while await _says(reply := await ask(), nothing) and not self._is_over(until):
+            while await _is(reply := await poll(), nothing) and not self._is_over(until):
                 if await self._has_left(receive):
                     return None
             return reply
@@ -60,7 +61,7 @@ class Held:
         return self.ending() or time.monotonic() > until
 
     async def _has_left(self, receive: Receive) -> bool:
-        """Whether the node hangs up in the pause: a message fetched for it then would be lost."""
+        """Whether the node disconnects in the pause: a message fetched after that would be lost."""
         pause = min(self.count / _MOST_A_SECOND, _LONGEST_PAUSE_SECONDS)
         try:
             async with asyncio.timeout(max(pause, self.pause_seconds)):
@@ -71,17 +72,17 @@ class Held:
         return True
 
 
-async def parts(reply: httpx.Response) -> AsyncIterator[bytes]:
-    """A reply's body, as it comes, or at once if it has been read."""
+async def body_chunks(reply: httpx.Response) -> AsyncIterator[bytes]:
+    """A reply's body, as it arrives, or at once if it has been read."""
     if reply.is_stream_consumed:
         yield reply.content
         return
-    async for part in reply.aiter_raw():
-        yield part
+    async for chunk in reply.aiter_raw():
+        yield chunk
 
 
-async def _says(reply: httpx.Response, text: bytes) -> bool:
-    """Whether a reply says just this; what is longer is not read."""
-    if reply.status_code != 200 or reply.headers.get("content-length") != str(len(text)):
+async def _is(reply: httpx.Response, body: bytes) -> bool:
+    """Whether a reply has this body; a longer one is not read."""
+    if reply.status_code != 200 or reply.headers.get("content-length") != str(len(body)):
         return False
-    return await reply.aread() == text
+    return await reply.aread() == body

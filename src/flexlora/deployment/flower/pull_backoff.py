@@ -1,9 +1,9 @@
-"""Flower asks for the rest of a message after a second; here, sooner.
+"""A shorter first pause before Flower pulls the rest of a message again.
 
-A message can be seen before all of it is there. Whoever pulls it asks for what is missing after
-one second, two, four, up to ten: that is Flower's constant PULL_INITIAL_BACKOFF, which is bound
-as a default when its modules are imported, and is no setting. Half of the time that a payload
-takes on its way would be waited once more, at the server and in every client process.
+A message is visible before all of its objects have arrived. Flower pulls missing objects again
+after one second, two, four, up to ten: its constant PULL_INITIAL_BACKOFF, which is bound as a
+default when its modules are imported, and is not a setting. Half of a payload's transfer time
+would be waited once more, at the server and in every client process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from flwr.supercore.inflatable import inflatable_utils
 _FIRST_PAUSE_SECONDS: Final = 0.1
 
 
-def ask_sooner() -> None:
-    """Let this process ask again after a tenth of a second, then after twice as long each time."""
+def shorten_pull_backoff() -> None:
+    """Let this process pull again after a tenth of a second, then after twice as long each time."""
     for pull in (
         inflatable_utils.pull_objects,
         inflatable_utils.pull_and_inflate_object_from_tree,
@@ -26,10 +26,10 @@ def ask_sooner() -> None:
 
 
 def client_process() -> None:
-    """Flower's program for one message on a node, which asks for it sooner."""
+    """Flower's program for one message on a node, with the shorter pause."""
     from flwr.supernode.cli import flwr_clientapp
 
-    ask_sooner()
+    shorten_pull_backoff()
     flwr_clientapp()
 
 

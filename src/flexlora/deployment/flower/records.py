@@ -1,6 +1,6 @@
-"""What travels in Flower's messages: a header in JSON, and all tensors in one array.
+"""The content of Flower's messages: a header in JSON, and all tensors in one array.
 
-Each array costs Flower several requests, so that 256 small ones take six times as long as one.
+Flower makes several requests for each array: 256 small ones take six times as long as one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flexlora.errors import ProtocolError
 
 NAME: Final = "flexlora"
 STYPE: Final = "flexlora.safetensors"
-"""How Flower is told that the array is none of its own kind."""
+"""The array's type for Flower, which is not one of Flower's own."""
 
 
 def payload(data: bytes) -> ArrayRecord:
@@ -23,11 +23,11 @@ def payload(data: bytes) -> ArrayRecord:
     return ArrayRecord({NAME: Array("uint8", (len(data),), STYPE, data)})
 
 
-def record(header: Mapping[str, Any], held: ArrayRecord | None = None) -> RecordDict:
+def record(header: Mapping[str, Any], array: ArrayRecord | None = None) -> RecordDict:
     """A message's content."""
     content = RecordDict({f"{NAME}.header": ConfigRecord({"json": json.dumps(header)})})
-    if held is not None:
-        content[f"{NAME}.payload"] = held
+    if array is not None:
+        content[f"{NAME}.payload"] = array
     return content
 
 
@@ -35,17 +35,17 @@ def opened(content: RecordDict) -> tuple[dict[str, Any], bytes]:
     """The header and the payload of a message's content.
 
     Raises:
-        ProtocolError: it is none that ``record`` makes.
+        ProtocolError: it does not have the form that ``record`` makes.
     """
     try:
         header = json.loads(str(content[f"{NAME}.header"]["json"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ProtocolError("The message is none of flexlora's.") from error
+        raise ProtocolError("The message is not one of flexlora's.") from error
     if not isinstance(header, dict):
-        raise ProtocolError("The message's header is no table.")
+        raise ProtocolError("The message's header is not a JSON object.")
     if f"{NAME}.payload" not in content:
         return header, b""
-    held = content[f"{NAME}.payload"]
-    if not isinstance(held, ArrayRecord) or list(held) != [NAME] or held[NAME].stype != STYPE:
-        raise ProtocolError("The message's payload is none of flexlora's.")
-    return header, held[NAME].data
+    array = content[f"{NAME}.payload"]
+    if not isinstance(array, ArrayRecord) or list(array) != [NAME] or array[NAME].stype != STYPE:
+        raise ProtocolError("The message's payload is not one of flexlora's.")
+    return header, array[NAME].data

@@ -1,4 +1,4 @@
-"""What Flower starts beside the SuperLink: the round loop, with the grid as its federation."""
+"""The app that Flower starts beside the SuperLink: the round loop over Flower's grid."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flexlora.deployment.flower.grid import Flower
-from flexlora.deployment.flower.pull_backoff import ask_sooner
+from flexlora.deployment.flower.grid import FlowerTransport
+from flexlora.deployment.flower.pull_backoff import shorten_pull_backoff
 from flexlora.deployment.server import server_run
 from flexlora.errors import ProtocolError
 
@@ -17,12 +17,14 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that ``flexlora serve`` has laid out in the run's folder."""
-    ask_sooner()
+    """Run the federation that ``flexlora serve`` has prepared in the run's folder."""
+    shorten_pull_backoff()
     folder = str(context.run_config.get("folder") or "")
     if not folder:
         raise ProtocolError(
-            "The run config names no folder; start the app by `flexlora serve`, or give "
+            "The run config has no folder; start the app with `flexlora serve`, or give "
             "-c 'folder=\"/path/of/a/run\"'."
         )
-    server_run.host(Path(folder), lambda roll, terms, quorum: Flower(grid, roll, terms, quorum))
+    server_run.run_server(
+        Path(folder), lambda registry, spec, quorum: FlowerTransport(grid, registry, spec, quorum)
+    )

@@ -1,4 +1,4 @@
-"""What a data owner can give: the rank that its memory and its time allow."""
+"""What a client's machine can train: the rank that its memory and its time allow."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from flexlora.seeds import rng
 from flexlora.training import ClientTask, Trained, bytes_to_train, free_bytes, train_together
 
 _SHARE_OF_MEMORY: Final = 0.5
-"""Of the free memory, for the adapter in training; the rest is for activations and others."""
+"""Part of the free memory for the adapter, its gradients and the optimizer's state; the rest is for
+activations and other programs."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """The rank that a client proposes, and how fast it trains at it; None: not measured."""
+    """The rank that a client proposes, and its training speed at it; None if not measured."""
 
     rank: RankType
     tokens_per_second: float | None
 
 
 Modules = Literal["all", "attention", "feed_forward"]
-"""Which modules a client trains."""
+"""The modules that a client trains."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """An owner's limits: a ``rank``, or what memory and ``seconds`` a turn allow (None).
+    """A client's limits: a ``rank``, or None to choose it by memory and time.
 
-    ``modules`` are those that it trains, whatever its rank.
+    ``memory_bytes`` limits the adapter in training, ``seconds`` the local training of one round.
+    ``modules`` are those that the client trains.
     """
 
     rank: int | None = None
@@ -45,85 +47,87 @@ class Capacity:
     def __post_init__(self) -> None:
         if self.modules not in get_args(Modules):
             raise ConfigError(
-                f"A client trains {', '.join(get_args(Modules))}, not {self.modules!r}."
+                f"A client can train {', '.join(get_args(Modules))}, not {self.modules!r}."
             )
         for name in ("rank", "memory_bytes", "seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"A client's {name} is {value}; give a number above 0.")
 
-    def means(self, here: ClientRuntime, limit: RankType) -> Proposal:
+    def propose(self, runtime: ClientRuntime, limit: RankType) -> Proposal:
         """The largest rank within these limits and the server's ``limit``.
 
-        Where a rank is given it is taken. Else ranks are tried from the limit downwards,
-        each half of the last, and the first is taken that fits into memory and, if seconds
-        are given, whose turn would be over in time: one step at that rank is measured.
+        A given rank is used. Otherwise the limit is tried, then half of it, and so on. The first
+        rank is used that fits into memory and, if ``seconds`` is given, whose local training
+        would finish in time; for that, one step is measured at each rank that fits.
 
         Raises:
-            ConfigError: not even rank 1 is within the limits, or what the client trains is not
-                what the server lets it train.
+            ConfigError: even rank 1 is above the limits, or the server adapts none of the modules
+                that this client trains.
         """
         limit = self._trained(limit)
-        if not limit.by_module(list(here.base.shapes)):
+        if not limit.by_module(list(runtime.base.shapes)):
             raise ConfigError(
-                f"This client trains {self.modules}, and no module that the server adapts is of "
-                f"that kind: {list(here.base.shapes)[:3]} and so on; join with other --modules."
+                f"This client trains {self.modules}, but the server adapts no such modules: "
+                f"{list(runtime.base.shapes)[:3]} and so on; join with other --modules."
             )
         if self.rank is not None:
             return Proposal(_at_most(limit, self.rank), None)
         rank = max(limit.attention, limit.feed_forward)
         while rank >= 1:
-            tried = _at_most(limit, rank)
-            if self._fits(here, tried):
-                done = _step(here, tried)
-                if self.seconds is None or _turn_seconds(here, done) <= self.seconds:
-                    return Proposal(tried, done.tokens / done.seconds)
+            proposed = _at_most(limit, rank)
+            if self._fits(runtime, proposed):
+                step = _step(runtime, proposed)
+                if self.seconds is None or _turn_seconds(runtime, step) <= self.seconds:
+                    return Proposal(proposed, step.tokens / step.seconds)
             rank //= 2
         raise ConfigError(
-            f"Not even rank 1 is within this client's means ({self}); give it more memory or time."
+            f"Even rank 1 is above this client's limits ({self}); raise --memory or --seconds."
         )
 
     def _trained(self, limit: RankType) -> RankType:
-        """The limit of the modules that the client trains, and 0 of the others."""
+        """The limit, with 0 for modules that the client does not train."""
         if self.modules == "all":
             return limit
         ranks = {"attention": 0, "feed_forward": 0, self.modules: getattr(limit, self.modules)}
         if not any(ranks.values()):
             raise ConfigError(
-                f"This client trains {self.modules} alone, for which the server leaves no rank "
+                f"This client trains only {self.modules}, for which the server's limit is rank 0 "
                 f"({limit}); join with other --modules."
             )
         return RankType(**ranks)
 
-    def _fits(self, here: ClientRuntime, rank: RankType) -> bool:
-        free = _SHARE_OF_MEMORY * free_bytes(here.base.device)
+    def _fits(self, runtime: ClientRuntime, rank: RankType) -> bool:
+        free = _SHARE_OF_MEMORY * free_bytes(runtime.base.device)
         most = free if self.memory_bytes is None else min(free, self.memory_bytes)
-        return bytes_to_train(_parameters(here, rank), here.training) <= most
+        return bytes_to_train(_parameters(runtime, rank), runtime.training) <= most
 
 
 def _at_most(limit: RankType, rank: int) -> RankType:
     return RankType(min(limit.attention, rank), min(limit.feed_forward, rank))
 
 
-def _parameters(here: ClientRuntime, rank: RankType) -> int:
-    shapes = here.base.shapes
+def _parameters(runtime: ClientRuntime, rank: RankType) -> int:
+    shapes = runtime.base.shapes
     return sum(r * sum(shapes[module]) for module, r in rank.by_module(list(shapes)).items())
 
 
-def _step(here: ClientRuntime, rank: RankType) -> Trained:
-    """One step of training at this rank, on the client's own rows; what it learnt is dropped."""
-    (client,) = here.rows
-    shapes = here.base.shapes
-    start: Adapter = FreshAdapters(shapes, here.seed).common(rank.by_module(list(shapes)))
-    learner = ClientTask(f"client {client!r}", start, here.rows[client], rng(here.seed, "budget"))
-    once = replace(here.training, max_steps=1, epochs=1)
-    train_together(here.base, [learner], here.store, once, 1)  # the first is slower
-    return train_together(here.base, [learner], here.store, once, 1)[0]
+def _step(runtime: ClientRuntime, rank: RankType) -> Trained:
+    """Measure one training step at this rank on the client's own rows; the result is dropped."""
+    (client,) = runtime.rows
+    shapes = runtime.base.shapes
+    start: Adapter = FreshAdapters(shapes, runtime.seed).common(rank.by_module(list(shapes)))
+    task = ClientTask(
+        f"client {client!r}", start, runtime.rows[client], rng(runtime.seed, "budget")
+    )
+    once = replace(runtime.training, max_steps=1, epochs=1)
+    train_together(runtime.base, [task], runtime.store, once, 1)  # the first is slower
+    return train_together(runtime.base, [task], runtime.store, once, 1)[0]
 
 
-def _turn_seconds(here: ClientRuntime, step: Trained) -> float:
-    """What a whole turn would take, by one of its steps."""
-    (rows,) = here.rows.values()
-    how = here.training
-    steps = math.ceil(len(rows) / how.batch_examples) * how.epochs
-    return step.seconds * (steps if how.max_steps is None else min(steps, how.max_steps))
+def _turn_seconds(runtime: ClientRuntime, step: Trained) -> float:
+    """The time of one round's local training, estimated from one step."""
+    (rows,) = runtime.rows.values()
+    training = runtime.training
+    steps = math.ceil(len(rows) / training.batch_examples) * training.epochs
+    return step.seconds * (steps if training.max_steps is None else min(steps, training.max_steps))

@@ -1,9 +1,10 @@
-"""A data owner's machine: its rows, its model, its budget, and the turns it takes."""
+"""A client's machine: its rows, its model, its limits, and its local training."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,31 +17,30 @@ from flexlora.data import Corpus, TokenStore
 from flexlora.data.corpora import table
 from flexlora.deployment import run_spec
 from flexlora.deployment.node.capacity import Capacity, Proposal
-from flexlora.deployment.node.worker_socket import Answer
+from flexlora.deployment.node.worker_socket import Response
 from flexlora.deployment.run_spec import RunSpec
-from flexlora.errors import ProtocolError
+from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.federation import ClientRuntime, ClientStore, LostBase, TurnRequest, turn
 from flexlora.method import Download, Feature
 from flexlora.model import Base, smollm2
-from flexlora.storage.files import write_atomically
+from flexlora.storage import write_atomically
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """What the owner of the data decides, and no server can change.
+    """What the data's owner decides, and no server can change.
 
-    ``name`` is the client's, for good. ``columns`` None takes the usual names, of those that the
-    data has; a client, a category, a split and an input may be missing. ``model`` is where the
-    owner keeps the base model, or its name; None takes the one that the server names, unless
-    that is a path. ``state`` is the folder of what the client keeps to itself.
+    ``name`` identifies the client in all runs. ``columns`` None takes the standard column names
+    that the data has. ``model`` is a path of the base model or its name on the hub; None takes the
+    server's, unless that is a path. ``state`` is the folder of local client state.
     """
 
     name: str
     data: Path
     state: Path
-    budget: Capacity = field(default_factory=Capacity)
+    capacity: Capacity = field(default_factory=Capacity)
     columns: table.Columns | None = None
     rows_of: str | None = None
     model: str | None = None
@@ -49,105 +49,110 @@ class NodeConfig:
 
 @dataclass
 class Node:
-    """What an owner's machine has in memory from one turn to the next: the base, the tokens."""
+    """Answers the server's requests; the base model and the tokens stay in memory between them."""
 
-    owner: NodeConfig
+    config: NodeConfig
     rows: Corpus = field(init=False)
     _base: dict[str, Base] = field(default_factory=dict)
-    _joined: dict[str, _Joined] = field(default_factory=dict)
+    _enrolment: dict[str, _Enrolment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rows = training_rows(self.owner)
+        self.rows = training_rows(self.config)
 
-    def answer(self, header: Mapping[str, Any], payload: bytes) -> Answer:
-        """What the server asks: to "enrol" under its terms, or to take a "turn".
+    def handle(self, header: Mapping[str, Any], payload: bytes) -> Response:
+        """The response to a request of the server: "enrol" in a run, or a "turn" of training.
 
-        Whatever goes wrong is said in the header's ``error``, and the next request is
-        answered as ever.
+        An error is returned in the header's ``error``; the next request is handled as usual.
         """
         try:
-            kinds = {"enrol": self._enrol, "turn": self._turn}
-            if header.get("kind") not in kinds:
+            handlers = {"enrol": self._enrol, "turn": self._turn}
+            kind = header.get("kind")
+            if not isinstance(kind, str) or kind not in handlers:
                 raise ProtocolError(
-                    f"The server asks for {header.get('kind')!r}, which is unknown."
+                    f"The server sent a request of the unknown kind {kind!r}; install the same "
+                    "version of flexlora on both sides."
                 )
-            return kinds[header["kind"]](header, payload)
-        # The disk may be full, the memory too small: the server shall hear of it.
+            return handlers[kind](header, payload)
+        # The disk may be full or the memory too small: any error is reported to the server.
         except Exception as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            name = "" if isinstance(error, FlexloraError) else f"{type(error).__name__}: "
+            if not isinstance(error, FlexloraError | OSError):
+                traceback.print_exc()  # a fault of the library or of a plug-in
             forgot = {"forgot": True} if isinstance(error, LostBase) else {}
-            return {"error": f"{kind}{error}", **forgot}, b""
+            return {"error": f"{name}{error}", **forgot}, b""
 
-    def _enrol(self, header: Mapping[str, Any], payload: bytes) -> Answer:
-        """Take the server's terms, and say who this is and what it can do."""
-        joined = self._agreed(header)
-        place = joined.runtime
+    def _enrol(self, header: Mapping[str, Any], payload: bytes) -> Response:
+        """Accept the server's run specification; report this client and its limits."""
+        enrolment = self._enrolled(header)
+        runtime, proposal = enrolment.runtime, enrolment.proposal
         return {
-            "client": self.owner.name,
-            "examples": len(place.rows[self.owner.name]),
-            "attention": joined.means.rank.attention,
-            "feed_forward": joined.means.rank.feed_forward,
-            "tokens_per_second": joined.means.tokens_per_second,
-            "device": str(place.base.device),
-            "kept": (joined.folder / "private").exists(),
+            "client": self.config.name,
+            "examples": len(runtime.rows[self.config.name]),
+            "attention": proposal.rank.attention,
+            "feed_forward": proposal.rank.feed_forward,
+            "tokens_per_second": proposal.tokens_per_second,
+            "device": str(runtime.base.device),
+            "kept": (enrolment.folder / "private").exists(),
         }, b""
 
-    def _turn(self, header: Mapping[str, Any], payload: bytes) -> Answer:
-        """Train on a download; the upload is kept, in case that its way back is cut."""
-        joined, round = self._agreed(header), header.get("round")
-        if type(round) is not int or round < 1 or header.get("client") != self.owner.name:
+    def _turn(self, header: Mapping[str, Any], payload: bytes) -> Response:
+        """Train on a download. The upload is stored, in case the connection breaks."""
+        enrolment, round = self._enrolled(header), header.get("round")
+        if type(round) is not int or round < 1 or header.get("client") != self.config.name:
             raise ProtocolError(
-                f"The job is for client {header.get('client')!r} in round {round!r}; this is "
-                f"client {self.owner.name!r}."
+                f"The request is for client {header.get('client')!r} in round {round!r}; this is "
+                f"client {self.config.name!r}."
             )
-        kept = joined.folder / f"upload-{round:05d}-{hashlib.sha256(payload).hexdigest()[:16]}"
-        if not kept.exists():
-            write_atomically(kept, joined.trained(self.owner.name, round, payload))
-            for old in joined.folder.glob("upload-*"):
-                if old != kept:
+        digest = hashlib.sha256(payload).hexdigest()[:16]
+        stored = enrolment.folder / f"upload-{round:05d}-{digest}"
+        if not stored.exists():
+            write_atomically(stored, enrolment.train(self.config.name, round, payload))
+            for old in enrolment.folder.glob("upload-*"):
+                if old != stored:
                     old.unlink()
-        return {"round": round}, kept.read_bytes()
+        return {"round": round}, stored.read_bytes()
 
-    def _agreed(self, header: Mapping[str, Any]) -> _Joined:
-        """The run of the terms that every request brings: a worker may have been restarted."""
-        agreed = run_spec.parse(str(header.get("terms")))
-        joined = self._joined.get(agreed.run)
-        if joined is None or joined.terms != agreed:
-            joined = self._prepared(agreed)
-            self._joined = {agreed.run: joined}
-        return joined
+    def _enrolled(self, header: Mapping[str, Any]) -> _Enrolment:
+        """The run of a request; each has the specification, as this process may be new."""
+        spec = run_spec.parse(str(header.get("terms")))
+        enrolment = self._enrolment.get(spec.run)
+        if enrolment is None or enrolment.spec != spec:
+            enrolment = self._prepared(spec)
+            self._enrolment = {spec.run: enrolment}
+        return enrolment
 
-    def _prepared(self, agreed: RunSpec) -> _Joined:
-        base = self._model(agreed)
-        folder = self.owner.state / agreed.run
+    def _prepared(self, spec: RunSpec) -> _Enrolment:
+        base = self._model(spec)
+        folder = self.config.state / spec.run
         folder.mkdir(parents=True, exist_ok=True)
-        self.owner.state.chmod(0o700)  # rows lie there as tokens, beside private halves
-        cache = self.owner.state / "tokens"
-        store = TokenStore.build(self.rows, base.tokenizer, agreed.prompt, agreed.max_tokens, cache)
-        place = ClientRuntime(
+        self.config.state.chmod(0o700)  # it has rows as tokens, and the client's own factors
+        cache = self.config.state / "tokens"
+        store = TokenStore.build(self.rows, base.tokenizer, spec.prompt, spec.max_tokens, cache)
+        runtime = ClientRuntime(
             base=base,
             store=store,
-            rows={self.owner.name: range(len(self.rows))},
-            method=agreed.composed(),
-            training=agreed.training,
-            wire_dtype=agreed.dtype,
-            seed=agreed.seed,
+            rows={self.config.name: range(len(self.rows))},
+            method=spec.composed(),
+            training=spec.training,
+            wire_dtype=spec.dtype,
+            seed=spec.seed,
             clients=ClientStore(folder / "private"),
         )
-        limit = RankType(agreed.attention, agreed.feed_forward)
-        return _Joined(agreed, folder, place, self.owner.budget.means(place, limit))
+        limit = RankType(spec.attention, spec.feed_forward)
+        proposal = self.config.capacity.propose(runtime, limit)
+        return _Enrolment(spec, folder, runtime, proposal)
 
-    def _model(self, agreed: RunSpec) -> Base:
-        """The base model, on the owner's device; loaded once."""
-        named = agreed.model.name
-        # By its form, and not by what is there: a server shall not learn which files exist.
-        is_path = not _HUB_NAME.fullmatch(named) or (named != smollm2.NAME and Path(named).exists())
-        if self.owner.model is None and is_path:
+    def _model(self, spec: RunSpec) -> Base:
+        """The base model, on this client's device; loaded once."""
+        name = spec.model.name
+        # First by its form: a server must not learn which files exist.
+        is_path = not _HUB_NAME.fullmatch(name) or (name != smollm2.NAME and Path(name).exists())
+        if self.config.model is None and is_path:
             raise ProtocolError(
-                f"The server names the model {named!r}, which is a path on this machine and no "
-                "name of the hub; the owner must say where the model is: join with --model."
+                f"The server's config names the base model by a local path, {name!r}, and not by "
+                "its name on the hub; this client must give its own copy: join with --model PATH."
             )
-        source = replace(agreed.model, name=self.owner.model or named, device=self.owner.device)
+        source = replace(spec.model, name=self.config.model or name, device=self.config.device)
         key = repr(source)
         if key not in self._base:
             self._base = {key: source.load()}
@@ -155,17 +160,17 @@ class Node:
 
 
 @dataclass(frozen=True)
-class _Joined:
-    """A run that this machine takes part in."""
+class _Enrolment:
+    """A run in which this machine takes part."""
 
-    terms: RunSpec
+    spec: RunSpec
     folder: Path
     runtime: ClientRuntime
-    means: Proposal
+    proposal: Proposal
 
-    def trained(self, client: str, round: int, download: bytes) -> bytes:
-        """The upload of one turn. The download is read from the disk, module by module."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # it may have been lost meanwhile
+    def train(self, client: str, round: int, download: bytes) -> bytes:
+        """The upload of one round. The download is read from the disk, module by module."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
         file = self.folder / "download"
         file.unlink(missing_ok=True)
         file.write_bytes(download)
@@ -174,10 +179,10 @@ class _Joined:
         return turn(job, self.runtime)
 
     def _ranks(self, download: Download) -> dict[str, int]:
-        """The ranks that a download sends to be trained.
+        """The ranks to train at, by module, in a download that does not state them.
 
-        A method that probes sends all components, of which the client then selects; what has not
-        a module's shape is in a method's own form.
+        A method that probes sends all components, from which the client then selects. Factors that
+        do not have the module's shape are the method's own values.
         """
         if Feature.PROBES in self.runtime.method.features:
             return {}
@@ -185,13 +190,9 @@ class _Joined:
         return {m: f.rank for m, f in download.adapter.items() if f.shape == shapes.get(m)}
 
     def _check(self, job: TurnRequest) -> None:
-        """Refuse to train more than the owner gives.
-
-        A method that probes hands out all terms, of which the client then chooses; what is no
-        module's factors, nor tells of them by rank alone, is a method's own.
-        """
+        """Refuse to train more than this client's limits."""
         shapes = self.runtime.base.shapes
-        most = self.means.rank.by_module(list(shapes))
+        most = self.proposal.rank.by_module(list(shapes))
         download = job.opened()
         ranks = dict(download.ranks) if download.ranks else self._ranks(download)
         for module in {**download.adapter, **ranks}:
@@ -199,49 +200,51 @@ class _Joined:
                 continue  # which training refuses
             if module not in most:
                 raise ProtocolError(
-                    f"The server asks client {job.client!r} to train {module!r}, which its owner "
-                    "leaves out."
+                    f"The server requests that client {job.client!r} train {module!r}, which its "
+                    "--modules exclude."
                 )
             if ranks.get(module, 0) > most[module]:
                 raise ProtocolError(
-                    f"The server asks client {job.client!r} to train rank {ranks[module]} in "
-                    f"{module!r}; its owner gives {most[module]} at most."
+                    f"The server requests that client {job.client!r} train rank {ranks[module]} in "
+                    f"{module!r}; its limit is rank {most[module]}."
                 )
 
 
-def training_rows(owner: NodeConfig) -> Corpus:
-    """The rows that the owner trains on: those of the train split, where the data is split.
+def training_rows(config: NodeConfig) -> Corpus:
+    """The client's training rows: those of the split "train", if the data has splits.
 
     Raises:
-        ProtocolError: there is none, or the file holds rows of several clients.
+        ProtocolError: there is none, or the file has rows of several clients.
     """
-    corpus = table.read(owner.data, owner.columns or _usual(owner.data))
+    corpus = table.read(config.data, config.columns or _standard_columns(config.data))
     if "client" in corpus.columns:
-        codes, owners = corpus.codes("client")
-        if owner.rows_of is not None:
-            if owner.rows_of not in owners:
-                raise ProtocolError(f"{owner.data} has no rows of client {owner.rows_of!r}.")
-            corpus = corpus.select(codes == list(owners).index(owner.rows_of))
-        elif len(owners) > 1:
+        codes, clients = corpus.codes("client")
+        if config.rows_of is not None:
+            if config.rows_of not in clients:
+                raise ProtocolError(f"{config.data} has no rows of client {config.rows_of!r}.")
+            corpus = corpus.select(codes == list(clients).index(config.rows_of))
+        elif len(clients) > 1:
             raise ProtocolError(
-                f"{owner.data} has rows of {len(owners)} clients ({', '.join(owners[:3])}, ...); "
-                "say whose to train on: --rows-of NAME."
+                f"{config.data} has rows of {len(clients)} clients ({', '.join(clients[:3])}, "
+                "...); select one with --rows-of NAME."
             )
-    elif owner.rows_of is not None:
+    elif config.rows_of is not None:
         raise ProtocolError(
-            f"{owner.data} has no column that names clients, so --rows-of {owner.rows_of} chooses "
-            "nothing; leave it out, or name the column: --columns client=NAME,..."
+            f"{config.data} has no column of client names, so --rows-of {config.rows_of} cannot "
+            "select rows; leave it out, or name the column: --columns client=NAME,..."
         )
     if "split" in corpus.columns:
         codes, splits = corpus.codes("split")
         corpus = corpus.select(np.array([name == "train" for name in splits], np.bool_)[codes])
     if not len(corpus):
-        raise ProtocolError(f"{owner.data} has no row to train on; look at its split column.")
+        raise ProtocolError(
+            f"{config.data} has no training rows; check the values of its split column for 'train'."
+        )
     return corpus
 
 
-def _usual(data: Path) -> table.Columns:
-    """The usual columns, without those that may be missing and are."""
+def _standard_columns(data: Path) -> table.Columns:
+    """The standard columns, without the optional ones that the data does not have."""
     names = set(table.column_names(data))
     optional = ("instruction", "input", "client", "category", "split")
     return table.Columns(**{name: name if name in names else None for name in optional})

@@ -1,8 +1,8 @@
-"""A process that keeps a node's model in memory, and others that ask it over a private socket.
+"""A worker process with the node's model in memory, which serves requests at a private socket.
 
 Flower starts a new process for every message. It passes the message on to the worker, which
-the owner has started beside it. Both ends send bytes: a header in JSON, then a payload. This
-module imports nothing that takes time, as the asking side is started anew for every message.
+`flexlora join` runs. Both sides send a header in JSON, then a payload of bytes. This module imports
+nothing slow, as the requesting process is started for every message.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from typing import Any, BinaryIO, Final
 
 from flexlora.errors import ProtocolError
 
-Answer = tuple[dict[str, Any], bytes]
-"""A header fit for JSON, and a payload."""
+Response = tuple[dict[str, Any], bytes]
+"""A header of JSON values, and a payload."""
 
 LONGEST_HEADER_BYTES: Final = 2**20
 _LENGTHS: Final = struct.Struct("<QQ")
 _SILENT_SECONDS: Final = 30.0
-"""How long an asker may keep the worker waiting: it may hang, or be stopped, in the middle."""
+"""How long a requesting process may keep the worker waiting; it may hang or be stopped."""
 _ARENA_MAX: Final = -8
-"""The C library's number for how many heaps a process may have."""
+"""The C library's number of the setting for the most heaps of a process."""
 _LONGEST_PATH: Final = 100
-"""Of a socket's path, on every system."""
+"""Bytes of a socket's path that every system takes."""
 
 
 class Worker:
-    """Answers requests at a socket that only its owner can reach, one at a time."""
+    """Handles requests at a socket that only its user can reach, one at a time."""
 
-    def __init__(self, path: Path, answer: Callable[[Mapping[str, Any], bytes], Answer]) -> None:
-        """Listen at ``path``, in a folder of its owner's alone.
+    def __init__(self, path: Path, handle: Callable[[Mapping[str, Any], bytes], Response]) -> None:
+        """Listen at ``path``, in a folder that only its user can enter.
 
         Raises:
             ProtocolError: the path is too long for a socket, or others may enter its folder.
         """
         if (length := len(os.fsencode(path))) > _LONGEST_PATH:
             raise ProtocolError(
-                f"The socket's path {path} has {length} bytes; systems take "
-                f"{_LONGEST_PATH}. Give a shorter one."
+                f"The socket's path {path} has {length} bytes; the limit is {_LONGEST_PATH}. Set "
+                "TMPDIR to a folder with a shorter path."
             )
         if path.parent.stat().st_mode & 0o077:
             raise ProtocolError(
-                f"The folder {path.parent} of the worker's socket is open to others; "
+                f"The folder {path.parent} of the worker's socket is open to other users; "
                 f"run: chmod 700 {path.parent}"
             )
         _share_memory()
-        self._answer = answer
+        self._handle = handle
         self._path = path
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -61,22 +61,22 @@ class Worker:
         self._listener.listen()
 
     def serve(self) -> None:
-        """Answer until the worker is closed."""
+        """Handle requests until the worker is closed."""
         while True:
             try:
-                asker, _ = self._listener.accept()
+                requester, _ = self._listener.accept()
             except OSError:  # closed
                 return
-            with asker:
-                self._serve(asker)
+            with requester:
+                self._serve(requester)
 
-    def _serve(self, asker: socket.socket) -> None:
-        """One request. Who goes away before the answer, or falls silent, has lost it."""
-        asker.settimeout(_SILENT_SECONDS)
+    def _serve(self, requester: socket.socket) -> None:
+        """Handle one request; a requester that leaves or stops sending gets no response."""
+        requester.settimeout(_SILENT_SECONDS)
         try:
-            header, payload = _received(asker)
-            _send(asker, *self._answer(header, payload))
-        # Whatever an asker sends, the next one is answered: also a payload too large for memory.
+            header, payload = _received(requester)
+            _send(requester, *self._handle(header, payload))
+        # Whatever is sent, also a payload too large for memory, the next request is handled.
         except Exception:
             return
 
@@ -87,29 +87,29 @@ class Worker:
         self._path.unlink(missing_ok=True)
 
 
-def ask(path: Path, header: Mapping[str, Any], payload: bytes) -> Answer:
-    """What the worker at ``path`` answers; waits as long as it takes.
+def request(path: Path, header: Mapping[str, Any], payload: bytes) -> Response:
+    """The response of the worker at ``path``; waits for it without a limit.
 
     Raises:
-        ProtocolError: no worker is there, or it went away before it answered.
+        ProtocolError: there is no worker, or it ended before it responded.
     """
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asker:
-            asker.connect(str(path))
-            _send(asker, header, payload)
-            return _received(asker)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(path))
+            _send(client, header, payload)
+            return _received(client)
     except (OSError, EOFError) as error:
         raise ProtocolError(
-            f"The worker at {path} does not answer ({error or type(error).__name__}); is "
-            "`flexlora join` still running?"
+            f"`flexlora join` has ended on this client's machine ({error or type(error).__name__} "
+            f"at {path}); start it again."
         ) from error
 
 
 def _share_memory() -> None:
-    """Let the thread that answers have its memory as the first thread has, where it is Linux.
+    """Let the thread that handles requests allocate memory as the first thread does, on Linux.
 
     The C library would give it small heaps of its own and return them to the system again and
-    again: turns of training took some 3 % longer.
+    again: local training took some 3 % longer.
     """
     if sys.platform == "linux":
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -118,25 +118,27 @@ def _share_memory() -> None:
 
 
 def _send(to: socket.socket, header: Mapping[str, Any], payload: bytes) -> None:
-    said = json.dumps(header).encode()
-    to.sendall(_LENGTHS.pack(len(said), len(payload)) + said)
-    if payload:  # sending nothing fails, where the other has answered and gone already
+    text = json.dumps(header).encode()
+    to.sendall(_LENGTHS.pack(len(text), len(payload)) + text)
+    if payload:  # sending nothing fails if the other side has responded and closed already
         to.sendall(payload)
 
 
-def _received(source: socket.socket) -> Answer:
+def _received(source: socket.socket) -> Response:
     with source.makefile("rb") as reader:
-        said, length = _LENGTHS.unpack(_exactly(reader, _LENGTHS.size))
-        if said > LONGEST_HEADER_BYTES:
-            raise ProtocolError(f"A header of {said} bytes is longer than {LONGEST_HEADER_BYTES}.")
-        header = json.loads(_exactly(reader, said))
+        header_bytes, length = _LENGTHS.unpack(_exactly(reader, _LENGTHS.size))
+        if header_bytes > LONGEST_HEADER_BYTES:
+            raise ProtocolError(
+                f"The header has {header_bytes} bytes; the limit is {LONGEST_HEADER_BYTES}."
+            )
+        header = json.loads(_exactly(reader, header_bytes))
         if not isinstance(header, dict):
-            raise ProtocolError("The header is no table.")
+            raise ProtocolError("The header is not a JSON object.")
         return header, _exactly(reader, length)
 
 
 def _exactly(reader: BinaryIO, count: int) -> bytes:
-    """So many bytes, read into place, without a copy of them."""
+    """This many bytes, read without a copy."""
     data = reader.read(count)
     if len(data) < count:
         raise EOFError("the connection was closed")

@@ -1,4 +1,4 @@
-"""The real clients of a run: who came, with what means, and which rank each was given."""
+"""The real clients of a run: which have connected, what they offer, and their ranks."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexlora.config import PAPER_TYPES, Ranks, RankType, rank_table, several
+from flexlora.config import RankType
+from flexlora.deployment.server.limits import RankLimits
 from flexlora.errors import ProtocolError
 from flexlora.federation import Population
 from flexlora.method import Client
-from flexlora.storage.files import write_atomically
+from flexlora.storage import write_atomically
 
 FILE = "clients.json"
 ARRIVALS = "arrivals.log"
-"""Who came and who was not let in, in words: also before the first round, and so the journal."""
+"""Sentences on clients that connected or were rejected; also from before the first round, when
+the journal has not begun."""
 NODES = "nodes.json"
-"""Flower's number of every node that was let in, by its name."""
+"""Flower's number of every authorised node, by the node's name."""
 MOST_EXAMPLES = 10**9
 _LONGEST_NAME = 100
+_LONGEST_LINE = 500
 _FASTEST = 1e12
 
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """One client: its Flower ``node``, what it gives, and what it said of its speed."""
+    """One client: Flower's number of its ``node``, its ranks, and what it reported of itself."""
 
     node: int
     attention: int
@@ -43,173 +46,119 @@ class ClientInfo:
             return f"r{self.attention}"
         return f"r{self.attention}-{self.feed_forward}"
 
-
-@dataclass(frozen=True)
-class RankLimits:
-    """How large a rank each client may take at most, by the config's section ``ranks``.
-
-    Clients that the section names have the limit of their type, others ``rank``; None: they
-    are not let in.
-    """
-
-    rank: RankType | None
-    named: Mapping[str, RankType]
-
-    @classmethod
-    def of(cls, settings: Ranks) -> RankLimits:
-        """The limits that a config's section says.
-
-        Raises:
-            ProtocolError: it deals ranks out by shares, which needs a population known beforehand.
-        """
-        if settings.table is not None:
-            settings = rank_table(Path(settings.table), settings.clients)
-        if settings.distribution is not None:
-            raise ProtocolError(
-                "ranks.distribution deals ranks to clients known beforehand. For real clients give "
-                "ranks.rank, the most that any may take, or name them in ranks.clients."
-            )
-        types = {
-            name: RankType(t.attention, t.feed_forward)
-            for name, t in (settings.types or {}).items()
-        }
-        types = types or dict(PAPER_TYPES)
-        unknown = sorted(set(settings.clients.values()) - types.keys())
-        if unknown:
-            raise ProtocolError(
-                f"ranks.clients names the types {unknown}; there are {list(types)}."
-            )
-        rank = None if settings.rank is None else RankType(settings.rank, settings.rank)
-        return cls(rank, {id: types[kind] for id, kind in settings.clients.items()})
-
     @property
-    def every(self) -> list[RankType]:
-        """The limits of all clients."""
-        return [*self.named.values(), *([] if self.rank is None else [self.rank])]
-
-    @property
-    def several(self) -> bool:
-        """Whether not all clients that train a module have the same limit there."""
-        return several(self.every)
-
-    @property
-    def whole(self) -> bool:
-        """Whether all clients may train the same modules."""
-        return len({limit.targets for limit in self.every}) == 1
-
-    def largest(self) -> RankType:
-        """The largest of all."""
-        return RankType(
-            max(limit.attention for limit in self.every),
-            max(limit.feed_forward for limit in self.every),
-        )
-
-    def __call__(self, client: str) -> RankType:
-        """The limit of a client. Raises ProtocolError if it is not let in."""
-        found = self.named.get(client, self.rank)
-        if found is None:
-            raise ProtocolError(
-                f"Client {client!r} is none of those named in ranks.clients, and there is no "
-                "ranks.rank for others."
-            )
-        return found
+    def rank_text(self) -> str:
+        """Its ranks in words."""
+        if self.attention == self.feed_forward:
+            return f"rank {self.attention}"
+        return f"attention rank {self.attention}, feed-forward rank {self.feed_forward}"
 
 
 @dataclass
 class ClientRegistry(Population):
-    """The clients that came so far, by name; kept in the run's folder.
+    """The clients that have connected so far, by name; stored in the run's folder.
 
-    With ``bound`` a client's name belongs to the node whose key was let in under it; else the
-    last that says to be it is taken for it. With ``alike`` all must have the
-    ranks of the limit, and with ``whole`` all must train all modules that it names. None weighs
-    more than ``most_examples``.
+    With ``bound`` a client's name belongs to the node whose key was registered under it; else the
+    last node that reports a name is taken for that client. ``one_rank`` requires all clients to
+    have the limit's ranks, ``all_modules`` to train every module that the limit names. No client
+    weighs more than ``most_examples``.
     """
 
     folder: Path
-    limit: RankLimits
+    limits: RankLimits
     modules: Sequence[str]
     bound: bool = True
-    alike: bool = False
-    whole: bool = False
+    one_rank: bool = False
+    all_modules: bool = False
     most_examples: int | None = None
     entries: dict[str, ClientInfo] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.folder / FILE).exists():
-            held = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
-            self.entries = {id: ClientInfo(**entry) for id, entry in held.items()}
+            stored = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
+            self.entries = {id: ClientInfo(**entry) for id, entry in stored.items()}
 
-    def admit(self, said: Mapping[str, Any], node: int) -> tuple[str, ClientInfo]:
-        """Write a client down, with a rank within its own means and the server's limit.
+    def admit(self, report: Mapping[str, Any], node: int) -> tuple[str, ClientInfo]:
+        """Record a client, with ranks within its own limits and the server's.
 
         Raises:
-            ProtocolError: what it says is ill-formed, or it is not let in.
+            ProtocolError: the report is ill-formed, or the client is rejected.
         """
-        id = said.get("client")
-        if not isinstance(id, str) or not 0 < len(id) <= _LONGEST_NAME:
-            raise ProtocolError(f"A client calls itself {str(id)[:50]!r}, which is no name.")
-        if self.bound and self._keyed().get(id) != node:
-            raise ProtocolError(
-                f"A node calls itself {str(id)!r}, but its key was let in under another name."
-            )
-        limit = self.limit(id)
-        speed = said.get("tokens_per_second")
-        # Whole numbers in JSON have any length, and NaN passes for a number.
-        usable = isinstance(speed, int | float) and 0 <= speed <= _FASTEST
-        entry = ClientInfo(
-            node=node,
-            attention=min(limit.attention, _count(said, "attention", id, least=0)),
-            feed_forward=min(limit.feed_forward, _count(said, "feed_forward", id, least=0)),
-            examples=_count(said, "examples", id),
-            device=str(said.get("device"))[:40],
-            tokens_per_second=float(speed) if speed is not None and usable else None,
-        )
-        pairs = [(entry.attention, limit.attention), (entry.feed_forward, limit.feed_forward)]
-        if not any(rank for rank, _ in pairs):
-            raise ProtocolError(f"Client {id!r} trains nothing that its limit ({limit}) leaves it.")
-        if not self._ranks(entry):
-            raise ProtocolError(
-                f"Client {id!r} would train at {entry.rank_type}, but none of the adapted modules "
-                f"is of that kind: {list(self.modules)[:3]} and so on; join with other --modules."
-            )
-        if self.whole and any(most and not rank for rank, most in pairs):
-            raise ProtocolError(
-                f"Client {id!r} would train at {entry.rank_type}, but this method decides over all "
-                f"modules at once, and everybody trains them ({limit}); join with --modules all."
-            )
-        if self.alike and any(rank not in (0, most) for rank, most in pairs):
-            raise ProtocolError(
-                f"Client {id!r} would train at {entry.rank_type}, but this method needs one rank "
-                f"for all, that of the server ({limit}); join with it, or not at all."
-            )
+        id = self._name(report, node)
+        limit = self.limits.for_client(id)
+        entry = _info(report, node, id, limit)
+        self._check(id, entry, limit)
         self.entries = dict(sorted({**self.entries, id: entry}.items()))
-        held = {name: asdict(each) for name, each in self.entries.items()}
-        write_atomically(self.folder / FILE, json.dumps(held, indent=1).encode())
+        stored = {name: asdict(each) for name, each in self.entries.items()}
+        write_atomically(self.folder / FILE, json.dumps(stored, indent=1).encode())
         return id, entry
 
+    def _name(self, report: Mapping[str, Any], node: int) -> str:
+        id = report.get("client")
+        if not isinstance(id, str) or not 0 < len(id) <= _LONGEST_NAME:
+            raise ProtocolError(
+                f"Invalid client name {str(id)[:50]!r}; a name has 1 to {_LONGEST_NAME} characters."
+            )
+        if self.bound and self._registered().get(id) != node:
+            raise ProtocolError(
+                f"The client gives the name {id!r}, but its key is registered under another name; "
+                f"join without --name, or with the name of the key."
+            )
+        return id
+
+    def _check(self, id: str, entry: ClientInfo, limit: RankType) -> None:
+        """Reject ranks with which the client, or the method, cannot train."""
+        pairs = [(entry.attention, limit.attention), (entry.feed_forward, limit.feed_forward)]
+        ranks = f"Client {id!r} would train with {entry.rank_text}"
+        if not any(rank for rank, _ in pairs):
+            raise ProtocolError(
+                f"Client {id!r} would train nothing: its own limits and the server's ({limit}) "
+                "have no module in common; join with other --modules."
+            )
+        if not self._ranks(entry):
+            raise ProtocolError(
+                f"{ranks}, but none of the adapted modules is of that type: "
+                f"{list(self.modules)[:3]} and so on; join with other --modules."
+            )
+        if self.all_modules and any(most and not rank for rank, most in pairs):
+            raise ProtocolError(
+                f"{ranks}, but this method requires every client to train all modules ({limit}); "
+                "join with --modules all."
+            )
+        if self.one_rank and any(rank not in (0, most) for rank, most in pairs):
+            raise ProtocolError(
+                f"{ranks}, but this method requires one rank for all clients, the server's "
+                f"({limit}); join with --rank {max(limit.attention, limit.feed_forward)}."
+            )
+
     def capped(self, id: str) -> str | None:
-        """What is to be said of a client that says it has more examples than it may weigh."""
-        says, most = self.entries[id].examples, self.most_examples
-        if most is None or says <= most:
+        """A sentence if a client reports more examples than it may weigh; else None."""
+        reported, most = self.entries[id].examples, self.most_examples
+        if most is None or reported <= most:
             return None
         return (
-            f"Client {id!r} says that it has {says} examples; its uploads weigh as much as {most}, "
-            "which is federation.most_examples."
+            f"Client {id!r} reports {reported} examples; its uploads are weighted as {most}, "
+            "the limit federation.most_examples."
         )
 
     def note(self, line: str) -> None:
-        """Say who came, or was not let in, to whoever looks on."""
+        """Append a sentence for the server's console."""
         with (self.folder / ARRIVALS).open("a", encoding="utf-8") as file:
-            # What nodes say of themselves is no line of its own.
-            file.write(" ".join(line.split())[:500] + "\n")
+            # Text of a client must not begin a line of its own.
+            file.write(" ".join(line.split())[:_LONGEST_LINE] + "\n")
 
-    def _keyed(self) -> dict[str, int]:
-        """The nodes that were let in, by name; read anew, as more may have been."""
+    def name_of(self, node: int) -> str | None:
+        """The name under which a node's key is registered; None without keys."""
+        names = (name for name, number in self._registered().items() if number == node)
+        return next(names, None)
+
+    def _registered(self) -> dict[str, int]:
+        """The authorised nodes by name, read again each time, as there may be new ones."""
         file = self.folder / NODES
-        found: dict[str, int] = (
+        nodes: dict[str, int] = (
             json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         )
-        return found
+        return nodes
 
     def __getitem__(self, id: str) -> Client:
         entry = self.entries[id]
@@ -223,22 +172,41 @@ class ClientRegistry(Population):
 
     @property
     def kinds(self) -> Mapping[str, Mapping[str, int]]:
-        """The ranks of every type that a client has now."""
+        """The ranks by module of every rank type that a client has now."""
         order = sorted(self.entries.values(), key=lambda e: (e.attention, e.feed_forward))
         return {entry.rank_type: self._ranks(entry) for entry in order}
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How many clients are of each type now."""
-        found = Counter(entry.rank_type for entry in self.entries.values())
-        return {kind: found[kind] for kind in self.kinds}
+        """The number of clients of each rank type now."""
+        counts = Counter(entry.rank_type for entry in self.entries.values())
+        return {rank_type: counts[rank_type] for rank_type in self.kinds}
 
     def _ranks(self, entry: ClientInfo) -> dict[str, int]:
         return RankType(entry.attention, entry.feed_forward).by_module(self.modules)
 
 
-def _count(said: Mapping[str, Any], name: str, client: str, least: int = 1) -> int:
-    value = said.get(name)
+def _info(report: Mapping[str, Any], node: int, client: str, limit: RankType) -> ClientInfo:
+    """What a client reports of itself, checked, with ranks within the limit."""
+    speed = report.get("tokens_per_second")
+    # Whole numbers in JSON have any length, and NaN passes for a number.
+    usable = isinstance(speed, int | float) and 0 <= speed <= _FASTEST
+    return ClientInfo(
+        node=node,
+        attention=min(limit.attention, _count(report, "attention", client, least=0)),
+        feed_forward=min(limit.feed_forward, _count(report, "feed_forward", client, least=0)),
+        examples=_count(report, "examples", client),
+        device=str(report.get("device"))[:40],
+        tokens_per_second=float(speed) if speed is not None and usable else None,
+    )
+
+
+_LABELS = {"attention": "attention rank", "feed_forward": "feed-forward rank"}
+
+
+def _count(report: Mapping[str, Any], name: str, client: str, least: int = 1) -> int:
+    value = report.get(name)
     if type(value) is not int or not least <= value <= MOST_EXAMPLES:
-        raise ProtocolError(f"Client {client!r} says its {name} are {str(value)[:30]!r}.")
+        label = _LABELS.get(name, f"number of {name}")
+        raise ProtocolError(f"Client {client!r} sent an invalid {label}: {str(value)[:30]!r}.")
     return value

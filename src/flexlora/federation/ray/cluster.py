@@ -16,6 +16,7 @@ from typing import Any, Final
 import ray
 import torch
 
+from flexlora import addresses
 from flexlora.config import Experiment
 from flexlora.errors import ConfigError
 from flexlora.federation.client_store import PRIVATE, ClientStore
@@ -224,9 +225,9 @@ def _join(address: str) -> None:
 
 def _answers(address: str) -> None:
     """Check that a server listens there: Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER).close()
+    target = addresses.split(address.removeprefix("ray://"))
+    if target is not None:
+        socket.create_connection(target, _SECONDS_TO_ANSWER).close()
 
 
 def _connect(**options: Any) -> None:

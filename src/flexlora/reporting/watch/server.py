@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
+from flexlora import addresses
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.journal import Journal
 from flexlora.reporting.watch import metrics, page, words
@@ -162,25 +162,20 @@ def address(text: str) -> tuple[str, int]:
     Raises:
         ConfigError: it is not of this form.
     """
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ConfigError(f"--listen takes HOST:PORT, such as 127.0.0.1:8800, not {text!r}.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return addresses.parse(text, "--listen", "127.0.0.1:8800")
 
 
 def _listening(host: str, port: int) -> tuple[socket.socket, str]:
     """A socket that listens, and the page's address; a warning where others reach it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.create_server((host, port), family=family)
+        listening = addresses.listener(host, port)
     except OSError as error:
         raise ConfigError(
             f"The status page cannot listen on {host}, port {port}: {error.strerror or error}. "
             "Give another address."
         ) from error
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listening.getsockname()[1]}/"
-    if not _is_loopback(host):
+    url = f"http://{addresses.joined(host, listening.getsockname()[1])}/"
+    if not addresses.is_loopback(host):
         print(
             f"warning: everyone who reaches {url} sees the status page: there is no login and "
             "no encryption.",
@@ -191,15 +186,9 @@ def _listening(host: str, port: int) -> tuple[socket.socket, str]:
 
 def _hosts(host: str) -> Collection[str] | None:
     """The names under which a page answers that only this machine is to see."""
-    shown = f"[{host}]" if ":" in host else host
-    return {"localhost", "127.0.0.1", "[::1]", shown} if _is_loopback(host) else None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if not addresses.is_loopback(host):
+        return None
+    return {"localhost", "127.0.0.1", "[::1]", addresses.in_brackets(host)}
 
 
 def _server(application: FastAPI) -> uvicorn.Server:

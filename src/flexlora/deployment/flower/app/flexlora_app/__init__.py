@@ -1,1 +1,1 @@
-"""What a node is sent: nothing but the name of what is installed there."""
+"""The app that nodes are sent: only imports of the library installed there."""

@@ -1,4 +1,4 @@
-"""The client, as the library installed on the node has it."""
+"""The client app of the library installed on the node."""
 
 from flexlora.deployment.flower import client_app
 

@@ -1,4 +1,4 @@
-"""The server, as the library installed beside the SuperLink has it."""
+"""The server app of the library installed beside the SuperLink."""
 
 from flexlora.deployment.flower import server_app
 

@@ -1,0 +1,158 @@
+"""The command `flexlora join`: a client of a federation, with its own rows."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast, get_args
+
+import typer
+
+from flexlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexlora.data.corpora.table import Columns
+    from flexlora.deployment.node.capacity import Modules
+
+
+Server = Annotated[
+    str, typer.Argument(metavar="HOST:PORT", help="Address of the server, without https://.")
+]
+Data = Annotated[Path, typer.Option(help="Your rows: .parquet, .jsonl, .json or .csv.")]
+Rank = Annotated[
+    str, typer.Option(metavar="auto|N", help="LoRA rank, or auto to benchmark this machine.")
+]
+ModuleTypes = Annotated[
+    str,
+    typer.Option(metavar="all|attention|feed_forward", help="Modules that this client trains."),
+]
+KeyFolder = Annotated[
+    Path | None,
+    typer.Option("--keys", metavar="DIR", help="Folder of your NAME.key and the server's ca.crt."),
+]
+Name = Annotated[str | None, typer.Option(help="Name of this client; by default that of its key.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="No TLS and no keys; only to a server on 127.0.0.1.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Path or hub name of the base model; by default the server's hub name."),
+]
+Device = Annotated[str, typer.Option(help="PyTorch device, e.g. cpu, cuda:0.")]
+Memory = Annotated[
+    float | None, typer.Option(metavar="GIB", help="Memory limit for the adapter (GiB).")
+]
+Seconds = Annotated[
+    float | None, typer.Option(help="Time limit per round (s); caps the automatic rank.")
+]
+ColumnNames = Annotated[
+    str | None,
+    typer.Option(metavar="A=B,...", help="Names of your columns, e.g. output=answer."),
+]
+RowsOf = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Client name to select, if the file holds several clients."),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Directory for local client state; by default flexlora-NAME."),
+]
+
+
+def join(
+    server: Server,
+    data: Data,
+    rank: Rank = "auto",
+    modules: ModuleTypes = "all",
+    key_folder: KeyFolder = None,
+    name: Name = None,
+    insecure: Insecure = False,
+    model: Model = None,
+    device: Device = "cpu",
+    memory: Memory = None,
+    seconds: Seconds = None,
+    columns: ColumnNames = None,
+    rows_of: RowsOf = None,
+    state: State = None,
+) -> None:
+    """Take part in a federation with your own rows, which stay on this machine."""
+    from flexlora.deployment import keys
+    from flexlora.deployment.node import join as joining
+    from flexlora.deployment.node.capacity import Capacity
+    from flexlora.deployment.node.node import NodeConfig
+
+    if (key_folder is None) is not insecure:
+        raise ConfigError("Give --keys DIR, or, for a test on this machine, --insecure and --name.")
+    key = None if key_folder is None else keys.NodeKey.of(key_folder, name)
+    client = name if key is None else key.name
+    if client is None:
+        raise ConfigError("Without keys this client needs a --name.")
+    memory_bytes = None if memory is None else _bytes(memory)
+    config = NodeConfig(
+        name=client,
+        data=data,
+        state=state or Path(f"flexlora-{client}"),
+        capacity=Capacity(_rank(rank), memory_bytes, seconds, _modules(modules)),
+        columns=_columns(columns),
+        rows_of=rows_of,
+        model=model,
+        device=device,
+    )
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        joining.join(server, config, key, _print_line)
+    except KeyboardInterrupt:
+        print("left the federation", file=sys.stderr)
+
+
+def interrupt(*_: object) -> None:
+    """Let SIGTERM end a command as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _print_line(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def _bytes(gibibytes: float) -> int:
+    if not 0 < gibibytes < math.inf:
+        raise ConfigError(f"--memory takes a number of GiB above 0, not {gibibytes}.")
+    return int(gibibytes * 2**30)
+
+
+def _rank(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--rank takes auto or a number above 0, not {text!r}.")
+    return int(text)
+
+
+def _modules(text: str) -> Modules:
+    from flexlora.deployment.node.capacity import Modules
+
+    if text not in get_args(Modules):
+        raise ConfigError(f"--modules takes {', '.join(get_args(Modules))}, not {text!r}.")
+    return cast("Modules", text)
+
+
+def _columns(text: str | None) -> Columns | None:
+    """The columns in a text ``corpus name=file's name,...``; others are absent."""
+    if text is None:
+        return None
+    from flexlora.data.corpora.table import Columns
+
+    names = [field.name for field in fields(Columns)]
+    columns: dict[str, str | None] = dict.fromkeys(names)
+    for part in text.split(","):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if not equals or name not in names:
+            raise ConfigError(
+                f"--columns takes {'=..., '.join(names)}=..., separated by commas, not {part!r}."
+            )
+        columns[name] = column
+    return Columns(**columns)
