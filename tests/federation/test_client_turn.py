@@ -14,7 +14,7 @@ from flexlora.seeds import rng
 from flexlora.training.loop import ClientTask, train
 from support import models
 from support.factors import random_adapter
-from support.oracle import product, relative_error
+from flexlora.laws.dense import product, relative_error
 
 
 @pytest.fixture(scope="module")

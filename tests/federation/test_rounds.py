@@ -24,7 +24,7 @@ from flexlora.journal.record import Record
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.peft_format import WEIGHTS
 from support import models
-from support.oracle import product, relative_error, weighted_sum
+from flexlora.laws.dense import product, relative_error, weighted_sum
 
 
 @dataclass(frozen=True)

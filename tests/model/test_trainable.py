@@ -4,7 +4,7 @@ import torch
 from flexlora.lowrank.factors import Adapter
 from flexlora.model.trainable import FlatAdapter
 from support.factors import random_factors
-from support.oracle import product, relative_error
+from flexlora.laws.dense import product, relative_error
 
 RANKS = {"model.q": 3, "model.up": 2}
 

@@ -29,7 +29,7 @@ from support.learning import (
     of_rank,
     settings,
 )
-from support.oracle import relative_error
+from flexlora.laws.dense import relative_error
 from support.rows import sharing_store, store_of
 
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5), (4, 6), (6, 2), (2, 2), (3, 7))

@@ -18,7 +18,7 @@ from flexlora.training.reparametrized import FormedAdapter
 from support import models
 from support.factors import random_adapter, random_factors
 from support.learning import draw, of_rank, settings
-from support.oracle import product, relative_error
+from flexlora.laws.dense import product, relative_error
 from support.rows import sharing_store
 
 CPU = torch.device("cpu")
