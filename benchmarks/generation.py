@@ -1,10 +1,10 @@
-"""Greedy answers: prefixes read once and adapters side by side, against padded ``generate``.
+"""Greedy decoding with shared prefixes and several adapters per batch, against ``generate``.
 
-Prompts are those of Natural Instructions, some rows of each of some clients, so that the rows
-of a client share their instruction. The adapters are one update cut to several ranks, as the
-evaluation at the end of a run has them. The contestant is transformers' ``generate`` with one
-adapter after the other on the same model, in batches padded on the left and sorted by length.
-Every contestant has the same room for keys and values.
+Prompts are rows of Natural Instructions, several from each of several clients; those of one
+client share their instruction. The adapters are one update truncated to several ranks, as in
+the evaluation at the end of a run. The comparison is transformers' ``generate``, one adapter
+after the other on the same model, in batches padded on the left and sorted by length. Every
+contestant has the same memory for keys and values.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ PEER, OURS = "generate, one adapter at a time", "ours, adapters side by side"
 
 
 def prompts_of(base: Base, options: argparse.Namespace) -> list[Int32s]:
-    """The prompts of so many rows of so many clients, drawn by the seed.
+    """The prompts of ``--rows`` rows of each of ``--clients`` clients, drawn by the seed.
 
     Raises:
-        ValueError: the data has too few clients of so many rows.
+        ValueError: the data has too few clients with that many rows.
     """
     corpus = table.read(data_file(options.data, "sample.parquet"), table.Columns())
     keys = corpus.keys("client")
@@ -99,7 +99,7 @@ def prompts_of(base: Base, options: argparse.Namespace) -> list[Int32s]:
 
 
 def adapters_of(base: Base, ranks: Sequence[int], seed: int) -> list[Adapter]:
-    """One random update whose terms become smaller, cut to each rank."""
+    """One random update with terms of decreasing size, truncated to each rank."""
     draw = torch.Generator().manual_seed(seed)
     most = max(ranks)
     sizes = 0.3 / (1 + torch.arange(most) / 8)
@@ -111,7 +111,7 @@ def adapters_of(base: Base, ranks: Sequence[int], seed: int) -> list[Adapter]:
 
 
 def contest(work: Work, repeats: int) -> dict[str, Any]:
-    """Turns of all contestants, alternating, after a short one of each; answers of the last."""
+    """Alternating turns of all contestants after a warm-up, and the answers of the last one."""
     warm = Work(work.base, work.adapters, work.prompts[:2], 2, work.room)
     for turn in CONTESTANTS.values():
         turn(warm)
@@ -207,7 +207,7 @@ def main() -> int:
             found["share_equal_to_generate"][OURS],
             0.98,
             at_least=True,
-            # In 16 bits the rounding of another order of sums shows.
+            # In 16 bits the rounding of another summation order is visible.
             asserted=options.dtype == "float32",
         ),
     ]

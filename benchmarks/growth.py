@@ -1,9 +1,9 @@
-"""What more clients cost: in the population, and in the cohort.
+"""The cost of more clients: in the population, and in the cohort.
 
-Populations of 10 to 10,000 clients of twenty Natural Instructions rows each, cohorts of eight,
-two rounds; then cohorts of 8 to 512 out of 1,000 clients. Every measurement is a process of
-its own, whose peak is the kernel's VmHWM. A tiny model of random weights shows growth that a
-real one would hide; SmolLM2-135M with ranks up to 200 is the case that the claim is about.
+Populations of 10 to 10,000 clients with twenty Natural Instructions rows each, cohorts of eight,
+two rounds; then cohorts of 8 to 512 out of 1,000 clients. Every measurement is a separate
+process, whose peak memory is the kernel's VmHWM. A tiny model with random weights shows growth
+that a real one would hide; the claim is about SmolLM2-135M with ranks up to 200.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ DRIFT, SLOWER, NONLINEAR = 0.05, 1.1, 1.25
 
 
 def tiny_model(folder: Path, source: Path) -> None:
-    """A Llama of two layers and random weights, with a vocabulary of 1,024 of its own.
+    """A Llama with two layers, random weights and a vocabulary of 1,024 tokens.
 
-    SmolLM2's vocabulary would make the logits, which depend on how long the answers of a
-    cohort are, the largest part of the memory.
+    With SmolLM2's vocabulary the logits, whose size depends on the answers of a cohort, would be
+    the largest part of the memory.
     """
     texts = pq.read_table(source, columns=["instruction"]).slice(0, 20_000)["instruction"]
     whole = transformers.AutoTokenizer.from_pretrained(smollm2.folder())
@@ -76,10 +76,10 @@ def tiny_model(folder: Path, source: Path) -> None:
 
 
 def populations(source: Path, sizes: Sequence[int], folder: Path) -> None:
-    """One Parquet file for each size: a task's rows, cut by twenty, are that many clients.
+    """One Parquet file for each population size; a client is a run of twenty rows of one task.
 
-    The clients are drawn at random from all such cuts, so that populations differ in size
-    and not in kind; the smaller are parts of the larger. All rows of a client lie together.
+    The clients are drawn at random from all such runs, so that populations differ only in size;
+    smaller ones are subsets of larger ones. The rows of a client are contiguous.
 
     Raises:
         ValueError: the source has too few rows.
@@ -110,10 +110,10 @@ def names(size: int) -> list[str]:
 
 
 def seed_of(size: int, rounds: int) -> int:
-    """A seed under which each round's cohort holds two clients of each rank type.
+    """A seed for which each round's cohort has two clients of each rank type.
 
-    So that rounds of different populations do the same work. The draws are those of
-    ``federation.setup`` and ``federation.rounds``; the measured process checks the outcome.
+    With it rounds of different populations do the same work. The draws are those of
+    ``federation.setup`` and ``federation.rounds``; the measured process checks the result.
     """
     clients, shares = names(size), dict.fromkeys(PAPER_TYPES, 0.25)
     for seed in range(1_000_000):
@@ -125,7 +125,7 @@ def seed_of(size: int, rounds: int) -> int:
 
 
 def experiment(job: argparse.Namespace) -> config.Experiment:
-    """The federation measured, without evaluation, whose size is free to choose."""
+    """The measured federation, without evaluation, whose cost depends on its settings."""
     types = PAPER_TYPES
     if job.model == "tiny":
         types = {name: RankType(*ranks) for name, ranks in TINY_TYPES.items()}
@@ -167,7 +167,7 @@ def experiment(job: argparse.Namespace) -> config.Experiment:
 
 
 def preparation(job: argparse.Namespace) -> dict[str, Any]:
-    """Everything before the first round, corpus and tokens made or found."""
+    """Everything before the first round; corpus and tokens are created or read from the cache."""
     started = time.perf_counter()
     ready = prepare(experiment(job))
     return {
@@ -179,10 +179,10 @@ def preparation(job: argparse.Namespace) -> dict[str, Any]:
 
 
 def rounds(job: argparse.Namespace) -> dict[str, Any]:
-    """The rounds, with everything before them found in the cache.
+    """The rounds, with a warm cache.
 
     Raises:
-        ValueError: the cohorts are not as even as ``seed_of`` should have made them.
+        ValueError: the cohorts are not as even as the seed should make them.
     """
     started = time.perf_counter()
     settings = experiment(job)
@@ -213,10 +213,10 @@ def rounds(job: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_process(job: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """A job in a process of its own, so that its peak is its own.
+    """Run a job in a separate process, so that the peak memory is only its own.
 
     Raises:
-        RuntimeError: the process failed; what it said stands above.
+        RuntimeError: the process failed; its message is printed above.
     """
     told = {**vars(job), "kind": kind, "work": str(job.work)}
     command = [sys.executable, __file__, "--job", json.dumps(told)]
@@ -230,7 +230,7 @@ def in_process(job: argparse.Namespace, kind: str) -> dict[str, Any]:
 
 
 def job(options: argparse.Namespace, work: Path, **settings: Any) -> argparse.Namespace:
-    """One measurement to make; ``settings`` replace the defaults of its model."""
+    """One planned measurement; ``settings`` replace the defaults of its model."""
     shared = {"work": work, "threads": options.threads, "max_tokens": options.max_tokens}
     usual = {"steps": 2, "rounds": 2, "cohort": COHORT, "seed": 0, "even": False}
     return argparse.Namespace(**{**shared, **usual, **settings})
@@ -265,7 +265,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def median(turns: Sequence[dict[str, Any]], *path: str | int) -> float:
-    """The median over the turns of what stands at a path in each."""
+    """The median over the turns of the value at a path in each."""
     values = []
     for value in turns:
         for key in path:

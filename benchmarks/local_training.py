@@ -1,15 +1,15 @@
-"""Local training: flexlora's loop against transformers.Trainer with PEFT, in samples a second.
+"""Local training: flexlora's loop against transformers.Trainer with PEFT, in samples per second.
 
-Both train one client after another, the same rank of LoRA on every linear layer of the same
+Both train one client after another, with the same rank of LoRA on every linear layer of the same
 model in float32, on the same rows, from the same factors, with AdamW, clipping, an effective
-batch of 16 and a linear schedule. The Trainer gets length-grouped sampling and the best
-micro-batch of those tried. A token counts once when it is real; padding does not count. One
-more run of the Trainer takes a client's rows in our order; losses and updates are compared.
+batch of 16 and a linear schedule. The Trainer uses length-grouped sampling and the best
+micro-batch of those tried. Padding tokens do not count. One more run of the Trainer takes a
+client's rows in our order, and its losses and updates are compared with ours.
 
-The share of the machine's matrix-product peak is by necessary operations alone, those that
-any exact method must do for the distinct tokens of a step (see ``necessary_flops``), over the
-whole turn's seconds, optimiser and all, against torch's float32 product of two 2048 x 2048
-matrices in the same run.
+The share of the machine's matrix-product peak counts only necessary operations, those that any
+exact method needs for the distinct tokens of a step (see ``necessary_flops``), divided by the
+seconds of the whole training including the optimiser, relative to torch's float32 product of two
+2048 x 2048 matrices in the same run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from flexlora.training.loop import ClientTask, train_together
 from flexlora.training.optimizer import Training
 
 KEYS = ("k_proj", "v_proj")
-"""What every token needs in the last layer too."""
+"""The projections that every token needs in the last layer too."""
 
 IGNORED = -100
 """The label that transformers' losses leave out."""
@@ -56,7 +56,7 @@ Feature = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Work:
-    """What every contestant is given: some clients' rows, and how each is trained."""
+    """The input of every contestant: some clients' rows and the training settings."""
 
     store: TokenStore
     clients: Sequence[Sequence[int]]
@@ -66,11 +66,11 @@ class Work:
     threads: int
 
     def in_our_order(self, rows: Sequence[int]) -> list[list[int]]:
-        """One client's rows step by step as our loop takes them."""
+        """One client's rows by step, in the order of our loop."""
         return steps(rows, self.settings.batch_examples, rng(self.seed, "order"))
 
     def features(self, rows: Sequence[int]) -> list[Feature]:
-        """The rows as the Trainer takes them, with the loss on the response alone."""
+        """The rows in the Trainer's format, with the loss only on the response."""
         found = []
         for row in rows:
             ids, prompt = self.store[row].ids.tolist(), self.store[row].prompt_tokens
@@ -81,7 +81,7 @@ class Work:
 
 @dataclass
 class Padding:
-    """DataCollatorForSeq2Seq, counting what it makes: real tokens and places in the batch."""
+    """DataCollatorForSeq2Seq that counts real tokens and positions of its batches."""
 
     collate: transformers.DataCollatorForSeq2Seq
     real: int = field(default=0)
@@ -97,7 +97,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Turn:
-    """One contestant's training of all clients, start to end; the adapter is the last one's."""
+    """One contestant's training of all clients; the adapter is that of the last client."""
 
     seconds: float
     samples: int
@@ -108,7 +108,7 @@ class Turn:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All of it but the adapter."""
+        """All fields except the adapter."""
         return {
             "seconds": self.seconds,
             "samples": self.samples,
@@ -121,7 +121,7 @@ class Turn:
 
 
 def ours(base: Base, work: Work, together: int) -> Turn:
-    """Our loop; its loss is one mean over the loss tokens of all steps of all clients."""
+    """Our loop; its loss is the mean over the loss tokens of all steps of all clients."""
     torch.set_num_threads(work.threads)
     started, found = time.perf_counter(), []
     for first in range(0, len(work.clients), together):
@@ -143,13 +143,13 @@ def ours(base: Base, work: Work, together: int) -> Turn:
 
 
 def necessary_flops(base: Base, work: Work) -> float:
-    """The operations that no exact training of these steps can spare, for distinct tokens.
+    """The operations that every exact training of these steps needs, for distinct tokens.
 
     A product of (n, k) by (k, m) is 2 n k m. Frozen layers: forward, and backward to their
-    inputs but where these need no gradient (the first layer's query, key and value); factors:
-    forward and backward to all. Beyond the last layer's attention only places of the loss
-    count, as in the head. Attention: what is causal, at 2 products forward and 4 backward.
-    Element-wise work counts nothing, nor does anything computed twice.
+    inputs except where these need no gradient (the first layer's query, key and value);
+    factors: forward and backward to all inputs. After the last layer's attention, and in the
+    head, only positions of the loss count. Attention: causal pairs, with 2 products forward and
+    4 backward. Element-wise and recomputed operations do not count.
     """
     shapes, ranks = base.shapes, work.start.ranks
     layers = len({module.split(".")[2] for module in shapes})
@@ -173,7 +173,7 @@ def necessary_flops(base: Base, work: Work) -> float:
 
 
 def _pairs(row: Pack) -> float:
-    """How many (query, key) pairs attention has in a row."""
+    """The number of (query, key) pairs of the attention in a row."""
     found = 0.0
     for (a, b), *rest in row.forest.trees:
         found += (b - a) * (b - a + 1) / 2
@@ -182,7 +182,7 @@ def _pairs(row: Pack) -> float:
 
 
 def peak_flops(repeats: int = 5) -> float:
-    """Operations a second of torch's float32 matrix product, 2048 x 2048, the best of some."""
+    """Operations per second of torch's float32 product of 2048 x 2048 matrices, best of several."""
     n = 2048
     x, y = torch.randn(n, n), torch.randn(n, n)
     seconds = []
@@ -203,7 +203,7 @@ class Peft:
 
     @classmethod
     def load(cls, name: str, rank: int, alpha: int, folder: Path) -> Peft:
-        """The model with fresh factors on every linear layer but the head."""
+        """The model with new factors on every linear layer except the head."""
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         how = peft.LoraConfig(
             r=rank,
@@ -225,7 +225,7 @@ class Peft:
         return self.model.get_base_model().get_submodule(module)
 
     def reset(self, start: Adapter) -> None:
-        """Every turn starts from the same factors; those of ``start`` have ``B`` = 0."""
+        """Reset the factors to those of ``start``, with which every turn begins (``B`` = 0)."""
         with torch.no_grad():
             for module, factors in start.items():
                 layer = self.layer(module)
@@ -233,7 +233,7 @@ class Peft:
                 layer.lora_B["default"].weight.zero_()
 
     def adapter(self, start: Adapter) -> Adapter:
-        """What the factors are now, with PEFT's scale folded in."""
+        """The current factors, with PEFT's scale folded in."""
         found = {}
         for module in start:
             layer = self.layer(module)
@@ -242,7 +242,7 @@ class Peft:
         return Adapter(found)
 
     def arguments(self, how: Training, micro: int, order: str, seed: int, log: bool) -> Any:
-        """The Trainer's settings that mean the same as ours."""
+        """The Trainer's settings that correspond to ours."""
         return transformers.TrainingArguments(
             output_dir=str(self.folder),
             per_device_train_batch_size=micro,
@@ -322,7 +322,7 @@ def compared(ours_: Callable[[Work], Turn], theirs: Callable[[Work], Turn], work
 def contest(
     contestants: Mapping[str, Callable[[Work], Turn]], work: Work, repeats: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Turns of all contestants, alternating, after a warm-up on one client, and the peak."""
+    """Alternating turns of all contestants after a warm-up on one client, and the peak."""
     warm = replace(work, clients=work.clients[:1])
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     peaks = []
@@ -344,7 +344,7 @@ def median(turns: Sequence[Mapping[str, Any]], field: str) -> float:
 
 
 def work_of(base: Base, options: argparse.Namespace) -> Work:
-    """The rows of some clients, the first factors and the terms of training.
+    """The rows of some clients, the initial factors and the training settings.
 
     Raises:
         ValueError: the data has too few clients with as many training rows.
@@ -475,7 +475,7 @@ def main() -> int:
 def claims_of(
     found: Mapping[str, Any], pairs: Mapping[str, Any], flops: float, asserted: bool
 ) -> list[Claim]:
-    """What is claimed of speed, and that the same work was done."""
+    """The claims about speed, and that the same work was done."""
     speeds = {n: median(turns, "samples_per_second") for n, turns in found["turns"].items()}
     ratio = speeds["ours"] / max(v for name, v in speeds.items() if name != "ours")
     share = flops / median(found["turns"]["ours"], "seconds") / found["peak_flops"]

@@ -1,9 +1,9 @@
-"""Peak memory of a federation, whatever the number of its clients.
+"""Peak memory of a federation for different numbers of clients.
 
-For each size of the population one round of eight clients of the paper's four rank types
-(8 to 200) runs in a process of its own, and the kernel's VmHWM of that process is its peak.
-It is compared with a process that loads the base model and runs one forward pass. Making
-the token store is a process before it, so that the round itself finds a warm cache.
+For each population size one round of eight clients of the paper's four rank types (8 to 200)
+runs in a separate process, and the kernel's VmHWM of that process is its peak memory. It is
+compared with a process that loads the base model and runs one forward pass. The token store is
+created by an earlier process, so that the round has a warm cache.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from result import Claim, Table, data_file, finish, setting, status_kib
 
 from flexlora import config
 from flexlora.federation.rounds import run
-from flexlora.federation.setup import PreparedRun, prepare
+from flexlora.federation.prepared import PreparedRun
+from flexlora.federation.setup import prepare
 from flexlora.model import smollm2
 from flexlora.model.source import Source
 
 MODEL = "smollm2-135m-instruct"
 LARGEST = "type4"
-"""The paper's rank type of rank 200 everywhere, which decides the peak."""
+"""The paper's rank type with rank 200 everywhere, which determines the peak."""
 
 OVER_BASE_GIB = 1.5
 DRIFT = 0.05
 
 
 def experiment(options: argparse.Namespace, clients: int, work: Path) -> config.Experiment:
-    """The federation measured; the evaluation is left out, as its size is free to choose."""
+    """The measured federation, without evaluation, whose cost depends on its settings."""
     return config.parse(
         {
             "seed": options.seed,
@@ -73,7 +74,7 @@ def experiment(options: argparse.Namespace, clients: int, work: Path) -> config.
 
 
 def base_only(options: argparse.Namespace) -> dict[str, Any]:
-    """The base model loaded, and one forward pass of ``max_tokens`` so that it is touched."""
+    """Load the base model and run one forward pass of ``max_tokens``, which touches all of it."""
     torch.set_num_threads(options.threads)
     base = Source(MODEL).load()
     tokens = torch.arange(options.max_tokens)
@@ -86,7 +87,7 @@ def base_only(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def preparation(options: argparse.Namespace, clients: int, work: Path) -> dict[str, Any]:
-    """Everything before the first round; the token store is made, or found if it is there."""
+    """Everything before the first round; the token store is created or opened."""
     return _prepared(options, clients, work)[1]
 
 
@@ -94,7 +95,7 @@ def federation(options: argparse.Namespace, clients: int, work: Path) -> dict[st
     """One round, from the config to the checkpoint.
 
     Raises:
-        ValueError: no client of the largest rank took part, so the peak would say nothing.
+        ValueError: no client of the largest rank took part, so the peak would be meaningless.
     """
     ready, prepared = _prepared(options, clients, work)
     started, events, peaks = time.perf_counter(), [], []
@@ -122,10 +123,10 @@ def federation(options: argparse.Namespace, clients: int, work: Path) -> dict[st
 
 @contextmanager
 def sampling() -> Iterator[dict[str, float]]:
-    """The largest resident sets seen, in MiB, looking fifty times a second.
+    """The largest resident sets in MiB, sampled fifty times a second.
 
-    ``RssAnon`` is what was allocated; ``RssFile`` are pages of files that are mapped, which
-    the kernel takes back when it needs them. VmHWM counts both.
+    ``RssAnon`` is allocated memory; ``RssFile`` are pages of mapped files, which the kernel can
+    reclaim. VmHWM counts both.
     """
     largest = dict.fromkeys(("VmRSS", "RssAnon", "RssFile"), 0.0)
     stop = threading.Event()
@@ -161,10 +162,10 @@ def _prepared(
 
 
 def in_process(job: str, clients: int, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """A job in a process of its own, so that its peak is its own.
+    """Run a job in a separate process, so that the peak memory is only its own.
 
     Raises:
-        RuntimeError: the process failed; what it said stands above.
+        RuntimeError: the process failed; its message is printed above.
     """
     command = [sys.executable, __file__, *sys.argv[1:]]
     command += ["--job", job, "--clients", str(clients), "--work", str(work)]
@@ -177,7 +178,7 @@ def in_process(job: str, clients: int, options: argparse.Namespace, work: Path) 
 
 
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The base, then each population cold and warm, ``repeats`` times in turn."""
+    """The base model, then each population with a cold and a warm cache, ``repeats`` times."""
     sizes = options.populations
     cold = {n: in_process("preparation", n, options, work) for n in sizes}
     base: list[dict[str, Any]] = []
@@ -195,7 +196,7 @@ def peak(turns: Sequence[dict[str, Any]]) -> float:
 
 
 def claims_of(found: dict[str, Any], options: argparse.Namespace) -> list[Claim]:
-    """The peak over the base's, and how it grows with the population."""
+    """The peak above the base model's, and its growth with the population."""
     sizes, asserted = options.populations, not options.quick
     peaks = {n: peak(found["runs"][n]) for n in sizes}
     over = (peaks[sizes[-1]] - peak(found["base"])) / 1024
@@ -221,7 +222,7 @@ def claims_of(found: dict[str, Any], options: argparse.Namespace) -> list[Claim]
 
 
 def tables_of(found: dict[str, Any], options: argparse.Namespace) -> list[Table]:
-    """Peaks of the runs, then of making the token stores."""
+    """Peaks of the runs, then of creating the token stores."""
     base = peak(found["base"])
     touched = found["base"][0]["anonymous_mib_at_end"]
     runs: list[list[object]] = [["base model, one forward pass", base, 0.0, touched, *[""] * 3]]

@@ -1,11 +1,10 @@
-"""What Ray's workers cost and gain: a call, a worker that dies, a second worker.
+"""The cost and gain of Ray's workers: of a call, of a worker that dies, of a second worker.
 
-Calls that do nothing go through the same exchange as clients do: 100 to 10,000 of them, with one
-download for all. A worker is killed in one of many such calls, and the calls that began are
-counted. Rounds of the tiny model of ``growth.py`` and of SmolLM2-135M, and server steps at its
-shapes, are made by one process, by workers, and by two processes at once that know nothing of each
-other: what those get is what the machine gives (``ray_rounds.py``). One thread each; all must give
-the same adapter.
+Calls that do nothing use the same exchange as clients: 100 to 10,000 of them, with one download
+for all. A worker is killed during one of many such calls, and the calls that began are counted.
+Rounds of the tiny model of ``growth.py`` and of SmolLM2-135M, and server steps at its shapes, are
+computed by one process, by workers, and by two independent processes at once, which show what the
+machine can give (``ray_rounds.py``). One thread each; all must give the same adapter.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from flexlora.federation.transport import Reply, WaitPolicy
 DOWNLOAD_BYTES = 2**16
 CALL_MS, GROWN, TURNS_LOST = 2.0, 1.25, 1
 FASTER, OF_CEILING = 1.8, 0.95
-"""What two workers gain over one process, and that over what two processes at once would."""
+"""The gain of two workers over one process, and relative to two independent processes."""
 KILLER = "kills its worker"
 ALONE, BOTH = "one process", "two processes at once"
 
 
 @dataclass(frozen=True)
 class NoOp:
-    """Calls that do nothing, but note that they began if there is a file to note it in.
+    """Calls that do nothing except record their start in a file, if there is one.
 
-    The client called ``KILLER`` ends its worker the first time.
+    The client ``KILLER`` ends its worker in its first call.
     """
 
     notes: Path | None = None
@@ -65,7 +64,7 @@ class NoOp:
 
 @contextmanager
 def crew(options: argparse.Namespace, work: Path, build: NoOp) -> Iterator[RayTransport]:
-    """Workers that do nothing on a cluster of their own, called once before anything is timed."""
+    """Idle workers on a separate cluster, each called once before the measurement."""
     settings = ray_rounds.settings_of_nothing()
     with cluster(settings, options.workers) as found:
         held = RayTransport(build, options.workers, {"num_cpus": 1}, scratch=found.scratch)
@@ -77,7 +76,7 @@ def crew(options: argparse.Namespace, work: Path, build: NoOp) -> Iterator[RayTr
 
 
 def jobs(work: Path, clients: Iterable[str]) -> Iterator[TurnRequest]:
-    """A job for each of these clients, with a download that all share."""
+    """A job for each of these clients, with one shared download."""
     download = work / "download"
     if not download.exists():
         download.write_bytes(os.urandom(DOWNLOAD_BYTES))
@@ -85,7 +84,7 @@ def jobs(work: Path, clients: Iterable[str]) -> Iterator[TurnRequest]:
 
 
 def calls(options: argparse.Namespace, work: Path) -> dict[str, list[dict[str, float]]]:
-    """Milliseconds of a call, and of it this process's own, in exchanges of several sizes in turn.
+    """Milliseconds per call, in total and in this process, for exchanges of several sizes.
 
     Raises:
         RuntimeError: a call was not answered.
@@ -107,7 +106,7 @@ def calls(options: argparse.Namespace, work: Path) -> dict[str, list[dict[str, f
 
 
 def death(options: argparse.Namespace, work: Path) -> dict[str, float]:
-    """Exchanges with and without a death, in seconds, and how many turns began twice."""
+    """Seconds of exchanges with and without a killed worker, and the calls that began twice."""
     notes = work / "notes"
     with crew(options, work, NoOp(notes)) as federation:
         seconds = {}
@@ -132,7 +131,7 @@ def death(options: argparse.Namespace, work: Path) -> dict[str, float]:
 
 
 def claims_of(found: dict[str, Any], options: argparse.Namespace) -> list[Claim]:
-    """Milliseconds a call and their growth, what a death costs, and what workers gain."""
+    """The claims: milliseconds per call and their growth, the cost of a death, the workers' gain."""
     asserted = not options.quick
     each = {size: statistics.median(t["wall"] for t in of) for size, of in found["calls"].items()}
     small, large = (str(size) for size in (options.calls[0], options.calls[-1]))
@@ -169,13 +168,13 @@ def seconds_of(turns: list[dict[str, Any]]) -> float:
 
 
 def gain_of(found: dict[str, list[dict[str, Any]]], name: str) -> float:
-    """The work that a contestant does in the time in which one process does its own."""
+    """The work of a contestant in the time that one process needs for its own."""
     works = len(found[BOTH]) // len(found[ALONE]) if name == BOTH else 1
     return works * seconds_of(found[ALONE]) / seconds_of(found[name])
 
 
 def tables_of(found: dict[str, Any], options: argparse.Namespace) -> list[Table]:
-    """Calls, the death, the machine, rounds and where they go, server steps."""
+    """Tables of calls, the death, the machine, rounds and their time, and server steps."""
     called = [
         [size, *(statistics.median(turn[key] for turn in turns) for key in ("wall", "own"))]
         for size, turns in found["calls"].items()

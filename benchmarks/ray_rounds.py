@@ -1,8 +1,9 @@
-"""Rounds and server steps by one process, by Ray's workers, and by two processes at once.
+"""Rounds and server steps by one process, by Ray's workers, and by two independent processes.
 
-Two processes of one thread that know nothing of each other, each at the whole work, say what the
-machine gives: if both take as long as one alone, two workers can be twice as fast. The parts of
-``ray_calls.py`` that take real work; it runs itself for what is to be in a process of its own.
+Two independent single-threaded processes, each doing the whole work, show what the machine can
+give: if each takes as long as a single process, two workers can be twice as fast. These are the
+parts of ``ray_calls.py`` with real work; the script starts itself for measurements in a separate
+process.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ RANKS = (8, 16, 32, 64)
 
 @contextmanager
 def busy_cores() -> Iterator[list[float]]:
-    """How many cores all processes of the machine kept busy meanwhile: the one number given."""
+    """The average number of busy cores of the machine meanwhile, over all processes."""
 
     def busy() -> float:
         user, nice, system, _, _, *irqs = map(int, Path("/proc/stat").read_text().split()[1:8])
@@ -55,10 +56,10 @@ def busy_cores() -> Iterator[list[float]]:
 
 
 def at_once(*jobs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """These jobs in a process each, which begin together once all are prepared.
+    """Run each of these jobs in its own process; all begin together when all are prepared.
 
     Raises:
-        RuntimeError: one failed; what it said stands above.
+        RuntimeError: a job failed; its message is printed above.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     begun = [
@@ -78,7 +79,7 @@ def at_once(*jobs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def kernels(job: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Calls a second of work that needs the core alone, or the memory as well."""
+    """Calls per second of work that needs only the core, or the memory as well."""
     small, large = torch.randn(64, 64), torch.randn(1536, 1536)
     much = torch.randn(2**25)
     works: dict[str, Callable[[], object]] = {
@@ -99,7 +100,7 @@ def kernels(job: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def settings_of(job: Mapping[str, Any]) -> config.Experiment:
-    """The federation measured: every client of a round trains by itself on one thread."""
+    """The measured federation: the clients of a round train one at a time on one thread."""
     size = job["clients"]
     given = growth.job(
         argparse.Namespace(threads=1, max_tokens=job["max_tokens"]),
@@ -130,7 +131,7 @@ def on_workers(job: Mapping[str, Any], workers: int, folder: Path) -> dict[str, 
 
 
 def told_of(events: Iterable[dict[str, Any]], workers: int) -> dict[str, Any]:
-    """What the journal tells of the rounds after the first, and of where their time went."""
+    """The rounds after the first, and how their time was spent, from the journal."""
     seen = []
     for event in events:
         seen.append(event)
@@ -155,9 +156,9 @@ def told_of(events: Iterable[dict[str, Any]], workers: int) -> dict[str, Any]:
 def phases(
     seen: Sequence[dict[str, Any]], told: dict[str, Any], end: float, workers: int
 ) -> dict[str, float]:
-    """A round's seconds, until the next one begins, by what they went to.
+    """A round's seconds, until the next one begins, by activity.
 
-    Turns are their sum over the workers; at the end each of the others waits for the last one.
+    Training is summed over the workers; at the end each worker waits for the last one.
     """
     start = told["time"] - told["seconds"]
     clients = [e for e in seen if e["event"] == "client" and e["round"] == told["round"]]
@@ -176,10 +177,10 @@ def phases(
 
 
 def training(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Rounds of the tiny model, and one of SmolLM2-135M, by all contestants in turn.
+    """Rounds of the tiny model, and one of SmolLM2-135M, by all contestants alternately.
 
     Raises:
-        ValueError: there is no data to train on.
+        ValueError: there is no training data.
     """
     source = data_file(options.data, "clients.parquet")
     plan: dict[str, dict[str, Any]] = {
@@ -203,7 +204,7 @@ def training(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 def contest(
     job: Mapping[str, Any], case: Mapping[str, Any], work: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """One process, workers, and two processes at once, in turn."""
+    """One process, workers, and two independent processes, alternately."""
     found: dict[str, list[dict[str, Any]]] = {}
     for repeat in range(case["repeats"]):
 
@@ -247,7 +248,7 @@ def stepped(job: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def timed(work: Callable[[], State], repeats: int) -> dict[str, Any]:
-    """Seconds of each step after the first, and a hash of what came of it."""
+    """Seconds of each step after the first, and a hash of its result."""
     work()
     seconds = []
     with busy_cores() as busy:
@@ -263,7 +264,7 @@ def timed(work: Callable[[], State], repeats: int) -> dict[str, Any]:
 
 
 def idle() -> Callable[[Iterable[Any]], list[bytes]]:
-    """What the workers of the server steps keep: nothing."""
+    """The resident state of workers of server steps: none."""
     return lambda jobs: []
 
 
@@ -297,7 +298,7 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def settings_of_nothing() -> config.Experiment:
-    """What a cluster asks a config for: a thread for each worker, no GPU."""
+    """The settings that a cluster needs: one thread for each worker, no GPU."""
     options = argparse.Namespace(threads=1, max_tokens=96)
     return growth.experiment(growth.job(options, Path(), model="tiny", clients=1))
 
@@ -308,7 +309,7 @@ def median(turns: Sequence[dict[str, Any]], phase: str = "seconds") -> float:
 
 
 def seconds_of(turn: Mapping[str, Any]) -> list[float]:
-    """Of each round or server step that a contestant made in one turn."""
+    """The values of each round or server step of one contestant's turn."""
     if "rounds" in turn:
         return [told["seconds"] for told in turn["rounds"]]
     return list(turn["seconds"])

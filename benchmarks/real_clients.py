@@ -1,7 +1,7 @@
-"""What Flower, TLS and processes of their own add to a federation of real clients.
+"""The overhead of Flower, TLS and separate processes in a federation of real clients.
 
-One client trains SmolLM2-135M for at least half a minute a turn, over Flower and then in this
-process, on one thread each; the bytes between the client and the server are counted by a relay.
+One client trains SmolLM2-135M for at least half a minute per round, over Flower and then in this
+process, on one thread each; a relay counts the bytes between the client and the server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_BYTES = 0.02
 
 
 class Relay:
-    """Passes what comes at one port on to another, and counts the bytes of both directions."""
+    """Forwards one port to another, and counts the bytes in both directions."""
 
     def __init__(self, port: int) -> None:
         self.port, self.bytes = port, 0
@@ -35,7 +35,7 @@ class Relay:
 
     @property
     def reached(self) -> int:
-        """The port at which clients find it."""
+        """The port for clients."""
         return int(self.listener.getsockname()[1])
 
     def _accept(self) -> None:

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: measurements, claims kept or missed, and where it ran."""
+"""The results of a benchmark: measurements, claims that hold or fail, and the environment."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SHARED = Path(__file__).parents[1] / "../shared/data/natural-instructions"
 
 @dataclass(frozen=True)
 class Claim:
-    """A number measured and the bound that it is claimed to keep.
+    """A measured number and its claimed bound.
 
-    One that is not ``asserted`` is reported only: at reduced sizes a ratio says nothing.
+    A claim that is not ``asserted`` is only reported: at reduced sizes ratios are meaningless.
     """
 
     text: str
@@ -32,14 +32,14 @@ class Claim:
 
     @property
     def kept(self) -> bool:
-        """Whether the bound holds; NaN keeps none."""
+        """Whether the bound holds; it does not for NaN."""
         if self.at_least:
             return self.measured >= self.bound
         return self.measured <= self.bound
 
     @property
     def sentence(self) -> str:
-        """The claim, what was measured, and the verdict."""
+        """The claim, the measured number, and the verdict."""
         sign = ">=" if self.at_least else "<="
         verdict = "kept" if self.kept else "MISSED"
         note = "" if self.asserted else " (reported, not asserted at this size)"
@@ -55,16 +55,16 @@ class Table:
     rows: Sequence[Sequence[object]]
 
     def markdown(self) -> str:
-        """The table as GitHub writes it."""
+        """The table in GitHub's Markdown."""
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         body = "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
         return f"### {self.title}\n\n{body}\n"
 
 
 def setting(threads: int) -> dict[str, Any]:
-    """Where and when: hardware, load, versions, date, threads and the command.
+    """The environment of a measurement: hardware, load, versions, date, threads and command.
 
-    The load average is part of it because a busy machine gives worthless timings.
+    It includes the load average because timings on a busy machine are worthless.
     """
     packages = ("flexlora", "torch", "numpy", "transformers", "peft", "accelerate")
     return {
@@ -108,7 +108,7 @@ def status_kib(field: str) -> int:
     """A field of ``/proc/self/status`` such as VmHWM (the peak resident set), in KiB.
 
     Raises:
-        ValueError: this is no Linux.
+        ValueError: the system is not Linux.
     """
     if not Path("/proc/self/status").exists():
         raise ValueError("Peak memory is read from /proc/self/status; run this on Linux.")
@@ -116,10 +116,10 @@ def status_kib(field: str) -> int:
 
 
 def data_file(given: Path | None, default: str) -> Path:
-    """The file given, or else the default one beside the repository.
+    """The given file, or the default file beside the repository.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: there is no such file.
     """
     path = given or SHARED / default
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The data of ``server_step.py`` and the contestants that are ours or dense."""
+"""The data of ``server_step.py``, and its contestants except PEFT."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def distinct(self) -> list[int]:
-        """The ranks that the aggregate is cut to."""
+        """The ranks to which the aggregate is truncated."""
         return sorted(set(self.ranks))
 
     @property
@@ -49,13 +49,13 @@ class Case:
 def federation(case: Case, seed: int) -> Weighted:
     """Weighted factors of all clients, float32.
 
-    Decaying: all share the leading directions of one signal, whose spectrum falls as i^-0.7,
-    and a client of rank r holds the first r of them; its noise has the same spectrum at
-    three tenths of the size. An orthogonal turn (B R, R' A) hides the alignment, as training
+    Decaying: all clients share the leading directions of one signal, whose spectrum falls as
+    i^-0.7, and a client of rank r has the first r of them; its noise has the same spectrum at
+    three tenths of the size. An orthogonal rotation (B R, R' A) hides the alignment, as training
     does. Weights are numbers of examples, 16 to 520, as in Natural Instructions.
 
-    Flat: noise alone, orthonormal in each factor and equally weighted, so that no direction
-    stands out: the worst case of any truncation and of any iteration.
+    Flat: only noise, orthonormal in each factor and equally weighted, so that all directions are
+    equally strong: the worst case of every truncation and of every iteration.
     """
     draw = rng(seed, "factors", case.out, case.in_, case.clients)
     top = max(case.ranks)
@@ -88,7 +88,7 @@ def federation(case: Case, seed: int) -> Weighted:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What a contestant returns: the factors by rank, how they were made, the bound shown."""
+    """A contestant's result: the factors by rank, the route, and the error bound."""
 
     factors: dict[int, Factors]
     route: str
@@ -97,20 +97,20 @@ class Cuts:
 
 
 def ours(weighted: Weighted, ranks: Sequence[int], dtype: torch.dtype) -> Cuts:
-    """One exact decomposition, then a cut to each rank."""
+    """One exact decomposition, then a truncation to each rank."""
     svd = decompose(LowRankSum.of(weighted).stacked(dtype), max(ranks), "exact")
     return Cuts({rank: svd.factors(rank) for rank in ranks}, svd.route)
 
 
 def bounded(weighted: Weighted, ranks: Sequence[int], dtype: torch.dtype) -> Cuts:
-    """One decomposition with a bound, or an exact one in its place, then a cut to each rank."""
+    """One decomposition with a bound, or else an exact one, then a truncation to each rank."""
     svd = decompose(LowRankSum.of(weighted).stacked(dtype), max(ranks), "bounded")
     factors = {rank: svd.factors(rank) for rank in ranks}
     return Cuts(factors, svd.route, svd.excess, svd.refused)
 
 
 def dense(weighted: Weighted, ranks: Sequence[int], dtype: torch.dtype) -> Cuts:
-    """The full matrix and its full SVD, as the paper's reference implementation takes them."""
+    """The full matrix and its full SVD, as in the paper's reference implementation."""
     first = weighted[0][1]
     W = torch.zeros(first.shape, dtype=dtype)
     for share, factors in weighted:
@@ -120,5 +120,5 @@ def dense(weighted: Weighted, ranks: Sequence[int], dtype: torch.dtype) -> Cuts:
 
 
 def peft_bytes(case: Case) -> int:
-    """What PEFT holds at once: each client's dense matrix, their stack, the weighted stack."""
+    """The bytes of PEFT's matrices: each client's dense one, their stack, the weighted stack."""
     return 3 * case.clients * case.out * case.in_ * 4

@@ -1,4 +1,4 @@
-"""PEFT's own merging of adapters, as a contestant of ``server_step.py``."""
+"""PEFT's merging of adapters, as a contestant of ``server_step.py``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flexlora.lowrank.factors import Factors
 def merged(
     model: peft.PeftModel, shares: Sequence[float], ranks: Sequence[int], dtype: torch.dtype
 ) -> Cuts:
-    """``add_weighted_adapter`` at the largest rank, reduced SVD; smaller ranks are its cuts.
+    """``add_weighted_adapter`` at the largest rank with a reduced SVD, truncated to the others.
 
-    In the float32 of its layers, whatever ``dtype`` is. PEFT's default, full matrices, and
-    its one call a rank would be slower still.
+    In the float32 of its layers; ``dtype`` is ignored. PEFT's default, a full SVD, with one call
+    per rank would be even slower.
     """
     names = [f"c{i}" for i in range(len(shares))]
     model.add_weighted_adapter(
@@ -29,7 +29,7 @@ def merged(
 
 
 def prepared(weighted: Weighted) -> tuple[peft.PeftModel, list[float]]:
-    """A model of one linear layer that holds every client's adapter, at a scale of one."""
+    """A model of one linear layer with every client's adapter, at a scale of 1."""
     out, in_ = weighted[0][1].shape
     model: peft.PeftModel | None = None
     for i, (_, factors) in enumerate(weighted):

@@ -1,6 +1,6 @@
 """Whole rounds through ``FlexLoRA.aggregate``: uploads on the disk, opened lazily.
 
-Run by ``server_step.py``, each in a process of its own.
+Run by ``server_step.py``, each in a separate process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shapes_7b(layers: int) -> dict[str, tuple[int, int]]:
 
 
 def round_jobs(quick: bool) -> dict[str, dict[str, Any]]:
-    """The rounds measured: of a whole 7B model, and of 2,000 clients at one of its modules."""
+    """The measured rounds: a whole 7B model, and 2,000 clients with one of its modules."""
     module = {"layers.0.down_proj": (512, 1376) if quick else (4096, 11008)}
     many = {"shapes": module, "clients": 200 if quick else 2000, "files": 20 if quick else 80}
     whole = {"shapes": shapes_7b(1 if quick else 32), "ranks": [8], "precision": "float32"}
@@ -47,7 +47,7 @@ def round_jobs(quick: bool) -> dict[str, dict[str, Any]]:
 def write_uploads(folder: Path, job: Mapping[str, Any], seed: int) -> None:
     """Uploads as clients send them, in bfloat16; beyond ``files`` they are hard links.
 
-    A shared signal and noise of each client's own, as in ``federation``, without the turn.
+    A shared signal and each client's noise, as in ``federation``, without the rotation.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(job["clients"]):
@@ -89,7 +89,7 @@ def _opened(folder: Path, job: Mapping[str, Any]) -> Iterator[Upload]:
 
 
 def measure_round(folder: Path, job: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """Seconds of ``FlexLoRA.aggregate``, the peak of this process, and the routes taken."""
+    """Seconds of ``FlexLoRA.aggregate``, the peak memory of this process, and the SVD routes."""
     torch.set_num_threads(threads)
     method = FlexLoRA(precision=job["precision"], accuracy=job["accuracy"])
     top = max(job["ranks"])

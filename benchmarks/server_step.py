@@ -1,9 +1,9 @@
-"""The server's step against the dense one and PEFT's: time, memory and error, at real shapes.
+"""The server step against a dense one and PEFT's: time, memory and error, at real shapes.
 
 The dense route is that of the paper's reference implementation: add up ``p_k B_k A_k`` one
-client after another in float32, take the full SVD of the sum, cut it to each rank. PEFT's is
-``add_weighted_adapter(combination_type="svd")``. Ours is ``decompose``, exact and bounded.
-Every measurement is a fresh process on the same seeded data, and contestants alternate.
+client after another in float32, compute the full SVD of the sum, truncate it to each rank.
+PEFT's is ``add_weighted_adapter(combination_type="svd")``. Ours is ``decompose``, exact and
+bounded. Every measurement is a new process on the same seeded data, and contestants alternate.
 Then whole rounds go through ``FlexLoRA.aggregate`` with uploads on the disk.
 """
 
@@ -66,7 +66,7 @@ QUICK = [
 ] + [Case(512, 512, 20, (2, 4, 4, 24), "flat")]
 VALIDATION = Case(1536, 1792, 20, MIXED)
 QUICK_VALIDATION = Case(384, 448, 20, (2, 4, 4, 24))
-"""Where a dense SVD in float64 is affordable and the summed rank still below the shape."""
+"""A shape for which a dense SVD in float64 is affordable and the summed rank is still smaller."""
 
 SPEEDUPS = {
     (FULL[0], "exact-float32"): 12.0,
@@ -82,7 +82,7 @@ MANY_CLIENTS_MIB = 2e9 / 2**20
 
 
 def left_out(case: Case, contestant: str) -> str | None:
-    """Why a peer is not measured at this case, if it is not."""
+    """The reason why a contestant is not measured in this case, or None."""
     if contestant in OURS:
         return None
     hours = 40 * case.out * case.in_ * min(case.out, case.in_) / 180e9 / 3600
@@ -100,7 +100,7 @@ def error(got: Factors, optimum: Factors) -> float:
 
 
 def errors(case: Case, weighted: Weighted, cuts: Cuts) -> dict[str, Any]:
-    """By rank: the distance from the float64 optimum, and the error above its error."""
+    """By rank: the distance from the float64 optimum, and the excess over its error."""
     svd = LowRankSum.of(weighted).svd(max(case.ranks))
     distance, excess = {}, {}
     for rank, factors in cuts.factors.items():
@@ -112,7 +112,7 @@ def errors(case: Case, weighted: Weighted, cuts: Cuts) -> dict[str, Any]:
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The largest tensor that any operation returns, and how many SVDs are taken."""
+    """Records the largest tensor that any operation returns, and the number of SVDs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.svds = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at what it returns."""
+        """Run the operation and record its result's size."""
         result = func(*args, **(kwargs or {}))
         self.svds += "linalg_svd" in str(func)
         for item in result if isinstance(result, tuple | list) else [result]:
@@ -130,14 +130,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def peers() -> tuple[Any, Any]:
-    """PEFT's merging and what it needs, imported where it is measured: its memory is its own."""
+    """PEFT's merging, imported only where it is measured, so that others do not pay its memory."""
     import server_peft
 
     return server_peft.merged, server_peft.prepared
 
 
 def measure(case: Case, contestant: str, options: argparse.Namespace, whole: bool) -> Any:
-    """One contestant's turn in this process: seconds, peak memory, and once also its error."""
+    """One contestant's turn in this process: seconds, peak memory, and optionally its error."""
     torch.set_num_threads(options.threads)
     name, _, precision = contestant.partition("-")
     route, prepared = peers() if name == "peft" else (ROUTES[name], lambda weighted: (weighted,))
@@ -162,7 +162,7 @@ def measure(case: Case, contestant: str, options: argparse.Namespace, whole: boo
     }
     summed_rank = sum(case.client_ranks)
     if whole and contestant != "exact-float64" and summed_rank < min(case.out, case.in_):
-        # The exact float64 route is the optimum itself; ``validate`` holds it to a dense SVD.
+        # The exact float64 route is the optimum itself; ``validate`` compares it with a dense SVD.
         found |= errors(case, weighted, cuts)
     if whole and name == "exact":
         with Watch() as watch:
@@ -172,7 +172,7 @@ def measure(case: Case, contestant: str, options: argparse.Namespace, whole: boo
 
 
 def validate(case: Case, options: argparse.Namespace) -> dict[str, float]:
-    """Our float64 route against a dense SVD in float64, by rank."""
+    """The distance of our float64 route from a dense SVD in float64, by rank."""
     torch.set_num_threads(options.threads)
     weighted = federation(case, options.seed)
     exact = dense(weighted, case.distinct, torch.float64).factors
@@ -181,10 +181,10 @@ def validate(case: Case, options: argparse.Namespace) -> dict[str, float]:
 
 
 def in_process(job: dict[str, Any], options: argparse.Namespace) -> Any:
-    """The job in a fresh process, so that its peak memory is its own.
+    """Run the job in a new process, so that the peak memory is only its own.
 
     Raises:
-        RuntimeError: the process failed; what it said stands above.
+        RuntimeError: the process failed; its message is printed above.
     """
     common = ["--seed", str(options.seed), "--threads", str(options.threads)]
     command = [sys.executable, __file__, "--job", json.dumps(job), *common]
@@ -195,7 +195,7 @@ def in_process(job: dict[str, Any], options: argparse.Namespace) -> Any:
 
 
 def do_job(options: argparse.Namespace) -> Any:
-    """What a process started by ``in_process`` does."""
+    """The work of a process started by ``in_process``."""
     job = json.loads(options.job)
     if "round" in job:
         return measure_round(Path(job["folder"]), job["round"], options.threads)
@@ -228,7 +228,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_rounds(options: argparse.Namespace) -> dict[str, Any]:
-    """The rounds of ``round_jobs``, each on uploads written for it."""
+    """The rounds of ``round_jobs``, each with newly written uploads."""
     found = {}
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         for name, job in round_jobs(options.quick).items():
@@ -241,7 +241,7 @@ def run_rounds(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def claims_of(case: Case, found: dict[str, Any], quick: bool) -> list[Claim]:
-    """What is claimed of one case."""
+    """The claims about one case."""
     seconds, turns = found["median_seconds"], found["turns"]
     title, claims = case.title, []
     for name in OURS:
@@ -272,7 +272,7 @@ def claims_of(case: Case, found: dict[str, Any], quick: bool) -> list[Claim]:
 
 
 def round_claims(rounds: dict[str, Any], quick: bool) -> list[Claim]:
-    """What is claimed of whole rounds."""
+    """The claims about whole rounds."""
     whole, many = rounds["7B round, bounded"], rounds["many clients, bounded"]
     text = f"{whole['title']}, seconds of FlexLoRA.aggregate"
     peak = f"{many['title']}, peak memory of the process in MiB"

@@ -1,8 +1,8 @@
 """A round of small clients: our simulated federation, Flower's simulation, and Apple's pfl.
 
 All train LoRA of one rank with FedAvg over the factors (our method ``fedit``), from the same
-factors, on the same rows in the same order, and run in a process of their own. A peer has
-an environment of its own, made of the pinned requirements in ``peers/``.
+factors, on the same rows in the same order, each in its own process. Each peer runs in its own
+environment, built from the pinned requirements in ``peers/``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from flexlora.federation.setup import prepare
 from flexlora.lowrank.sums import LowRankSum, norm
 
 DISTANCE = 0.01
-"""How far, relatively, trained products may be apart that are the same but for rounding; with
-the same rows in another order they are 0.7 apart (two clients, two steps)."""
+"""The largest relative distance of trained products that is attributed to rounding; with the same
+rows in another order it is 0.7 (two clients, two steps)."""
 
 ENVIRONMENTS = Path.home() / ".cache" / "flexlora-bench"
 PACKAGES = {
@@ -37,7 +37,7 @@ PACKAGES = {
 
 
 def agreement(race: Race, names: Iterable[str]) -> dict[str, float]:
-    """How far the trained products of each contestant's last turn are from ours, relatively."""
+    """The relative distance of each contestant's trained products, of its last turn, from ours."""
     last = race.options.repeats - 1
     mine = our_adapter(race.options, race.work / f"turn {last}, {OURS}")
     whole = math.hypot(*(norm(factors) for factors in mine.values()))
@@ -71,7 +71,7 @@ def claims_of(
     turns: Mapping[str, Sequence[Turn]],
     quick: bool,
 ) -> list[Claim]:
-    """Speed against each peer, and that all did the same work; what was not measured is missed."""
+    """The speed against each peer, and checks that all did the same work; no result is a miss."""
     mine, nothing = medians[OURS], {"round": math.nan, "whole": math.nan}
     claims = []
     for name, bound in ((RELOADING, 4.0), (KEEPING, 4.0), (PFL, 2.0)):

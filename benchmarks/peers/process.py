@@ -1,4 +1,4 @@
-"""A peer's own environment, and a contestant's run in a process of its own."""
+"""A peer's virtual environment, and a contestant's run in a separate process."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ FOR_PEERS = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": str(HERE),
 }
-"""The variables of peers: none calls home while it is measured, and all find ``recipe``."""
+"""The environment variables of peers: no telemetry during measurements, and ``recipe`` on the
+path."""
 
 
 class NotMeasured(RuntimeError):
-    """A contestant that could not be installed or did not finish, with the reason."""
+    """A contestant that could not be installed or did not finish; its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended well: its wall clock, and the largest memory of it and its children."""
+    """A successful process: its elapsed seconds, and the peak memory of it and its children."""
 
     seconds: float
     peak_mib: float
 
 
 def environment(peer: str, folder: Path) -> Path:
-    """The Python of a peer's virtual environment, made of its pinned requirements if need be.
+    """The Python of a peer's virtual environment, created from its pinned requirements if needed.
 
     Raises:
         NotMeasured: the requirements cannot be installed.
@@ -74,7 +75,7 @@ def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
 
 
 def run(command: Sequence[str], log: Path, variables: Mapping[str, str], limit: float) -> Finished:
-    """Run a contestant to its end; what it says goes to ``log``.
+    """Run a contestant to its end, with its output in ``log``.
 
     Raises:
         NotMeasured: it failed, or took longer than ``limit`` seconds.
@@ -107,7 +108,7 @@ def run(command: Sequence[str], log: Path, variables: Mapping[str, str], limit: 
 
 
 class _Watch(threading.Thread):
-    """Twice a second, the memory of a process and its descendants; shared pages count once."""
+    """Samples, twice a second, the memory of a process tree; shared pages count once."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -120,7 +121,7 @@ class _Watch(threading.Thread):
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """A process and its descendants."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

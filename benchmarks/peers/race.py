@@ -1,4 +1,4 @@
-"""The contestants, each in processes of its own, and the trials and turns that they run."""
+"""The contestants, each in separate processes, with their trials and turns."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PFL = "pfl"
 
 @dataclass(frozen=True)
 class Contestant:
-    """A peer's script and what it is told."""
+    """A peer's script and its arguments."""
 
     peer: str
     options: Sequence[str] = ()
 
     def command(self, python: Path, workers: int) -> list[str]:
-        """How it is started; only pfl is told of its processes by a launcher."""
+        """The command that starts it; only pfl gets its number of processes from a launcher."""
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
         how = launch if self.peer == "pfl" and workers > 1 else []
         script = str(HERE / self.peer / "simulate.py")
@@ -44,7 +44,7 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One process of a contestant: its rounds, its whole, and what its clients did."""
+    """One process of a contestant: seconds of its rounds and in total, and its clients' work."""
 
     seconds: float
     peak_mib: float
@@ -67,14 +67,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Race:
-    """What every turn needs: the options, the folder of the tasks, the peers' Pythons."""
+    """The inputs of every turn: the options, the folder of the tasks, the peers' Pythons."""
 
     options: argparse.Namespace
     work: Path
     pythons: Mapping[str, Path]
 
     def turn(self, name: str, task: str, workers: int, out: Path) -> Turn:
-        """One process of a contestant, which leaves its result in ``out``.
+        """One process of a contestant, which writes its result to ``out``.
 
         Raises:
             NotMeasured: it failed or took too long.
@@ -97,10 +97,10 @@ class Race:
         return found
 
     def trial(self, name: str) -> dict[int, float]:
-        """Seconds of a round of few clients, by the number of processes; those that work.
+        """Seconds of a round of few clients, by each number of processes that works.
 
         Raises:
-            NotMeasured: none works.
+            NotMeasured: no number of processes works.
         """
         found, faults = {}, []
         for workers in self.options.workers:
@@ -126,9 +126,9 @@ def installed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def tried(race: Race, faults: dict[str, str]) -> dict[str, dict[int, float]]:
-    """The trial of each peer, by its name; Flower's is with the model kept.
+    """The trial of each peer, by its name; Flower's keeps the model in each process.
 
-    What fails for every number of processes goes to ``faults``.
+    A peer that fails for every number of processes is added to ``faults``.
     """
     found: dict[str, dict[int, float]] = {}
     for name in (KEEPING, PFL):
@@ -144,9 +144,9 @@ def tried(race: Race, faults: dict[str, str]) -> dict[str, dict[int, float]]:
 
 
 def measure(race: Race, faults: dict[str, str]) -> dict[str, Any]:
-    """The trials, then all contestants in turn, ``repeats`` times.
+    """The trials, then all contestants alternately, ``repeats`` times.
 
-    A contestant that fails is left out from there on, and ``faults`` says why.
+    A contestant that fails is left out from then on, and its reason is added to ``faults``.
     """
     trials = tried(race, faults)
     workers = {OURS: 1}

@@ -1,7 +1,7 @@
-"""What a client of a peer works with: the task in a folder, the PEFT model, padded batches.
+"""The common parts of a peer's client: the task from a folder, the PEFT model, padded batches.
 
-It runs in the peers' own environments and knows nothing of flexlora. Both peers get their
-rows as token ids, so that neither pays for tokenising.
+It runs in the peers' environments and does not import flexlora. Both peers get their rows as
+token ids, so that tokenising is not measured.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Feature = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Work:
-    """The task that every contestant is given.
+    """The task of every contestant.
 
-    ``facts`` is ``work.json``: the model's folder, the hyper-parameters, the rows as token
-    ids, and for each round and client the rows in the order of its steps. The factors that
-    all start from are in ``start.safetensors``, under PEFT's keys.
+    ``facts`` is ``work.json``: the model's folder, the hyperparameters, the rows as token ids,
+    and for each round and client the rows in the order of its steps. The initial factors are in
+    ``start.safetensors``, under PEFT's keys.
     """
 
     folder: Path
@@ -39,12 +39,12 @@ class Work:
 
     @property
     def clients(self) -> int:
-        """How many clients there are, all of them in every round."""
+        """The number of clients, all of which take part in every round."""
         return len(self.facts["plan"][0])
 
     @property
     def rounds(self) -> int:
-        """How many rounds there are."""
+        """The number of rounds."""
         return len(self.facts["plan"])
 
     def start(self) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ class Work:
         return load_file(self.folder / "start.safetensors")
 
     def features(self, round: int, client: int) -> list[Feature]:
-        """A client's rows in a round (from 0), with the loss on the response alone."""
+        """A client's rows in a round (from 0), with the loss only on the response."""
         found = []
         for row in self.facts["plan"][round][client]:
             ids, prompt = self.facts["rows"][row]["ids"], self.facts["rows"][row]["prompt"]
@@ -69,7 +69,7 @@ def read(folder: str) -> Work:
 
 
 def adapted(work: Work) -> PeftModel:
-    """The base model from its files in float32, with LoRA on every linear layer but the head."""
+    """The base model in float32, with LoRA on every linear layer except the head."""
     facts = work.facts
     base = transformers.AutoModelForCausalLM.from_pretrained(facts["model"], dtype=torch.float32)
     base.config.use_cache = False  # keys and values are kept for generation, else for nothing
@@ -97,11 +97,11 @@ def collate(features: Sequence[Feature]) -> dict[str, Tensor]:
 
 
 def loss_tokens(features: Sequence[Feature]) -> int:
-    """How many tokens of these rows have a loss."""
+    """The number of tokens of these rows that have a loss."""
     return sum(label != IGNORED for feature in features for label in feature["labels"])
 
 
 def finish(out: Path, round_seconds: Sequence[float], totals: dict[str, float]) -> None:
-    """Leave the result behind, beside ``adapter.safetensors``; ``totals`` are over all rounds."""
+    """Write the result beside ``adapter.safetensors``; ``totals`` are over all rounds."""
     result = {"round_seconds": list(round_seconds), **totals}
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")

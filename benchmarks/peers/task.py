@@ -1,4 +1,4 @@
-"""The task of every contestant: written to a folder for the peers, and done by flexlora."""
+"""The task of every contestant: written to a folder for the peers, and run with flexlora."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from flexlora import config, peft_format
 from flexlora.data.corpora import table
 from flexlora.data.corpus import Corpus
 from flexlora.federation import rounds
-from flexlora.federation.setup import PreparedRun, prepare
+from flexlora.federation.prepared import PreparedRun
+from flexlora.federation.setup import prepare
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model import smollm2
 from flexlora.seeds import rng
 
 PREFIX = "base_model.model."
-"""What PEFT writes before a module's path."""
+"""PEFT's prefix of a module's path."""
 
 
 def experiment(options: argparse.Namespace, cache: Path) -> config.Experiment:
@@ -59,10 +60,10 @@ def experiment(options: argparse.Namespace, cache: Path) -> config.Experiment:
 def corpus_of(options: argparse.Namespace) -> Corpus:
     """The small clients: those whose longest row is shortest, in characters.
 
-    Each holds as many training rows as its steps take, its first ones.
+    Each has its first training rows, as many as its steps need.
 
     Raises:
-        ValueError: there are fewer clients with so many rows.
+        ValueError: there are too few clients with that many rows.
     """
     whole = table.read(data_file(options.data, "sample.parquet"), table.Columns())
     owners, training = whole.keys("client"), whole.keys("split") == "train"
@@ -84,7 +85,7 @@ def corpus_of(options: argparse.Namespace) -> Corpus:
 def order(ready: PreparedRun, client: str, number: int) -> list[int]:
     """A client's rows in a round (from 1), in the order in which our loop draws its steps.
 
-    Were it another order, the trained products would be apart.
+    In another order the trained products would differ.
     """
     here = ready.workplace
     held = np.asarray(here.rows[client], np.int64)
@@ -93,7 +94,7 @@ def order(ready: PreparedRun, client: str, number: int) -> list[int]:
 
 
 def write(ready: PreparedRun, options: argparse.Namespace, folder: Path, clients: int) -> None:
-    """The task as the peers read it (``recipe.Work``), for the first so many clients."""
+    """Write the task for the peers (``recipe.Work``), for the first ``clients`` clients."""
     store, how = ready.workplace.store, ready.workplace.training
     ids = list(ready.clients)[:clients]
     facts = {
@@ -122,10 +123,10 @@ def write(ready: PreparedRun, options: argparse.Namespace, folder: Path, clients
 
 
 def ours(options: argparse.Namespace) -> None:
-    """The job of our own process: prepare, run the rounds, leave the result behind.
+    """The job of our own process: prepare, run the rounds, write the result.
 
-    A round ends with its event; what is written after it counts to the next one, or to
-    the last.
+    A round ends with its event; files written after it count towards the next round, or
+    towards the last one.
 
     Raises:
         RuntimeError: a client was lost.
@@ -149,7 +150,7 @@ def ours(options: argparse.Namespace) -> None:
 
 
 def our_adapter(options: argparse.Namespace, out: Path) -> Adapter:
-    """The global adapter that ``ours`` left behind."""
+    """The global adapter that ``ours`` has written."""
     folder = rounds.adapter_folder(out / "run", options.rounds)
     return peft_format.read(folder).loaded().adapter
 

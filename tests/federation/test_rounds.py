@@ -17,7 +17,7 @@ import transformers
 from flexlora import wire
 from flexlora.federation import checkpoint, client_turn, collect, rounds, setup
 from flexlora.federation.client_turn import TurnRequest
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import LateReply, Lost, Reply, WaitPolicy
 from flexlora.journal.record import Record

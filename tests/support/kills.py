@@ -17,7 +17,7 @@ from pathlib import Path
 from flexlora import peft_format
 from flexlora.federation import checkpoint, rounds, setup
 from flexlora.federation.client_turn import TurnRequest
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import LateReply, Lost, Reply, Transport, WaitPolicy
 from flexlora.journal.record import Record

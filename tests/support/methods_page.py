@@ -1,4 +1,4 @@
-"""docs/methods.md, made from the methods and from messages measured; run it to write the page."""
+"""docs/methods.md, generated from the methods and from measured messages; run it to write it."""
 
 import ast
 import inspect
@@ -150,28 +150,35 @@ def notes(name: str) -> str:
 
 COLUMNS = (
     *("name", "method", "paper", "exact", "mixed ranks", "mixed modules", "up, KiB", "down, KiB"),
-    *("server, a module", "composes with", "code"),
+    *("server, per module", "composes with", "code"),
 )
 
 HEAD = """# Methods
 
-Made by `make docs` from the methods themselves; a test keeps it true.
+Generated from the methods by `make docs`; a test checks that it is up to date.
 
-One method is one file in `src/flexlora/methods/`, and every one is held to the laws of
-`tests/methods/test_laws.py`. **Exact** says whether the server's result is the weighted mean of
-the clients' products, up to the rank that it keeps; "term by term" means that each term's mean is
-over the clients that hold it. Methods without **mixed ranks** refuse a federation of unequal
-ranks at start-up, and those without **mixed modules** one in which a type has the rank 0 for a
-kind of layers; with the others each module's mean is over the clients that train it. **Up** and
-**down** count numbers for a module (m, n): r is the client's rank, R the largest, S the cohort's
-summed rank, K its size, p the rank that an energy leaves, b the terms that a budget gives the
-module, c the numbers of a column of what is trained in place of factors; "or" means in turn, "then"
-from a later round on. Beside the formula stand the measured KiB of float32 messages for one module
-of {shape}, a client of rank 8 among clients of ranks 4, 8 and 16 (8, 8, 8 where ranks must be
-equal), for a client that took part in every round. FedProx **composes with** every method; a server
-optimiser or SCAFFOLD with those that say so, and is refused with others. Exactness is that of a
-float32 wire: a coarser `federation.wire_dtype` rounds every message. **Code** is lines of code
-without comments, docstrings and blank lines. The median is {median}.
+A method of this library is one file in `src/flexlora/methods/`. The tests in
+`tests/methods/test_laws.py` ("laws") run on all of them. To add your own, see
+[CONTRIBUTING.md](../CONTRIBUTING.md). The columns of the table:
+
+- **Exact:** whether the server's result is the weighted mean of the clients' products, up to the
+  rank that the server keeps. "Term by term": the mean of each rank-one component is over the
+  clients that have this component. A dash: each client's model is personal. Exactness is that of
+  a float32 wire; a coarser `federation.wire_dtype` rounds every message.
+- **Mixed ranks:** methods without it require all clients to use the same rank.
+- **Mixed modules:** methods without it require all clients to train the same kinds of layers; the
+  others average each module over the clients that train it. Other configurations are refused at
+  startup.
+- **Up** and **down:** parameters in an upload and a download for one module of m x n, as a
+  formula: r is the client's rank, R the largest rank, S the sum of the ranks of the cohort, K its
+  size, p the rank that an energy threshold leaves, b the number of components that a budget gives
+  the module, c the number of parameters of a method that trains other parameters than `B` and
+  `A`. "Or" separates alternating rounds, "then" an early from a later phase. After the formula:
+  the measured KiB of float32 messages for one module of {shape}, for a client of rank 8 among
+  clients of ranks 4, 8 and 16 (8, 8, 8 where ranks must be equal) that took part in every round.
+- **Composes with:** FedProx composes with every method; a server optimizer or SCAFFOLD only with
+  those named here, and is refused with others.
+- **Code:** lines of code without comments, docstrings and blank lines. The median is {median}.
 
 {guide}
 ## Table

@@ -2,9 +2,9 @@
 
 A call gets the global factors, puts them into the model, trains with a trainer of
 transformers, and returns the factors. FlowerTune loads the base model in each call; with
-``keep`` in the message's config the process keeps it instead. It is a module of its own, so
-that Ray's workers import it rather than getting it by value with every call, which would
-lose what they keep.
+``keep`` in the message's config the process keeps it instead. It is a separate module, so that
+Ray's workers import it: if they received it by value with every call, they would lose the
+model they keep.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def resident(folder: str) -> PeftModel:
 
 
 def arguments(work: recipe.Work, folder: str) -> transformers.TrainingArguments:
-    """The recipe of all contestants: one batch is one step, in the order given."""
+    """A trainer with the recipe of all contestants: one batch is one step, in the given order."""
     facts = work.facts
     return transformers.TrainingArguments(
         output_dir=folder,
@@ -71,7 +71,7 @@ def fit(model: PeftModel, work: recipe.Work, features: list[recipe.Feature]) -> 
 
 @app.query()
 def ready(message: Message, context: Context) -> Message:
-    """Start the process before the clock runs: the imports above, and the model if it is kept."""
+    """Start the process before the measurement: the imports, and the model if it is kept."""
     how = message.content.config_records["config"]
     if how["keep"]:
         resident(str(how["work"]))

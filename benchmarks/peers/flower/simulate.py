@@ -27,7 +27,7 @@ TOTALS = ("loss_total", "loss_tokens", "tokens")
 
 
 class Marks:
-    """When each round ended, and the totals of its clients."""
+    """The time at which each round ended, and the totals of its clients."""
 
     def __init__(self, clients: int) -> None:
         self.clients = clients
@@ -35,10 +35,10 @@ class Marks:
         self.totals = dict.fromkeys(TOTALS, 0.0)
 
     def __call__(self, replies: list[RecordDict], weighted_by: str) -> MetricRecord:
-        """Add up the metrics of a round; Flower calls it after it averaged the arrays.
+        """Add up the metrics of a round; Flower calls it after averaging the arrays.
 
         Raises:
-            RuntimeError: a client failed; Flower would go on without it.
+            RuntimeError: a client failed; Flower would continue without it.
         """
         if len(replies) != self.clients:
             raise RuntimeError(f"{len(replies)} of {self.clients} clients replied.")
@@ -50,7 +50,7 @@ class Marks:
 
 
 def warm(grid: Grid, clients: int, how: ConfigRecord) -> None:
-    """Wait for the nodes and have each process import, and load what it keeps.
+    """Wait for the nodes and let each process import and load the model that it keeps.
 
     Raises:
         RuntimeError: a client failed.

@@ -1,7 +1,7 @@
 """Rounds of Apple's pfl: FederatedAveraging in its SimulatedBackend, on one resident model.
 
 pfl trains the users of a cohort one after another by changing the model in place. Under
-``torch.distributed.run`` the users are dealt to several processes, the longest first.
+``torch.distributed.run`` the users are assigned to several processes, the longest first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 
 
 class Client(torch.nn.Module):
-    """What pfl asks of a module: its loss on a batch. Totals are kept for the comparison."""
+    """The module that pfl needs, with a loss on a batch; it adds up totals for the comparison."""
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Client(torch.nn.Module):
         return loss
 
     def metrics(self, *_: object, **__: object) -> dict[str, Any]:
-        """Nothing; nothing is evaluated."""
+        """No metrics, because nothing is evaluated."""
         return {}
 
 
@@ -94,7 +94,7 @@ def users(work: recipe.Work) -> FederatedDataset:
 
 
 def local_optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
-    """AdamW on the factors alone."""
+    """AdamW on the factors only."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 

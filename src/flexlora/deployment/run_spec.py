@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.config import Experiment
 from flexlora.errors import ProtocolError
-from flexlora.federation import compose, setup
+from flexlora.federation import compose, prepared
 from flexlora.method import Method
 from flexlora.model import Source
 from flexlora.model.layers import attention
@@ -44,7 +44,7 @@ class RunSpec(BaseModel):
     @property
     def dtype(self) -> torch.dtype:
         """The kind of numbers that adapters travel in."""
-        return setup.dtype(self.wire_dtype)
+        return prepared.dtype(self.wire_dtype)
 
     def composed(self) -> Method:
         """The method, within the server optimiser and the regulariser."""

@@ -14,7 +14,7 @@ from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.federation import sampling
 from flexlora.federation.client_store import file_name
 from flexlora.federation.client_turn import METRICS, TurnRequest
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.transport import (
     LateReply,
     Lost,

@@ -23,7 +23,7 @@ from flexlora.data import Corpus
 from flexlora.data.corpora import hub, procedural
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.federation import checkpoint, compose, rounds, setup
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import Event, Record
 from flexlora.model import Base
 from flexlora.storage.files import write_atomically

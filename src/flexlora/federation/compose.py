@@ -10,7 +10,14 @@ from flexlora import config, methods
 from flexlora.config import Experiment, Plugins
 from flexlora.errors import ConfigError
 from flexlora.federation import corpora
-from flexlora.method import Averager, Method, averagers, regularizers, server_optimizers
+from flexlora.method import (
+    Averager,
+    Method,
+    averagers,
+    regularizers,
+    require_means,
+    server_optimizers,
+)
 from flexlora.method.server_optimizer import with_server_optimizer
 from flexlora.training import Training
 
@@ -93,9 +100,15 @@ def method_of(experiment: Experiment) -> Method:
     )
 
 
-def averager_of(experiment: Experiment) -> Averager:
-    """The averager that a config names; plain averaging if it names none."""
-    return averagers.make(experiment.averager or PLAIN)
+def averager_for(method: Method, experiment: Experiment) -> Averager:
+    """The averager that a config names; plain averaging if it names none.
+
+    Raises:
+        ConfigError: it does not compute what the method needs.
+    """
+    averager = averagers.make(experiment.averager or PLAIN)
+    require_means(averager, method)
+    return averager
 
 
 def _wrapped(

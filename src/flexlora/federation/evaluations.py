@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from flexlora.evaluation import evaluate_each
 from flexlora.federation.client_store import PRIVATE, ClientStore
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import Event, Record
 from flexlora.lowrank import Adapter, Factors
 from flexlora.method import Client, Feature, FreshAdapters, State

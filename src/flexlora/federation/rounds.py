@@ -21,8 +21,8 @@ from flexlora.federation.checkpoint import Checkpoint
 from flexlora.federation.client_store import PRIVATE, ClientStore
 from flexlora.federation.collect import Collector, client_facts
 from flexlora.federation.evaluations import evaluations, of_base
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.run_facts import spectrum, start_facts
-from flexlora.federation.setup import PreparedRun
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Aggregating, Transport
 from flexlora.journal import Event, Record

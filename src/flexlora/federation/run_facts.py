@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.lowrank import Adapter, LowRankSum
 from flexlora.method import State
 

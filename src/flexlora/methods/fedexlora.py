@@ -2,7 +2,7 @@
 
 ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and the residual
 ``sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A)``, whose rank is at most (K - 1) r,
-is sent factored and merged by everybody for good. Exact on every client.
+is sent factored and merged by every client for good. Exact on every client.
 
 Differs: weights by examples where the paper's are equal (``weights = "uniform"``); every
 residual that a client has not merged yet is sent to it, so that it may miss rounds.

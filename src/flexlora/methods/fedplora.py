@@ -1,9 +1,9 @@
-"""Fed-PLoRA (arXiv 2602.16936): rank-one modules; each client trains some, folds in the rest.
+"""Fed-PLoRA (arXiv 2602.16936): rank-one modules; each client trains some, with the others frozen.
 
-The global adapter is R rank-one terms. In each round a client of rank r draws r of them,
+The global adapter is R rank-one components. In each round a client of rank r draws r of them,
 adds the others to its base for this round, and trains its own from their global values. The
-server averages ``B`` and ``A`` of each term over the clients that trained it, uniformly; a
-term that nobody trained keeps its value. With equal ranks R for all this is FedIT.
+server averages ``B`` and ``A`` of each component over the clients that trained it, uniformly; a
+component that no client trained keeps its value. With equal ranks R for all this is FedIT.
 
 From reading notes, not from the paper's text (unverified: whether one draw is for all
 modules; here each module has its own).
@@ -34,10 +34,10 @@ from flexlora.method import (
 
 @dataclass(frozen=True)
 class FedPLoRA(Method):
-    """Fed-PLoRA: no truncation, all terms trained in turn, at a download of rank R."""
+    """Fed-PLoRA: no truncation, all components trained in turn, at a download of rank R."""
 
     info = Info(
-        "Fed-PLoRA: random rank-one terms, the others folded in",
+        "Fed-PLoRA: random rank-one components, the others frozen",
         "arXiv 2602.16936",
         up="r*(m+n)",
         down="R*(m+n)",

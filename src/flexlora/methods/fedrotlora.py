@@ -1,8 +1,8 @@
-"""FedRot-LoRA (arXiv 2602.23638): clients turn their factors towards the global ones first.
+"""FedRot-LoRA (arXiv 2602.23638): clients rotate their factors towards the global ones first.
 
 ``(B R)(R' A) = B A`` for every orthogonal R, so averaged factors interfere. From the second
 round on a client finds the rotation that brings its ``A`` (in odd rounds its ``B``) nearest
-to the one it was handed (Procrustes: ``M = A A_ref'``, ``M = U S V'``, ``R = U V'`` without
+to the one it received (Procrustes: ``M = A A_ref'``, ``M = U S V'``, ``R = U V'`` without
 reflection), goes a share ``softness`` of the way, and uploads ``B R`` and ``R' A``. The server
 averages the factors.
 """

@@ -3,7 +3,7 @@
 ``B`` (out, r) and ``A`` (r, in) are tensor-train matrices each: with out = m_1 .. m_d and
 r = n_1 .. n_d, the entry of ``B`` at row (i_1 .. i_d) and column (j_1 .. j_d) is the product
 of the matrices G_k[:, i_k, j_k, :], and the same for ``A``. The cores G_k (t, m_k, n_k, t) are
-some tens of times fewer numbers than the factors. The server takes the mean of each core.
+some tens of times fewer parameters than the factors. The server takes the mean of each core.
 
 ``plus`` (FedTT+) freezes all of a module's cores but the first, the last and one of those
 between, which takes turns from round to round, so that the mean is nearer to that of products.
@@ -13,7 +13,7 @@ bottleneck adapter behind each block; here LoRA's factors are trains. The core t
 zero is the first of ``B``, which is always trained. FedTT+ sends all cores down, as clients
 may have missed rounds, and three up.
 
-Cores travel as one ``B`` (numbers, 1) beside an ``A`` without width. A size is split into d
+Cores travel as one ``B`` (parameters, 1) beside an ``A`` without width. A size is split into d
 factors as alike as its primes allow, so that a prime one saves little. The LoRA scale has no
 part.
 """

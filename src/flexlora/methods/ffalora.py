@@ -2,8 +2,8 @@
 
 ``A`` is drawn once from the run's seed and never trained; a client of rank r uses its first
 r rows, trains its ``B`` and sends only that. As ``A`` is common, the mean of ``B`` is the mean
-of the products. At unequal ranks each column of ``B`` is averaged over the clients that hold
-it, which keeps this true term by term.
+of the products. At unequal ranks each column of ``B`` is averaged over the clients that have
+it, which keeps this true component by component.
 
 Differs: the paper has equal ranks only; ``A`` does not travel, the client draws it.
 """

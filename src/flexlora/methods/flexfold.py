@@ -1,19 +1,19 @@
-"""FlexFold, our own: FlexLoRA in which a client folds in what its rank cannot train.
+"""FlexFold, our own: FlexLoRA in which a client adds to its base what its rank cannot train.
 
-A client of rank r is handed the first r terms of the server's SVD to train, and the others
-as a rest that it adds to its base for the round. So it trains on the whole global model,
+A client of rank r receives the first r components of the server's SVD to train, and the
+others frozen: it adds them to its base for the round. So it trains on the whole global model,
 where in FlexLoRA it trains on a truncation. The server averages the clients' whole models,
 
-``W = sum_k p_k (B_k A_k + rest_k)``,
+``W = sum_k p_k (B_k A_k + frozen_k)``,
 
-the trained terms with the rest that the server handed out itself and that does not travel
-back. Without gradients this gives back the same W: nothing collapses, where FlexLoRA's terms
-that a share q of the clients holds shrink by q in every round.
+the trained components with the frozen ones, which the server has and which do not travel back.
+Without gradients this gives back the same W: nothing collapses, where FlexLoRA's components that
+a share q of the clients has shrink by q in every round.
 
-``normalise`` "holders" takes each term's mean over the clients that train it instead
-(raFLoRA, arXiv 2602.13486), "clients" over all, those who hold it still included. ``energy``
-below 1 cuts what is handed out at this share of its squared singular values (FLoRIST's
-knob, arXiv 2506.09199). With equal ranks and energy 1 this is FlexLoRA. Folding the rest is
+``normalise`` "holders" takes each component's mean over the clients that train it instead
+(raFLoRA, arXiv 2602.13486), "clients" over all, those that have it frozen included. ``energy``
+below 1 truncates what is sent at this share of its squared singular values (FLoRIST's
+parameter, arXiv 2506.09199). With equal ranks and energy 1 this is FlexLoRA. Frozen components are
 Fed-PLoRA's (arXiv 2602.16936), there with factors averaged one by one.
 """
 
@@ -46,10 +46,10 @@ from flexlora.method import (
 
 @dataclass(frozen=True)
 class FlexFold(Method):
-    """FlexLoRA with the rest folded in. ``fold`` False leaves the rest out of the download."""
+    """FlexFold. ``fold`` False leaves the frozen components out of the download."""
 
     info = Info(
-        "FlexFold: FlexLoRA with the rest folded in",
+        "FlexFold: FlexLoRA with the other components frozen",
         "this library",
         exact=True,
         up="r*(m+n)",

@@ -6,8 +6,8 @@ The aggregate replaces the last one. With SGD on the clients this is the paper's
 FedAvg + FlexLoRA, with AdamW its FedIT + FlexLoRA.
 
 Differs: the product is formed only where it is smaller than its factors, and decomposed by
-the cheapest route; the server keeps the terms up to the largest rank that any client can be
-handed. A client whose rank exceeds that of the aggregate gets fresh trainable terms, where
+the cheapest route; the server keeps the components up to the largest rank of any client.
+A client whose rank exceeds that of the aggregate gets fresh trainable components, where
 the paper's code hands out arbitrary null vectors with zero singular values: the product is
 the same.
 """

@@ -1,4 +1,4 @@
-"""FLoRA (arXiv 2409.05976): stack the factors, merge the stack into everybody's base.
+"""FLoRA (arXiv 2409.05976): stack the factors, merge the stack into every client's base.
 
 ``[B_1 .. B_K]`` and ``[p_1 A_1; ..; p_K A_K]`` have the mean of the products as their
 product, exactly and for any ranks. Every client merges the stack into its base for good and

@@ -1,8 +1,8 @@
 """FLoRA-NA (arXiv 2509.26399): mixed factors, with the mixture fitted to the mean of products.
 
 ``A = sum_u a_u A_u`` and ``B = sum_u b_u B_u`` with the ``a`` and ``b`` that bring ``B A``
-nearest to ``W = sum_k p_k B_k A_k``: two least-squares problems in K unknowns in turn, from
-the clients' shares on. All that they need are the r x r products of factors, never ``W``.
+nearest to ``W = sum_k p_k B_k A_k``: two least-squares problems in K unknowns in turn, starting
+from the clients' shares. All that they need are the r x r products of factors, never ``W``.
 
 From the abstract (unverified: that the factors are linear combinations). Differs: the
 solver is ours.

@@ -1,8 +1,8 @@
 """FLoRIST (arXiv 2506.09199): FLoRA's stack, cut by SVD to a share of its energy.
 
 Of each module's mean of products the smallest rank is kept whose squared singular values
-reach ``energy`` of all; that one pair is sent to everybody, who merges it into the base and
-starts afresh at the own rank, as in FLoRA (the paper's appendix). ``energy`` 1 is FLoRA.
+reach ``energy`` of all; that one pair is sent to all clients, which merge it into their base
+and start afresh at their own rank, as in FLoRA (the paper's appendix). ``energy`` 1 is FLoRA.
 
 Differs: one QR-based SVD in place of the paper's three, with the same result. The paper
 chooses the threshold for each model and data set between 0.80 and 0.99; the default here is

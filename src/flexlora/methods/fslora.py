@@ -1,7 +1,7 @@
-"""FSLoRA (arXiv 2501.19389): each client trains a sketch, a random part of the global terms.
+"""FSLoRA (arXiv 2501.19389): each client trains a sketch, a random part of the global components.
 
-The global adapter has R terms. In each round a client of rank r draws r of them and trains
-``B S A`` with ``S = R / r`` on the terms drawn, so that the sketch is the adapter on average.
+The global adapter has R components. In each round a client of rank r draws r of them and trains
+``B S A`` with ``S = R / r`` on the components drawn, so that the sketch is the adapter on average.
 What it changed comes back; the server adds the mean of the changes to ``B`` and ``A``, zero
 where a client did not train.
 
@@ -35,10 +35,10 @@ from flexlora.method import (
 
 @dataclass(frozen=True)
 class FSLoRA(Method):
-    """FSLoRA: random parts of the terms, nothing folded in, at a download of rank r."""
+    """FSLoRA: random parts of the components, nothing frozen, at a download of rank r."""
 
     info = Info(
-        "FSLoRA: random sketches of the global terms",
+        "FSLoRA: random sketches of the global components",
         "arXiv 2501.19389",
         up="r*(m+n)",
         down="r*(m+n)",

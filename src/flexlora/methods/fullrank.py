@@ -1,10 +1,10 @@
 """Full-rank aggregation (Trautmann et al., arXiv 2501.06332): exact products, refactored.
 
-The mean of the products is decomposed; its first r terms are what clients train next.
+The mean of the products is decomposed; its first r components are what clients train next.
 Unverified: the paper's method section could not be read; this is the rule that its abstract
 and citations describe.
 
-What rank r cannot hold is either merged into everybody's base for good (``remainder``
+What rank r cannot hold is either merged into every client's base for good (``remainder``
 "merge", so that nothing is lost) or dropped ("drop", which at equal ranks is FlexLoRA).
 """
 

@@ -1,7 +1,7 @@
 """HetLoRA (arXiv 2401.06432): zero-padded factors, norm weights, ranks that prune themselves.
 
 Server: pad every client's factors with zeros to the largest rank and average B and A with
-weights ``w_k`` in proportion to ``||B_k A_k||_F``; a client starts from the first r_k terms.
+weights ``w_k`` in proportion to ``||B_k A_k||_F``; a client starts from the first r_k components.
 Client: the loss gains ``decay * sum_layers ||B[:, g:]||_F ||A[g:]||_F`` with
 ``g = floor(keep * r)``; where the tail product of all layers shrank in training, the client
 prunes itself to g. Inexact, as FedIT is.
@@ -9,7 +9,7 @@ prunes itself to g. Inexact, as FedIT is.
 From reading notes and two re-implementations, not from the paper's text (unverified: one
 weight per client over all layers, as here, or one per layer).
 
-Differs: a term that no client of the round holds keeps its last global value. Zeros in both
+Differs: a component that no client of the round has keeps its last global value. Zeros in both
 factors, which padding would leave there, have no gradient and would stay zero for ever.
 """
 

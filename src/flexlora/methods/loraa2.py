@@ -1,14 +1,14 @@
-"""LoRA-A2 (arXiv 2410.22815): one half in turn, and of it the terms that matter most.
+"""LoRA-A2 (arXiv 2410.22815): one factor in turn, and of it the components that matter most.
 
 Odd rounds train ``B``, at five times the learning rate, even rounds ``A``. A client trains one
-probing epoch on all terms, scores each term of each module by ``|change of its vector| *
+probing epoch on all components, scores each component of each module by ``|change of its vector| *
 |its other vector|``, and keeps the best of the whole model: as many as its ranks add up to.
 Only those are then trained, from the same start, and their changes sent. The server adds the
-weighted mean of the changes, zero where a client did not train: exact, as the other half is
+weighted mean of the changes, zero where a client did not train: exact, as the other factor is
 common.
 
 Differs: the global rank is the largest rank of any client, where the paper's may be larger
-than all budgets. The paper's prose and its algorithm disagree on which half comes first;
+than all budgets. The paper's prose and its algorithm disagree on which factor comes first;
 ``B`` must, as the gradient of ``A`` is zero while ``B = 0``.
 """
 
@@ -44,7 +44,7 @@ class LoRAA2(Method):
     """LoRA-A2. ``rate_of_B`` multiplies the learning rate where ``B`` is trained."""
 
     info = Info(
-        "LoRA-A2: halves in turn, the best terms of the model",
+        "LoRA-A2: factors in turn, the best components of the model",
         "arXiv 2410.22815",
         exact=True,
         up="b*m or b*n",

@@ -53,7 +53,7 @@ class LoRAFAIR(Method):
             raise ConfigError(f"steps is at least 1, got {self.steps}.")
 
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
-        """Averaged factors and a correction of ``B``; products of factors, never the full matrix."""
+        """Averaged factors, ``B`` corrected; products of factors, never the full matrix."""
         solve, model = self._ridge if self.solver == "ridge" else self._cosine, {}
         for module, last in state.model.items():
             products, mean = cohort.products(module), cohort.factors(module)

@@ -1,17 +1,18 @@
-"""raFLoRA (arXiv 2602.13486): the average of products, term by term over those who hold it.
+"""raFLoRA (arXiv 2602.13486): the average of products, component by component over those that have
+it.
 
 ``W = sum_k sum_{j <= r_k} (n_k / N_j) B_k[:, j] A_k[j]`` with ``N_j`` the examples of the
-clients of rank j or more; one SVD; a client of rank r starts from the first r terms. RB-LoRA
-(Findings of EACL 2026) weights term j of client k by ``p_k N / N_j``, which is the same.
-FlexLoRA divides by all clients instead, so that without gradients a term that a share q of
-them holds shrinks by q in every round.
+clients of rank j or more; one SVD; a client of rank r starts from the first r components. RB-LoRA
+(Findings of EACL 2026) weights component j of client k by ``p_k N / N_j``, which is the same.
+FlexLoRA divides by all clients instead, so that without gradients a component that a share q of
+them has shrinks by q in every round.
 
 From the abstract and a third-party implementation (unverified: the paper's own figures).
 
-Differs: terms that no client of the round holds are carried over from the last global
-adapter (``carry``); the third-party code drops them. The singular values go to ``B``, where
-that code gives each factor their square root: a term that nobody has trained yet has the value
-zero, and would have no gradient for ever.
+Differs: components that no client of the round has are carried over from the last global adapter
+(``carry``); the third-party code drops them. The singular values go to ``B``, where that code
+gives each factor their square root: a component that no client has trained yet has the value zero,
+and would have no gradient for ever.
 """
 
 from __future__ import annotations

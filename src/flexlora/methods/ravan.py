@@ -3,18 +3,19 @@
 ``W = sum_i s_i B_i H_i A_i`` over h heads. ``B_i`` (out, q) and ``A_i`` (q, in) are frozen,
 orthonormal also across heads; the core ``H_i`` (q, q), zero at the start, and its scale
 ``s_i`` = 1 are trained. Clients send ``s_i H_i``, whose mean over the clients that trained the
-head is exact. At the numbers of a LoRA of rank r the update has rank h q, several times r.
+head is exact. With the parameters of a LoRA of rank r the update has rank h q, several times r.
 
-q is the largest at which all heads take no more numbers than the largest rank, r (out + in),
-and stand side by side, h q <= min(out, in). A client of rank r trains r (out + in) / q^2 heads,
-at least one: those of the largest norm, ties (as in its first round) by lot; it sees the others.
+q is the largest at which all heads take no more parameters than the largest rank, r (out + in),
+and stand side by side, h q <= min(out, in). A client of rank r trains r (out + in) / q^2 heads, at
+least one: those of the largest norm, ties (as in its first round) at random; the others are
+frozen.
 
-A core travels as one column of ``B`` (q^2, heads), beside an ``A`` without width; ``terms`` are
-the numbers of heads. Bases never travel: both sides make them from a number that the download
-tells. The LoRA scale has no part.
+A core travels as one column of ``B`` (q^2, heads), beside an ``A`` without width;
+``component_ids`` are the numbers of heads. Bases never travel: both sides make them from the run's
+seed. The LoRA scale has no part.
 
-Differs: bases are columns, by lot, of the cosine transform with its rows' signs by lot, as in
-fast sketches, and not a QR of normal numbers: as orthonormal, at O(out h q) instead of
+Differs: bases are random columns of the cosine transform, with random signs of its rows, as in
+fast sketches, and not the QR of a normal matrix: as orthonormal, at O(out h q) instead of
 O(out (h q)^2), which at large ranks took longer than a client's training.
 """
 

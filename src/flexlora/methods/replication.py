@@ -1,11 +1,11 @@
 """Replication padding (arXiv 2406.17477): what a client lacks is filled from those who have it.
 
-Zero padding dilutes the terms that few clients hold. Filled with the mean of their holders
-instead, the mean of all clients is the mean of the holders: each column of ``B`` and row of
-``A`` is averaged over the clients that hold it. PreLort and FediLoRA aggregate alike.
+Zero padding dilutes the components that few clients have. Filled with the mean of those clients
+instead, the mean of all is the mean of those that have them: each column of ``B`` and row of ``A``
+is averaged over the clients that have it. PreLort and FediLoRA aggregate alike.
 
-From the abstract (unverified: the paper fills from the clients with the better data). A term
-that no client of the round holds keeps its last value.
+From the abstract (unverified: the paper fills from the clients with the better data). A component
+that no client of the round has keeps its last value.
 """
 
 from __future__ import annotations

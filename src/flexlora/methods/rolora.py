@@ -1,9 +1,9 @@
-"""RoLoRA (arXiv 2409.02346): rounds that train only ``B`` alternate with rounds that train only ``A``.
+"""RoLoRA (arXiv 2409.02346): rounds that train ``B`` alternate with rounds that train ``A``.
 
-The half that is not trained is common to all clients, so the mean of the other is the mean
+The factor that is not trained is common to all clients, so the mean of the other is the mean
 of the products. The first round trains ``B``: with ``B = 0`` the gradient of ``A`` is zero.
 
-Differs: both halves travel down, so that a client that missed a round needs nothing special;
+Differs: both factors travel down, so that a client that missed a round needs nothing special;
 only the trained one travels up.
 """
 

@@ -1,17 +1,17 @@
 """SLoRA (arXiv 2308.06522): sparse updates first, then LoRA from their SVD.
 
 For ``rounds_sparse`` rounds clients train single entries of each module's update, a share
-``density`` of them at random places, the same for all. They send only the values, whose mean
-is exact: both sides draw the places from the run's seed. Then one SVD of
-rank r, with the singular values' roots on both factors, starts plain averaging of LoRA
-factors. What the SVD cannot hold is dropped, or merged into everybody's base for good
-(``remainder`` "merge": once, (out + in) min(out, in) numbers for each client).
+``density`` of them at random places, the same for all. They send only the values, whose mean is
+exact: both sides draw the places from the run's seed. Then one SVD of rank r, with the singular
+values' roots on both factors, starts plain averaging of LoRA factors. What the SVD cannot hold is
+dropped, or merged into every client's base for good (``remainder`` "merge": once, (out + in)
+min(out, in) parameters for each client).
 
 From the abstract (unverified: the split of the SVD). The values travel as one ``B``
 (entries, 1) beside an ``A`` without width. The LoRA scale has no part in the first stage.
 
-A client holds the sparse matrix dense, between its start and its layers twice, with one
-gradient: 12 bytes for each of its out x in numbers, and 4 min(out, in)^2 for the side that says
+A client stores the sparse matrix dense, between its start and its layers twice, with one
+gradient: 12 bytes for each of its out x in entries, and 4 min(out, in)^2 for the side that says
 where its columns belong. ``columns`` below 1 (differs from the paper) keeps entries to that
 share of the shorter side, and all of this to that share too.
 """

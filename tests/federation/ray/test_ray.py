@@ -24,7 +24,7 @@ from flexlora.config.experiment import Experiment
 from flexlora.federation import rounds, setup
 from flexlora.federation.client_store import ClientStore
 from flexlora.federation.client_turn import TurnRequest
-from flexlora.federation.setup import PreparedRun
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.transport import Lost, Reply, WaitPolicy
 from flexlora.journal.record import Record
 from flexlora.lowrank.factors import Adapter

@@ -19,7 +19,7 @@ from flexlora.deployment import run_spec
 from flexlora.deployment.server.registry import NODES as NODES
 from flexlora.deployment.server.registry import ClientRegistry, RankLimits
 from flexlora.errors import ProtocolError
-from flexlora.federation import Transport, checkpoint, compose, rounds, setup
+from flexlora.federation import Transport, checkpoint, compose, rounds, served
 from flexlora.journal import Record
 from flexlora.method import Feature, mixed_modules, require
 from flexlora.storage.files import write_atomically
@@ -227,6 +227,6 @@ def _host(folder: Path, connect: Callable[[ClientRegistry, str, int], Gathering]
     federation = connect(roll, told, settings.federation.quorum)
     resume = (folder / checkpoint.POINTER).exists()
     federation.gather(settings.federation.quorum if resume else plan.clients)
-    ready = setup.served(settings, base, roll, largest.by_module(modules))
+    ready = served.served(settings, base, roll, largest.by_module(modules))
     for _ in rounds.run(ready, folder, federation, resume=resume):
         pass

@@ -1,4 +1,4 @@
-"""A Ray cluster, joined or started here, and the workers that a run has on it."""
+"""A Ray cluster, joined or started by this process, and a run's workers on it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,18 @@ import torch
 from flexlora.config import Experiment
 from flexlora.errors import ConfigError
 from flexlora.federation.client_store import PRIVATE, ClientStore
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.ray.pool import RayTransport
 from flexlora.federation.ray.resident import Resident, described
-from flexlora.federation.setup import PreparedRun
 from flexlora.training import clients_at_once
 
 _SECONDS_TO_ANSWER: Final = 10.0
-_HOW_MANY: Final = (
-    "Nothing says how many workers there are to be; give --workers, or set run.threads."
-)
+_NO_NUMBER: Final = "The number of workers is open; give --workers, or set run.threads."
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one machine has for workers."""
+    """The processors and GPUs of one machine."""
 
     cpus: int
     gpus: int
@@ -40,10 +38,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connected cluster, and how many workers of so many threads a run has on it.
+    """A connected cluster, and how many workers of how many threads a run has on it.
 
     ``gpus`` is 1 if each worker has a GPU to itself. ``scratch`` is where workers keep
-    downloads; None where that is for their machine to say.
+    downloads; None: among the temporary files of their machine.
     """
 
     workers: int
@@ -52,7 +50,7 @@ class Cluster:
     scratch: Path | None = None
 
     def settings(self, experiment: Experiment) -> Experiment:
-        """The experiment with this many threads, in this process too: others round otherwise."""
+        """The experiment with this many threads, in this process too, so that all round alike."""
         run = experiment.run.model_copy(update={"threads": self.threads})
         return experiment.model_copy(update={"run": run})
 
@@ -72,7 +70,7 @@ class Cluster:
         at_once = clients_at_once or self._clients_at_once(ready)
         settings = self.settings(ready.experiment)
         if self.gpus:
-            # Ray shows a worker its own GPU alone, whatever its number.
+            # Ray shows a worker only its own GPU, whatever its number.
             model = replace(settings.model, device="cuda")
             settings = settings.model_copy(update={"model": model})
         private = ClientStore((folder / PRIVATE).resolve())
@@ -80,11 +78,11 @@ class Cluster:
             settings.model_dump_json(), private, Path.cwd(), at_once, described(ready)
         )
         resources = {"num_cpus": self.threads, "num_gpus": self.gpus}
-        crew = RayTransport(resident, self.workers, resources, at_once, self.scratch)
+        transport = RayTransport(resident, self.workers, resources, at_once, self.scratch)
         try:
-            yield crew
+            yield transport
         finally:
-            crew.close()
+            transport.close()
 
     def _clients_at_once(self, ready: PreparedRun) -> int:
         """How many clients a worker trains at a time: as the config says, or measured.
@@ -109,19 +107,19 @@ class Cluster:
 def cluster(
     experiment: Experiment, workers: int | None = None, address: str | None = None
 ) -> Iterator[Cluster]:
-    """The cluster at an address, or one on this machine alone, which ends with this.
+    """The cluster at an address, or one on this machine only, which ends with this.
 
-    Without an address a cluster to which this process is connected is used, and left alone.
+    Without an address a cluster to which this process is connected is used, and not stopped.
 
     Raises:
-        ConfigError: nobody answers there, or there is no room for so many workers.
+        ConfigError: no cluster answers there, or there is no room for this many workers.
     """
     on_gpu = torch.device(experiment.model.device).type == "cuda"
     threads = experiment.run.threads
     if address is None and not ray.is_initialized():
-        here = Machine(_cores(), torch.cuda.device_count() if on_gpu else 0)
-        with _started(shared(here, threads, workers, on_gpu)) as found:
-            yield found
+        machine = Machine(_cores(), torch.cuda.device_count() if on_gpu else 0)
+        with _started(shared(machine, threads, workers, on_gpu)) as started:
+            yield started
         return
     joined = address is not None
     if joined:
@@ -139,7 +137,7 @@ def cluster(
 
 
 def shared(machine: Machine, threads: int | None, workers: int | None, on_gpu: bool) -> Cluster:
-    """This machine's cores in equal groups, one a worker; more threads than cores if told so.
+    """This machine's cores in equal groups, one per worker; more threads than cores on request.
 
     Raises:
         ConfigError: there are fewer GPUs than workers, or nothing says how many workers.
@@ -147,7 +145,7 @@ def shared(machine: Machine, threads: int | None, workers: int | None, on_gpu: b
     if on_gpu:
         workers = workers or machine.gpus
         if not workers:
-            raise ConfigError("The model is to lie on CUDA, and this machine has no GPU.")
+            raise ConfigError("model.device is CUDA, and this machine has no GPU.")
         if workers > machine.gpus:
             raise ConfigError(
                 f"{workers} workers on CUDA need a GPU each, and this machine has "
@@ -155,43 +153,43 @@ def shared(machine: Machine, threads: int | None, workers: int | None, on_gpu: b
             )
     workers = workers or (machine.cpus // threads if threads else 0)
     if not workers:
-        raise ConfigError(_HOW_MANY)
+        raise ConfigError(_NO_NUMBER)
     return Cluster(workers, threads or max(machine.cpus // workers, 1), int(on_gpu))
 
 
 def fitted(
     machines: Sequence[Machine], threads: int | None, workers: int | None, on_gpu: bool
 ) -> Cluster:
-    """Workers on a cluster's machines: as many as asked for, of as many threads as all can have.
+    """Workers on a cluster's machines: as many as requested, of as many threads as fit.
 
     Raises:
         ConfigError: there is no room for them, or nothing says how many workers.
     """
 
     def room(threads: int) -> int:
-        """For how many workers of so many threads."""
+        """How many workers of this many threads fit."""
         return sum(min(m.cpus // threads, m.gpus if on_gpu else m.cpus) for m in machines)
 
     if workers is None:
         workers = room(threads or 1) if on_gpu or threads else 0
         if not workers and not on_gpu and not threads:
-            raise ConfigError(_HOW_MANY)
+            raise ConfigError(_NO_NUMBER)
     wanted = max(workers, 1)
     most = max((machine.cpus for machine in machines), default=0)
     fits = next((t for t in range(most, 0, -1) if room(t) >= wanted), 1)
-    found = Cluster(wanted, threads or fits, int(on_gpu))
-    if room(found.threads) < wanted:
-        each = f"{found.threads} threads{' and a GPU' if on_gpu else ''}"
+    fitting = Cluster(wanted, threads or fits, int(on_gpu))
+    if room(fitting.threads) < wanted:
+        each = f"{fitting.threads} threads{' and a GPU' if on_gpu else ''}"
         raise ConfigError(
-            f"The Ray cluster has room for {room(found.threads)} workers of {each}, not for "
+            f"The Ray cluster has room for {room(fitting.threads)} workers of {each}, not for "
             f"{wanted}; give fewer --workers, or set run.threads to less."
         )
-    return found
+    return fitting
 
 
 @contextmanager
 def _started(plan: Cluster) -> Iterator[Cluster]:
-    """A cluster of this machine with just enough room."""
+    """A cluster on this machine with just enough room."""
     # Ray's sockets lie there too, and their paths must be short.
     place = "/tmp" if os.name == "posix" else None
     with tempfile.TemporaryDirectory(
@@ -225,7 +223,7 @@ def _join(address: str) -> None:
 
 
 def _answers(address: str) -> None:
-    """Ask whether anybody listens there: Ray would try for minutes."""
+    """Check that a server listens there: Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER).close()

@@ -1,4 +1,4 @@
-"""What a worker keeps from the first client to the last: a base model, made ready to train on."""
+"""What a worker keeps from the first client to the last: a base model, prepared for training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from flexlora.errors import ConfigError
 from flexlora.federation import compose
 from flexlora.federation.client_store import ClientStore
 from flexlora.federation.client_turn import TurnRequest
+from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.ray.worker import Turns
-from flexlora.federation.setup import PreparedRun, prepare
+from flexlora.federation.setup import prepare
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Reply, WaitPolicy
 
@@ -23,7 +24,7 @@ from flexlora.federation.transport import Reply, WaitPolicy
 class Resident:
     """What a worker keeps: the base model, the tokens, the rows of all clients.
 
-    ``experiment`` is its config as JSON, ``data`` what the run's own process has read.
+    ``experiment`` is its config as JSON, ``data`` describes what the run's own process has read.
     """
 
     experiment: str
@@ -33,7 +34,7 @@ class Resident:
     data: str
 
     def __call__(self) -> Turns:
-        """The turns of a group of clients.
+        """The function that trains a group of clients.
 
         Raises:
             ConfigError: this machine cannot read what the run's own process has read.
@@ -47,7 +48,7 @@ class Resident:
         ready = prepare(compose.parse(json.loads(self.experiment), "The run's config"))
         if described(ready) != self.data:
             raise ConfigError(
-                f"A worker found {described(ready)}, but the run has {self.data}; every machine "
+                f"A worker has {described(ready)}, but the run has {self.data}; every machine "
                 "needs the same version and the same data under the same paths."
             )
         runtime = replace(ready.runtime, clients=self.private)

@@ -1,4 +1,4 @@
-"""One process of a Ray cluster that takes the turns of one client, or group, after another."""
+"""One process of a Ray cluster that trains one client, or group of clients, after another."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.ray.partial_step import SentPart, Step
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-"""How bytes travel: Ray hands arrays over in shared memory, without a copy for each reader."""
+"""Bytes as Ray hands them over: in shared memory, without a copy for each reader."""
 
 Turns = Callable[[Iterable[TurnRequest]], Iterable[bytes]]
-"""The turns of one group of clients: an upload for each job, in their order."""
+"""Trains one group of clients: an upload for each request, in their order."""
 
 Build = Callable[[], Turns]
-"""Makes what a worker keeps, in the worker's own process; it is sent there, and so pickled."""
+"""Builds what a worker keeps, in the worker's own process; it is sent there, and so pickled."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A job without its download; ``file`` names one that several jobs of an exchange share."""
+class QueuedTurn:
+    """A request without its download; ``file`` names one that several requests share."""
 
     client: str
     round: int
@@ -34,10 +34,10 @@ class Asked:
 
 
 class Worker:
-    """Built once, then asked for turns; what it keeps is resident as long as it lives.
+    """Built once, then used for local training; what it keeps is resident as long as it lives.
 
-    ``folder`` is its own: what a worker before it left there is removed. A relative one is
-    among the temporary files of the worker's machine.
+    ``folder`` is its own: what an earlier worker left there is removed. A relative one is among
+    the temporary files of the worker's machine.
     """
 
     def __init__(self, build: Build, folder: str) -> None:
@@ -51,26 +51,28 @@ class Worker:
         tempfile.tempdir = str(self._folder)
 
     def open(self) -> None:
-        """Build what it keeps, unless that is done."""
-        self._made()
+        """Build what it keeps, unless it is built."""
+        self._built()
 
-    def turns(self, exchange: int, asked: Sequence[Asked], *downloads: Bytes | None) -> list[Bytes]:
+    def turns(
+        self, exchange: int, group: Sequence[QueuedTurn], *downloads: Bytes | None
+    ) -> list[Bytes]:
         """The uploads of a group; None is a shared download that came before in this exchange."""
-        turns, self._step = self._made(), None
+        turns, self._step = self._built(), None
         if exchange != self._exchange:
             self._empty()
             self._exchange = exchange
-        # Drawn by whoever trains, so that a download that it writes to the disk is not kept.
-        uploads = turns(self._jobs(asked, downloads))
+        # Drawn by the trainer, so that a download that it writes to the disk is not kept in memory.
+        uploads = turns(self._jobs(group, downloads))
         return [np.frombuffer(upload, np.uint8) for upload in uploads]
 
     def hold(self, step: Step) -> bool:
-        """Keep what a server step starts from; whether the files that it names are here."""
+        """Keep what a server step starts from; returns whether its files are on this machine."""
         self._step = step if step.sees_the_same_files() else None
         return self._step is not None
 
     def part(self, modules: Sequence[str]) -> SentPart:
-        """These modules of the step that it holds, after the step."""
+        """These modules after the step."""
         assert self._step is not None
         return self._step.computed(modules)
 
@@ -82,13 +84,13 @@ class Worker:
         self.close()
         self._folder.mkdir(mode=0o700, parents=True)
 
-    def _made(self) -> Turns:
+    def _built(self) -> Turns:
         if self._turns is None:
             self._turns = self._build()
         return self._turns
 
-    def _jobs(self, asked: Sequence[Asked], downloads: Sequence[Any]) -> Iterator[TurnRequest]:
-        for each, data in zip(asked, downloads, strict=True):
+    def _jobs(self, group: Sequence[QueuedTurn], downloads: Sequence[Any]) -> Iterator[TurnRequest]:
+        for each, data in zip(group, downloads, strict=True):
             if each.file is None:
                 yield TurnRequest(each.client, each.round, data.tobytes())
                 continue

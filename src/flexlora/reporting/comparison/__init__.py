@@ -9,7 +9,7 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 from rich.table import Table
 
-from flexlora.federation import FILES, Outcome, checkpoint
+from flexlora.federation import FILES, Outcome
 from flexlora.reporting import page
 from flexlora.reporting.comparison import curves, numbers, texts
 from flexlora.reporting.comparison.numbers import DIGITS
