@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from flexlora.laws.dense import product, relative_error
 from flexlora.lowrank.factors import Adapter
 from flexlora.model.trainable import FlatAdapter
 from support.factors import random_factors
-from flexlora.laws.dense import product, relative_error
 
 RANKS = {"model.q": 3, "model.up": 2}
 

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from flexlora import peft_format
+from flexlora.laws.dense import best, product, relative_error, weighted_sum
 from flexlora.lowrank.factors import Adapter
 from flexlora.peft_format.merging import merge, parse_rank
 from support.factors import random_factors
-from flexlora.laws.dense import best, product, relative_error, weighted_sum
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (11, 7), "model.layers.0.mlp.up_proj": (13, 5)}
 Q, UP = SHAPES

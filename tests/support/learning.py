@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
+from flexlora.laws.dense import product, relative_error
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model.base import Base
 from flexlora.model.blocks import kind
 from flexlora.training.optimizer import Training
 from support.factors import random_adapter, random_factors
-from flexlora.laws.dense import product, relative_error
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.5, "momentum": 0.5}
 SLOW = {**SGD, "learning_rate": 0.1}

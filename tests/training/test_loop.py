@@ -13,6 +13,7 @@ import transformers
 
 from flexlora.data.packing import pack, steps
 from flexlora.data.tokens import TokenStore
+from flexlora.laws.dense import relative_error
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model.base import Base
 from flexlora.model.source import Source
@@ -29,7 +30,6 @@ from support.learning import (
     of_rank,
     settings,
 )
-from flexlora.laws.dense import relative_error
 from support.rows import sharing_store, store_of
 
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5), (4, 6), (6, 2), (2, 2), (3, 7))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 
 from flexlora.data.packing import steps
+from flexlora.laws.dense import product, relative_error
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.parametrization import Form, column
 from flexlora.model.base import Base
@@ -18,7 +19,6 @@ from flexlora.training.reparametrized import FormedAdapter
 from support import models
 from support.factors import random_adapter, random_factors
 from support.learning import draw, of_rank, settings
-from flexlora.laws.dense import product, relative_error
 from support.rows import sharing_store
 
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.rounds import clients_of, jolt, started, turn
 
 from flexlora import methods, wire
 from flexlora.config.experiment import Experiment
@@ -33,7 +34,6 @@ from flexlora.method.wrapper import MethodWrapper
 from flexlora.seeds import rng
 from support import models
 from support.factors import random_adapter
-from support.rounds import clients_of, jolt, started, turn
 
 ray = pytest.importorskip("ray", reason="Ray is not installed; it is in the extra 'ray'.")
 
