@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from flexlora import wire
+from flexlora.errors import ProtocolError
 from flexlora.federation import checkpoint, client_turn, collect, rounds, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.prepared import PreparedRun
@@ -286,7 +287,7 @@ def test_each_method_learns(folder, name, options, ranks):
     assert losses[-1] < 0.8 * losses[0]
     assert len(checkpoint.load(run.folder).state.model) == 14
     if name == "hetlora":
-        pruned = checkpoint.load(run.folder).state.per_client["pruned"]
+        pruned = checkpoint.load(run.folder).state.per_client["ranks"]
         assert set(pruned) == set(run.ready.clients)
         assert any(rank == 1 for ranks in pruned.values() for rank in ranks.values())
 
@@ -529,7 +530,7 @@ def test_over_selection_goes_on_with_the_first_that_come(honest, tmp_path):
     assert len(asked[0]) == 6
     assert len([event for event in events if event["event"] == "client"]) == 4
     lost = [event for event in events if event["event"] == "lost"]
-    assert {event["reason"] for event in lost} == {"It was not needed any more."}
+    assert {event["reason"] for event in lost} == {"Enough uploads had arrived without its own."}
     assert {event["client"] for event in lost} == set(asked[0][4:])
 
 
@@ -567,7 +568,9 @@ def test_turns_not_begun_at_the_deadline_are_lost(honest, tmp_path):
     with pytest.raises(ValueError, match="0 of 4 clients"):
         list(rounds.run(late, tmp_path / "run"))
     lost = list(Record(tmp_path / "run").events("lost"))
-    assert {event["reason"] for event in lost} == {"Its turn had not begun after 1e-09 s."}
+    assert {event["reason"] for event in lost} == {
+        "Its local training had not begun after 1e-09 s."
+    }
 
 
 def test_replies_in_another_order_give_the_same_bytes(honest, tmp_path):
@@ -607,6 +610,19 @@ def test_a_fault_in_a_simulated_turn_is_seen_with_its_place(honest, tmp_path):
     with pytest.raises(ValueError, match="no rows to train on") as caught:
         list(rounds.run(broken, tmp_path / "run"))
     assert "In the turn of client 'client4' in round 1." in caught.value.__notes__
+
+
+@pytest.mark.parametrize("hook", ["upload_spec", "aggregate"])
+def test_a_fault_of_the_method_is_not_taken_for_a_lost_client(honest, tmp_path, monkeypatch, hook):
+    """Even one of the library's own errors, by which clients are lost."""
+
+    def broken(*arguments):
+        raise ProtocolError("a fault of the method")
+
+    monkeypatch.setattr(type(honest.ready.method), hook, broken)
+    with pytest.raises(ProtocolError, match="a fault of the method"):
+        with_bad(honest, tmp_path / "run", lambda data: data)
+    assert not list(Record(tmp_path / "run").events("lost", "round"))
 
 
 def test_a_new_run_in_the_folder_of_an_old_one_is_refused(honest, tmp_path):
