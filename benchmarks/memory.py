@@ -26,8 +26,8 @@ import torch
 from result import Claim, Table, data_file, finish, setting, status_kib
 
 from flexlora import config
-from flexlora.federation.rounds import run
 from flexlora.federation.prepared import PreparedRun
+from flexlora.federation.rounds import run
 from flexlora.federation.setup import prepare
 from flexlora.model import smollm2
 from flexlora.model.source import Source
@@ -155,8 +155,8 @@ def _prepared(
         "peak_mib": status_kib("VmHWM") / 1024,
         "seconds": time.perf_counter() - started,
         "clients": len(ready.clients),
-        "rows": len(ready.workplace.store),
-        "tokens": int(ready.workplace.store.offsets[-1]),
+        "rows": len(ready.runtime.store),
+        "tokens": int(ready.runtime.store.offsets[-1]),
         "store_was_cached": set((work / "tokens").glob("*")) == before,
     }
 

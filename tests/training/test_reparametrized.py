@@ -11,7 +11,7 @@ import transformers
 from flexlora.data.packing import steps
 from flexlora.laws.dense import product, relative_error
 from flexlora.lowrank.factors import Factors
-from flexlora.lowrank.parametrization import Form, column
+from flexlora.lowrank.parametrization import Parametrization, as_vector
 from flexlora.model.base import Base
 from flexlora.model.source import Source
 from flexlora.training.loop import ClientTask, train, train_together
@@ -40,9 +40,9 @@ def left(bases, parameters, A):
 def form_of(kind, out, in_, seed):
     f = random_factors(out, 3, in_, seed, torch.float32)
     if kind == "left":
-        return Form(0.1 * f.B[:3].flatten(), partial(left, f.B), (f.A / 9,))
+        return Parametrization(0.1 * f.B[:3].flatten(), partial(left, f.B), (f.A / 9,))
     parameters = torch.cat([0.3 * f.B.flatten(), f.A.flatten() / 9])
-    return Form(parameters, partial(both, out), (f.B[:3],))
+    return Parametrization(parameters, partial(both, out), (f.B[:3],))
 
 
 def forms_of(shapes, seed=0):
@@ -95,7 +95,7 @@ def test_gathered_gradients_are_those_of_the_parameters():
 
 def test_gradients_are_finite_differences():
     form = form_of("both", 11, 7, 4)
-    form = Form(form.parameters.double(), form.make, form.frozen)
+    form = Parametrization(form.parameters.double(), form.make, form.frozen)
     flat = FormedAdapter.of({"model.q": form}, CPU)
     loss_of(flat.leaves.factors).backward()
     flat.gather()
@@ -149,7 +149,7 @@ def test_what_is_finished_are_the_parameters():
 
 def test_inputs_are_copied_and_coarse_ones_made_single():
     form = form_of("both", 11, 7, 1)
-    coarse = Form(form.parameters.bfloat16(), form.make, form.frozen)
+    coarse = Parametrization(form.parameters.bfloat16(), form.make, form.frozen)
     before = coarse.parameters.clone()
     flat = FormedAdapter.of({"model.q": coarse}, CPU)
     assert flat.values.dtype == flat.leaves.factors["model.q"].B.dtype == torch.float32
@@ -161,11 +161,11 @@ def test_inputs_are_copied_and_coarse_ones_made_single():
 @pytest.mark.parametrize("parameters", [torch.zeros(2, 3), torch.zeros(0)])
 def test_parameters_that_are_not_flat_are_refused(parameters):
     with pytest.raises(ValueError, match="one flat tensor with at least one number"):
-        Form(parameters, lambda p: Factors(p, p))
+        Parametrization(parameters, lambda p: Factors(p, p))
 
 
 def test_a_column_has_one_term_and_no_width():
-    f = column(torch.arange(5.0))
+    f = as_vector(torch.arange(5.0))
     assert (f.shape, f.rank, f.B.numel() + f.A.numel()) == ((5, 0), 1, 5)
 
 
