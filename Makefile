@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-flower test test-all test-kills test-kills-short check bench docs clean
+.PHONY: help demo demo-flower test test-all test-numeric test-kills test-kills-short check bench docs clean
 
 help:  ## Say what the targets are
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -24,8 +24,16 @@ demo-flower: $(READY)  ## Three real clients over Flower with TLS, against the s
 test: $(READY)  ## The quick tests
 	$(BIN)/python -m pytest
 
-test-all: $(READY)  ## All tests, the slow ones too
-	$(BIN)/python -m pytest -m ''
+test-all: $(READY)  ## All tests, the slow ones too, with the slowest named
+	$(BIN)/python -m pytest -m '' --durations=25
+
+NUMERIC := $(addprefix tests/,lowrank model training evaluation method methods peft_format wire) \
+  tests/federation/test_client_turn.py
+
+test-numeric: $(READY)  ## The numeric tests with the sums of processors without AVX2 and without AVX-512
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	  $(BIN)/python -m pytest $(NUMERIC)
 
 test-kills: $(READY)  ## Real clients whose processes are killed, and the commands of docs/deploying.md
 	$(BIN)/python -m pytest -m '' tests/deployment/test_kills.py \
@@ -41,6 +49,7 @@ check: $(READY)  ## Lint and types
 
 docs: $(READY)  ## Write the pages of docs/ that are made from the code
 	PYTHONPATH=tests $(BIN)/python -m support.methods_page
+	PYTHONPATH=tests $(BIN)/python -m support.api_page
 
 BENCHMARKS := server_step local_training generation memory growth simulation ray_calls real_clients
 

@@ -131,7 +131,7 @@ def death(options: argparse.Namespace, work: Path) -> dict[str, float]:
 
 
 def claims_of(found: dict[str, Any], options: argparse.Namespace) -> list[Claim]:
-    """The claims: milliseconds per call and their growth, the cost of a death, the workers' gain."""
+    """The claims about milliseconds per call, the cost of a death, and the gain of workers."""
     asserted = not options.quick
     each = {size: statistics.median(t["wall"] for t in of) for size, of in found["calls"].items()}
     small, large = (str(size) for size in (options.calls[0], options.calls[-1]))

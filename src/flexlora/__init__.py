@@ -1,11 +1,11 @@
 """Federated LoRA fine-tuning of language models across clients with different LoRA ranks.
 
-The subsystems, in the order in which they build on each other. A folder imports only from those
-above it; a test holds this.
+The subsystems, in the order in which they build on each other. A subsystem imports only from those
+above it, which a test checks.
 
     errors          the library's exception types
     seeds           random generators, each with an address
-    storage         atomic writes, and locks between processes
+    storage         files: atomic writes, locks between processes, tensors read one by one
     lowrank         factor pairs, their weighted sums, truncated SVDs
     journal         what a run writes down, and how it is read
     data            rows -> tokens: corpora, partitions, prompts, packing
@@ -18,51 +18,108 @@ above it; a test holds this.
     methods         the federated methods, one per file
     wire            downloads and uploads <-> bytes, checked
     federation      one run: clients, rounds, transports, checkpoints, comparisons
+    laws            what every method must obey, and what checks a method against it
     deployment      real clients over Flower: server, nodes, keys
     reporting       a journal -> tables, pages, metrics
     cli             the command line
 
-In every subsystem a file in the singular says what a thing is; a folder in the plural holds its
-kinds, one per file. A package's ``__init__`` is the way in: it names what others may import.
+In every subsystem a file in the singular defines an interface, and the folder in the plural has its
+implementations, one per file. The ``__init__`` of a subsystem names what other subsystems may
+import; ``docs/api.md`` lists what users import from ``flexlora`` itself.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexlora.lowrank import SVD, Adapter, Factors, LowRankSum
-    from flexlora.method import Client, Download, Method, State, Upload
-    from flexlora.peft_format import merge
+    from flexlora.data import Corpus as Corpus
+    from flexlora.errors import AdapterError as AdapterError
+    from flexlora.errors import ConfigError as ConfigError
+    from flexlora.errors import DataError as DataError
+    from flexlora.errors import FlexloraError as FlexloraError
+    from flexlora.errors import ProtocolError as ProtocolError
+    from flexlora.federation.compose import load as load
+    from flexlora.federation.prepared import PreparedRun as PreparedRun
+    from flexlora.federation.rounds import run as run
+    from flexlora.federation.setup import prepare as prepare
+    from flexlora.lowrank import SVD as SVD
+    from flexlora.lowrank import Adapter as Adapter
+    from flexlora.lowrank import Factors as Factors
+    from flexlora.lowrank import LowRankSum as LowRankSum
+    from flexlora.method import Averager as Averager
+    from flexlora.method import Client as Client
+    from flexlora.method import Cohort as Cohort
+    from flexlora.method import Download as Download
+    from flexlora.method import Feature as Feature
+    from flexlora.method import Info as Info
+    from flexlora.method import Mean as Mean
+    from flexlora.method import Method as Method
+    from flexlora.method import Regularizer as Regularizer
+    from flexlora.method import RoundContext as RoundContext
+    from flexlora.method import ServerOptimizer as ServerOptimizer
+    from flexlora.method import State as State
+    from flexlora.method import Turn as Turn
+    from flexlora.method import Upload as Upload
+    from flexlora.peft_format import check as check
+    from flexlora.peft_format import merge as merge
 
-__version__ = version("flexlora")
+    __version__: str
 
-__all__ = [
-    "SVD",
-    "Adapter",
-    "Client",
-    "Download",
-    "Factors",
-    "LowRankSum",
-    "Method",
-    "State",
-    "Upload",
-    "merge",
-]
-
-_PLACES = {
-    "lowrank": ("SVD", "Adapter", "Factors", "LowRankSum"),
-    "method": ("Client", "Download", "Method", "State", "Upload"),
-    "peft_format": ("merge",),
+_PUBLIC = {
+    # To run federations.
+    "load": "federation.compose",
+    "prepare": "federation.setup",
+    "PreparedRun": "federation.prepared",
+    "run": "federation.rounds",
+    "Corpus": "data",
+    # On adapters in PEFT's format.
+    "merge": "peft_format",
+    "check": "peft_format",
+    # The values.
+    "Adapter": "lowrank",
+    "Factors": "lowrank",
+    "LowRankSum": "lowrank",
+    "SVD": "lowrank",
+    # To write a method.
+    "Method": "method",
+    "Info": "method",
+    "Feature": "method",
+    "Mean": "method",
+    "Cohort": "method",
+    "RoundContext": "method",
+    "State": "method",
+    "Client": "method",
+    "Download": "method",
+    "Turn": "method",
+    "Upload": "method",
+    # Other plug-ins.
+    "Averager": "method",
+    "Regularizer": "method",
+    "ServerOptimizer": "method",
+    # The exceptions.
+    "FlexloraError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "AdapterError": "errors",
+    "ProtocolError": "errors",
 }
+"""The public names and where each is defined. A new one needs a line here, and the same import
+above, for type checkers; a test holds the two together, and ``docs/api.md`` follows this order."""
+
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is asked for.
+    """A public name, imported on first use: PyTorch takes seconds to import."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-    Flower starts a process for every message, and PyTorch alone takes it seconds to import.
-    """
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(import_module(f"flexlora.{module}"), name)
+        return version("flexlora")
+    if name in _PUBLIC:
+        return getattr(import_module(f"flexlora.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'flexlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, for Tab completion."""
+    return [*_PUBLIC, "__all__", "__doc__", "__version__"]

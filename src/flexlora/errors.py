@@ -1,17 +1,17 @@
-"""The library's own exceptions: faults that a user can mend, each named by where it lies.
+"""The library's own exceptions: faults that a user can mend, by what is at fault.
 
-Everything below ``FlexloraError`` is reported as one sentence on the command line. Any other
-exception is a fault of the library or of a plug-in, and shows its traceback. All are
-``ValueError``s as well, so that code which catches those keeps working.
+The command line reports everything below ``FlexloraError`` as one sentence. Any other exception is
+a fault of the library or of a plug-in, and shows its traceback. All of these are ``ValueError`` as
+well, so that code which catches that keeps working.
 """
 
 
 class FlexloraError(ValueError):
-    """A fault that the user can mend; its text says what, where and how."""
+    """A fault that the user can mend; the message is a sentence with the value and the remedy."""
 
 
 class ConfigError(FlexloraError):
-    """A config or an option that cannot be used; names the line or the key where there is one."""
+    """A config, an option or a missing package; names the key, and its line where there is one."""
 
 
 class DataError(FlexloraError):
@@ -19,8 +19,8 @@ class DataError(FlexloraError):
 
 
 class AdapterError(FlexloraError):
-    """An adapter or a base model that cannot be read, or that do not fit each other."""
+    """An adapter or a base model that cannot be read, or an adapter of another base model."""
 
 
 class ProtocolError(FlexloraError):
-    """A message, key or run folder that is not what the other side must send or have left."""
+    """A message, a key or a run's folder that is not what it must be."""

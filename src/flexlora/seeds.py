@@ -1,4 +1,4 @@
-"""Randomness with an address: every draw of a run is named by seed and purpose."""
+"""Random generators with an address: the seed and the purpose of every draw of a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def rng(seed: int, *address: str | int) -> np.random.Generator:
-    """The generator that belongs to ``seed`` and an address such as ``("client", id, round)``.
+    """The generator for ``seed`` and an address such as ``("client", id, round)``.
 
-    The same address always gives the same stream, whatever was drawn elsewhere and in
-    whatever order, so that one client of one round can be replayed alone. Addresses are
+    The same address always gives the same stream, independent of all other draws and of
+    their order, so that a single client of a single round can be replayed. Address parts are
     hashed with their lengths: ``("ab", "c")`` and ``("a", "bc")`` differ.
     """
     digest = hashlib.sha256(str(int(seed)).encode())

@@ -1,110 +1,126 @@
-"""The command line: what people type, right and wrong."""
+"""The program itself: help, version, and what becomes of a fault."""
 
-import sys
+import errno
+import os
 
 import pytest
-import torch
+import typer
 
-from flexlora import peft_format
-from flexlora.cli import main
-from flexlora.lowrank.factors import Adapter
-from support.factors import random_factors
+import flexlora
+from flexlora.cli import main, methods
+from flexlora.errors import AdapterError, ConfigError, DataError, FlexloraError, ProtocolError
+from support import commands
 
-Q = "model.layers.0.self_attn.q_proj"
-
-
-def call(monkeypatch, capsys, *words):
-    """The exit code, output and errors of ``flexlora words``."""
-    monkeypatch.setattr(sys, "argv", ["flexlora", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main.main()
-    said = capsys.readouterr()
-    return stop.value.code or 0, said.out, said.err
+COMMANDS = [name for group in main.COMMANDS.values() for name in group]
 
 
 @pytest.fixture
-def adapters(tmp_path):
-    for name, rank in (("a", 2), ("b", 3)):
-        factors = random_factors(11, rank, 7, seed=rank, dtype=torch.float32)
-        peft_format.write(Adapter({Q: factors}), tmp_path / name, base_model="tiny/base")
-    return tmp_path / "a", tmp_path / "b"
-
-
-def test_merge_prints_the_energy_kept_and_writes(monkeypatch, capsys, adapters, tmp_path):
-    out = tmp_path / "out"
-    code, said, _ = call(
-        monkeypatch, capsys, "merge", *adapters, "--weights", "3,1", "--rank", "4", "--out", out
-    )
-    assert code == 0 and "least energy kept: 9" in said and Q in said
-    assert peft_format.read(out).ranks == {Q: 4}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--weights", "3;1"], "--weights takes numbers such as 3,1,2, not '3;1'"),
-        (["--weights", "3,1,2"], "weight for each of 2 adapters, not 3"),
-        (["--rank", "1.5"], "energy share between 0 and 1"),
-        (["--rank", "lots"], "--rank is 'lots'"),
-    ],
-)
-def test_merge_says_what_is_wrong_and_writes_nothing(
-    monkeypatch, capsys, adapters, tmp_path, words, message
-):
-    out = tmp_path / "out"
-    code, _, said = call(monkeypatch, capsys, "merge", *adapters, "--out", out, *words)
-    assert code == 2 and message in said and not out.exists()
-
-
-def test_merge_does_not_overwrite(monkeypatch, capsys, adapters):
-    code, _, said = call(monkeypatch, capsys, "merge", *adapters, "--out", adapters[0])
-    assert code == 2 and str(adapters[0]) in said
-
-
-def test_check_tells_and_fails_on_what_is_misread(monkeypatch, capsys, adapters):
-    code, said, _ = call(monkeypatch, capsys, "check", adapters[0])
-    assert code == 0 and "vLLM" in said and "tiny/base" in said
-    config = adapters[0] / "adapter_config.json"
-    config.write_text(config.read_text().replace('"use_rslora": false', '"use_rslora": true'))
-    code, said, _ = call(monkeypatch, capsys, "check", adapters[0])
-    assert code == 1 and "llama.cpp: misreads it" in said
-
-
-def test_check_of_nothing(monkeypatch, capsys, tmp_path):
-    code, _, said = call(monkeypatch, capsys, "check", tmp_path / "no")
-    assert code == 2 and said.startswith("error: ") and "Traceback" not in said
-
-
-def test_methods_lists_every_file(monkeypatch, capsys):
-    code, said, _ = call(monkeypatch, capsys, "methods")
-    assert code == 0
-    for name in ("fedit", "flexlora", "hetlora"):
-        assert f"{name}: " in said
-    assert "arXiv 2402.11505" in said and "mixed ranks: no" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["run"], "Give a CONFIG.toml, or --resume DIR."),
-        (["run", "missing.toml"], "missing.toml cannot be read"),
-        (["run", "--resume", "nowhere"], "There is no run to resume in nowhere"),
-        (["report", "nowhere"], "no metrics.jsonl in nowhere"),
-    ],
-)
-def test_faults_are_one_message(monkeypatch, capsys, tmp_path, words, message):
+def call(monkeypatch, capsys, tmp_path):
+    """A function that runs ``flexlora words`` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    code, _, said = call(monkeypatch, capsys, *words)
-    assert code == 2 and message in said
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *words: commands.call(monkeypatch, capsys, *words)
 
 
-def test_unknown_keys_are_named_with_line_and_nearest(monkeypatch, capsys, tmp_path):
-    path = tmp_path / "c.toml"
-    path.write_text(
-        '[model]\nname = "x"\n[data]\npath = "d.parquet"\nuseen_clients = 3\n'
-        "[ranks]\nrank = 8\n[federation]\nrounds = 1\ncohort = 2\n"
-    )
-    code, _, said = call(monkeypatch, capsys, "run", path, "--set", "federation.rounds=many")
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_names_every_command(call, word):
+    result = call(word)
+    assert result.code == 0 and "clients with different" in result.out
+    for name in COMMANDS:
+        assert f"│ {name} " in result.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_that_fits_80_columns(call, name):
+    long, short = call(name, "--help"), call(name, "-h")
+    assert long == short and long.code == 0
+    assert all(len(line) <= 80 for line in long.out.splitlines())
+    # Rich cuts what does not fit and marks the place.
+    assert "…" not in long.out
+
+
+def test_every_option_is_explained():
+    for name, command in typer.main.get_command(main.app).commands.items():
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, f"{name}: {parameter.name}"
+
+
+def test_the_version(call):
+    assert call("--version").out.strip() == f"flexlora {flexlora.__version__}"
+
+
+def test_completion_is_offered(call, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    result = call("--show-completion", "bash")
+    assert result.code == 0 and "COMP_WORDS" in result.out
+
+
+@pytest.mark.parametrize(
+    "kind", [FlexloraError, ConfigError, DataError, AdapterError, ProtocolError]
+)
+def test_a_fault_that_the_user_can_mend_is_one_sentence(call, monkeypatch, kind):
+    def fails(name):
+        raise kind("The value 3 is wrong; give 4.")
+
+    monkeypatch.setattr(methods, "_describe", fails)
+    assert call("methods", "flexlora") == (2, "", "error: The value 3 is wrong; give 4.\n")
+
+
+@pytest.mark.parametrize("kind", [KeyError, ValueError, ImportError, FileNotFoundError])
+def test_any_other_exception_is_a_fault_of_ours_and_says_so(call, monkeypatch, kind):
+    def fails(name):
+        raise kind("planted")
+
+    monkeypatch.setattr(methods, "_describe", fails)
+    code, out, err = call("methods", "flexlora")
+    assert code == 1 and out == ""
+    assert "Traceback (most recent call last)" in err and "planted" in err
+    assert err.endswith(f"{main.BUG}\n")
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EFBIG]
+)
+def test_what_the_system_refuses_is_one_sentence(call, monkeypatch, number):
+    def fails(name):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr(methods, "_describe", fails)
+    code, _, err = call("methods", "flexlora")
     assert code == 2
-    assert "line 5: unknown key 'data.useen_clients'. Did you mean 'data.unseen_clients'?" in said
-    assert "'federation.rounds' is 'many'" in said
+    assert err == (
+        f"error: The system refused to read or write some/file: {os.strerror(number)}.\n"
+    )
+
+
+def test_a_full_disk_without_a_file_name_is_one_sentence(call, monkeypatch):
+    def fails(name):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(methods, "_describe", fails)
+    code, _, err = call("methods", "flexlora")
+    assert code == 2 and "None" not in err and "No space left on device" in err
+
+
+# methods
+
+
+def test_methods_is_a_table_of_80_columns(call):
+    from flexlora.methods import names
+
+    code, out, _ = call("methods")
+    lines = out.splitlines()
+    assert code == 0 and all(len(line) <= 80 for line in lines)
+    assert lines[0].split() == ["name", "mixed", "ranks", "exact", "paper"]
+    rows = {line.split()[0]: line.split() for line in lines[1 : 1 + len(names())]}
+    assert sorted(rows) == names()
+    assert rows["flexlora"][1:] == ["yes", "yes", "arXiv", "2402.11505"]
+    assert rows["fedit"][1:] == ["no", "no", "arXiv", "2305.05644"]
+    assert rows["raflora"][1:5] == ["yes", "term", "by", "term"]
+
+
+def test_one_method_is_described_with_its_options(call):
+    code, out, _ = call("methods", "flexlora")
+    assert code == 0 and "arXiv 2402.11505" in out
+    assert "accuracy = 'bounded'" in out and "mixed ranks:   yes" in out

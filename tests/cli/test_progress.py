@@ -1,16 +1,35 @@
+"""What a run prints: true counts, no line wider than the terminal, and what is going on."""
+
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from flexlora.cli.progress import show
-from flexlora.journal.units import duration, size
+from flexlora.cli import progress
+from flexlora.cli.progress import Tally, sentences, show
 
+CONFIG = {
+    "federation": {"rounds": 3, "cohort": 2, "over_selection": 0.5},
+    "evaluation": {"base": True, "every": 0, "truncated": True},
+}
+START = {
+    "event": "start",
+    "config": CONFIG,
+    "clients": 9,
+    "unseen_clients": 5,
+    "modules": 210,
+    "rank_types": {"small": 6, "a-type-with-a-long-name": 3},
+    "ranks": {"small": [8], "a-type-with-a-long-name": [0, 64]},
+    "hardware": "x86_64, 2 cores, cpu, 1 threads",
+    "resumed": False,
+}
 CLIENT = {
     "event": "client",
     "round": 1,
     "client": "<b>x</b>",
     "rank_type": "small",
+    "examples": 3,
     "tokens": 300,
     "seconds": 2.0,
     "loss_total": 6.0,
@@ -23,44 +42,172 @@ SCORED = {"seen": False, "examples": 4, "rouge_l": 1.0, "exact_match": 2}
 EVALUATION = {
     "event": "evaluation",
     "adapter": "global",
-    "round": 1,
+    "round": 3,
+    "seconds": 4.0,
     "clients": [{**SCORED, "loss_total": 3.0, "loss_tokens": 2}],
 }
+BASE = {**EVALUATION, "adapter": "base", "round": 0}
 LOST = {"event": "lost", "round": 1, "client": "y", "reason": "It did not answer."}
+FINISH = {"event": "finish", "rounds": 3, "seconds": 9.0, "adapter": "a"}
 
 
-def printed(terminal):
+def upload(round_, client):
+    return {**CLIENT, "round": round_, "client": client}
+
+
+def lost(round_, client, kind):
+    return {**LOST, "round": round_, "client": client, "kind": kind}
+
+
+def a_round(number):
+    """A round that invites three clients and needs two; the third is lost or not needed."""
+    kind = "not_needed" if number == 2 else "no_answer"
+    return [
+        upload(number, "a"),
+        lost(number, "c", kind),
+        upload(number, "b"),
+        {**ROUND, "round": number},
+    ]
+
+
+def whole_run():
+    return [START, BASE, *a_round(1), *a_round(2), *a_round(3), EVALUATION, FINISH]
+
+
+def printed(events, terminal=False, width=80):
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=200)
-    events = [CLIENT, LOST, ROUND, EVALUATION]
-    assert show(iter(events), console, turns=2) == events
+    console = Console(file=out, force_terminal=terminal, width=width)
+    assert show(iter(events), console, turns=6) == events
     return out.getvalue()
 
 
+def tallied(events):
+    tally = Tally(6)
+    for event in events:
+        tally.add(event)
+    return tally
+
+
 def test_plain_lines_where_there_is_no_terminal():
-    said = printed(terminal=False)
-    assert "\x1b" not in said
-    assert "client <b>x</b> (small): loss 1.500, 300 tokens in 2.0 s (1/2" in said
-    assert "lost client y: It did not answer." in said
-    assert "round 1: loss 1.500, 150 tokens/s overall, up 2.0 KiB, down 1.0 KiB" in said
-    assert "unseen clients Rouge-L 25.0, exact 50.0 %, loss 1.500" in said
+    said = printed([CLIENT, {**LOST, "kind": "no_answer"}, ROUND, EVALUATION])
+    assert "\x1b" not in said and "\N{NO-BREAK SPACE}" not in said
+    assert "client <b>x</b> (small): loss 1.500, 300 tokens in 2.0 s, upload 1 of" in said
+    assert "round 1: client y failed (no answer): It did not answer." in said
+    assert "round 1: loss 1.500, 150 tokens/s, up 2.0 KiB, down 1.0 KiB, 2 s (0.5 s agg" in said
+    assert "evaluation of the global adapter after round 3:\n" in said
+    assert "  unseen clients  Rouge-L 25.0 %, exact match 50.0 %, loss 1.500\n" in said
 
 
 def test_a_terminal_gets_one_line_that_moves():
-    said = printed(terminal=True)
-    assert "2/2 turns" in said and "up 2.0 KiB" in said
+    said = printed(whole_run(), terminal=True, width=200)
+    assert "finished  150 tokens/s  up 12.0 KiB  down 6.0 KiB" in said
     assert "client <b>x</b>" not in said
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(3, "3 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.00 GiB")]
-)
-def test_sizes(count, text):
-    assert size(count) == text
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_line_is_wider_than_the_terminal_and_no_number_is_broken(width):
+    said = printed(whole_run(), terminal=True, width=width)
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]+", said)]
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    for phrase in ("210 adapted modules", "down 1.0 KiB", "ranks 0 and 64", "(0.5 s aggregation)"):
+        assert phrase in text
+        assert any(phrase in line for line in lines), f"{phrase!r} is broken in two"
+
+
+def test_losses_and_over_selection_do_not_change_how_far_the_run_is():
+    events = whole_run()
+    shares = [tallied(events[: n + 1]).share for n in range(len(events))]
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    # After START, BASE and a whole round of three invited clients, one of three rounds is done.
+    assert shares[5] == pytest.approx(1 / 3)
+    assert tallied(events[:3]).share == pytest.approx(1 / 6)
+
+
+def test_more_uploads_than_wanted_count_as_one_round():
+    events = [START, upload(1, "a"), upload(1, "b"), upload(1, "c")]
+    assert tallied(events).share == pytest.approx(1 / 3)
+    assert tallied(events).doing == "round 1/3: aggregating"
+
+
+def test_the_time_left_is_never_negative_and_is_silent_at_the_end(monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    events = whole_run()
+    for n in range(len(events)):
+        left = tallied(events[: n + 1]).left()
+        assert left is None or left > 0
+    assert tallied(events).left() is None
+    assert tallied(events).left_text() == ""
+
+
+def test_the_time_left_leaves_out_the_evaluation_before_and_counts_the_one_after(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    tally = tallied([START])
+    now[0] = 500.0  # the evaluation of the base model takes long
+    for event in (BASE, upload(1, "a")):
+        tally.add(event)
+    now[0] = 530.0
+    for event in a_round(1)[1:]:
+        tally.add(event)
+    # Two rounds of 30 s, then two adapters (two rank types at most) of 4 s each.
+    assert tally.left() == pytest.approx(60 + 2 * 4)
+    assert tally.left_text() == "about 68 s left"
+
+
+def test_a_resumed_run_goes_on_where_it_was():
+    tally = tallied([{**START, "resumed": True}, upload(3, "a")])
+    assert tally.share == pytest.approx((2 + 1 / 2) / 3)
+    assert tally.doing == "round 3/3: training, 1 of 2 uploads"
+
+
+def test_it_says_what_is_going_on():
+    doing = [tallied(whole_run()[: n + 1]).doing for n in range(len(whole_run()))]
+    assert list(dict.fromkeys(doing)) == [
+        "evaluating the base model",
+        "round 1/3: training, 0 of 2 uploads",
+        "round 1/3: training, 1 of 2 uploads",
+        "round 1/3: aggregating",
+        "round 2/3: training, 0 of 2 uploads",
+        "round 2/3: training, 1 of 2 uploads",
+        "round 2/3: aggregating",
+        "round 3/3: training, 0 of 2 uploads",
+        "round 3/3: training, 1 of 2 uploads",
+        "round 3/3: aggregating",
+        "evaluating the trained adapter",
+        "finishing",
+        "finished",
+    ]
+
+
+def test_without_rows_to_evaluate_on_no_evaluation_is_announced():
+    """As on a server of real clients: the base model's evaluation was due and did not come."""
+    assert tallied([START, *a_round(1), *a_round(2), *a_round(3)]).doing == "finishing"
+
+
+def test_a_round_short_of_its_quorum_says_so():
+    short = {"event": "short", "round": 1, "attempt": 1, "received": 1, "quorum": 2}
+    tally = tallied([START, upload(1, "a"), short])
+    assert tally.doing == "round 1/3: waiting for more clients"
+    (text,) = sentences(short, tally)
+    assert " ".join(text.split()) == "round 1: 1 upload after attempt 1, 2 needed"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(7.9, "7 s"), (61, "1 min 01 s"), (7260, "2 h 01 min")]
+    ("kind", "text"),
+    [
+        ("not_needed", "round 1: upload of y not used (enough uploads had arrived)"),
+        ("unreachable", "round 1: client y failed (unreachable): It did not answer."),
+        (None, "round 1: client y failed: It did not answer."),
+    ],
 )
-def test_durations(seconds, text):
-    assert duration(seconds) == text
+def test_a_loss_is_described_by_its_kind(kind, text):
+    event = LOST if kind is None else {**LOST, "kind": kind}
+    assert [line.strip() for line in sentences(event, Tally(6))] == [text]
+
+
+def test_a_truncated_adapter_is_called_by_its_type():
+    lines = sentences({**EVALUATION, "adapter": "small"}, Tally(6))
+    assert lines[0] == "evaluation of the global adapter truncated to type small after round 3:"
+    assert sentences(BASE, Tally(6))[0] == "evaluation of the base model before training:"

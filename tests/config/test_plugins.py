@@ -59,7 +59,8 @@ class Equal(Averager):
 
 
 def read(path, columns, seed):
-    return Corpus.build({"client": ["a"], "instruction": [str(path)], "input": [""], "output": [str(seed)]})
+    texts = {"instruction": [str(path)], "input": [""], "output": [str(seed)]}
+    return Corpus.build({"client": ["a"], **texts})
 """
 ENTRY_POINTS = """
 [flexlora.methods]

@@ -51,10 +51,10 @@ def test_codes_number_the_values_as_they_appear(rows, data):
     cut = data.draw(st.integers(0, len(rows)))
     loose = Corpus(pa.concat_tables([whole.table.slice(0, cut), whole.table.slice(cut)]))
     part = Corpus(whole.table.slice(cut))
-    for corpus, held in ((whole, rows), (loose, rows), (part, rows[cut:])):
+    for corpus, expected in ((whole, rows), (loose, rows), (part, rows[cut:])):
         codes, values = corpus.codes("client")
-        assert values == list(dict.fromkeys(client for client, _ in held))
-        assert [values[code] for code in codes] == [client for client, _ in held]
+        assert values == list(dict.fromkeys(client for client, _ in expected))
+        assert [values[code] for code in codes] == [client for client, _ in expected]
 
 
 def test_select_takes_indices_and_masks(corpus):
@@ -104,11 +104,11 @@ def test_conversations_keep_their_messages():
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         (json.dumps(CHAT[:1]), "at least two"),
-        (json.dumps(CHAT[:2]), "last message is the assistant's to give, not 'user'"),
-        (json.dumps([*CHAT[:2], {**CHAT[2], "tool": "x"}]), "nothing else"),
-        (json.dumps([*CHAT[:2], {"role": "assistant", "content": 3}]), "are text"),
+        (json.dumps(CHAT[:2]), "last message must have the role 'assistant', not 'user'"),
+        (json.dumps([*CHAT[:2], {**CHAT[2], "tool": "x"}]), "exactly the keys"),
+        (json.dumps([*CHAT[:2], {"role": "assistant", "content": 3}]), "must be text"),
     ],
 )
 def test_a_broken_conversation_is_refused_by_row(messages, fault):
@@ -118,17 +118,17 @@ def test_a_broken_conversation_is_refused_by_row(messages, fault):
 
 def test_faulty_columns_are_refused():
     fine = columns([("a", "x"), ("b", "y")])
-    with pytest.raises(ValueError, match="'input' of here needs text, but row 2 holds null"):
+    with pytest.raises(ValueError, match="'input' of here needs text, but row 2 has null"):
         Corpus.build({**fine, "input": ["x", None]}, "here")
-    with pytest.raises(ValueError, match=r"'output' of here is null in row 1.*2 in all"):
+    with pytest.raises(ValueError, match=r"'output' of here is null in row 1.*2 in total"):
         Corpus.build({**fine, "output": pa.nulls(2, pa.string())}, "here")
-    with pytest.raises(ValueError, match="holds 'dev'; the splits are train"):
+    with pytest.raises(ValueError, match="contains 'dev'; the splits are train"):
         Corpus.build({**fine, "split": ["train", "dev"]})
     with pytest.raises(ValueError, match="differ in length"):
         Corpus.build({**fine, "client": ["a"]})
     with pytest.raises(ValueError, match="'messages' or 'instruction'"):
         Corpus.build({"input": ["x"], "output": ["y"]})
-    with pytest.raises(ValueError, match="Column 'colour'"):
+    with pytest.raises(ValueError, match="column 'colour'"):
         Corpus(Corpus.build(fine).table.append_column("colour", pa.array(["red", "blue"])))
 
 
@@ -140,17 +140,17 @@ def test_with_column_sets_clients(corpus):
 
 def test_a_column_replaced_is_hashed_anew_and_the_others_are_not(corpus):
     digests = {name: corpus.digest(name) for name in corpus.columns}
-    known = Corpus(corpus.table, {**digests, "input": "as if it were large"})
+    cached = Corpus(corpus.table, {**digests, "input": "as if it were large"})
     owners = [str(row % 5) for row in range(17)]
-    changed = known.with_column("client", owners)
+    changed = cached.with_column("client", owners)
     assert changed.digests == {**{n: digests[n] for n in digests if n != "client"}} | {
         "input": "as if it were large"
     }
     assert changed.digest("client") == corpus.with_column("client", owners).digest("client")
-    assert changed.fingerprint() != known.fingerprint() != corpus.fingerprint()
-    assert known.select([2, 3]).fingerprint() == corpus.select([2, 3]).fingerprint()
+    assert changed.fingerprint() != cached.fingerprint() != corpus.fingerprint()
+    assert cached.select([2, 3]).fingerprint() == corpus.select([2, 3]).fingerprint()
     with pytest.raises(ValueError, match="differ in length"):
-        known.with_column("client", ["a"])
+        cached.with_column("client", ["a"])
 
 
 def test_repetitive_columns_cost_little():
@@ -184,5 +184,5 @@ def test_a_clients_split_depends_on_no_other_client():
 
 
 def test_rows_that_are_split_are_not_split_again(corpus):
-    with pytest.raises(ValueError, match="has a 'split' column already"):
+    with pytest.raises(ValueError, match=r"'split' column; set data\.columns\.split = \"\""):
         split_rows(corpus, 1)

@@ -20,15 +20,15 @@ SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7)), min_size=1, ma
 def stores(draw, rows=11):
     """Rows of which many share their beginnings with others, or are others."""
     beginnings = draw(st.lists(st.lists(st.integers(0, 2), max_size=14), min_size=1, max_size=3))
-    found = []
+    result = []
     for _ in range(draw(st.integers(1, rows))):
         beginning = draw(st.sampled_from(beginnings))
         cut = draw(st.integers(0, len(beginning)))
         rest = draw(st.lists(st.integers(0, 2), max_size=5))
         ids = [*beginning[: len(beginning) - cut // 2], *rest] or [1]
         prompt = draw(st.integers(1, len(ids)))
-        found.append((ids[:prompt], ids[prompt:]))
-    return store_of(found)
+        result.append((ids[:prompt], ids[prompt:]))
+    return store_of(result)
 
 
 def distinct(sizes):
@@ -140,7 +140,7 @@ def test_steps_shuffle_and_refuse_nothing_by_order():
     plan = steps(range(29), 7, np.random.default_rng(2))
     assert plan != steps(range(29), 7, np.random.default_rng(3))
     assert [len(step) for step in plan] == [7, 7, 7, 7, 1]
-    with pytest.raises(ValueError, match="Steps of 0 examples"):
+    with pytest.raises(ValueError, match="step cannot have 0 examples"):
         steps([0], 0, np.random.default_rng(2))
 
 
@@ -148,11 +148,11 @@ def test_steps_shuffle_and_refuse_nothing_by_order():
 @quick
 def test_first_fit_takes_the_largest_first(sizes, room):
     bins = first_fit(sizes, room)
-    assert sorted(item for held in bins for item in held) == list(range(len(sizes)))
+    assert sorted(item for members in bins for item in members) == list(range(len(sizes)))
     filled: list[int] = []
-    order = {item: number for number, held in enumerate(bins) for item in held}
+    order = {item: number for number, members in enumerate(bins) for item in members}
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fits = [number for number, held in enumerate(filled) if held + sizes[item] <= room]
+        fits = [number for number, members in enumerate(filled) if members + sizes[item] <= room]
         assert order[item] == (fits[0] if fits else len(filled))
         if fits:
             filled[fits[0]] += sizes[item]
@@ -175,18 +175,18 @@ def test_a_row_says_of_each_example_what_the_store_says(store, prompt_loss, shar
     rows = data.draw(st.lists(st.sampled_from(range(len(store))), min_size=1, max_size=9))
     row = pack(store, rows, prompt_loss, share)
     tokens, places = row.input_ids[0].tolist(), row.position_ids[0].tolist()
-    found = examples(row.forest)
-    assert Counter(tuple(tokens[at] for at in one) for one in found) == Counter(
+    result = examples(row.forest)
+    assert Counter(tuple(tokens[at] for at in one) for one in result) == Counter(
         tuple(store[r].ids.tolist()) for r in rows
     )
-    for one in found:
+    for one in result:
         assert [places[at] for at in one] == list(range(len(one)))
     for owner, r in enumerate(rows):
-        mine = row.owners == owner
-        got = zip(row.loss_positions[mine].tolist(), row.labels[mine].tolist(), strict=True)
+        selected = row.owners == owner
+        got = zip(row.loss_positions[selected].tolist(), row.labels[selected].tolist(), strict=True)
         homes = [
             [(one[place], label) for place, label in learned(store[r], prompt_loss)]
-            for one in found
+            for one in result
             if [tokens[at] for at in one] == store[r].ids.tolist()
         ]
         assert sorted(got) in homes
@@ -240,8 +240,8 @@ def test_a_pack_written_out():
     assert row.input_ids.tolist() == [[5, 6, 7, 8, *range(10, 20), 30, 40, 41]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, *range(10), 10, 10, 11]]
     assert row.forest == Forest((0, 4, 14, 15, 17), (-1, -1, 1, 1))
-    found = zip(row.owners.tolist(), row.loss_positions.tolist(), row.labels.tolist(), strict=True)
-    assert list(found) == [
+    result = zip(row.owners.tolist(), row.loss_positions.tolist(), row.labels.tolist(), strict=True)
+    assert list(result) == [
         *((1, 1, 7), (1, 2, 8)),
         (0, 13, 30),
         *((2, 11, 18), (2, 12, 19), (2, 13, 40), (2, 15, 41)),
@@ -253,7 +253,7 @@ def test_pack_gives_torch_integers():
     names = ("input_ids", "position_ids", "loss_positions", "labels", "owners")
     assert {getattr(row, name).dtype for name in names} == {torch.int64}
     assert row.loss_positions.tolist() == [1, 2, 3, 4, 5, 9, 10]
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="at least one row"):
         pack(distinct([(3, 2)]), [])
 
 
@@ -328,16 +328,16 @@ def test_no_other_cut_into_runs_is_cheaper(store):
 @settings(deadline=None, max_examples=400)
 def test_packs_hold_every_row_once_and_no_more_than_they_may(store, room, share, data):
     rows = data.draw(st.lists(st.sampled_from(range(len(store))), max_size=12))
-    found = packs(store, rows, room, share)
-    assert sorted(row for held in found for row in held) == sorted(rows)
-    for held in found:
-        assert held
-        assert pack(store, held, share=share).tokens <= room or len(held) == 1
-    assert found == packs(store, rows, room, share)
+    result = packs(store, rows, room, share)
+    assert sorted(row for members in result for row in members) == sorted(rows)
+    for members in result:
+        assert members
+        assert pack(store, members, share=share).tokens <= room or len(members) == 1
+    assert result == packs(store, rows, room, share)
 
 
 def test_packs_refuse_no_room():
-    with pytest.raises(ValueError, match="Packs of 0 tokens hold nothing; give at least 1"):
+    with pytest.raises(ValueError, match=r"0 tokens; set training\.pack_tokens to at least 1"):
         packs(distinct([(3, 2)]), [0], 0)
 
 
@@ -348,7 +348,7 @@ def test_what_is_shared_stays_together():
         [([*(one if i % 2 else other), 100 + i], [200 + i, 300 + i]) for i in range(6)]
     )
     assert sorted(map(sorted, packs(store, range(6), 47))) == [[0, 2, 4], [1, 3, 5]]
-    assert [pack(store, held).tokens for held in packs(store, range(6), 47)] == [39, 39]
+    assert [pack(store, members).tokens for members in packs(store, range(6), 47)] == [39, 39]
     assert len(packs(store, range(6), 47, share=False)) == 6
     # One tree is cut where there is no room; the prefix then stands in both.
     cut = packs(store, [0, 2, 4], 46)
@@ -367,8 +367,8 @@ def test_a_pack_does_not_grow_where_its_rows_share_in_another_way():
     assert [len(tree) for tree in pack(store, range(5)).forest.trees] == [4, 3]
     assert pack(store, [0, 1, 3, 4]).tokens == 27
     for room in range(18, 60):
-        for held in packs(store, range(5), room):
-            assert pack(store, held).tokens <= room or len(held) == 1
+        for members in packs(store, range(5), room):
+            assert pack(store, members).tokens <= room or len(members) == 1
 
 
 # --- packs as one --------------------------------------------------------------------------
@@ -395,10 +395,10 @@ def test_joined_packs_are_their_rows_one_after_the_other(store, prompt_loss, dat
         assert torch.equal(
             whole.forest.mask(0, whole.tokens)[tokens, tokens], part.forest.mask(0, part.tokens)
         )
-        mine = slice(losses, losses + len(part.labels))
-        assert torch.equal(whole.loss_positions[mine], part.loss_positions + first)
-        assert torch.equal(whole.labels[mine], part.labels)
-        assert whole.owners[mine].tolist() == [number] * len(part.labels)
+        selected = slice(losses, losses + len(part.labels))
+        assert torch.equal(whole.loss_positions[selected], part.loss_positions + first)
+        assert torch.equal(whole.labels[selected], part.labels)
+        assert whole.owners[selected].tolist() == [number] * len(part.labels)
         first, losses = first + part.tokens, losses + len(part.labels)
         segments += len(part.forest.prefixes)
     assert len(whole.labels) == losses and len(whole.forest.prefixes) == segments

@@ -52,10 +52,10 @@ def test_a_partition_of_a_part_and_by_a_mask(labels, data):
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
     whole = np.zeros(3 * len(labels), bool)
     whole[rows] = mask
-    found = parts.within(rows).where(whole)
-    slow = {client: [row for row in rows[held] if whole[row]] for client, held in parts.items()}
-    assert {c: held.tolist() for c, held in found.items()} == {c: h for c, h in slow.items() if h}
-    assert found.sizes.tolist() == [len(held) for held in slow.values() if held]
+    result = parts.within(rows).where(whole)
+    slow = {client: [row for row in rows[own] if whole[row]] for client, own in parts.items()}
+    assert {c: own.tolist() for c, own in result.items()} == {c: h for c, h in slow.items() if h}
+    assert result.sizes.tolist() == [len(own) for own in slow.values() if own]
 
 
 def test_a_partition_is_a_mapping_of_views():
@@ -130,13 +130,13 @@ def test_the_draw_decides():
 def test_the_impossible_is_refused():
     with pytest.raises(ValueError, match="5 rows do not suffice for 7 clients"):
         iid(5, 7, draw(0))
-    with pytest.raises(ValueError, match="at least 3 each; ask for at most 1 clients"):
+    with pytest.raises(ValueError, match=r"3 each; set data\.partition\.clients to at most 1"):
         dirichlet(["a"] * 5, 2, 1.0, draw(0), minimum=3)
     with pytest.raises(ValueError, match="alpha is 0"):
         dirichlet(["a"] * 5, 2, 0.0, draw(0))
     with pytest.raises(ValueError, match="11 rows do not suffice for 4 clients"):
         shards(["a"] * 11, 4, 3, draw(0))
-    with pytest.raises(ValueError, match="at least one shard, not 0"):
+    with pytest.raises(ValueError, match="shards_per_client is 0"):
         shards(["a"] * 11, 4, 0, draw(0))
     with pytest.raises(ValueError, match="among 0 clients"):
         iid(5, 0, draw(0))

@@ -59,11 +59,11 @@ def test_chat_reads_the_same_on_every_day():
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="no chat template; use the prompt 'alpaca'"):
+    with pytest.raises(ValueError, match=r"no chat template; set data\.prompt to 'alpaca'"):
         prompt.named("chat", byte_tokenizer(chat_template=None))
-    with pytest.raises(ValueError, match="'alpaca' cannot write a conversation of 4"):
+    with pytest.raises(ValueError, match="'alpaca' cannot format a conversation of 4"):
         prompt.alpaca(CONVERSATION)
-    with pytest.raises(ValueError, match=r"'plain' cannot .* use the prompt 'chat'"):
+    with pytest.raises(ValueError, match=r"'plain' cannot .* set data\.prompt to 'chat'"):
         prompt.plain(CONVERSATION)
 
 

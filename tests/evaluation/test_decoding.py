@@ -73,18 +73,18 @@ def test_several_adapters_at_once_answer_as_each_alone(base, adapter, room):
         with base.attached(one):
             expected += decode(base, prompts, NEW, STOPS, 10_000)
     with base.attached(*adapters):
-        assert decode(base, prompts, NEW, STOPS, room, parts=3) == expected
+        assert decode(base, prompts, NEW, STOPS, room, adapters=3) == expected
     assert expected[0] != expected[1] != expected[2]
 
 
 def test_some_answers_end_by_themselves_and_some_at_the_limit(base):
     prompts = [prompt for case in CASES.values() for prompt in case]
-    (found,) = decode(base, arrays(prompts), NEW, STOPS, 500)
-    ended = [ids[-1] in STOPS for ids in found]
+    (answers,) = decode(base, arrays(prompts), NEW, STOPS, 500)
+    ended = [ids[-1] in STOPS for ids in answers]
     assert any(ended)
     assert not all(ended)
-    assert all(len(ids) == NEW for ids, end in zip(found, ended, strict=True) if not end)
-    assert all(token not in STOPS for ids in found for token in ids[:-1])
+    assert all(len(ids) == NEW for ids, end in zip(answers, ended, strict=True) if not end)
+    assert all(token not in STOPS for ids in answers for token in ids[:-1])
 
 
 @pytest.fixture
@@ -144,6 +144,6 @@ def test_attention_that_ours_is_not_is_refused(base):
 
     q = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match=r"softcap.*set model.attention to 'eager'"):
-        decoding._attend(base.model, q, q, q, None, reading=Long(), softcap=30.0)
+        decoding._attend(base.model, q, q, q, None, attention_pass=Long(), softcap=30.0)
     with pytest.raises(ValueError, match="a sliding window"):
-        decoding._attend(base.model, q, q, q, None, reading=Long(), sliding_window=8)
+        decoding._attend(base.model, q, q, q, None, attention_pass=Long(), sliding_window=8)

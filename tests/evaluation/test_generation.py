@@ -6,7 +6,7 @@ import torch
 
 from flexlora.data.corpus import Example
 from flexlora.data.prompt import plain
-from flexlora.evaluation.generation import answers, answers_of_each, exact_match, prompts
+from flexlora.evaluation.generation import answers_of_each, exact_match, prompts
 from flexlora.model.layers import attention
 from flexlora.model.source import Source
 from support import models
@@ -20,6 +20,11 @@ LENGTHS = (3, 11, 1, 7, 29, 2, 5, 13, 19, 23, 37, 17)
 def questions():
     draw = np.random.default_rng(1)
     return [draw.integers(3, 15, size=length).astype(np.int32) for length in LENGTHS]
+
+
+def answers(base, questions: list, new: int, batch_tokens: int) -> list[str]:
+    """The answers with the one adapter, or none, that the model has."""
+    return answers_of_each(base, 1, questions, new, batch_tokens)[0]
 
 
 def ids_written(base, prompt: np.ndarray, new: int = NEW) -> list[int]:
@@ -102,7 +107,7 @@ def test_nothing_is_logged(base, questions):
 def test_beyond_the_models_context_is_refused(base, questions):
     longest = max(LENGTHS)
     assert len(answers(base, questions, 96 - longest, 4000)) == len(LENGTHS)
-    with pytest.raises(ValueError, match="37 tokens and 60 new ones exceed the 96 positions"):
+    with pytest.raises(ValueError, match="37 tokens and 60 new tokens exceed the 96 positions"):
         answers(base, questions, 97 - longest, 4000)
 
 

@@ -26,19 +26,19 @@ def loss_alone(base, tokens: Tokens) -> float:
 
 @pytest.mark.parametrize("batch_tokens", [1, 20, 1000])
 def test_packed_losses_are_those_of_each_example_alone(base, examples, batch_tokens):
-    found = losses(base, examples, batch_tokens)
-    assert [loss.tokens for loss in found] == [response for _, response in SIZES]
+    results = losses(base, examples, batch_tokens)
+    assert [loss.tokens for loss in results] == [response for _, response in SIZES]
     expected = [loss_alone(base, tokens) for tokens in examples]
-    np.testing.assert_allclose([loss.total for loss in found], expected, rtol=1e-5)
+    np.testing.assert_allclose([loss.total for loss in results], expected, rtol=1e-5)
 
 
 def test_losses_are_those_of_the_attached_adapter(base, adapter, examples):
     without = [loss.total for loss in losses(base, examples, 40)]
     with base.attached(adapter):
-        found = [loss.total for loss in losses(base, examples, 40)]
+        results = [loss.total for loss in losses(base, examples, 40)]
         expected = [loss_alone(base, tokens) for tokens in examples]
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert all(abs(a - b) > 1e-3 for a, b in zip(found, without, strict=True))
+    np.testing.assert_allclose(results, expected, rtol=1e-4)
+    assert all(abs(a - b) > 1e-3 for a, b in zip(results, without, strict=True))
 
 
 def test_packs_hold_every_token_once_within_their_room(base, examples, monkeypatch):

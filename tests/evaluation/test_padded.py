@@ -14,11 +14,11 @@ from support import models
     st.integers(1, 400),
 )
 def test_batches_hold_every_prompt_once_within_the_budget(lengths, new, budget):
-    found = batches(lengths, new, budget)
-    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
-    for rows in found:
+    result = batches(lengths, new, budget)
+    assert sorted(row for rows in result for row in rows) == list(range(len(lengths)))
+    for rows in result:
         assert len(rows) == 1 or len(rows) * (max(lengths[r] for r in rows) + new) <= budget
-    in_order = [lengths[row] for rows in found for row in rows]
+    in_order = [lengths[row] for rows in result for row in rows]
     assert in_order == sorted(lengths, reverse=True)
 
 

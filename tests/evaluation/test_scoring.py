@@ -13,18 +13,12 @@ from flexlora.data.prompt import plain
 from flexlora.data.tokens import encode
 from flexlora.evaluation import generation, held_out_loss, vllm_engine
 from flexlora.evaluation.rouge import rouge_l
-from flexlora.evaluation.scoring import Evaluation, Question, Score, evaluate, evaluate_each, pick
+from flexlora.evaluation.scoring import Evaluation, Question, Score, evaluate_each, pick
 from flexlora.journal.record import Record, mean_scores
-from flexlora.model.source import Source
 from support import models
 from support.factors import random_factors
 
 SETTINGS = Evaluation(max_new_tokens=7, max_prompt_tokens=23, batch_tokens=100)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return Source(str(models.save(tmp_path_factory.mktemp("tiny")))).load()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +29,7 @@ def questions(base):
     kinds = ["sum", "sort", "sum", "sum", "sort", "ask", "sum"]
     texts = [" ".join(draw.choice(models.WORDS, size)) for size in range(2, 9)]
     read = generation.prompts([Example(t, "", "") for t in texts], plain, base.tokenizer, 23)
-    right = generation.answers(base, read, 7, 1)
+    (right,) = generation.answers_of_each(base, 1, read, 7, 1)
     outputs = [
         right[0].upper(),
         "a dog",
@@ -70,7 +64,7 @@ def table(clients: dict[str, int], splits: tuple[str, ...] = ("test", "train")) 
 
 
 def test_rows_add_up_what_each_question_scores(base, questions):
-    rows = evaluate(base, questions, plain, SETTINGS)
+    (rows,) = evaluate_each(base, [{}], questions, plain, SETTINGS)
     assert [(r["client"], r["category"], r["seen"], r["examples"]) for r in rows] == [
         ("anna", "sum", True, 3),
         ("bo", "sort", False, 2),
@@ -81,7 +75,7 @@ def test_rows_add_up_what_each_question_scores(base, questions):
         own = [q for q in questions if (q.client, q.category) == (row["client"], row["category"])]
         examples = [q.example for q in own]
         read = generation.prompts(examples, plain, base.tokenizer, 23)
-        written = generation.answers(base, read, 7, 1)
+        (written,) = generation.answers_of_each(base, 1, read, 7, 1)
         pairs = [(e.output, w) for e, w in zip(examples, written, strict=True)]
         assert row["rouge_l"] == pytest.approx(sum(rouge_l(*pair) for pair in pairs))
         assert row["exact_match"] == sum(generation.exact_match(*pair) for pair in pairs)
@@ -93,7 +87,7 @@ def test_rows_add_up_what_each_question_scores(base, questions):
 
 
 def test_the_journal_takes_the_rows_and_means_can_be_had(base, questions, tmp_path):
-    rows = evaluate(base, questions, plain, SETTINGS)
+    (rows,) = evaluate_each(base, [{}], questions, plain, SETTINGS)
     record = Record(tmp_path)
     record.append("evaluation", round=0, adapter="base", seconds=0.0, clients=rows)
     (event,) = record.events("evaluation")
@@ -102,7 +96,6 @@ def test_the_journal_takes_the_rows_and_means_can_be_had(base, questions, tmp_pa
 
 
 def test_no_questions_no_rows(base):
-    assert evaluate(base, [], plain, SETTINGS) == []
     assert evaluate_each(base, [{}, {}], [], plain, SETTINGS) == [[], []]
 
 
@@ -118,48 +111,43 @@ def test_adapters_evaluated_at_once_score_as_one_at_a_time(base, questions):
     adapters = [whole, *({m: f.first(rank) for m, f in whole.items()} for rank in (1, 3))]
     expected = []
     for adapter in adapters:
-        with base.attached(adapter):
-            expected.append(evaluate(base, questions, plain, SETTINGS))
-    found = evaluate_each(base, adapters, questions, plain, SETTINGS)
-    assert found == expected
-    assert len({row[0]["loss_total"] for row in found}) == 3
-    assert evaluate_each(base, [{}], questions, plain, SETTINGS) == [
-        evaluate(base, questions, plain, SETTINGS)
-    ]
+        expected += evaluate_each(base, [adapter], questions, plain, SETTINGS)
+    results = evaluate_each(base, adapters, questions, plain, SETTINGS)
+    assert results == expected
+    assert len({row[0]["loss_total"] for row in results}) == 3
 
 
 def test_the_model_has_no_adapter_afterwards(base, questions):
-    before = evaluate(base, questions, plain, SETTINGS)
+    before = evaluate_each(base, [{}], questions, plain, SETTINGS)
     evaluate_each(base, [updates(base, 2), updates(base, 3)], questions, plain, SETTINGS)
-    assert evaluate(base, questions, plain, SETTINGS) == before
+    assert all(layer.adapters == () for layer in base._layers.values())
+    assert evaluate_each(base, [{}], questions, plain, SETTINGS) == before
 
 
 def test_another_engine_is_given_adapters_and_prompts(base, questions, monkeypatch):
     adapters = [updates(base, 2), updates(base, 3)]
-    asked = []
+    calls = []
 
     def stand_in(*given):
-        asked.append(given)
+        calls.append(given)
         return [[q.example.output for q in questions], ["nothing"] * len(questions)]
 
     monkeypatch.setattr(vllm_engine, "answers_of_each", stand_in)
     other = replace(SETTINGS, engine="vllm")
-    found = evaluate_each(base, adapters, questions, plain, other)
-    ((_, given, read, new),) = asked
+    results = evaluate_each(base, adapters, questions, plain, other)
+    ((_, given, read, new),) = calls
     assert (given, len(read), new) == (adapters, len(questions), 7)
-    assert [sum(row["exact_match"] for row in rows) for rows in found] == [len(questions), 0]
+    assert [sum(row["exact_match"] for row in rows) for rows in results] == [len(questions), 0]
     own = evaluate_each(base, adapters, questions, plain, SETTINGS)
-    for ours, theirs in zip(own, found, strict=True):
-        assert [r["loss_total"] for r in ours] == [r["loss_total"] for r in theirs]
-    with pytest.raises(ValueError, match="'vllm' does not see the adapter in the model; give"):
-        evaluate(base, questions, plain, other)
+    for ours, other_rows in zip(own, results, strict=True):
+        assert [r["loss_total"] for r in ours] == [r["loss_total"] for r in other_rows]
 
 
 def test_a_loss_that_is_not_finite_is_an_error(base, questions, monkeypatch):
     broken = [held_out_loss.Loss(1.0 if n != 3 else math.nan, 2) for n in range(len(questions))]
     monkeypatch.setattr(held_out_loss, "losses", lambda *_: broken)
     with pytest.raises(ValueError, match="loss of a row of client 'carl' is nan"):
-        evaluate(base, questions, plain, SETTINGS)
+        evaluate_each(base, [{}], questions, plain, SETTINGS)
 
 
 scores = st.builds(
@@ -234,7 +222,7 @@ def test_clients_and_numbers_that_cannot_be_are_refused():
     corpus = table({"a": 2, "b": 3})
     with pytest.raises(ValueError, match="'c' has no rows in the corpus of 2 clients"):
         pick(corpus, ["a", "c"], True, 1, 0)
-    with pytest.raises(ValueError, match="not 0"):
+    with pytest.raises(ValueError, match="rows_per_client is 0"):
         pick(corpus, ["a"], True, 0, 0)
     with pytest.raises(ValueError, match="no key column 'split'"):
         pick(Corpus(corpus.table.drop_columns(["split"])), ["a"], True, 1, 0)

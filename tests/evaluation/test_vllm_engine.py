@@ -39,7 +39,12 @@ class Engine:
             if request
         }
         type(self).calls.append(
-            {"prompts": prompts, "how": sampling_params, "loaded": loaded, "adapters": adapters}
+            {
+                "prompts": prompts,
+                "sampling": sampling_params,
+                "loaded": loaded,
+                "adapters": adapters,
+            }
         )
         return [
             SimpleNamespace(
@@ -71,15 +76,15 @@ def engine(monkeypatch):
 
 def test_adapters_and_prompts_reach_the_engine(base, adapter, engine, prompts_of_words):
     small = {module: f.first(2) for module, f in adapter.items()}
-    found = answers_of_each(base, [adapter, small], prompts_of_words, NEW)
-    made, asked = engine.calls
-    assert made["model"] == base.name
-    assert made["dtype"] == "float32"
-    assert (made["max_lora_rank"], made["max_loras"]) == (8, 2)
-    assert made["max_model_len"] == 13 + NEW
-    assert asked["how"]["temperature"] == 0.0
-    assert asked["how"]["max_tokens"] == NEW
-    assert asked["how"]["stop_token_ids"] == [2, 3]
+    answers = answers_of_each(base, [adapter, small], prompts_of_words, NEW)
+    created, asked = engine.calls
+    assert created["model"] == base.name
+    assert created["dtype"] == "float32"
+    assert (created["max_lora_rank"], created["max_loras"]) == (8, 2)
+    assert created["max_model_len"] == 13 + NEW
+    assert asked["sampling"]["temperature"] == 0.0
+    assert asked["sampling"]["max_tokens"] == NEW
+    assert asked["sampling"]["stop_token_ids"] == [2, 3]
     ids = [prompt["prompt_token_ids"] for prompt in asked["prompts"]]
     assert ids == [p.tolist() for p in prompts_of_words] * 2
     assert [r.lora_int_id for r in asked["loaded"]] == [1] * 4 + [2] * 4
@@ -87,7 +92,7 @@ def test_adapters_and_prompts_reach_the_engine(base, adapter, engine, prompts_of
         for module, factors in given.items():
             torch.testing.assert_close(read[module].B @ read[module].A, factors.B @ factors.A)
     words = base.tokenizer.convert_ids_to_tokens
-    assert found == [
+    assert answers == [
         [f"{words(int(p[0]))} {words(3 + number)}" for p in prompts_of_words] for number in (1, 2)
     ]
 
@@ -110,12 +115,12 @@ def test_without_vllm_it_says_what_to_do(base, adapter, prompts_of_words):
 
 def test_a_rank_beyond_vllms_is_refused(base, adapter, engine, prompts_of_words):
     wide = {module: f.padded(513) for module, f in adapter.items()}
-    with pytest.raises(ValueError, match=r"rank 513, but vLLM takes at most 512; set"):
+    with pytest.raises(ValueError, match=r"rank 513, but vLLM supports at most 512; set"):
         answers_of_each(base, [adapter, wide], prompts_of_words, NEW)
     assert engine.calls == []
 
 
 def test_a_quantised_model_is_refused(base, adapter, engine, prompts_of_words, monkeypatch):
     monkeypatch.setattr(base.model, "hf_quantizer", object(), raising=False)
-    with pytest.raises(ValueError, match="held in 4 bits"):
+    with pytest.raises(ValueError, match="quantised to 4 bits"):
         answers_of_each(base, [adapter], prompts_of_words, NEW)

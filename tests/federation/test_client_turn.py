@@ -12,9 +12,11 @@ from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method.handout import with_components
 from flexlora.method.interface import Download
 from flexlora.seeds import rng
-from flexlora.training.loop import ClientTask, train
+from flexlora.training.loop import ClientTask
 from support import models
 from support.factors import random_adapter
+from support.learning import train
+from support.rounding import rounding
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_the_methods_client_half_is_asked(ready, job, tmp_path):
 
 
 def test_what_is_no_download_is_refused(ready):
-    with pytest.raises(ValueError, match="no adapter"):
+    with pytest.raises(ValueError, match="not an adapter"):
         client_turn.turn(TurnRequest("client4", 2, b"noise"), ready.runtime)
 
 
@@ -168,8 +170,13 @@ def test_the_rest_of_a_download_is_seen_as_if_it_were_in_the_base(ready, job, tm
     with ready.base.folded([rest]):
         inside = sent(Download(adapter), here, tmp_path)
     without = sent(Download(adapter), here, tmp_path)
-    for module, f in beside.items():
-        assert (f.B - inside[module].B).norm() < 1e-4 * f.B.norm()
+
+    def distance(got, want):
+        return max(float((got[m].B - want[m].B).norm() / want[m].B.norm()) for m in want)
+
+    assert distance(inside, beside) < rounding(
+        ready.base.model, lambda: sent(Download(adapter, rest), here, tmp_path), beside, distance
+    )
     assert any((f.B - without[m].B).norm() > 1e-2 * f.B.norm() for m, f in beside.items())
 
 
@@ -193,7 +200,15 @@ def test_numbered_components_have_the_scale_of_the_whole_adapter(ready, tmp_path
     whole = random_adapter(ready.base.shapes, 4, 60)
     few = with_components(Download(whole), {m: (2,) for m in whole})
     all_of_them = with_components(Download(whole), {m: (0, 1, 2, 3) for m in whole})
-    one, four = (sent(each, here, tmp_path) for each in (few, all_of_them))
-    for module, f in one.items():
-        moved = f.B[:, 0] - whole[module].B[:, 2]
-        assert torch.allclose(four[module].B[:, 2] - whole[module].B[:, 2], moved, atol=1e-6)
+
+    def moved(download):
+        """How far the third term's column of B goes, by module."""
+        adapter = sent(download, here, tmp_path)
+        place = {m: f.rank // 2 for m, f in adapter.items()}  # 0 of one term, 2 of four
+        return {m: f.B[:, place[m]] - whole[m].B[:, 2] for m, f in adapter.items()}
+
+    def distance(got, want):
+        return max(float((got[m] - want[m]).norm() / want[m].norm()) for m in want)
+
+    one, four = moved(few), moved(all_of_them)
+    assert distance(four, one) < rounding(ready.base.model, lambda: moved(few), one, distance)

@@ -264,42 +264,23 @@ def test_a_model_that_is_loaded_already_is_taken(whole, settings, monkeypatch):
     assert setup.prepare(settings(), base=base).base is base
 
 
-CONFIG = """
-seed = 3
-[model]
-name = "{folder}/model"
-[data]
-path = "{folder}/rows.parquet"
-prompt = "plain"
-max_tokens = 32
-cache = "{folder}/tokens"
-[ranks]
-types.small = {{ attention = 2, feed_forward = 2 }}
-types.large = {{ attention = 3, feed_forward = 5 }}
-distribution = {{ small = 0.5, large = 0.5 }}
-[training]
-learning_rate = 0.02
-batch_examples = 4
-pack_tokens = 24
-[federation]
-rounds = 1
-cohort = 2
-[evaluation]
-max_new_tokens = 3
-max_prompt_tokens = 16
-seen_clients = 2
-rows_per_client = 1
-[run]
-threads = 1
-clients_at_once = 1
-"""
-
-
 @pytest.fixture
 def call(folder, tmp_path, monkeypatch, capsys):
     """Calls ``flexlora compare`` and gives the exit code, the output and the errors."""
-    path = tmp_path / "config.toml"
-    path.write_text(CONFIG.format(folder=folder))
+    path = models.write_config(
+        tmp_path / "config.toml",
+        folder,
+        data={"path": str(folder / "rows.parquet"), "unseen_clients": None},
+        ranks={
+            "types": {
+                "small": {"attention": 2, "feed_forward": 2},
+                "large": {"attention": 3, "feed_forward": 5},
+            },
+            "distribution": {"small": 0.5, "large": 0.5},
+        },
+        federation={"rounds": 1, "cohort": 2},
+        evaluation={"unseen_clients": None, "truncated": None},
+    )
 
     def call(*words, config=path):
         monkeypatch.setattr(sys, "argv", ["flexlora", "compare", str(config), *map(str, words)])
@@ -316,7 +297,7 @@ def test_the_command_compares_and_says_where(call, tmp_path, monkeypatch):
     code, said, _ = call("--methods", "all", "--seeds", "1", "--output", tmp_path / "c")
     assert code == 0
     assert "★" in said and "fedit: refused: " in said
-    assert "With one seed the spread is not known" in said
+    assert "One seed does not show how much" in said
     found = json.loads((tmp_path / "c/comparison.json").read_text())
     assert [m["cells"][0]["state"] for m in found["methods"]].count("finished") == 2
     assert found["methods"][-1]["method"] == "fedit"
@@ -341,8 +322,8 @@ def test_a_command_that_is_stopped_writes_what_it_has(call, tmp_path, monkeypatc
     monkeypatch.setattr(HetLoRA, "aggregate", stopped)
     words = ("--methods", "flexlora,hetlora", "--seeds", "1", "--output", tmp_path / "c")
     code, said, error = call(*words)
-    assert code == 130 and "go on with the same command" in error
-    assert "hetlora: seed 3 not run to its end" in said
+    assert code == 130 and "resume with the same command" in error
+    assert "hetlora: seed 3 not completed" in said
     monkeypatch.undo()
 
 

@@ -76,13 +76,6 @@ def go(folder: Path, name: str, **changes) -> Outcome:
     return Outcome(ready, folder / name, events, watched)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(folder / "model")
-    return folder
-
-
 UNSEEN = {"data": {"unseen_clients": 1}, "evaluation": {"every": 2}}
 
 

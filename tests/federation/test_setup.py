@@ -14,13 +14,6 @@ from flexlora.federation.setup import prepare
 from support import models
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(folder / "model")
-    return folder
-
-
 @pytest.fixture
 def ready(folder, monkeypatch):
     """Prepares an experiment; the model is loaded once, for it does not change."""

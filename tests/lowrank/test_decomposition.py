@@ -1,12 +1,12 @@
 import pytest
 import torch
 
+from flexlora.laws.dense import best, product, relative_error
 from flexlora.lowrank import decomposition
 from flexlora.lowrank.decomposition import decompose
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.routes import dense, krylov, qr
 from support.factors import random_factors
-from support.oracle import best, product, relative_error
 
 
 def shaped(out: int, rank: int, in_: int) -> Factors:
@@ -24,11 +24,11 @@ def decaying(out=211, terms=137, in_=307) -> Factors:
 @pytest.mark.parametrize("terms", [5, 7, 13])
 def test_qr_and_dense_agree_with_the_oracle(rank, terms):
     factors = random_factors(11, terms, 7)
-    kept = 7 if rank is None else min(rank, 7)
+    limit = 7 if rank is None else min(rank, 7)
     for svd in (decompose(factors, rank), decompose(product(factors), rank)):
         assert svd.excess == 0 and svd.refused is None and svd.beyond == 0
-        assert relative_error(product(svd.factors(7)), best(product(factors), kept)) < 1e-12
-        assert svd.route == ("qr" if terms < 7 and svd.kept <= terms else "dense") or terms < 7
+        assert relative_error(product(svd.factors(7)), best(product(factors), limit)) < 1e-12
+        assert svd.route == ("qr" if terms < 7 and svd.pairs <= terms else "dense") or terms < 7
     if terms < 7:
         assert decompose(factors).route == "qr"
     assert decompose(product(factors)).route == "dense"

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.laws.dense import product
 from flexlora.lowrank.factors import Adapter, Factors
 from support.factors import random_factors
-from support.oracle import product
 
 
 def test_shape_and_rank():
@@ -31,12 +31,12 @@ def test_what_is_no_pair_of_factors_is_refused(B, A, message):
 
 @settings(deadline=None)
 @given(st.integers(0, 5), st.integers(0, 4), st.integers(0, 9))
-def test_first_padded_and_widened_keep_what_they_say(kept, more, seed):
+def test_first_padded_and_widened_keep_what_they_say(size, more, seed):
     factors = random_factors(11, 5, 7, seed)
-    first = factors.first(kept)
-    assert first.rank == kept
-    assert torch.equal(first.B, factors.B[:, :kept])
-    assert torch.equal(first.A, factors.A[:kept])
+    first = factors.first(size)
+    assert first.rank == size
+    assert torch.equal(first.B, factors.B[:, :size])
+    assert torch.equal(first.A, factors.A[:size])
     for wider in (factors.padded(5 + more), factors.widened(5 + more, np.random.default_rng(2))):
         assert wider.rank == 5 + more
         assert torch.equal(product(wider), product(factors))

@@ -27,10 +27,11 @@ from flexlora.method import partial_step
 from flexlora.method.interface import Feature, FreshAdapters, RoundContext, Upload
 from flexlora.method.mixed_modules import mixed_modules
 from flexlora.method.server_optimizer import MOMENTUM
-from flexlora.training.loop import ClientTask, train
-from flexlora.wire import messages
+from flexlora.training.loop import ClientTask
+from flexlora.wire import adapters
 from support import models
 from support.factors import random_factors
+from support.learning import train
 from support.states import (
     adapters_of,
     assert_same_factors,
@@ -212,13 +213,6 @@ TYPES = {
 RANKS = {"types": TYPES, "distribution": {"phone": 0.5, "site": 0.5}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("targeted")
-    models.save(folder / "model")
-    return folder
-
-
 def ran(folder, where, **changes):
     settings = models.settings(folder, **{"ranks": RANKS, **changes})
     ready = setup.prepare(settings, models.corpus())
@@ -284,13 +278,13 @@ def test_updates_merged_for_good_are_not_read_by_a_step(folder, tmp_path, monkey
         Upload(c.id, 3, FreshAdapters(ready.shapes, 1, c.id).own(c.ranks), c.examples)
         for c in everybody
     ]
-    read, taken = messages._Stored.__getitem__, []
+    read, taken = adapters.StoredModules.__getitem__, []
 
     def counted(stored, module):
         taken.append(stored.path.name)
         return read(stored, module)
 
-    monkeypatch.setattr(messages._Stored, "__getitem__", counted)
+    monkeypatch.setattr(adapters.StoredModules, "__getitem__", counted)
     after = aggregated(ready.method, state, uploads, ready.context(3))
     assert not [name for name in taken if name.startswith("update")]
     assert after.merge_log.updates[1] is state.merge_log.updates[1]

@@ -116,13 +116,6 @@ def test_it_is_added_to_the_methods_own_penalty():
     torch.testing.assert_close(both.penalty(now, start), want)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(folder / "model")
-    return folder
-
-
 def ready_for(folder, name, same=False, **changes):
     if same or Feature.MIXED_RANKS not in methods.make(name, {}).features:
         same = {"all": {"attention": 3, "feed_forward": 3}}
@@ -516,7 +509,7 @@ def test_scaffold_with_adamw_is_refused_at_start_up(folder):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"strength": 0.1}, "'name' is missing; it is one of fedprox, scaffold"),
+        ({"strength": 0.1}, r"regularizer\.name' is missing; it is one of fedprox, scaffold"),
         ({"name": "fedprx"}, "no regularizer 'fedprx'. Did you mean 'fedprox'"),
         ({"name": "fedprox", "strenght": 1.0}, "Did you mean 'strength'"),
         ({"name": "fedprox", "strength": -1.0}, "not negative, got -1.0"),

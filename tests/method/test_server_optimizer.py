@@ -301,17 +301,10 @@ def test_a_kind_is_a_file_that_says_its_paper():
         assert found.title and found.paper.startswith("arXiv ")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(folder / "model")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({}, "'name' is missing; it is one of fedadam, fedavgm"),
+        ({}, r"server_optimizer\.name' is missing; it is one of fedadam, fedavgm"),
         ({"name": "fedavg"}, "no server optimizer 'fedavg'. Did you mean 'fedavgm'"),
         ({"name": "fedavgm", "momentun": 0.5}, "no option 'momentun'. Did you mean 'momentum'"),
         ({"name": "fedavgm", "momentum": "big"}, "option 'momentum' is 'big'"),

@@ -6,6 +6,7 @@ missed, bytes that are not bytes, inputs changed, weights on both factors, paddi
 axis.
 """
 
+import ast
 import os
 import shutil
 import subprocess
@@ -54,14 +55,14 @@ FAULTS = {
         "if round > last and round == max(log(state))}",
     ),
     "bytes that are not bytes": (
-        "wire/messages.py",
+        "wire/adapters.py",
         'tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()',
         'tensors[f"{module}.A"] = factors.A.detach().contiguous()',
     ),
     "inputs changed": (
         "methods/flexfold.py",
-        "Factors(last.B * share.to(last.B.dtype), last.A)",
-        "Factors(last.B.mul_(share.to(last.B.dtype)), last.A)",
+        "Factors(last.B.double() * share, last.A.double())",
+        "Factors(last.B.mul_(share), last.A.double())",
     ),
     "weights by nothing": (
         "method/averaging.py",
@@ -99,18 +100,39 @@ FAULTS = {
         "return trained",
     ),
 }
+"""By name: a file below src/flexlora, a text in it, and the faulty text that replaces it.
+
+A change of that text in the source needs the same change here: ``test_a_fault_applies``.
+"""
+
+
+def planted(fault: str, package: Path) -> str:
+    """The source text with this fault."""
+    file, right, wrong = FAULTS[fault]
+    text = (package / file).read_text(encoding="utf-8")
+    count = text.count(right)
+    assert count == 1, (
+        f"The text that the fault {fault!r} replaces is {count} times in {file}, not once: "
+        f"{right!r}. Change its entry in FAULTS to the source as it is now."
+    )
+    return text.replace(right, wrong)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_applies(fault):
+    """The changed file is still Python, and another program than before."""
+    package = ROOT / "src" / "flexlora"
+    before = (package / FAULTS[fault][0]).read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(planted(fault, package))) != ast.dump(ast.parse(before))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_laws_catch(fault, tmp_path):
-    file, right, wrong = FAULTS[fault]
     source = tmp_path / "src"
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-    path = source / "flexlora" / file
-    text = path.read_text(encoding="utf-8")
-    assert text.count(right) >= 1, f"{file} no longer holds what the fault changes"
-    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    path = source / "flexlora" / FAULTS[fault][0]
+    path.write_text(planted(fault, source / "flexlora"), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *LAWS]
     environment = {**os.environ, "PYTHONPATH": str(source)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -8,7 +8,7 @@ import transformers
 
 from flexlora.data.packing import Forest, join, pack
 from flexlora.data.tokens import TokenStore
-from flexlora.evaluation.generation import answers
+from flexlora.evaluation.generation import answers_of_each
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model.base import Base
 from flexlora.model.blocks import kind
@@ -20,19 +20,10 @@ from flexlora.model.trainable import FlatAdapter
 from flexlora.seeds import rng
 from support import models
 from support.factors import random_adapter, random_factors
+from support.rounding import rounding
 from support.rows import sharing_store, store_of
 
 SIZES = ((3, 2), (5, 1), (2, 4), (7, 3), (1, 5))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder) -> Base:
-    return Source(str(folder)).load()
 
 
 @pytest.fixture
@@ -60,7 +51,7 @@ def assert_untouched(base: Base, before) -> None:
     assert set(state) == set(before[0])
     assert all(torch.equal(state[name], before[0][name]) for name in state)
     assert base.model.training == before[1]
-    assert all(layer.parts == () for layer in base._layers.values())
+    assert all(layer.adapters == () for layer in base._layers.values())
     assert base._layout.edges is None
 
 
@@ -81,8 +72,8 @@ def spans(forest: Forest):
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", [attention.NAME, "eager", "sdpa"])
-def test_examples_in_one_row_do_not_see_each_other(folder, name, share):
-    base = Source(str(folder), attention=name).load()
+def test_examples_in_one_row_do_not_see_each_other(model_folder, name, share):
+    base = Source(str(model_folder), attention=name).load()
     rows = sharing_store()
     laid = pack(rows, range(len(rows)), share=share)
     assert any(prefix >= 0 for prefix in laid.forest.prefixes) == share
@@ -110,8 +101,8 @@ def test_logits_are_of_the_positions_asked_for(base):
 def test_gradients_do_not_cross_between_examples(base, adapter):
     """The loss of one example has the same gradient whatever stands beside it."""
     rows = store()
-    found = []
-    for beside in ([1], [1, 3], [0, 1]):
+
+    def gradient(beside):
         laid = pack(rows, beside, share=False)
         flat = FlatAdapter.of(adapter, lambda rank: 1.0, base.device)
         place = beside.index(1)
@@ -119,9 +110,15 @@ def test_gradients_do_not_cross_between_examples(base, adapter):
         with base.training(flat):
             logits = base.logits(replace(laid, loss_positions=torch.arange(start, end)))
             logits.square().sum().backward()
-        found.append(flat.values.grad.clone())
-    for other in found[1:]:
-        assert torch.linalg.vector_norm(other - found[0]) < 1e-5 * found[0].norm()
+        return flat.values.grad.clone()
+
+    def distance(got, want):
+        return float((got - want).norm() / want.norm())
+
+    alone = gradient([1])
+    tolerance = rounding(base.model, lambda: gradient([1]), alone, distance)
+    for beside in ([1, 3], [0, 1]):
+        assert distance(gradient(beside), alone) < tolerance
 
 
 def test_a_sliding_window_shorter_than_an_example_is_refused(tmp_path):
@@ -157,9 +154,9 @@ def test_all_linear_layers_but_the_head_are_adapted(base):
     assert base.shapes["model.layers.0.mlp.down_proj"] == (32, 48)
 
 
-def test_attached_is_the_model_with_its_weights_changed(folder, base, adapter):
+def test_attached_is_the_model_with_its_weights_changed(model_folder, base, adapter):
     before = snapshot(base)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     with torch.no_grad():
         for module, f in adapter.items():
             merged.get_submodule(module).weight += 0.1 * f.B @ f.A
@@ -175,7 +172,8 @@ def test_attached_is_the_model_with_its_weights_changed(folder, base, adapter):
                 base.model(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4
             )
             assert not torch.allclose(base.model(ids).logits, without, atol=0.1)
-            assert answers(base, questions, 9, 100) == answers(plain, questions, 9, 100)
+            both = [answers_of_each(each, 1, questions, 9, 100) for each in (base, plain)]
+            assert both[0] == both[1]
         assert torch.equal(base.model(ids).logits, without)
     assert_untouched(base, before)
 
@@ -201,7 +199,7 @@ def test_training_applies_the_scale_of_each_rank(base):
     flat = FlatAdapter.of(mixed, lambda rank: 3 / rank, base.device)
     with torch.no_grad():
         with base.training(flat):
-            scales = {part.scale for layer in base._layers.values() for part in layer.parts}
+            scales = {part.scale for layer in base._layers.values() for part in layer.adapters}
             assert scales == {3 / 2, 3 / 5}
             trained = base.model(ids).logits
         with base.attached(mixed):
@@ -215,7 +213,7 @@ def test_part_of_the_modules_may_be_attached(base, adapter):
         without = base.model(ids).logits
         with base.attached(some):
             assert not torch.equal(base.model(ids).logits, without)
-            assert sum(len(layer.parts) for layer in base._layers.values()) == 2
+            assert sum(len(layer.adapters) for layer in base._layers.values()) == 2
 
 
 def test_adapters_side_by_side_have_equal_parts_of_a_batch(base, adapter):
@@ -261,15 +259,15 @@ def test_edges_that_do_not_fit_are_refused_and_forgotten(base, adapter):
     laid = pack(store(), range(3))
     with (
         base.attached(adapter, random_adapter(base.shapes, 2)),
-        pytest.raises(ValueError, match=r"Edges \(0, 4, 9\) do not deal 17 rows"),
+        pytest.raises(ValueError, match=r"Edges \(0, 4, 9\) do not split 17 rows"),
     ):
         base.logits(laid, [0, 4, 9])
     assert_untouched(base, before)
 
 
-def test_adapters_side_by_side_may_have_different_modules(folder, adapter):
+def test_adapters_side_by_side_may_have_different_modules(model_folder, adapter):
     """Each sees its own modules alone, whatever the other one has."""
-    base = Source(str(folder)).load()
+    base = Source(str(model_folder)).load()
     before = snapshot(base)
     some, others = adapter.only(list(adapter)[::2]), adapter.only(list(adapter)[1::3])
     ids = torch.tensor([[1, 4, 6, 3, 9]])
@@ -286,11 +284,11 @@ def test_adapters_side_by_side_may_have_different_modules(folder, adapter):
 @pytest.mark.parametrize(
     ("module", "factors", "message"),
     [
-        ("lm_head", random_factors(15, 2, 32), "'lm_head' is none of"),
+        ("lm_head", random_factors(15, 2, 32), "module 'lm_head', but"),
         (
             "model.layers.0.self_attn.k_proj",
             random_factors(32, 2, 16),
-            r"k_proj' is \(32, 16\) \(out, in\), but .* is \(16, 32\)",
+            r"k_proj' has the shape \(32, 16\) .* it is \(16, 32\)",
         ),
     ],
 )
@@ -352,7 +350,7 @@ def ours(model) -> tuple[int, int]:
     ],
 )
 def test_norms_and_blocks_that_we_know_are_ours_and_say_the_same(
-    folder, kind, changes, norms, blocks
+    model_folder, kind, changes, norms, blocks
 ):
     model = of_kind(kind, **changes)
     names = set(model.state_dict())
@@ -388,8 +386,8 @@ def test_other_models_train_side_by_side_too(kind):
 # --- loading -------------------------------------------------------------------------------
 
 
-def test_targets_choose_layers_by_their_last_name(folder):
-    base = Source(str(folder), targets=("q_proj", "v_proj")).load()
+def test_targets_choose_layers_by_their_last_name(model_folder):
+    base = Source(str(model_folder), targets=("q_proj", "v_proj")).load()
     assert {path.rsplit(".", 1)[-1] for path in base.shapes} == {"q_proj", "v_proj"}
     assert len(base.shapes) == 4
 
@@ -397,9 +395,9 @@ def test_targets_choose_layers_by_their_last_name(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ("q_proj", "w1")}, r"No linear layer is called \['w1'\].*'k_proj'"),
-        ({"device": "cuda"}, "no CUDA device; set 'cpu'"),
-        ({"quantize": "4bit"}, "on CUDA only"),
+        ({"targets": ("q_proj", "w1")}, r"no linear layer named w1.* k_proj"),
+        ({"device": "cuda"}, "no CUDA device; set model.device to 'cpu'"),
+        ({"quantize": "4bit"}, "only on CUDA"),
         ({"quantize": "8bit"}, "8bit"),
         ({"dtype": "float64x"}, "float64x"),
         ({"dtype": "int8"}, "int8"),
@@ -408,11 +406,11 @@ def test_targets_choose_layers_by_their_last_name(folder):
         ({"attention": "flashy"}, "flashy"),
     ],
 )
-def test_what_this_machine_or_model_has_not_is_refused(folder, options, message):
+def test_what_this_machine_or_model_has_not_is_refused(model_folder, options, message):
     if options == {"device": "cuda"} and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ValueError, match=message):
-        Source(str(folder), **options).load()
+        Source(str(model_folder), **options).load()
 
 
 def test_a_model_that_is_not_there_is_refused_with_its_name(tmp_path):
@@ -427,7 +425,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end(base):
 def test_a_model_that_cannot_recompute_is_refused(base, monkeypatch):
     monkeypatch.setattr(base.model, "modules", lambda: iter(()))
     with (
-        pytest.raises(ValueError, match=r"cannot recompute; unset training\.recompute_above"),
+        pytest.raises(ValueError, match=r"does not support .*remove training\.recompute_above"),
         base.recomputing(True),
     ):
         pass
@@ -460,5 +458,5 @@ def test_kinds_of_layers(module, expected):
 
 @pytest.mark.parametrize("module", ["lm_head", "model.embed", "model.layers.0.attn_like"])
 def test_a_layer_of_neither_kind_is_refused(module):
-    with pytest.raises(ValueError, match=f"{module}.*Give types with one rank"):
+    with pytest.raises(ValueError, match=f"{module}.*Use rank types with equal ranks"):
         kind(module)

@@ -30,9 +30,9 @@ def flat(adapter):
 
 def test_the_scale_is_taken_out_of_b_alone(adapter, flat):
     for module, factors in adapter.items():
-        held = flat.factors[module]
-        torch.testing.assert_close(held.B * (6 / RANKS[module]), factors.B)
-        assert torch.equal(held.A, factors.A)
+        flat_factors = flat.factors[module]
+        torch.testing.assert_close(flat_factors.B * (6 / RANKS[module]), factors.B)
+        assert torch.equal(flat_factors.A, factors.A)
         folded = flat.folded()[module]
         torch.testing.assert_close(folded.B, factors.B)
 

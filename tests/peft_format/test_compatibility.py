@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flexlora.errors import AdapterError
 from flexlora.lowrank.factors import Factors
-from flexlora.peft_format import CONFIG, WEIGHTS, write
-from flexlora.peft_format.compatibility import Report, check
+from flexlora.peft_format import CONFIG, WEIGHTS, Report, check, write
 
 Q0 = "model.layers.0.self_attn.q_proj"
 Q1 = "model.layers.1.self_attn.q_proj"
@@ -86,7 +86,9 @@ def test_what_we_write_is_read_alike_by_all(tmp_path):
     assert report.alike
     assert set(outcomes(report)) == {"PEFT", VLLM, NEWER, "llama.cpp", "TensorRT-LLM"}
     assert report.scales == (1.0,)
-    assert "1 of 6 rank-one terms are zero in both" in report.warnings[0]
+    assert report.warnings == ()
+    assert "1 of 6 rank-one components are zero in both" in report.notes[0]
+    assert report.lines()[-1] == f"note: {report.notes[0]}"
 
 
 MISREADINGS = [
@@ -114,10 +116,10 @@ MISREADINGS = [
 @pytest.mark.parametrize(("ranks", "settings", "wrong"), MISREADINGS)
 def test_who_misreads(tmp_path, ranks, settings, wrong):
     report = check(store(tmp_path, ranks, **settings))
-    found = outcomes(report)
+    outcome = outcomes(report)
     expected = ["misreads" if is_wrong else "reads" for is_wrong in wrong]
-    assert [found[VLLM], found["llama.cpp"], found["TensorRT-LLM"]] == expected
-    assert (found["PEFT"], found[NEWER]) == ("reads", "reads")
+    assert [outcome[VLLM], outcome["llama.cpp"], outcome["TensorRT-LLM"]] == expected
+    assert (outcome["PEFT"], outcome[NEWER]) == ("reads", "reads")
     assert report.alike == (not any(wrong))
     for each in report.verdicts:
         assert (each.outcome == "misreads") == ("--rank max --out NEW" in each.remedy)
@@ -159,7 +161,7 @@ def test_warns_of_untrained_modules(tmp_path):
     assert report.warnings[0].startswith("the update is zero everywhere")
 
 
-def test_counts_dead_ranks_only_where_both_halves_are_zero(tmp_path):
+def test_counts_padding_only_where_both_factors_are_zero(tmp_path):
     A, B = matrix(5, 7, 1), matrix(11, 5, 2)
     A[1], A[3], B[:, 3], B[:, 4] = 0, 0, 0, 0
     tensors = {
@@ -167,7 +169,7 @@ def test_counts_dead_ranks_only_where_both_halves_are_zero(tmp_path):
         f"base_model.model.{Q1}.lora_B.weight": B,
     }
     report = check(store(tmp_path, {Q0: 5, Q1: 5}, tensors, r=5))
-    assert report.warnings[0].startswith("1 of 10 rank-one terms are zero in both B and A")
+    assert report.notes[0].startswith("1 of 10 rank-one components are zero in both B and A")
 
 
 def test_warns_of_large_updates_and_odd_alphas(tmp_path):
@@ -185,7 +187,7 @@ def test_warns_of_patterns_that_overlap(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "found"),
+    ("settings", "expected"),
     [
         (
             {"use_dora": True},
@@ -212,9 +214,9 @@ def test_warns_of_patterns_that_overlap(tmp_path):
         ({"use_novelty": True}, {}),
     ],
 )
-def test_reports_what_is_more_than_b_times_a(tmp_path, settings, found):
+def test_reports_what_is_more_than_b_times_a(tmp_path, settings, expected):
     report = check(store(tmp_path, {Q0: 2}, **settings))
-    assert outcomes(report) == found
+    assert outcomes(report) == expected
     assert next(iter(settings)) in report.refusal
     assert not report.alike
     assert any(line.startswith("refused ") for line in report.lines())
@@ -222,10 +224,10 @@ def test_reports_what_is_more_than_b_times_a(tmp_path, settings, found):
 
 
 def test_unsound_adapters_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(AdapterError, match="does not exist"):
         check(tmp_path / "nowhere")
     bad = {f"base_model.model.{Q0}.lora_B.weight": torch.full((11, 2), math.nan)}
-    with pytest.raises(ValueError, match=f"{WEIGHTS}: '.*{Q0}.lora_B.weight' holds NaN"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: '.*{Q0}.lora_B.weight' contains NaN"):
         check(store(tmp_path / "nan", {Q0: 2}, bad))
     with pytest.raises(ValueError, match="has rank 3"):
         check(store(tmp_path / "rank", {Q0: 3}))
@@ -238,10 +240,15 @@ def test_lines(tmp_path):
     assert "base model  some/base" in text
     assert "ranks       2 (x1), 5 (x1)" in text
     assert "scales      1.2, 3" in text
-    assert "PEFT: reads it as PEFT does" in text
+    assert "PEFT: OK" in report.lines()
     assert f"{VLLM}: misreads it: " in text
     assert f"flexlora merge '{folder}' --rank max --out NEW" in text
     assert all(line.isprintable() for line in report.lines())
+
+
+def test_a_condition_follows_the_ok(tmp_path):
+    report = check(str(store(tmp_path, {Q0: 17}, r=17)))
+    assert f"{NEWER}: OK if started with --max-lora-rank 32" in report.lines()
 
 
 def test_lines_carry_no_control_characters(tmp_path):

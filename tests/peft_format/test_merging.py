@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexlora import peft_format
+from flexlora.errors import AdapterError
 from flexlora.laws.dense import best, product, relative_error, weighted_sum
 from flexlora.lowrank.factors import Adapter
 from flexlora.peft_format.merging import merge, parse_rank
@@ -17,7 +18,7 @@ Q, UP = SHAPES
 @pytest.fixture
 def adapters(tmp_path):
     """Three directories of ranks 2, 3 and 4, as values and on the disk."""
-    made = []
+    stored = []
     for index, rank in enumerate((2, 3, 4)):
         adapter = Adapter(
             {
@@ -26,8 +27,8 @@ def adapters(tmp_path):
             }
         )
         peft_format.write(adapter, tmp_path / f"a{index}", base_model="tiny/base")
-        made.append((tmp_path / f"a{index}", adapter))
-    return made
+        stored.append((tmp_path / f"a{index}", adapter))
+    return stored
 
 
 def merged(out):
@@ -35,17 +36,17 @@ def merged(out):
 
 
 def test_the_mean_of_products_without_loss(adapters, tmp_path):
-    kept = merge([d for d, _ in adapters], tmp_path / "out", weights=[3, 1, 2])
+    result = merge([d for d, _ in adapters], tmp_path / "out", weights=[3, 1, 2])
     for module in SHAPES:
         terms = [(w / 6, a[module]) for w, (_, a) in zip([3, 1, 2], adapters, strict=True)]
         assert relative_error(product(merged(tmp_path / "out")[module]), weighted_sum(terms)) < 1e-6
-    assert [facts.energy for facts in kept] == pytest.approx([1, 1])
-    assert {k.module: (k.summed_rank, k.rank) for k in kept} == {Q: (9, 7), UP: (9, 5)}
+    assert [facts.energy for facts in result] == pytest.approx([1, 1])
+    assert {k.module: (k.summed_rank, k.rank) for k in result} == {Q: (9, 7), UP: (9, 5)}
 
 
 def test_a_rank_gives_the_best_approximation_and_its_energy(adapters, tmp_path):
-    kept = merge([d for d, _ in adapters], tmp_path / "out", rank=2)
-    for facts in kept:
+    result = merge([d for d, _ in adapters], tmp_path / "out", rank=2)
+    for facts in result:
         dense = weighted_sum([(1 / 3, a[facts.module]) for _, a in adapters])
         assert (
             relative_error(product(merged(tmp_path / "out")[facts.module]), best(dense, 2)) < 1e-5
@@ -54,8 +55,8 @@ def test_a_rank_gives_the_best_approximation_and_its_energy(adapters, tmp_path):
 
 
 def test_an_energy_share_is_kept_in_every_module_with_the_least_rank(adapters, tmp_path):
-    kept = merge([d for d, _ in adapters], tmp_path / "out", rank=0.9)
-    for facts in kept:
+    result = merge([d for d, _ in adapters], tmp_path / "out", rank=0.9)
+    for facts in result:
         dense = weighted_sum([(1 / 3, a[facts.module]) for _, a in adapters])
         assert facts.energy >= 0.9
         assert 1 - relative_error(best(dense, facts.rank - 1), dense) ** 2 < 0.9
@@ -63,8 +64,8 @@ def test_an_energy_share_is_kept_in_every_module_with_the_least_rank(adapters, t
 
 def test_merging_an_adapter_with_itself_does_not_raise_its_rank(adapters, tmp_path):
     directory, adapter = adapters[1]
-    kept = merge([directory, directory], tmp_path / "out")
-    assert [facts.rank for facts in kept] == [3, 3]
+    result = merge([directory, directory], tmp_path / "out")
+    assert [facts.rank for facts in result] == [3, 3]
     assert relative_error(product(merged(tmp_path / "out")[Q]), product(adapter[Q])) < 1e-6
 
 
@@ -86,6 +87,67 @@ def test_a_module_that_one_adapter_lacks_counts_as_no_update(adapters, tmp_path)
     merge([adapters[0][0], tmp_path / "only"], tmp_path / "out")
     want = 0.5 * product(adapters[0][1][Q])
     assert relative_error(product(merged(tmp_path / "out")[Q]), want) < 1e-6
+
+
+def test_modules_of_only_some_adapters_are_reported(adapters, tmp_path):
+    only = Adapter({UP: adapters[0][1][UP]})
+    peft_format.write(only, tmp_path / "only", base_model="tiny/base")
+    result = merge([adapters[0][0], tmp_path / "only", adapters[1][0]], tmp_path / "out")
+    absent = {facts.module: facts.absent_from for facts in result}
+    assert absent == {Q: (tmp_path / "only",), UP: ()}
+    assert result.notes == (
+        f"1 of 2 modules are missing from some of the 3 adapters, such as {Q}, which is in 2 of "
+        f"them. An adapter without a module counts there as an update of zero, with its full "
+        f"weight.",
+    )
+    assert merge([adapters[0][0]], tmp_path / "whole").notes == ()
+
+
+def test_a_rank_above_the_content_is_reported(adapters, tmp_path):
+    result = merge([adapters[0][0]], tmp_path / "out", rank=64)
+    assert result.rank == 2
+    assert result.notes == (
+        "The result has rank 2, below the 64 given, because no module needs more.",
+    )
+
+
+def test_the_result_describes_the_file(adapters, tmp_path):
+    result = merge([d for d, _ in adapters], tmp_path / "out", rank=2)
+    dense = {m: weighted_sum([(1 / 3, a[m]) for _, a in adapters]) for m in SHAPES}
+    total = sum(float((matrix**2).sum()) for matrix in dense.values())
+    lost = sum(float(((matrix - best(matrix, 2)) ** 2).sum()) for matrix in dense.values())
+    assert result.energy == pytest.approx(1 - lost / total)
+    assert (len(result), result.rank) == (2, 2)
+    assert result.bytes == (tmp_path / "out" / peft_format.WEIGHTS).stat().st_size
+    assert result.directory == tmp_path / "out"
+
+
+def test_modules_are_in_the_order_of_their_numbers(tmp_path):
+    names = [f"model.layers.{layer}.q_proj" for layer in range(12)]
+    adapter = Adapter({name: random_factors(5, 1, 4, dtype=torch.float32) for name in names})
+    peft_format.write(adapter, tmp_path / "in")
+    assert [facts.module for facts in merge([tmp_path / "in"], tmp_path / "out")] == names
+
+
+def test_paths_may_be_strings_but_not_one_string(adapters, tmp_path):
+    result = merge([str(d) for d, _ in adapters], str(tmp_path / "out"))
+    assert len(result) == 2
+    with pytest.raises(AdapterError, match="takes a list of folders"):
+        merge(str(adapters[0][0]), tmp_path / "other")
+    with pytest.raises(AdapterError, match="give at least one"):
+        merge([], tmp_path / "other")
+
+
+def test_an_adapter_is_replaced_only_with_replace(adapters, tmp_path, monkeypatch):
+    folder, adapter = adapters[0]
+    monkeypatch.setattr("flexlora.peft_format.reading.read", None)  # refused before any reading
+    with pytest.raises(AdapterError, match=r"is not empty.*--overwrite"):
+        merge([folder], adapters[1][0])
+    monkeypatch.undo()
+    merge([folder], adapters[1][0], replace=True)
+    assert relative_error(product(merged(adapters[1][0])[Q]), product(adapter[Q])) < 1e-6
+    merge([folder, folder], folder, replace=True)  # an input may be replaced by the result
+    assert relative_error(product(merged(folder)[Q]), product(adapter[Q])) < 1e-6
 
 
 def test_on_any_error_nothing_is_written(adapters, tmp_path):

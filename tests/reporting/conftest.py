@@ -92,9 +92,9 @@ def _round(
     seconds = sum(t["seconds"] for t in turns)
     whole |= {"event": "round", "round": round_, "cohort": len(cohort) + len(lost)}
     whole |= {"received": len(cohort), "seconds": seconds + 48.3, "aggregate_seconds": 47.1}
+    lost_event: Event = {"event": "lost", "round": round_, "kind": "no_answer"}
     gone: list[Event] = [
-        {"event": "lost", "round": round_, "client": names[i], "reason": "no answer in 90 s"}
-        for i in lost
+        {**lost_event, "client": names[i], "reason": "It did not answer within 90 s."} for i in lost
     ]
     return [*turns, *gone, {**whole, "update_norm": 3.7 / round_}]
 

@@ -197,23 +197,26 @@ def test_a_difference_is_held_against_the_spread_of_the_seeds_and_taken_by_seed(
     said = " ".join(comparison.verdict(found))
     assert "lowest loss on unseen clients after the last round: 2.250 ± 0.250" in said
     assert "larger of the two standard deviations): hetlora." in said
-    assert "Of these, behind flexlora with every single seed: hetlora." in said
-    assert "The rest is behind flexlora by more than the spread of the seeds." in said
-    assert "The highest Rouge-L has hetlora: 33.0 ± 0.0 %, against 23.0 ± 0.0 %." in said
+    assert "On every seed flexlora was nevertheless better than: hetlora." in said
+    assert "Each of the remaining methods is behind flexlora by more than" in said
+    assert "hetlora has the highest Rouge-L: 33.0 ± 0.0 % (flexlora: 23.0 ± 0.0 %)." in said
 
 
 def test_no_rival_within_the_spread(outcome):
     found = [outcome("flexlora", s, [2.0 + s / 100]) for s in (3, 4)]
     found += [outcome("flora", s, [3.0 + s / 100]) for s in (3, 4)]
     said = " ".join(comparison.verdict(values.compared(found)))
-    assert "Every other method is behind flexlora by more than the spread of the seeds." in said
-    assert "It also has the highest Rouge-L" in said
+    assert (
+        "Every other method is behind flexlora by more than the standard deviation over seeds."
+        in said
+    )
+    assert "All methods have the same Rouge-L: 21.0 ± 0.0 %." in said
 
 
 def test_one_seed_has_no_spread(outcome):
     found = values.compared([outcome("flexlora", 3, [2.0]), outcome("flora", 3, [2.1])])
     assert found.standing(found.rows[1]).level is None
-    assert "With one seed the spread is not known" in " ".join(comparison.verdict(found))
+    assert "One seed does not show how much the results vary" in " ".join(comparison.verdict(found))
     assert "±" not in texts.markdown(found).split("## Scores")[1].split("|", 1)[1]
 
 
@@ -230,14 +233,14 @@ def test_a_method_that_lacks_a_seed_is_not_the_best(outcome):
     )
     assert [row.method for row in found.rows] == ["flexlora", "flora", "hetlora"]
     assert found.rows[1].state == "seed 4 failed: The loss is nan."
-    assert found.rows[2].state == "seed 3, 4 not run to its end"
-    assert "Too few seeds finished to tell: flora." in " ".join(comparison.verdict(found))
+    assert found.rows[2].state == "seed 3, 4 not completed"
+    assert "Too few seeds were completed to judge: flora." in " ".join(comparison.verdict(found))
 
 
 def test_nothing_finished(outcome, tmp_path):
     found = comparison.write(tmp_path, [outcome("flexlora", 3, state="failed", reason="No.")])
     assert found.best is None
-    assert comparison.verdict(found) == ["No method has come to its end, so none is the best."]
+    assert comparison.verdict(found) == ["No method completed a run, so there is no best method."]
     page = (tmp_path / "comparison.html").read_text()
     assert "failed: No." in page and "<script>" not in page
 
@@ -388,3 +391,24 @@ def test_the_terminal_sees_the_scores_that_decide(three):
     table, *said = comparison.printed(values.compared(three))
     assert table.row_count == 5
     assert said[-1] == "fedit: refused: FedIT needs | one rank (3)."
+
+
+def test_the_best_method_may_have_the_highest_rouge_too(outcome):
+    pairs = [outcome("flexlora", 3, [2.0], rouge=30.0), outcome("flora", 3, [3.0])]
+    said = " ".join(comparison.verdict(values.compared(pairs)))
+    assert "It also has the highest Rouge-L: 31.0 %." in said
+
+
+def test_the_terminal_names_many_refused_methods_in_one_line(outcome):
+    names = ["fedit", "ffalora", "rolora", "raflora"]
+    refused = [outcome(name, 3, state="refused", reason="one rank") for name in names]
+    failed = outcome("flora", 3, state="failed", reason="The loss is nan.")
+    lines = texts.unfinished(values.compared([outcome("flexlora", 3, [2.0]), failed, *refused]))
+    assert lines[0] == "flora: seed 3 failed: The loss is nan."
+    assert len(lines) == 2 and all(name in lines[1] for name in names)
+
+
+def test_captions_of_one_seed_speak_of_no_band(outcome):
+    one = values.compared([outcome("flexlora", 3, [2.0]), outcome("flora", 3, [2.1])])
+    said = words(comparison.render(one))
+    assert "of one seed" in said and "band" not in said and "thin" not in said

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.journal.record import Event
-from flexlora.reporting import figures, tables
+from flexlora.reporting import canvas, figures, tables
 
 Make = Callable[..., list[Event]]
 
@@ -92,20 +92,10 @@ def test_names_cut_alike_keep_bars_of_their_own():
     assert len(set(bars.x)) == 3
 
 
-@pytest.mark.parametrize(
-    ("largest", "unit"),
-    [(0, "bytes"), (1023, "bytes"), (1024, "KiB"), (5 << 20, "MiB"), (7 << 30, "GiB")],
-)
-def test_byte_units(largest: int, unit: str):
-    divisor, name = figures.byte_unit(largest)
-    assert name == unit
-    assert largest == 0 or 1 <= largest / divisor < 1024
-
-
 @settings(deadline=None)
 @given(st.text(max_size=90), st.integers(2, 40))
 def test_names_are_shown_short_and_without_markup(text: str, longest: int):
-    shown = figures.shown(text, longest)
+    shown = canvas.shown(text, longest)
     assert "<" not in shown and ">" not in shown and "\n" not in shown
     plain = shown.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     assert len(plain) <= longest

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.federation import compose
 from flexlora.journal.record import JOURNAL, Event
-from flexlora.reporting import page, tables
+from flexlora.reporting import config_text, page, sections, tables
+from support import models
 
 Make = Callable[..., list[Event]]
 Write = Callable[[list[Event]], Path]
@@ -59,7 +61,7 @@ def test_the_page_of_a_whole_run(make_journal: Make, write_journal: Write):
     assert elements.count("script") == 17
     assert html.count("plotly.js v") == 1
     assert "Rouge-L on 14 unseen clients (196 examples) rose from" in said
-    assert "Lost turns of clients: 2, namely no answer in 90 s (2)." in said
+    assert "failed to return a usable upload 2 times: no answer (2)." in said
     for word in ("flexlora", "tiny/llama-135m", "NVIDIA H100", "runs/a/adapter", "client-59"):
         assert word in said
     assert "not recorded" not in said and "was evaluated." not in said
@@ -69,7 +71,9 @@ def test_the_page_opens_no_connection(make_journal: Make):
     elements = Elements(page.render(make_journal()))
     for tag, attributes in elements.found:
         assert tag not in {"link", "iframe", "img", "object", "form", "base"}
-        assert not {"src", "href", "srcset", "action"} & attributes.keys()
+        assert not {"src", "srcset", "action"} & attributes.keys()
+        # Links lead to sections of the page, which opens no connection.
+        assert attributes.get("href", "#").startswith("#")
     policies = [a for tag, a in elements.found if tag == "meta" and "http-equiv" in a]
     assert "default-src 'none'" in str(policies[0]["content"])
     drawn = [script for script in elements.scripts if "plotly.js v" not in script]
@@ -127,12 +131,12 @@ def test_half_a_surrogate_pair_in_a_name_does_no_harm(make_journal: Make, write_
 def test_a_run_stopped_before_its_first_round(make_journal: Make, write_journal: Write):
     html = page.write(write_journal(make_journal()[:1])).read_text()
     said = words(html)
-    assert "No round was finished, so there is no outcome." in said
-    assert "The run is not finished: 0 rounds are complete." in said
+    assert "No round was completed, so there is no result." in said
+    assert "The run is not complete: it has 0 completed rounds." in said
     assert "No evaluation was recorded" in said
     assert "No spectrum of the global update was recorded." in said
-    assert "No client has finished a turn." in said
-    assert "not written: the run is not finished" in said
+    assert "No client has completed a round." in said
+    assert "not written: the run is not complete" in said
     assert Elements(html).count("figure") == 2
 
 
@@ -149,11 +153,11 @@ def test_an_empty_journal_has_a_page_without_figures(write_journal: Write):
     ("kind", "sentence"),
     [
         ("start", "The rank types were not recorded."),
-        ("client", "No client has finished a turn."),
-        ("round", "No finished round counted its bytes."),
+        ("client", "No client has completed a round."),
+        ("round", "No completed round counted its bytes."),
         ("spectrum", "No spectrum of the global update was recorded."),
         ("evaluation", "No evaluation was recorded, so there are no scores."),
-        ("finish", "The run is not finished: 6 rounds are complete."),
+        ("finish", "The run is not complete: it has 6 completed rounds."),
     ],
 )
 def test_a_page_without_one_kind_of_event(make_journal: Make, kind: str, sentence: str):
@@ -189,7 +193,7 @@ def test_an_equal_score_stayed():
     row = tables.EvaluationRow(0, "base", "seen", 3, 11, 25.0, None, None)
     last = tables.EvaluationRow(7, "global", "seen", 3, 11, 25.0, None, None)
     facts = tables.run_facts([])
-    assert page.outcome(facts, [], [row, last]) == (
+    assert sections.outcome(facts, [], [row, last]) == (
         "Rouge-L on 3 seen clients (11 examples) stayed at 25.00 % in 7 rounds."
     )
 
@@ -211,7 +215,7 @@ def test_a_broken_line_is_refused_and_a_cut_one_left_out(make_journal: Make, tmp
     (tmp_path / JOURNAL).write_text(whole + "\n{'event'")
     assert page.write(tmp_path).exists()
     (tmp_path / JOURNAL).write_text(whole + "\n{'event'\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not an event"):
         page.write(tmp_path)
 
 
@@ -233,9 +237,43 @@ configs = st.recursive(
 @settings(deadline=None)
 @given(configs)
 def test_a_config_survives_toml(config: dict[str, Any]):
-    assert tomllib.loads(page.toml(config)) == config
+    assert tomllib.loads(config_text.toml(config)) == config
 
 
 def test_toml_leaves_out_what_has_no_value():
-    text = page.toml({"model": {"revision": None, "name": "a"}, "seed": 5})
+    text = config_text.toml({"model": {"revision": None, "name": "a"}, "seed": 5})
     assert tomllib.loads(text) == {"seed": 5, "model": {"name": "a"}}
+
+
+def test_a_column_that_the_data_lacks_stays_switched_off_in_the_config_to_save():
+    """Left out, it would be read with its default, which is a name."""
+    settings = models.settings(Path("runs"), data={"columns": {"category": "", "split": "part"}})
+    text = config_text.toml(settings.model_dump(mode="json"))
+    columns = tomllib.loads(text)["data"]["columns"]
+    assert (columns["category"], columns["split"]) == ("", "part")
+    again = compose.parse(tomllib.loads(text), "config.toml")
+    assert again == settings
+
+
+def test_a_run_of_real_clients_is_repeated_with_serve_and_join(make_journal: Make):
+    events = make_journal()
+    assert "run it with flexlora run config.toml" in words(page.render(events))
+    events.insert(1, {"event": "asked", "round": 1, "client": "client-3"})
+    said = words(page.render(events))
+    assert "flexlora serve config.toml" in said and "flexlora join" in said
+    assert "flexlora run config.toml" not in said
+
+
+def test_the_report_names_its_run_and_its_start(make_journal: Make):
+    events = make_journal()
+    events[0]["time"] = 1_764_000_000.0
+    said = words(page.render(events, "mixed-ranks"))
+    assert "Run report: mixed-ranks" in said
+    assert "flexlora on tiny/llama-135m, started 2025-11-24 16:00 UTC" in said
+
+
+def test_losses_are_reported_by_kind_and_unused_uploads_are_no_failures(make_journal: Make):
+    unused = {"event": "lost", "round": 1, "client": "client-1", "reason": "", "kind": "not_needed"}
+    said = words(page.render([*make_journal(), unused]))
+    assert "failed to return a usable upload 2 times: no answer (2)." in said
+    assert "1 client round ended without an upload because enough others had arrived." in said

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexlora.journal.record import Event
+from flexlora.journal import Event, LossKind
 from flexlora.reporting import tables
 
 Make = Callable[..., list[Event]]
@@ -194,7 +194,7 @@ def test_clients_in_natural_order_with_their_lost_turns(make_journal: Make):
     assert names.index("client-9") < names.index("client-10")
     assert sum(r.rounds for r in rows) == sum(e["event"] == "client" for e in events)
     assert sum(r.lost for r in rows) == 2
-    assert tables.lost_reasons(events) == [("no answer in 90 s", 2)]
+    assert tables.loss_counts(events) == [(LossKind.NO_ANSWER, 2)]
     only_lost = tables.client_table([e for e in events if e["event"] == "lost"])
     assert {(r.rounds, r.last_loss) for r in only_lost} == {(0, None)}
 
@@ -215,3 +215,19 @@ def test_a_resumed_run_is_told_by_its_last_start(make_journal: Make):
     events.append(events[0] | {"resumed": True, "version": "0.2.0"})
     facts = tables.run_facts(events)
     assert (facts.version, facts.resumed) == ("0.2.0", 1)
+
+
+def test_an_upload_that_was_not_needed_is_no_failure(make_journal: Make):
+    events = make_journal()
+    unused = {"event": "lost", "round": 2, "client": "client-0", "reason": "", "kind": "not_needed"}
+    more = [*events[:-1], unused, events[-1]]
+    facts, before = tables.run_facts(more), tables.run_facts(events)
+    assert (facts.lost, facts.not_needed) == (before.lost, 1)
+    assert tables.client_table(more) == tables.client_table(events)
+    assert dict(tables.loss_counts(more)) == {LossKind.NO_ANSWER: 2, LossKind.NOT_NEEDED: 1}
+
+
+def test_a_loss_without_a_kind_is_a_failure_of_another_kind():
+    old = {"event": "lost", "round": 2, "client": "a", "reason": "It was not needed any more."}
+    assert tables.run_facts([old]).lost == 1
+    assert tables.loss_counts([old]) == [(LossKind.OTHER, 1)]

@@ -9,8 +9,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
-from flexlora.cli import main
+from flexlora.cli.run import run_and_report
 from flexlora.federation import rounds, setup
 from flexlora.journal.record import Record
 from flexlora.reporting import tracker, trackers
@@ -100,8 +101,8 @@ def test_a_tracker_that_fails_is_said_once_and_stops_nothing(tmp_path, capsys):
     assert len(list(following(running(tmp_path, *kinds), [failing, sound], tmp_path))) == 4
     assert len(sound.events) == 4 and len(failing.events) == 1 and failing.closed == 1
     said = capsys.readouterr().err
-    assert said.count("warning: Told does not follow this run any more") == 1
-    assert "ConnectionError: no route to the store. The run is not touched" in said
+    assert said.count("warning: Told is disabled for the rest of this run") == 1
+    assert "ConnectionError: no route to the store. The run continues" in said
 
 
 def test_what_would_exit_ends_the_tracker_alone(tmp_path, capsys, monkeypatch):
@@ -285,8 +286,8 @@ def test_the_command_feeds_the_trackers(ready, tmp_path, monkeypatch, capsys):
     settings = ready.experiment.model_copy(update={"run": how})
     tracked = dataclasses.replace(ready, experiment=settings)
     monkeypatch.setattr(setup, "prepare", lambda settings: tracked)
-    monkeypatch.setattr(main.torch, "get_num_threads", lambda: 1)
-    events = main._run(settings, tmp_path / "run")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    events = run_and_report(settings, tmp_path / "run")
     assert events[-1]["event"] == "finish"
     found = {(name, step) for name, step, _ in read_tensorboard(tmp_path / "run")}
     assert found == expected(tmp_path / "run").keys()

@@ -1,12 +1,16 @@
 """Small clients for the training loop, and how near two trained adapters are."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
+from flexlora.data import TokenStore
 from flexlora.laws.dense import product, relative_error
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.model.base import Base
 from flexlora.model.blocks import kind
+from flexlora.training.loop import ClientTask, Trained, train_together
 from flexlora.training.optimizer import Training
 from support.factors import random_adapter, random_factors
 
@@ -37,6 +41,23 @@ def draw(seed: int = 9) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def distance(got: Adapter, want: Adapter) -> float:
+    """The largest relative error of a module's product."""
+    return max(relative_error(product(got[m]), product(want[m])) for m in want)
+
+
+def distance_from(start: Adapter) -> Callable[[Adapter, Adapter], float]:
+    """The same, relative to what training has changed."""
+
+    def moved(got: Adapter, want: Adapter) -> float:
+        begun = {m: product(start[m]) for m in want}
+        return max(
+            relative_error(product(got[m]) - begun[m], product(want[m]) - begun[m]) for m in want
+        )
+
+    return moved
+
+
 def assert_close(got: Adapter, want: Adapter, tolerance: float) -> None:
     for module in want:
         assert relative_error(product(got[module]), product(want[module])) < tolerance, module
@@ -47,9 +68,8 @@ def assert_moved(got: Adapter, start: Adapter) -> None:
         assert relative_error(product(got[module]), product(start[module])) > 1e-3, module
 
 
-def assert_same_move(got: Adapter, want: Adapter, start: Adapter, tolerance: float) -> None:
-    """The difference of the two, relative to what training has changed."""
-    for module in want:
-        begun = product(start[module])
-        error = relative_error(product(got[module]) - begun, product(want[module]) - begun)
-        assert error < tolerance, module
+def train(
+    base: Base, task: ClientTask, store: TokenStore, settings: Training, round: int = 1
+) -> Trained:
+    """Train a single client."""
+    return train_together(base, [task], store, settings, round)[0]

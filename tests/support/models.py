@@ -1,5 +1,6 @@
 """A tiny random model with a tokenizer of words, in a folder as any model is, and a federation."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,13 @@ def corpus(clients: int = 6, rows: int = 10) -> Corpus:
     return Corpus.build(columns)
 
 
-def settings(folder: Path, **changes: Any) -> Experiment:
-    """A federation of the tiny model: six clients of ranks 2, 3 and 5, three rounds.
+def content(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A config of the tiny model, as TOML holds it: six clients of ranks 2, 3 and 5, three rounds.
 
-    ``folder`` holds the model and the tokens; ``changes`` replace fields of a section.
+    ``folder`` holds the model and the tokens; ``changes`` replace fields of a section, and a
+    field or section that is None is left out.
     """
-    content: dict[str, Any] = {
+    sections: dict[str, Any] = {
         "seed": 3,
         "model": {"name": str(folder / "model")},
         "data": {
@@ -138,6 +140,27 @@ def settings(folder: Path, **changes: Any) -> Experiment:
         "run": {"threads": 1, "clients_at_once": 1},
     }
     for section, fields in changes.items():
-        held = content.get(section, {})
-        content[section] = {**held, **fields} if isinstance(fields, dict) else fields
-    return compose.parse(content, "tiny")
+        if isinstance(fields, dict):
+            merged = {**sections.get(section, {}), **fields}
+            fields = {name: value for name, value in merged.items() if value is not None}
+        sections[section] = fields
+    return {name: value for name, value in sections.items() if value is not None}
+
+
+def settings(folder: Path, **changes: Any) -> Experiment:
+    """The same, parsed."""
+    return compose.parse(content(folder, **changes), "tiny")
+
+
+def write_config(path: Path, folder: Path, **changes: Any) -> Path:
+    """The same as a TOML file at ``path``."""
+    lines = [f"{name} = {_toml(value)}" for name, value in content(folder, **changes).items()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _toml(value: Any) -> str:
+    """A value on one line; of numbers, texts and lists JSON's spelling is TOML's."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml(each)}" for name, each in value.items()) + " }"
+    return json.dumps(value)

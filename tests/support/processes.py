@@ -24,40 +24,6 @@ RANKS = {"client0": 2, "client1": 5, "client2": 3}
 SOONER = {"PYTHONPATH": str(Path(__file__).parent / "sooner")}
 """The environment in which Flower counts a node that was killed as online for 20 seconds alone."""
 
-CONFIG = """
-seed = 3
-[model]
-name = "{model}"
-[data]
-format = "remote"
-prompt = "plain"
-max_tokens = 32
-[ranks]
-types.r2 = {{ attention = 2, feed_forward = 2 }}
-types.r5 = {{ attention = 5, feed_forward = 5 }}
-types.r3 = {{ attention = 3, feed_forward = 3 }}
-clients = {{ {named} }}
-[method]
-name = "{method}"
-[training]
-learning_rate = 0.02
-batch_examples = 4
-pack_tokens = 24
-[federation]
-rounds = {rounds}
-cohort = {clients}
-quorum = {quorum}
-attempts = 20
-deadline_seconds = {deadline}
-[evaluation]
-seen_clients = 0
-unseen_clients = 0
-base = false
-truncated = false
-[run]
-threads = 1
-"""
-
 
 @dataclass
 class Site:
@@ -85,16 +51,28 @@ class Site:
         (self.folder / "keys" / NODES).mkdir(mode=0o700)
         for client in self.ranks:
             self.give_key(client)
-        text = CONFIG.format(
-            model=self.folder / "model",
-            method=self.method,
-            rounds=self.rounds,
-            deadline=self.deadline,
-            clients=len(self.ranks),
-            quorum=self.quorum or len(self.ranks),
-            named=", ".join(f'{client} = "r{rank}"' for client, rank in self.ranks.items()),
+        models.write_config(
+            self.folder / "plan.toml",
+            self.folder,
+            data={"format": "remote", "path": None, "cache": None, "unseen_clients": None},
+            ranks={
+                "types": {
+                    f"r{rank}": {"attention": rank, "feed_forward": rank} for rank in (2, 5, 3)
+                },
+                "distribution": None,
+                "clients": {client: f"r{rank}" for client, rank in self.ranks.items()},
+            },
+            method={"name": self.method},
+            federation={
+                "rounds": self.rounds,
+                "cohort": len(self.ranks),
+                "quorum": self.quorum or len(self.ranks),
+                "attempts": 20,
+                "deadline_seconds": self.deadline,
+            },
+            evaluation={"seen_clients": 0, "unseen_clients": 0, "base": False, "truncated": False},
+            run={"clients_at_once": None},
         )
-        (self.folder / "plan.toml").write_text(text)
 
     @property
     def run(self) -> Path:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexlora import wire
 from flexlora.lowrank.factors import Adapter
 from flexlora.method.interface import Download, Upload
-from flexlora.wire import messages
+from flexlora.wire import adapters
 from support.factors import random_factors
 
 ADAPTER = Adapter(
@@ -32,14 +32,14 @@ def assert_equal(got: Adapter, want: Adapter) -> None:
 
 def raw(header: object, tensors=None) -> bytes:
     """Bytes of the right form with any header."""
-    known = {f"{m}.A": f.A for m, f in ADAPTER.items()}
-    known |= {f"{m}.B": f.B for m, f in ADAPTER.items()}
+    default = {f"{m}.A": f.A for m, f in ADAPTER.items()}
+    default |= {f"{m}.B": f.B for m, f in ADAPTER.items()}
     text = header if isinstance(header, str) else json.dumps(header)
-    return safetensors.torch.save(tensors or known, metadata={"flexlora": text})
+    return safetensors.torch.save(tensors or default, metadata={"flexlora": text})
 
 
 HEADER = {
-    "format": messages.FORMAT,
+    "format": adapters.FORMAT,
     "kind": "upload",
     "client": "anna",
     "round": 4,
@@ -113,7 +113,7 @@ def test_what_cannot_be_said_in_json_is_refused():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "0 bytes received are no adapter"),
+        (b"", "0 bytes received are not an adapter"),
         (b"\x10" + b"\0" * 7, "header is cut off"),
         (b"\xff" * 40, "header is cut off"),
         (struct.pack("<Q", 2) + b"{}", "no flexlora header"),
@@ -121,10 +121,10 @@ def test_what_cannot_be_said_in_json_is_refused():
         (struct.pack("<Q", 6) + b"[1, 2]", "no flexlora header"),
         (raw({**HEADER, "format": 99}), "format 99; this version reads format 2"),
         (raw("[]"), "reads format 2"),
-        (raw({**HEADER, "kind": "upload"}), "Expected a download, got a 'upload'"),
+        (raw({**HEADER, "kind": "upload"}), "Expected a message of kind 'download', not 'upload'"),
         (raw("{"), "."),
         (raw("[" * 100_000), "."),
-        (wire.encode_download(Download(ADAPTER), torch.float32)[:-4], "no adapter"),
+        (wire.encode_download(Download(ADAPTER), torch.float32)[:-4], "not an adapter"),
         (raw({**HEADER, "kind": "download"}, {"a.A": torch.ones(3, 7)}), "'a' has no B"),
         (
             raw({**HEADER, "kind": "download"}, {"a.A": torch.ones(2, 7), "a.B": torch.ones(9, 3)}),
@@ -147,7 +147,7 @@ def test_bytes_that_are_no_download_are_refused(data, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "download"}, "Expected a upload"),
+        ({"kind": "download"}, "Expected a message of kind 'upload', not 'download'"),
         ({"client": 5}, "'client' is 5, not a str"),
         ({"round": "4"}, "'round' is '4', not a int"),
         ({"round": True}, "'round' is True"),
@@ -187,24 +187,6 @@ def test_damaged_bytes_are_refused_or_still_an_upload(tmp_path_factory, cut, pla
             read()
         except ValueError:
             continue
-
-
-def test_a_file_is_read_module_by_module(tmp_path):
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(wire.encode(ADAPTER, {"kind": "state"}, torch.float32))
-    adapter, header = wire.open_file(path)
-    assert header == {"format": messages.FORMAT, "kind": "state"}
-    assert list(adapter) == sorted(ADAPTER)
-    path.unlink()
-    with pytest.raises(FileNotFoundError):
-        adapter["model.q"]
-
-
-def test_a_file_that_is_no_adapter_is_refused_by_name(tmp_path):
-    path = tmp_path / "noise.safetensors"
-    path.write_bytes(b"noise")
-    with pytest.raises(ValueError, match=r"noise\.safetensors is no stored adapter"):
-        wire.open_file(path)
 
 
 def copied() -> Adapter:
@@ -335,7 +317,10 @@ def test_signs_of_zeros_and_infinities_are_kept():
 def test_only_tensors_that_get_smaller_travel_without_zeros():
     """The mask takes a 32nd of float32 numbers; tensors without zeros stay as they are."""
     full, empty = (
-        [len(wire.encode_download(Download(holes(s)), torch.float32, how)) for how in (False, True)]
+        [
+            len(wire.encode_download(Download(holes(s)), torch.float32, sparse))
+            for sparse in (False, True)
+        ]
         for s in (0.0, 0.99)
     )
     assert full[0] == full[1]
@@ -378,9 +363,9 @@ BYTES = torch.zeros(39, dtype=torch.uint8)
         ({"sparse": None}, "does not say which tensors"),
         ({"sparse": {"dtype": "F32"}}, "does not say which tensors"),
         ({"sparse": {"dtype": "F32", "shapes": [["a.A", 3, 70]]}}, "does not say which tensors"),
-        ({"sparse": {"dtype": "I64", "shapes": {"a.A": [3, 70]}}}, "are of dtype 'I64'"),
-        ({"sparse": {"dtype": ["F32"], "shapes": {"a.A": [3, 70]}}}, "are of dtype "),
-        ({"sparse": {"shapes": {"a.A": [3, 70]}}}, "are of dtype 'None'"),
+        ({"sparse": {"dtype": "I64", "shapes": {"a.A": [3, 70]}}}, "have the dtype 'I64'"),
+        ({"sparse": {"dtype": ["F32"], "shapes": {"a.A": [3, 70]}}}, "have the dtype "),
+        ({"sparse": {"shapes": {"a.A": [3, 70]}}}, "have the dtype 'None'"),
         ({"sparse": {"dtype": "F32", "shapes": {}}}, "'a.A' is not both"),
         ({"sparse": {"dtype": "F32", "shapes": {"a.B": [110, 3]}}}, "'a.A' is not both"),
         ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 70], "z": [1, 1]}}}, "'z' is not both"),
@@ -388,23 +373,35 @@ BYTES = torch.zeros(39, dtype=torch.uint8)
             {"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 70], "a.B": [110, 3]}}},
             "'a.B' is not both",
         ),
-        ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3, -70]}}}, r"said to be \[3, -70\]"),
-        ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3.0, 70]}}}, "said to be"),
-        ({"sparse": {"dtype": "F32", "shapes": {"a.A": [True, 70]}}}, "said to be"),
-        ({"sparse": {"dtype": "F32", "shapes": {"a.A": [210]}}}, "said to be"),
-        ({"sparse": {"dtype": "F32", "shapes": {"a.A": "3x"}}}, "said to be"),
-        ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 10**30]}}}, "said to be"),
+        (
+            {"sparse": {"dtype": "F32", "shapes": {"a.A": [3, -70]}}},
+            r"has the shape \[3, -70\] in the header",
+        ),
+        (
+            {"sparse": {"dtype": "F32", "shapes": {"a.A": [3.0, 70]}}},
+            "has the shape .* in the header",
+        ),
+        (
+            {"sparse": {"dtype": "F32", "shapes": {"a.A": [True, 70]}}},
+            "has the shape .* in the header",
+        ),
+        ({"sparse": {"dtype": "F32", "shapes": {"a.A": [210]}}}, "has the shape .* in the header"),
+        ({"sparse": {"dtype": "F32", "shapes": {"a.A": "3x"}}}, "has the shape .* in the header"),
+        (
+            {"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 10**30]}}},
+            "has the shape .* in the header",
+        ),
         # Enormous matrices need enormous masks, which are not there.
         ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 2**31 - 1]}}}, "its mask takes"),
         ({"sparse": {"dtype": "F32", "shapes": {"a.A": [70, 3]}}}, "."),
         ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 69]}}}, "."),
-        ({"sparse": {"dtype": "F64", "shapes": {"a.A": [3, 70]}}}, "no sparse matrix of shape"),
-        ({"sparse": {"dtype": "F16", "shapes": {"a.A": [3, 70]}}}, "marks 3 of 210 .* holds 6"),
-        ({"data": BYTES[:38]}, "no sparse matrix of shape"),
-        ({"data": BYTES}, "marks 0 of 210 entries but holds 3"),
+        ({"sparse": {"dtype": "F64", "shapes": {"a.A": [3, 70]}}}, "not a sparse matrix of shape"),
+        ({"sparse": {"dtype": "F16", "shapes": {"a.A": [3, 70]}}}, "marks 3 of 210 .* has 6"),
+        ({"data": BYTES[:38]}, "not a sparse matrix of shape"),
+        ({"data": BYTES}, "marks 0 of 210 entries but has 3"),
         ({"data": BYTES[:26]}, "its mask takes 27"),
         ({"data": BYTES.view(3, 13)}, "its mask takes 27"),
-        ({"data": torch.cat([BYTES[:26], BYTES[:1] + 1])}, "marks 0 of 210 entries but holds 0"),
+        ({"data": torch.cat([BYTES[:26], BYTES[:1] + 1])}, "marks 0 of 210 entries but has 0"),
     ],
 )
 def test_hostile_bytes_without_zeros_are_refused(tmp_path, changes, message):
@@ -451,5 +448,5 @@ def test_a_header_that_is_no_table_is_refused(said, tmp_path):
     """A client may send any JSON; the server must be able to say that it is lost."""
     path = tmp_path / "upload"
     path.write_bytes(safetensors.torch.save({}, metadata={"flexlora": said}))
-    with pytest.raises(ValueError, match="of format None"):
+    with pytest.raises(ValueError, match="has format None"):
         wire.open_upload(path)

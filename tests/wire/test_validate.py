@@ -8,9 +8,9 @@ import torch
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method.interface import Client, ModuleSpec, Upload, UploadSpec
 from flexlora.wire import validate
-from support import factors as ingredients
+from support import factors as support_factors
 
-random_factors = functools.partial(ingredients.random_factors, dtype=torch.float32)
+random_factors = functools.partial(support_factors.random_factors, dtype=torch.float32)
 SHAPES = {"model.q": (11, 7), "model.up": (13, 5)}
 CLIENT = Client("anna", {"model.q": 3, "model.up": 2}, "small", 17)
 EXPECTED = UploadSpec({m: ModuleSpec(SHAPES[m], 1, rank) for m, rank in CLIENT.ranks.items()})
@@ -35,12 +35,12 @@ def with_module(module: str, factors: Factors) -> Adapter:
     return Adapter({**GOOD.adapter, module: factors})
 
 
-def test_what_was_asked_for_passes():
+def test_what_was_requested_passes():
     check()
     check(adapter=with_module("model.q", random_factors(11, 1, 7)))
 
 
-def holding(value: float, half: str) -> Factors:
+def with_value(value: float, half: str) -> Factors:
     factors = random_factors(11, 3, 7)
     getattr(factors, half)[1, 1] = value
     return factors
@@ -49,8 +49,8 @@ def holding(value: float, half: str) -> Factors:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"client": "bo"}, "says it is of 'bo', round 4"),
-        ({"round": 3}, "says it is of 'anna', round 3"),
+        ({"client": "bo"}, "names client 'bo', round 4"),
+        ({"round": 3}, "names client 'anna', round 3"),
         ({"examples": 0}, "counts 0 examples"),
         ({"examples": -5}, "counts -5 examples"),
         ({"examples": 18}, "counts 18 examples"),
@@ -74,15 +74,21 @@ def holding(value: float, half: str) -> Factors:
             {"adapter": with_module("model.up", random_factors(13, 0, 5))},
             "'model.up' has rank 0",
         ),
-        ({"adapter": with_module("model.q", holding(math.nan, "A"))}, "holds NaN or infinity"),
-        ({"adapter": with_module("model.q", holding(-math.inf, "B"))}, "holds NaN or infinity"),
         (
-            {"adapter": with_module("model.q", holding(3e38, "B"))},
-            "has the norm 3e\\+38; the limit",
+            {"adapter": with_module("model.q", with_value(math.nan, "A"))},
+            "contains NaN or infinity",
         ),
         (
-            {"adapter": with_module("model.q", holding(-2e6, "A"))},
-            "has the norm 2e\\+06; the limit",
+            {"adapter": with_module("model.q", with_value(-math.inf, "B"))},
+            "contains NaN or infinity",
+        ),
+        (
+            {"adapter": with_module("model.q", with_value(3e38, "B"))},
+            "has a factor with the norm 3e\\+38, above",
+        ),
+        (
+            {"adapter": with_module("model.q", with_value(-2e6, "A"))},
+            "has a factor with the norm 2e\\+06, above",
         ),
     ],
 )
@@ -93,7 +99,7 @@ def test_everything_else_is_refused_with_its_place(changes, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2])
-def test_numbers_of_a_kind_that_nobody_trains_are_refused(dtype):
+def test_dtypes_in_which_nothing_is_trained_are_refused(dtype):
     odd = Factors(torch.ones(11, 3).to(dtype), torch.ones(3, 7).to(dtype))
     with pytest.raises(ValueError, match=r"model\.q"):
         check(adapter=with_module("model.q", odd))
@@ -144,7 +150,7 @@ def test_adapters_beside_an_upload_are_checked_as_it_is():
         ({"control": control, "more": control}, r"\['control', 'more'\] beside it"),
         ({"control": control.only(["model.q"])}, r"'control' lacks \['model.up'\]"),
         ({"control": with_module("model.q", random_factors(7, 3, 11))}, r"'control': .*model\.q"),
-        ({"control": with_module("model.q", holding(math.nan, "A"))}, "'control': .*NaN"),
+        ({"control": with_module("model.q", with_value(math.nan, "A"))}, "'control': .*NaN"),
     ):
         with pytest.raises(ValueError, match=message):
             validate.upload(dataclasses.replace(GOOD, aux=aux), CLIENT, 4, BESIDE, 17)

@@ -1,7 +1,4 @@
-"""The commands for real clients: keys, serve, join. Thin calls into the library, nothing else.
-
-What needs Flower is imported when it is asked for, as Flower is optional.
-"""
+"""The commands for real clients: keys, serve, join and demo-flower."""
 
 from __future__ import annotations
 
@@ -19,29 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
-from rich.console import Console
 
-from flexlora import config
-from flexlora.cli import progress
-from flexlora.data.corpora.table import Columns
-from flexlora.deployment.node.capacity import Capacity, Modules
-from flexlora.deployment.node.node import NodeConfig
-from flexlora.deployment.server import server_run
+from flexlora.cli.options import Changes, refuse_file
 from flexlora.errors import ConfigError, FlexloraError
-from flexlora.federation import checkpoint, compose
-from flexlora.reporting import page, tracker, trackers
 
 if TYPE_CHECKING:
+    from flexlora.config import Experiment
+    from flexlora.data.corpora.table import Columns
+    from flexlora.deployment.node.capacity import Modules
     from flexlora.deployment.server.supervisor import Listening
 
 PORT = 8090
 MOST_DIFFERENCE = 1e-6
 """Of the demonstration's two adapters, relative, in their products."""
-
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. federation.rounds=3."),
-]
 
 
 def make_keys(
@@ -107,6 +94,9 @@ def serve(
     ] = "127.0.0.1:0",
 ) -> None:
     """Run a federation whose clients join from other machines."""
+    from flexlora.deployment.server import server_run
+    from flexlora.federation import compose
+
     listening = _listening(listen, key_folder, insecure)
     if resume is not None:
         if path is not None or changes or folder is not None or clients is not None:
@@ -118,6 +108,7 @@ def serve(
             raise ConfigError("Give a CONFIG.toml, or --resume DIR.")
         settings = compose.load(path, changes or ())
         target = folder or Path(settings.run.folder or f"runs/{path.stem}")
+        refuse_file(target, "--folder")
         _refuse_existing(target)
         how = settings.federation
         first = clients if clients is not None else how.cohort or how.quorum
@@ -159,7 +150,7 @@ def join(
         float | None, typer.Option(help="For one turn, at most; limits an automatic rank.")
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="A=B,...", help="E.g. instruction=question,output=answer.")
+        str | None, typer.Option(metavar="A=B,...", help="E.g. input=text,output=answer.")
     ] = None,
     rows_of: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of a file of several clients, whose rows.")
@@ -171,6 +162,8 @@ def join(
     """Take part in a federation with your own rows, which stay here."""
     from flexlora.deployment import keys
     from flexlora.deployment.node import join as joining
+    from flexlora.deployment.node.capacity import Capacity
+    from flexlora.deployment.node.node import NodeConfig
 
     if (key_folder is None) is not insecure:
         raise ConfigError("Give --keys DIR, or, for a test on this machine, --insecure and --name.")
@@ -202,7 +195,11 @@ def show_demo(
     """Three real clients of ranks 4, 16 and 64 as processes with TLS, on a small real model."""
     from flexlora.deployment import demo
 
-    found = demo.show(folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}")
+    target = folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}"
+    if target.is_dir():
+        raise ConfigError(f"{target} exists already; give --folder the name of a new folder.")
+    refuse_file(target, "--folder")
+    found = demo.show(target)
     for name, seconds in zip(("real", "simulated"), found.rounds_seconds, strict=True):
         print(f"{name} rounds, seconds: {', '.join(f'{s:.1f}' for s in seconds)}")
     print(f"adapter: {found.adapter}")
@@ -211,9 +208,13 @@ def show_demo(
         raise ConfigError(f"The two adapters differ by more than {MOST_DIFFERENCE}.")
 
 
-def _serve(settings: config.Experiment, folder: Path, listening: Listening, status: str) -> None:
+def _serve(settings: Experiment, folder: Path, listening: Listening, status: str) -> None:
     """Serve and watch; say how to go on if it is stopped."""
+    from rich.console import Console
+
+    from flexlora.cli import progress
     from flexlora.deployment.server import supervisor as serving
+    from flexlora.reporting import page, tracker, trackers
 
     console = Console()
     followers = trackers.of(settings.run.trackers, folder)
@@ -284,6 +285,8 @@ def _bytes(gibibytes: float) -> int:
 
 def _same_keys(folder: Path, insecure: bool) -> None:
     """A run goes on with keys if it began with them: names were bound to them, or were not."""
+    from flexlora.deployment.server import server_run
+
     plan = json.loads((folder / server_run.PLAN).read_text(encoding="utf-8"))
     if plan["bound"] is insecure:
         raise ConfigError(
@@ -301,13 +304,17 @@ def _rank(text: str) -> int | None:
 
 
 def _modules(text: str) -> Modules:
+    from flexlora.deployment.node.capacity import Modules
+
     if text not in get_args(Modules):
         raise ConfigError(f"--modules takes {', '.join(get_args(Modules))}, not {text!r}.")
-    return cast(Modules, text)
+    return cast("Modules", text)
 
 
 def _columns(text: str | None) -> Columns | None:
     """The columns that a text ``corpus name=file's name,...`` gives; others are not there."""
+    from flexlora.data.corpora.table import Columns
+
     if text is None:
         return None
     known = [field.name for field in fields(Columns)]
@@ -322,8 +329,11 @@ def _columns(text: str | None) -> Columns | None:
     return Columns(**given)
 
 
-def _stored(folder: Path) -> config.Experiment:
+def _stored(folder: Path) -> Experiment:
     """The experiment that a served run was laid out with."""
+    from flexlora.deployment.server import server_run
+    from flexlora.federation import compose
+
     file = folder / server_run.CONFIG
     if not (folder / server_run.PLAN).exists():
         raise ConfigError(
@@ -333,6 +343,9 @@ def _stored(folder: Path) -> config.Experiment:
 
 
 def _refuse_existing(folder: Path) -> None:
+    from flexlora.deployment.server import server_run
+    from flexlora.federation import checkpoint
+
     if (folder / checkpoint.POINTER).exists() or (folder / server_run.PLAN).exists():
         raise ConfigError(
             f"{folder} already holds a run; go on with: flexlora serve --resume {folder}, or give "

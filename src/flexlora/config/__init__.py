@@ -1,8 +1,9 @@
-"""A TOML file as frozen settings. Only their form is checked here."""
+"""A TOML file as frozen settings, and back. Only the form of the settings is checked."""
 
-from flexlora.config.experiment import Experiment, Ranks, load, parse, rank_table
+from flexlora.config.experiment import Experiment, Ranks, parse
 from flexlora.config.plugins import Plugins
 from flexlora.config.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution, several
+from flexlora.config.toml import dump, load, rank_table
 
 __all__ = [
     "PAPER_TYPES",
@@ -13,6 +14,7 @@ __all__ = [
     "Ranks",
     "assign",
     "distribution",
+    "dump",
     "load",
     "parse",
     "rank_table",

@@ -76,12 +76,18 @@ class Plugins(Generic[T]):
         """
         if "name" not in section:
             raise ConfigError(
-                f"The {self.label}'s 'name' is missing; it is one of {', '.join(self.names())}."
+                f"'{self.label.replace(' ', '_')}.name' is missing; it is one of "
+                f"{', '.join(self.names())}."
             )
         name = str(section["name"])
         options = {key: value for key, value in section.items() if key != "name"}
         cls = self.kind(name, files)
-        fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        if not dataclasses.is_dataclass(cls):
+            raise ConfigError(
+                f"The {self.label} {cls.__name__} of {name} is no dataclass; decorate it with "
+                "@dataclass(frozen=True)."
+            )
+        fields = [f.name for f in dataclasses.fields(cls)]
         for option in options:
             if option not in fields:
                 raise ConfigError(
@@ -137,11 +143,6 @@ class Plugins(Generic[T]):
         if inspect.isabstract(cls):
             missing = ", ".join(sorted(getattr(cls, "__abstractmethods__")))  # noqa: B009
             raise ConfigError(f"The {self.label} {cls.__name__} of {place} must define: {missing}.")
-        if not dataclasses.is_dataclass(cls):
-            raise ConfigError(
-                f"The {self.label} {cls.__name__} of {place} is no dataclass; decorate it with "
-                "@dataclass(frozen=True)."
-            )
         return cls
 
 

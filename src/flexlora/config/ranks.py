@@ -1,19 +1,16 @@
-"""Which rank each client trains at: the paper's types and distributions, and your own.
+"""The rank of each client: rank types, their distributions, and the assignment to clients.
 
-Types and distributions are those of FlexLoRA (arXiv 2402.11505, table 1 and figure 3). Where
-the paper's README and code differ, both are here; the code's ``normal`` evaluates its bell at
-the type's number instead of at its size and gives the largest type 44 %: that variant is
-``normal-code``, the intended one ``normal``.
+The built-in types and distributions are those of FlexLoRA (arXiv 2402.11505, table 1 and
+figure 3). If the paper's README and code differ, both are included. The code's ``normal``
+evaluates its bell curve at the type's number instead of its size, which gives the largest type
+44 %: that variant is ``normal-code``, the intended one is ``normal``.
 """
 
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,9 +20,12 @@ from flexlora.model import kind
 
 @dataclass(frozen=True)
 class RankType:
-    """A kind of client by its means: a rank for attention and one for feed-forward layers.
+    """A client's ranks: one for attention and one for feed-forward layers.
 
-    One of the two may be 0: layers that the client does not train.
+    One of the two may be 0: the client does not train these layers.
+
+    Raises:
+        ConfigError: a rank is negative, or both are 0.
     """
 
     attention: int
@@ -34,17 +34,22 @@ class RankType:
     def __post_init__(self) -> None:
         if min(self.attention, self.feed_forward) < 0 or self.attention == self.feed_forward == 0:
             raise ConfigError(
-                f"A client trains at a rank of at least 1, or 0 for one of the two kinds of "
-                f"layers, got {self}."
+                f"The ranks of a client are attention {self.attention} and feed_forward "
+                f"{self.feed_forward}; give at least 1 for one of them, and 0 for layers that it "
+                "does not train."
             )
 
     @property
     def targets(self) -> tuple[bool, bool]:
-        """Whether it trains attention, and feed-forward layers."""
+        """Whether the client trains attention layers, and whether feed-forward layers."""
         return self.attention > 0, self.feed_forward > 0
 
     def by_module(self, modules: Sequence[str]) -> dict[str, int]:
-        """The rank of every module that it trains."""
+        """The rank of every module that the client trains.
+
+        Raises:
+            ConfigError: the two ranks differ, and a module belongs to neither block.
+        """
         if self.attention == self.feed_forward:
             return dict.fromkeys(modules, self.attention)
         ranks = {module: getattr(self, kind(module)) for module in modules}
@@ -57,7 +62,7 @@ PAPER_TYPES: Mapping[str, RankType] = {
     "type3": RankType(30, 200),
     "type4": RankType(200, 200),
 }
-"""From the smallest to the largest, as the paper numbers them."""
+"""The paper's types under its names, from the smallest to the largest."""
 
 DISTRIBUTIONS: Mapping[str, tuple[float, ...]] = {
     "uniform": (0.25, 0.25, 0.25, 0.25),
@@ -68,25 +73,26 @@ DISTRIBUTIONS: Mapping[str, tuple[float, ...]] = {
     "normal": (0.0575, 0.4425, 0.4425, 0.0575),
     "normal-code": (0.0575, 0.0575, 0.4425, 0.4425),
 }
-"""Shares of the types, from the smallest to the largest. Plain names are the README's."""
+"""Shares of the types, from the smallest to the largest. Names without ``-code`` are the
+README's."""
 
 
 def several(types: Collection[RankType]) -> bool:
-    """Whether a module is trained at several ranks by clients of these types."""
-    levels = [{kind.attention for kind in types}, {kind.feed_forward for kind in types}]
-    return any(len(ranks - {0}) > 1 for ranks in levels)
+    """Whether clients of these types train one module at different ranks."""
+    by_block = [{each.attention for each in types}, {each.feed_forward for each in types}]
+    return any(len(ranks - {0}) > 1 for ranks in by_block)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The type of every client."""
+    """The rank types by name, and the name of each client's type (``of``)."""
 
     types: Mapping[str, RankType]
     of: Mapping[str, str]
 
     @property
     def histogram(self) -> dict[str, int]:
-        """How many clients are of each type."""
+        """The number of clients of each type."""
         counts = dict.fromkeys(self.types, 0)
         for name in self.of.values():
             counts[name] += 1
@@ -94,16 +100,17 @@ class Assignment:
 
 
 def distribution(name: str) -> dict[str, float]:
-    """The shares of the paper's types under one of its distributions.
+    """The shares of the paper's types in one of its distributions.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no distribution of this name.
     """
     if name not in DISTRIBUTIONS:
         near = difflib.get_close_matches(name, DISTRIBUTIONS, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"There is no rank distribution {name!r}.{hint} There are: {', '.join(DISTRIBUTIONS)}."
+            f"There is no rank distribution {name!r}.{hint} Set ranks.distribution to one of "
+            f"{', '.join(DISTRIBUTIONS)}."
         )
     return dict(zip(PAPER_TYPES, DISTRIBUTIONS[name], strict=True))
 
@@ -115,51 +122,43 @@ def assign(
     draw: np.random.Generator,
     explicit: Mapping[str, str] | None = None,
 ) -> Assignment:
-    """A type for every client, once and independently of its data.
+    """A type for every client, independent of its data.
 
-    ``explicit`` names some clients' types; the others are dealt out in the shares given, as
-    exactly as whole clients allow (largest remainders), in random order. Differs: the
-    paper's code draws each client's type for itself, so that small federations miss types.
+    ``explicit`` gives the types of some clients; the others get types in the given shares, as
+    exactly as whole clients allow (largest remainders), in random order. Differs: the paper's
+    code draws each client's type independently, so that small federations miss types.
 
     Raises:
-        ConfigError: a type or client is unknown, or the shares are no distribution.
+        ConfigError: a type or client is unknown, or the shares do not add up to 1.
     """
     explicit = explicit or {}
     for place, names in (("ranks.distribution", shares), ("ranks.clients", explicit.values())):
         for name in names:
             if name not in types:
                 raise ConfigError(f"{place} names the type {name!r}; the types are {list(types)}.")
-    known = set(clients)
+    training = set(clients)
     for client in explicit:
-        if client not in known:
+        if client not in training:
             raise ConfigError(
-                f"ranks.clients names client {client!r}, which the data does not have."
+                f"ranks.clients names client {client!r}, which is not one of the {len(training)} "
+                "training clients: the data does not have it, or it is held out "
+                "(data.unseen_clients). Remove it from ranks.clients."
             )
-    rest = [client for client in clients if client not in explicit]
-    dealt = _dealt(shares, len(rest), draw) if rest else []
-    return Assignment(types, {**dict(explicit), **dict(zip(rest, dealt, strict=True))})
+    others = [client for client in clients if client not in explicit]
+    drawn = _drawn_types(shares, len(others), draw) if others else []
+    return Assignment(types, {**dict(explicit), **dict(zip(others, drawn, strict=True))})
 
 
-def _dealt(shares: Mapping[str, float], count: int, draw: np.random.Generator) -> list[str]:
+def _drawn_types(shares: Mapping[str, float], count: int, draw: np.random.Generator) -> list[str]:
+    """The type names of ``count`` clients: the shares by largest remainders, shuffled."""
     if not shares or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise ConfigError(f"The shares of rank types must add up to 1, got {dict(shares)}.")
+        raise ConfigError(
+            f"The shares of rank types must add up to 1 and be at least 0, got {dict(shares)}; "
+            "correct ranks.distribution."
+        )
     quotas = np.array(list(shares.values())) * count
     counts = np.floor(quotas).astype(int)
     order = np.argsort(-(quotas - counts), kind="stable")
     counts[order[: count - counts.sum()]] += 1
     names = np.repeat(np.array(list(shares), dtype=object), counts)
     return [str(name) for name in draw.permutation(names)]
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """The ``[ranks]`` table of a TOML file, or the whole file if it has none.
-
-    Raises:
-        ConfigError: the file is missing or is no TOML.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"The rank table {path} cannot be read: {error}") from error
-    table = content.get("ranks", content)
-    return dict(table)

@@ -1,4 +1,4 @@
-"""The rows that clients learn from: one example, and a corpus of them in columns."""
+"""Training and evaluation rows: one example, and a corpus of examples in columns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEY_TYPE: Final = pa.dictionary(pa.int32(), pa.string())
 _TEXT_TYPE: Final = pa.large_string()
 
 Message = dict[str, str]
-"""One turn of a conversation: its ``role`` and its ``content``."""
+"""One message of a conversation: its ``role`` and its ``content``."""
 
 Column: TypeAlias = pa.ChunkedArray | pa.Array | Sequence[str]
 Codes = np.ndarray[Any, np.dtype[np.int32]]
@@ -31,10 +31,10 @@ Codes = np.ndarray[Any, np.dtype[np.int32]]
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a task's instruction, its input (may be empty) and the output wanted.
+    """One row: an instruction, its input (may be empty) and the target output.
 
     A row of chat data has ``messages`` instead, the whole conversation; its last message is
-    the assistant's and stands in ``output`` too, while instruction and input are empty.
+    the assistant's and also the ``output``, while instruction and input are empty.
     """
 
     instruction: str
@@ -45,19 +45,19 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Examples in columns, held as an Arrow table.
+    """Examples in columns, as an Arrow table.
 
-    The columns are strings: ``client``, ``category`` and ``split`` where they are known,
-    then either ``instruction``, ``input`` and ``output``, or ``messages`` (JSON). Those that
-    repeat (``KEYS``) are dictionary-encoded, which keeps half a million rows of one
-    instruction a client at the size of their inputs and outputs. No value is null. Make one
-    with ``Corpus.build`` or a reader of ``flexlora.data.corpora``.
+    The columns are strings: optionally ``client``, ``category`` and ``split``, then either
+    ``instruction``, ``input`` and ``output``, or ``messages`` (JSON). Columns of repeated
+    values (``KEYS``) are dictionary-encoded: if each client has one instruction, half a million
+    rows take the memory of their inputs and outputs. No value is null. Build a corpus with
+    ``Corpus.build`` or a reader of ``flexlora.data.corpora``.
 
-    ``digests`` are hashes of columns known beforehand, by name, so that ``fingerprint`` need
-    not read them again; see ``flexlora.data.corpora.mapped``.
+    ``digests`` maps column names to hashes computed earlier, so that ``fingerprint`` need not
+    read these columns again; see ``flexlora.data.corpora.mapped``.
 
     Raises:
-        DataError: the table is not of that form.
+        DataError: the table does not have these columns and types.
     """
 
     table: pa.Table
@@ -67,26 +67,26 @@ class Corpus:
         names = set(self.table.column_names)
         if not (names >= {"instruction", "input", "output"}) ^ ("messages" in names):
             raise DataError(
-                f"A corpus holds either 'messages' or 'instruction', 'input' and 'output'; "
+                f"A corpus has either 'messages' or 'instruction', 'input' and 'output'; "
                 f"this table's columns are {', '.join(self.table.column_names)}."
             )
-        for held in self.table.schema:
-            wanted = {**dict.fromkeys(KEYS, _KEY_TYPE), **dict.fromkeys(TEXTS, _TEXT_TYPE)}
-            if held.type != wanted.get(held.name):
+        types = {**dict.fromkeys(KEYS, _KEY_TYPE), **dict.fromkeys(TEXTS, _TEXT_TYPE)}
+        for column in self.table.schema:
+            if column.type != types.get(column.name):
                 raise DataError(
-                    f"Column '{held.name}' of type {held.type} is none of a corpus; make "
-                    f"the corpus with Corpus.build, which takes {', '.join(wanted)}."
+                    f"A corpus cannot have a column '{column.name}' of type {column.type}; build "
+                    f"the corpus with Corpus.build, which takes {', '.join(types)}."
                 )
 
     @classmethod
     def build(cls, columns: Mapping[str, Column], place: str = "the corpus") -> Corpus:
         """A corpus of these columns, each a sequence of strings or an Arrow array of them.
 
-        ``place`` is where the rows came from and stands in the errors; rows count from 1.
+        ``place`` describes the source of the rows in errors, which count rows from 1.
 
         Raises:
-            DataError: a value is null, a split has a name unknown, a conversation does not
-                end with the assistant, or the columns are not those of a corpus.
+            DataError: a value is null, a split is not one of ``SPLITS``, a conversation does
+                not end with the assistant, or the columns are not those of a corpus.
         """
         return cls(_table({n: _encoded(n, values, place) for n, values in columns.items()}, place))
 
@@ -95,7 +95,7 @@ class Corpus:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of the columns held."""
+        """The names of the columns."""
         return tuple(self.table.column_names)
 
     def example(self, row: int) -> Example:
@@ -114,12 +114,12 @@ class Corpus:
         return [Example(*texts) for texts in rows_of_text]
 
     def keys(self, column: str) -> np.ndarray[Any, np.dtype[np.object_]]:
-        """A repetitive column's value for every row, as an object array of strings.
+        """A key column's value for every row, as an object array (rows,) of strings.
 
-        The strings are shared, not copied: the cost is one pointer a row.
+        The strings are shared, not copied: the cost is one pointer per row.
 
         Raises:
-            DataError: the corpus has no such column, or it does not repeat.
+            DataError: the corpus has no such column, or it is not one of ``KEYS``.
         """
         codes, values = self.codes(column)
         shared = np.empty(len(values), object)
@@ -128,35 +128,36 @@ class Corpus:
         return keys
 
     def codes(self, column: str) -> tuple[Codes, list[str]]:
-        """A repetitive column as a number for every row, and the values so numbered.
+        """A key column as numbers (rows,) and the list of values that they index.
 
-        The values are those that occur, in order of first appearance. Four bytes a row.
+        The values are those that occur, in order of first appearance. Four bytes per row.
 
         Raises:
-            DataError: the corpus has no such column, or it does not repeat.
+            DataError: the corpus has no such column, or it is not one of ``KEYS``.
         """
         if column not in KEYS or column not in self.columns:
             raise DataError(
                 f"The corpus has no key column '{column}'; it has "
-                f"{', '.join(n for n in self.columns if n in KEYS) or 'none'}. Name the "
-                "source's column when reading, or set it with Corpus.with_column."
+                f"{', '.join(n for n in self.columns if n in KEYS) or 'none'}. Set "
+                f"data.columns.{column} to the name in the source, or add the column with "
+                "Corpus.with_column."
             )
         chunks = self.table[column].unify_dictionaries().chunks
         if not chunks:
             return np.empty(0, np.int32), []
-        held = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks]
-        codes = np.concatenate(held) if len(held) > 1 else held[0]
+        indices = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks]
+        codes = np.concatenate(indices) if len(indices) > 1 else indices[0]
         values = chunks[0].dictionary
-        # Written backwards, so that what remains of each value is its first row.
+        # Written backwards, so that the first row of each value remains.
         first = np.full(len(values), len(codes))
         first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
         used = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
-        renamed = np.zeros(len(values), np.int32)
-        renamed[used] = np.arange(len(used), dtype=np.int32)
-        return renamed[codes], values.take(pa.array(used)).to_pylist()
+        new_code = np.zeros(len(values), np.int32)
+        new_code[used] = np.arange(len(used), dtype=np.int32)
+        return new_code[codes], values.take(pa.array(used)).to_pylist()
 
     def select(self, rows: np.ndarray[Any, Any] | Sequence[int] | Sequence[bool]) -> Corpus:
-        """The corpus of these rows: indices, or a mask with one truth value for each row."""
+        """The corpus of these rows, given as indices or as a boolean mask (rows,)."""
         chosen = np.asarray(rows)
         if chosen.dtype == np.bool_:
             if len(chosen) != len(self):
@@ -168,16 +169,16 @@ class Corpus:
         return Corpus(taken.unify_dictionaries().combine_chunks())
 
     def with_column(self, column: str, values: Column) -> Corpus:
-        """The corpus with this column set or replaced, such as the clients of a partition."""
-        added = _encoded(column, values, "the corpus")
-        held = {name: self.table[name] for name in self.columns}
-        known = {name: digest for name, digest in self.digests.items() if name != column}
-        return Corpus(_table({**held, column: added}, "the corpus"), known)
+        """The corpus with this column added or replaced, such as the clients of a partition."""
+        new = _encoded(column, values, "the corpus")
+        columns = {name: self.table[name] for name in self.columns}
+        digests = {name: digest for name, digest in self.digests.items() if name != column}
+        return Corpus(_table({**columns, column: new}, "the corpus"), digests)
 
     def fingerprint(self) -> str:
-        """A hash of the content: equal rows in equal order, however they are stored.
+        """A hash of the content: equal for equal rows in equal order, however they are stored.
 
-        Cost: one pass over the bytes of the columns without a known digest, about half a
+        Cost: one pass over the bytes of the columns that are not in ``digests``, about half a
         second for half a million rows.
         """
         digest = hashlib.blake2b(digest_size=16)
@@ -186,7 +187,7 @@ class Corpus:
         return digest.hexdigest()
 
     def digest(self, column: str) -> str:
-        """A hash of one column's values in their order."""
+        """A hash of one column's values in order."""
         if column in self.digests:
             return self.digests[column]
         digest = hashlib.blake2b(digest_size=16)
@@ -200,19 +201,19 @@ class Corpus:
 
 
 def split_rows(corpus: Corpus, seed: int) -> Corpus:
-    """The corpus with a ``split`` column: within each client 80 / 10 / 10 percent, at random.
+    """The corpus with a random ``split`` column: 80 / 10 / 10 percent within each client.
 
-    A tenth is rounded to the nearest row (so that clients of fewer than five rows have
-    training rows only), and every client keeps a training row. Each client's draw depends
-    on the seed and its name alone.
+    A tenth is rounded to the nearest row (so that a client with fewer than five rows has only
+    training rows), and every client has a training row. A client's split depends only on the
+    seed, its name and its number of rows.
 
     Raises:
-        DataError: the corpus has splits already, or no clients.
+        DataError: the corpus already has splits, or has no clients.
     """
     if "split" in corpus.columns:
         raise DataError(
-            "The corpus has a 'split' column already; read it with columns.split = None to "
-            "draw new splits."
+            "The corpus already has a 'split' column; set data.columns.split = \"\" to draw new "
+            "splits."
         )
     codes, clients = corpus.codes("client")
     splits = np.zeros(len(corpus), np.int32)
@@ -229,12 +230,12 @@ def split_rows(corpus: Corpus, seed: int) -> Corpus:
 def _table(arrays: Mapping[str, pa.ChunkedArray], place: str) -> pa.Table:
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        raise DataError(f"The columns of {place} differ in length: {lengths}.")
+        raise DataError(f"The columns of {place} differ in length: {lengths}; give equal lengths.")
     return pa.table(dict(arrays)).unify_dictionaries().combine_chunks()
 
 
 def _encoded(name: str, values: Column, place: str) -> pa.ChunkedArray:
-    """The values in the column's type, or a ValueError with the first row at fault."""
+    """The values in the column's type, checked; errors name the first faulty row."""
     column = _typed(name, values, place)
     if name == "split":
         _check_splits(column, place)
@@ -254,7 +255,7 @@ def _typed(name: str, values: Column, place: str) -> pa.ChunkedArray:
         row = pc.index(column.is_null(), pa.scalar(True)).as_py() + 1
         raise DataError(
             f"Column '{name}' of {place} is null in row {row}; fill or drop such rows "
-            f"({column.null_count} in all)."
+            f"({column.null_count} in total)."
         )
     if name not in KEYS:
         return column.cast(_TEXT_TYPE)
@@ -268,8 +269,11 @@ def _typed(name: str, values: Column, place: str) -> pa.ChunkedArray:
 def _strings(name: str, values: Sequence[str], place: str) -> list[str]:
     for row, value in enumerate(values, 1):
         if not isinstance(value, str):
-            found = "null" if value is None else f"{value!r}, a {type(value).__name__}"
-            raise DataError(f"Column '{name}' of {place} needs text, but row {row} holds {found}.")
+            got = "null" if value is None else f"{value!r}, a {type(value).__name__}"
+            raise DataError(
+                f"Column '{name}' of {place} needs text, but row {row} has {got}; convert it to "
+                "text in the source."
+            )
     return list(values)
 
 
@@ -277,8 +281,9 @@ def _check_splits(column: pa.ChunkedArray, place: str) -> None:
     for value in pc.unique(column).to_pylist():
         if value not in SPLITS:
             raise DataError(
-                f"Column 'split' of {place} holds '{value}'; the splits are "
-                f"{', '.join(SPLITS)}. Rename it in the source, or leave the column out."
+                f"Column 'split' of {place} contains '{value}'; the splits are "
+                f"{', '.join(SPLITS)}. Rename the value in the source, or set "
+                'data.columns.split = "" to draw new splits.'
             )
 
 
@@ -290,20 +295,20 @@ def _check_conversations(column: pa.ChunkedArray, place: str) -> None:
 
 
 def _fault(text: str) -> str | None:
-    """What is wrong with a conversation in JSON, if anything is."""
+    """What is wrong with a conversation in JSON, or None."""
     try:
         messages = json.loads(text)
     except json.JSONDecodeError as error:
-        return f"the text is no JSON ({error}); give a list of {{role, content}}"
+        return f"the text is not JSON ({error}); give a list of {{role, content}}"
     if not isinstance(messages, list) or len(messages) < 2:
         return "a conversation is a list of at least two {role, content} messages"
     for message in messages:
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            return f"a message holds 'role' and 'content' and nothing else, not {message!r}"
+            return f"a message has exactly the keys 'role' and 'content', not {message!r}"
         if not all(isinstance(value, str) for value in message.values()):
-            return f"role and content are text, not {message!r}"
+            return f"role and content must be text, not {message!r}"
     if messages[-1]["role"] != "assistant":
-        return f"the last message is the assistant's to give, not {messages[-1]['role']!r}'s"
+        return f"the last message must have the role 'assistant', not {messages[-1]['role']!r}"
     return None
 
 
@@ -313,7 +318,7 @@ def _conversation(text: str) -> Example:
 
 
 def _hash_text(digest: hashlib.blake2b, chunks: Sequence[pa.LargeStringArray]) -> None:
-    """Feed all lengths, then all bytes, read in place; how rows are chunked is no matter."""
+    """Hash all lengths, then all bytes, without a copy; independent of the chunks."""
     spans = []
     for chunk in chunks:
         if len(chunk):

@@ -1,4 +1,4 @@
-"""How an example becomes the text that a model reads and the text that it should write."""
+"""Prompt formats: from an example to the text that the model reads and the text to learn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = Callable[[Example], tuple[str, str]]
-"""An example -> the prompt's text and the response's, without the token that ends it."""
+"""From an example to the texts of its prompt and its response, without an end token."""
 
 NAMES: Final = ("alpaca", "chat", "plain")
 
@@ -31,7 +31,7 @@ _ALPACA: Final = (
 
 
 def named(name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt of that name, one of ``NAMES``; ``chat`` is written as the tokenizer's is.
+    """The prompt format of that name, one of ``NAMES``; ``chat`` uses the tokenizer's template.
 
     Raises:
         ConfigError: the name is unknown, or the tokenizer has no chat template.
@@ -42,7 +42,9 @@ def named(name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     if name not in prompts:
         near = difflib.get_close_matches(name, NAMES, n=1)
         guess = f" Did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"There is no prompt '{name}'; there are {', '.join(NAMES)}.{guess}")
+        raise ConfigError(
+            f"There is no prompt '{name}'; set data.prompt to one of {', '.join(NAMES)}.{guess}"
+        )
     return prompts[name]
 
 
@@ -59,7 +61,7 @@ def alpaca(example: Example) -> tuple[str, str]:
 
 
 def plain(example: Example) -> tuple[str, str]:
-    """The instruction and the input, each ended by a new line, and nothing else.
+    """The instruction and the input, each followed by a newline, and nothing else.
 
     Raises:
         ConfigError: the example is a conversation.
@@ -70,20 +72,20 @@ def plain(example: Example) -> tuple[str, str]:
 
 
 def chat(tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The tokenizer's chat template, up to where the assistant's turn begins.
+    """The tokenizer's chat template, up to the start of the assistant's message.
 
-    The user says the instruction, a blank line and the input; of a conversation all but the
-    last message is the prompt. A template that takes a ``date_string`` (Llama 3) is given
-    26 July 2024, so that the same run reads the same text on every day; one that can only
-    read the clock writes the day on which the tokens are made.
+    The user's message is the instruction, a blank line and the input; in a conversation the
+    prompt is every message except the last. A template with a ``date_string`` (Llama 3) gets
+    26 July 2024, so that a run reads the same text on every day; a template that reads the
+    clock writes the day on which the examples are encoded.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"The tokenizer '{tokenizer.name_or_path}' has no chat template; use the prompt "
-            "'alpaca' or 'plain', or a tokenizer whose model was trained for chat."
+            f"The tokenizer '{tokenizer.name_or_path}' has no chat template; set data.prompt to "
+            "'alpaca' or 'plain', or model.name to a model trained for chat."
         )
 
     def write(example: Example) -> tuple[str, str]:
@@ -103,6 +105,6 @@ def chat(tokenizer: PreTrainedTokenizerBase) -> Prompt:
 def _refuse_messages(example: Example, name: str) -> None:
     if example.messages is not None:
         raise ConfigError(
-            f"The prompt '{name}' cannot write a conversation of {len(example.messages)} "
-            "messages; use the prompt 'chat', or a corpus of instruction, input and output."
+            f"The prompt '{name}' cannot format a conversation of {len(example.messages)} "
+            "messages; set data.prompt to 'chat', or read columns instruction, input and output."
         )

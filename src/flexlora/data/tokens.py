@@ -1,4 +1,4 @@
-"""Examples as token ids: encoded once and kept on disk."""
+"""Examples as token ids, encoded once and cached on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT: Final = 1
-"""Raised when the files of a store, or what is written to them, change."""
+"""Incremented when the files of a store or their content change."""
 
 _ROWS_AT_ONCE: Final = 4096
 
@@ -32,7 +32,7 @@ Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One example: the ids of the prompt, then of the response and the token that ends it."""
+    """The token ids (n,) of one example: the prompt, the response, and its end token."""
 
     ids: Int32s
     prompt_tokens: int
@@ -56,10 +56,9 @@ def encode(
 ) -> Tokens:
     """The ids of one example, at most ``max_tokens``; see ``shorten``.
 
-    Prompt and response are tokenised apart, so that the border between them is exact and
-    the prompt is what the model reads when it generates. The prompt begins with the
-    tokenizer's BOS if the tokenizer sets one by itself and the text has none. The response
-    ends with the tokenizer's EOS.
+    Prompt and response are tokenised separately, so that the boundary is exact and the prompt
+    is the same as in generation. The prompt begins with the tokenizer's BOS if the tokenizer
+    adds one itself and the text has none. The response ends with the tokenizer's EOS.
 
     Raises:
         DataError: the tokenizer has no EOS, or the prompt has no tokens.
@@ -72,12 +71,12 @@ def encode(
 def shorten(
     prompt: Sequence[int], response: Sequence[int], max_tokens: int
 ) -> tuple[list[int], int]:
-    """Prompt and response in at most ``max_tokens`` ids, and how many are the prompt's.
+    """Prompt and response in at most ``max_tokens`` ids, and the number of prompt ids.
 
-    The response is kept up to half of ``max_tokens``, or up to what the prompt leaves free;
-    what is cut off is its end, the closing EOS first, so that nothing teaches the model to
-    stop in the middle. The prompt then loses tokens from its middle: its head holds the
-    instruction, its tail the marker after which the response begins.
+    The response keeps up to half of ``max_tokens``, or as much as the prompt leaves free; it is
+    cut at its end, the closing EOS first, so that the model is not taught to stop in the
+    middle. The prompt then loses tokens from its middle: its head has the instruction, its
+    tail the marker after which the response begins.
 
     Raises:
         DataError: ``max_tokens`` is below 2, which leaves no room for both.
@@ -86,20 +85,20 @@ def shorten(
         raise DataError(f"max_tokens is {max_tokens}; prompt and response need at least 2.")
     if len(prompt) + len(response) <= max_tokens:
         return [*prompt, *response], len(prompt)
-    kept = response[: max(max_tokens // 2, max_tokens - len(prompt))]
-    room = min(max_tokens - len(kept), len(prompt))
+    short_response = response[: max(max_tokens // 2, max_tokens - len(prompt))]
+    room = min(max_tokens - len(short_response), len(prompt))
     tail = room // 2
     head = room - tail
-    return [*prompt[:head], *prompt[len(prompt) - tail :], *kept], room
+    return [*prompt[:head], *prompt[len(prompt) - tail :], *short_response], room
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """The tokens of a whole corpus, row by row, in flat arrays that may lie on the disk.
+    """The tokens of a whole corpus, row by row, in flat arrays that may be memory-mapped.
 
-    ``ids`` holds all rows one after the other, row i from ``offsets[i]`` to
-    ``offsets[i + 1]``; ``prompt_tokens[i]`` of them are the prompt's. ``cut`` is the number
-    of rows that were shortened. Four bytes a token.
+    ``ids`` (tokens,) contains all rows one after the other, row i from ``offsets[i]`` to
+    ``offsets[i + 1]``; ``offsets`` is (rows + 1,). The first ``prompt_tokens[i]`` ids of row i
+    are its prompt. ``cut`` is the number of rows that were shortened. Four bytes per token.
     """
 
     ids: Int32s
@@ -116,17 +115,17 @@ class TokenStore:
         max_tokens: int,
         cache: Path | None,
     ) -> TokenStore:
-        """Encode the corpus, or open what an earlier call wrote into the folder ``cache``.
+        """Encode the corpus, or open the store that an earlier call wrote to ``cache``.
 
-        A cached store is found by a hash of the corpus's content, the tokenizer, the prompt
-        and ``max_tokens``. It is written to a temporary folder first and renamed when it is
-        complete, and memory-mapped from then on; without ``cache`` it is held in memory.
-        Rows are encoded by the thousand, so memory stays bounded either way.
+        The name of a cached store is a hash of the corpus's content, the tokenizer, the prompt
+        and ``max_tokens``. It is written to a temporary folder, renamed when complete, and
+        memory-mapped; without ``cache`` the store is in memory. Rows are encoded in chunks of
+        some thousands, so the memory for encoding is bounded.
 
         Raises:
-            DataError: the prompt is unknown or does not suit the corpus or tokenizer, the
-                tokenizer is not a fast one, a prompt has no tokens, or a cached store is
-                damaged.
+            DataError: the tokenizer is not a fast one or has no EOS, a prompt has no tokens, or
+                a cached store is damaged.
+            ConfigError: the prompt is unknown, or does not suit the corpus or the tokenizer.
         """
         prompt = named(prompt_name, tokenizer)
         key = _key(corpus, tokenizer, prompt_name, max_tokens)
@@ -137,17 +136,17 @@ class TokenStore:
             _write(cache / key, rows)
             return cls.open(cache / key)
         ids, sizes = [np.empty(0, np.int32)], []
-        for part, size in rows:
-            ids.append(part)
-            sizes.append(size)
+        for chunk_ids, chunk_sizes in rows:
+            ids.append(chunk_ids)
+            sizes.append(chunk_sizes)
         return cls(np.concatenate(ids), *_layout(sizes))
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
-        """The store in a folder that ``build`` has written, memory-mapped.
+        """The store in a folder written by ``build``, memory-mapped.
 
         Raises:
-            DataError: the folder holds no store of this format, or a damaged one.
+            DataError: the folder has no store of this format, or a damaged one.
         """
         try:
             facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -155,9 +154,9 @@ class TokenStore:
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ("ids", "offsets", "prompt_tokens")
             )
-            whole = facts["format"] == FORMAT and facts["tokens"] == len(ids) == offsets[-1]
+            complete = facts["format"] == FORMAT and facts["tokens"] == len(ids) == offsets[-1]
             if (
-                not whole
+                not complete
                 or facts["rows"] != len(prompt_tokens)
                 or len(offsets) != facts["rows"] + 1
             ):
@@ -165,8 +164,8 @@ class TokenStore:
             return cls(ids, offsets, prompt_tokens, int(facts["cut"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
-                f"The token store in '{folder}' cannot be read ({error}); delete the folder "
-                "and it will be made again."
+                f"The token store in '{folder}' cannot be read ({error}); delete the folder, "
+                "and the next run creates it again."
             ) from error
 
     def __len__(self) -> int:
@@ -174,19 +173,16 @@ class TokenStore:
 
     def __getitem__(self, row: int) -> Tokens:
         if not 0 <= row < len(self):
-            raise IndexError(f"The store has no row {row}; its rows are 0 to {len(self) - 1}.")
+            raise IndexError(
+                f"The token store has no row {row}; its rows are 0 to {len(self) - 1}."
+            )
         span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         return Tokens(self.ids[span], int(self.prompt_tokens[row]))
 
     @property
     def lengths(self) -> Int64s:
-        """The number of tokens of each row."""
+        """The number of tokens of each row, (rows,)."""
         return np.diff(self.offsets)
-
-    @property
-    def response_tokens(self) -> Int64s:
-        """The number of response tokens of each row, its closing EOS included."""
-        return self.lengths - self.prompt_tokens
 
 
 def _encode_all(
@@ -195,7 +191,10 @@ def _encode_all(
     tokenizer: PreTrainedTokenizerBase,
     first: int = 0,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt ids and response ids of each example, not yet shortened; rows from ``first``."""
+    """Prompt ids and response ids of each example, not yet shortened.
+
+    ``first`` is the row number of the first example, for errors.
+    """
     eos = _eos(tokenizer)
     bos = _bos(tokenizer)
     texts = [prompt(example) for example in examples]
@@ -230,14 +229,14 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(tokenizer.eos_token_id, int):
         raise DataError(
-            f"The tokenizer '{tokenizer.name_or_path}' names no token that ends a response; "
-            "set its eos_token."
+            f"The tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token; set "
+            "eos_token in its tokenizer_config.json."
         )
     return tokenizer.eos_token_id
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS if the tokenizer sets one before any text, else nothing."""
+    """The BOS in a list if the tokenizer adds one before every text, else an empty list."""
     bos = tokenizer.bos_token_id
     first = tokenizer("")["input_ids"][:1]
     return [bos] if isinstance(bos, int) and first == [bos] else []
@@ -246,22 +245,25 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _rows(
     corpus: Corpus, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> Iterator[tuple[Int32s, Int64s]]:
-    """Chunks of the corpus: the ids of its rows, and (rows, 3) their lengths, prompt
-    lengths and whether they were cut.
+    """Chunks of the corpus: the ids of its rows, concatenated, and an array (rows, 3) of their
+    lengths, their prompt lengths and whether they were cut.
     """
     for start in range(0, len(corpus), _ROWS_AT_ONCE):
         examples = corpus.examples(range(start, min(start + _ROWS_AT_ONCE, len(corpus))))
         ids: list[int] = []
         sizes = []
-        for whole in _encode_all(examples, prompt, tokenizer, start):
-            kept, prompt_tokens = shorten(*whole, max_tokens)
-            ids += kept
-            sizes.append((len(kept), prompt_tokens, len(kept) < len(whole[0]) + len(whole[1])))
+        for prompt_ids, response_ids in _encode_all(examples, prompt, tokenizer, start):
+            row, prompt_tokens = shorten(prompt_ids, response_ids, max_tokens)
+            ids += row
+            cut = len(row) < len(prompt_ids) + len(response_ids)
+            sizes.append((len(row), prompt_tokens, cut))
         yield np.array(ids, np.int32), np.array(sizes, np.int64)
 
 
 def _layout(sizes: Sequence[Int64s]) -> tuple[Int64s, Int32s, int]:
-    """Offsets, prompt lengths and the number of rows cut, from what ``_rows`` gave."""
+    """Offsets (rows + 1,), prompt lengths (rows,) and the number of cut rows, from the chunks'
+    sizes of ``_rows``.
+    """
     lengths, prompts, cut = np.concatenate([np.empty((0, 3), np.int64), *sizes]).T
     return np.cumsum([0, *lengths.tolist()]), prompts.astype(np.int32), int(cut.sum())
 
@@ -269,17 +271,17 @@ def _layout(sizes: Sequence[Int64s]) -> tuple[Int64s, Int32s, int]:
 def _key(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, prompt_name: str, max_tokens: int
 ) -> str:
-    """The name of the store: a hash of all that decides its content.
+    """The name of a store: a hash of everything that determines its content.
 
-    The prompt's own text is part of it, through what it writes for two examples.
+    The prompt's template is included through its text for two examples.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError(
-            f"The tokenizer '{tokenizer.name_or_path}' is not a fast one; give a model "
-            "folder that has a tokenizer.json."
+            f"The tokenizer '{tokenizer.name_or_path}' is not a fast tokenizer; set model.name to "
+            "a model folder that has a tokenizer.json."
         )
-    # Padding and truncation are what the last call left behind, not what the tokenizer is.
+    # Padding and truncation are left over from the last call and do not belong to the tokenizer.
     described = json.loads(backend.to_str())
     described.update(padding=None, truncation=None)
     prompt = named(prompt_name, tokenizer)
@@ -298,7 +300,7 @@ def _key(
 
 
 def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
-    """Write the store beside its place and rename it: it is there whole or not at all."""
+    """Write the store to a temporary folder and rename it, so that it is never incomplete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
@@ -312,7 +314,10 @@ def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
             file.seek(0)
             # NumPy pads the header so that the first axis can grow in place.
             if _header(file, tokens) != body:
-                raise DataError(f"The header of {tokens} tokens does not fit its place.")
+                raise DataError(
+                    f"The store of {tokens} tokens is too large for its file header; lower "
+                    "data.max_tokens or read fewer rows."
+                )
             _flush(file)
         offsets, prompt_tokens, cut = _layout(sizes)
         arrays: tuple[tuple[str, np.ndarray[Any, Any]], ...] = (
@@ -330,7 +335,7 @@ def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
         try:
             partial.rename(folder)
         except OSError:
-            # Another process finished the same store first; its content is equal.
+            # Another process finished the same store first; its content is the same.
             if not folder.is_dir():
                 raise
     finally:
@@ -338,9 +343,9 @@ def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
 
 
 def _header(file: IO[bytes], tokens: int) -> int:
-    """Write the header of an int32 array of this length; returns where its data begin."""
-    facts = {"descr": "<i4", "fortran_order": False, "shape": (tokens,)}
-    np.lib.format.write_array_header_1_0(file, facts)
+    """Write the header of an int32 array (tokens,); the byte offset of its data."""
+    header = {"descr": "<i4", "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(file, header)
     return file.tell()
 
 

@@ -1,4 +1,4 @@
-"""What a model is measured by: the text it generates and the loss it assigns."""
+"""Evaluation of a model by the text that it generates and by its held-out loss."""
 
 from flexlora.evaluation.scoring import Evaluation, Question, evaluate_each, pick
 

@@ -1,4 +1,6 @@
-"""Greedy decoding of many prompts at once: what they share is read once, ended rows leave."""
+"""Greedy decoding of many prompts at once: shared prefixes are computed once, and finished
+sequences leave the batch.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,13 @@ import transformers
 from torch import Tensor, nn
 
 from flexlora.data import Int32s
-from flexlora.evaluation.kv_cache import Family, Prefill, Reading, Step
-from flexlora.evaluation.prefix_tree import Node, families, tree
+from flexlora.errors import ConfigError
+from flexlora.evaluation.kv_cache import AttentionPass, DecodeStep, Prefill, SequenceGroup
+from flexlora.evaluation.prefix_tree import Path, PrefixNode, groups, tree
 from flexlora.model import Base
 
-READING: Final = "flexlora_reading"
-"""Our attention over trees of prompts, and over what was kept of them."""
-
-Ways = list[list[int]]
-"""A family to be: of each member the nodes from a root to its prompt."""
+ATTENTION: Final = "flexlora_decoding"
+"""The name, in transformers, of the attention over prefix trees and their caches."""
 
 
 def decode(
@@ -29,132 +29,145 @@ def decode(
     max_new_tokens: int,
     stops: Sequence[int],
     batch_tokens: int,
-    parts: int = 1,
+    adapters: int = 1,
 ) -> list[list[list[int]]]:
-    """The ids that follow each prompt, ``found[part][prompt]``, the stop included.
+    """The ids that follow each prompt, ``answers[adapter][prompt]``, the stop token included.
 
-    ``base`` has ``parts`` adapters attached, and each of them answers every prompt. The
-    prompts lie in one row as a tree, so that a token which several begin with is computed
-    once; after that every answer is one row. Ended answers leave the batch, and where they
-    make room the next prompts come in. ``batch_tokens`` bounds the tokens of which keys and
-    values are held, room for the answers included, over all adapters.
+    ``base`` has ``adapters`` adapters attached (1 also stands for none), and each of them
+    answers every prompt. The prompts are read as a prefix tree in one row, so that shared
+    tokens are computed once; after that every sequence is one row of the batch. Finished
+    sequences leave the batch, and the next prompts use their room. ``batch_tokens`` bounds the
+    tokens in the key-value caches of all adapters, with room for the answers.
 
     Raises:
-        ValueError: the model does not attend as ours does; see ``_attend``.
+        ConfigError: the model's attention is not supported; see ``_attend``.
     """
-    room = batch_tokens // parts
+    room = batch_tokens // adapters
     nodes = tree(prompts)
-    waiting = families(nodes, max_new_tokens, room)
-    found: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(parts)]
-    live: list[Family] = []
+    waiting = groups(nodes, max_new_tokens, room)
+    answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(adapters)]
+    active: list[SequenceGroup] = []
     with _attention(base), torch.inference_mode():
-        while waiting or live:
-            coming = _admitted(waiting, nodes, live, max_new_tokens, room)
-            del waiting[: len(coming)]
-            if coming:
-                new = _prefill(base, prompts, nodes, coming, max_new_tokens, parts)
-                live += new
+        while waiting or active:
+            admitted = _admitted(waiting, nodes, active, max_new_tokens, room)
+            del waiting[: len(admitted)]
+            if admitted:
+                advanced = _prefill(base, prompts, nodes, admitted, max_new_tokens, adapters)
+                active += advanced
             else:
-                new = live
-                _step(base, live, parts)
-            for family in new:
-                family.leave(stops, max_new_tokens)
-            for family in (family for family in new if not family.alive):
-                for prompt, answer in zip(family.prompts, family.answers, strict=True):
-                    found[family.part][prompt] = answer
-            live = [family for family in live if family.alive]
-    return found
+                advanced = active
+                _step(base, active, adapters)
+            for group in advanced:
+                group.finish_ended(stops, max_new_tokens)
+            for group in (group for group in advanced if not group.unfinished):
+                for prompt, answer in zip(group.prompts, group.answers, strict=True):
+                    answers[group.adapter][prompt] = answer
+            active = [group for group in active if group.unfinished]
+    return answers
 
 
 def _admitted(
-    waiting: Sequence[Ways], nodes: Sequence[Node], live: Sequence[Family], new: int, room: int
-) -> list[Ways]:
-    """The families for which there is room beside those that go on; one if there are none."""
-    taken: dict[int, int] = {}
-    for family in live:
-        taken[family.part] = taken.get(family.part, 0) + family.places
-    most = max(taken.values(), default=0)
-    coming: list[Ways] = []
-    for ways in waiting:
-        most += sum(nodes[n].tokens for n in set().union(*ways)) + new * len(ways)
-        if most > room and (live or coming):
+    waiting: Sequence[list[Path]],
+    nodes: Sequence[PrefixNode],
+    active: Sequence[SequenceGroup],
+    new: int,
+    room: int,
+) -> list[list[Path]]:
+    """The next groups for which there is room beside the active ones; one if none is active."""
+    used: dict[int, int] = {}
+    for group in active:
+        used[group.adapter] = used.get(group.adapter, 0) + group.capacity
+    most = max(used.values(), default=0)
+    admitted: list[list[Path]] = []
+    for paths in waiting:
+        most += sum(nodes[n].tokens for n in set().union(*paths)) + new * len(paths)
+        if most > room and (active or admitted):
             break
-        coming.append(ways)
-    return coming
+        admitted.append(paths)
+    return admitted
 
 
 def _prefill(
     base: Base,
     prompts: Sequence[Int32s],
-    nodes: Sequence[Node],
-    coming: Sequence[Ways],
+    nodes: Sequence[PrefixNode],
+    admitted: Sequence[list[Path]],
     new: int,
-    parts: int,
-) -> list[Family]:
-    """Read the prompts of some families, once for each adapter; their answers begin."""
-    ways = {way[end]: way[: end + 1] for f in coming for way in f for end in range(len(way))}
-    edges = np.cumsum([0, *(nodes[n].tokens for n in ways)]).tolist()
-    spans = {n: slice(a, b) for n, a, b in zip(ways, edges[:-1], edges[1:], strict=True)}
-    held = [nodes[n] for n in ways]
-    ids = np.concatenate([prompts[node.prompt][node.start : node.end] for node in held])
-    positions = np.concatenate([np.arange(node.start, node.end) for node in held])
-    began = [
-        Family.of(part, family, nodes, new, base.device)
-        for part in range(parts)
-        for family in coming
+    adapters: int,
+) -> list[SequenceGroup]:
+    """Read the prompts of some groups, once per adapter, and compute their first tokens."""
+    path_of = {
+        path[end]: path[: end + 1] for g in admitted for path in g for end in range(len(path))
+    }
+    edges = np.cumsum([0, *(nodes[n].tokens for n in path_of)]).tolist()
+    spans = {n: slice(a, b) for n, a, b in zip(path_of, edges[:-1], edges[1:], strict=True)}
+    row = [nodes[n] for n in path_of]
+    ids = np.concatenate([prompts[node.prompt][node.start : node.end] for node in row])
+    positions = np.concatenate([np.arange(node.start, node.end) for node in row])
+    started = [
+        SequenceGroup.of(adapter, paths, nodes, new, base.device)
+        for adapter in range(adapters)
+        for paths in admitted
     ]
     tokens = _next_tokens(
         base,
-        torch.from_numpy(ids.astype(np.int64)).expand(parts, -1),
-        torch.from_numpy(positions).expand(parts, -1),
-        torch.tensor([spans[way[-1]].stop - 1 for family in coming for way in family]),
-        Prefill.of(began, spans, ways, nodes, base.device),
+        torch.from_numpy(ids.astype(np.int64)).expand(adapters, -1),
+        torch.from_numpy(positions).expand(adapters, -1),
+        torch.tensor([spans[path[-1]].stop - 1 for paths in admitted for path in paths]),
+        Prefill.of(started, spans, path_of, nodes, base.device),
     )
-    _check_layers(base, began[0])
+    _check_layers(base, started[0])
     first = iter(tokens)
-    for family in began:
-        family.answers = [[next(first)] for _ in family.prompts]
-    return began
+    for group in started:
+        group.answers = [[next(first)] for _ in group.prompts]
+    return started
 
 
-def _step(base: Base, live: Sequence[Family], parts: int) -> None:
-    """One more token for every member alive.
+def _step(base: Base, active: Sequence[SequenceGroup], adapters: int) -> None:
+    """Compute one more token for every unfinished sequence.
 
-    Each part of the batch is as long as the longest, because the adapters share it equally.
+    Every adapter's part of the batch is as long as the longest, because the adapters share the
+    batch equally.
     """
-    sizes = [sum(len(f.alive) for f in live if f.part == part) for part in range(parts)]
-    ids, positions = torch.zeros(2, parts * max(sizes), dtype=torch.int64)
-    free = [part * max(sizes) for part in range(parts)]
+    sizes = [
+        sum(len(group.unfinished) for group in active if group.adapter == adapter)
+        for adapter in range(adapters)
+    ]
+    ids, positions = torch.zeros(2, adapters * max(sizes), dtype=torch.int64)
+    free = [adapter * max(sizes) for adapter in range(adapters)]
     rows = []
-    for family in live:
-        start = free[family.part]
-        free[family.part] = end = start + len(family.alive)
-        ids[start:end] = torch.tensor([family.answers[m][-1] for m in family.alive])
-        positions[start:end] = torch.tensor([family.position(m) for m in family.alive])
+    for group in active:
+        start = free[group.adapter]
+        free[group.adapter] = end = start + len(group.unfinished)
+        ids[start:end] = torch.tensor([group.answers[s][-1] for s in group.unfinished])
+        positions[start:end] = torch.tensor([group.position(s) for s in group.unfinished])
         rows.append(slice(start, end))
-    masks = [family.opened() for family in live]
+    masks = [group.extended_mask() for group in active]
     at = torch.zeros(1, dtype=torch.int64)
-    reading = Step(live, rows, masks)
-    tokens = _next_tokens(base, ids[:, None], positions[:, None], at, reading)
-    for family, mine in zip(live, rows, strict=True):
-        family.filled += len(family.alive)
-        for member, token in zip(family.alive, tokens[mine], strict=True):
-            family.answers[member].append(token)
+    step = DecodeStep(active, rows, masks)
+    tokens = _next_tokens(base, ids[:, None], positions[:, None], at, step)
+    for group, group_rows in zip(active, rows, strict=True):
+        group.filled += len(group.unfinished)
+        for sequence, token in zip(group.unfinished, tokens[group_rows], strict=True):
+            group.answers[sequence].append(token)
 
 
 def _next_tokens(
-    base: Base, ids: Tensor, positions: Tensor, at: Tensor, reading: Reading
+    base: Base, ids: Tensor, positions: Tensor, at: Tensor, attention_pass: AttentionPass
 ) -> list[int]:
-    """The likeliest token after each place ``at`` of each row (rows, tokens), row by row."""
+    """The most likely token after each of the positions ``at`` (n,) of each row, row by row.
+
+    ``ids`` and ``positions`` are (rows, tokens); the result has rows * n ids.
+    """
     device = base.device
     out = base.model(
         input_ids=ids.to(device),
         position_ids=positions.to(device),
-        # transformers takes a 4-D mask as it is, and our attention does without.
+        # transformers passes a 4-D mask on as it is, and our attention does not use it.
         attention_mask=torch.empty(1, 1, 0, 0),
         logits_to_keep=at.to(device),
         use_cache=False,
-        reading=reading,
+        attention_pass=attention_pass,
     )
     tokens: list[int] = out.logits.argmax(-1).flatten().tolist()
     return tokens
@@ -168,43 +181,45 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
-    reading: Reading,
+    attention_pass: AttentionPass,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer.
+    """The function that transformers calls in every layer; shapes as ``AttentionPass.attend``.
 
     Raises:
-        ValueError: the layer caps its scores, has sinks, or a window narrower than a prompt.
+        ConfigError: the layer caps its scores, has sinks, or has a window shorter than a
+            sequence.
     """
     window = options.get("sliding_window")
-    other = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
-    if other or (window and reading.longest > window):
-        raise ValueError(
-            f"This model's attention uses {other or 'a sliding window'}, which the default "
-            "attention cannot do; set model.attention to 'eager'."
+    unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    if unsupported or (window and attention_pass.longest > window):
+        feature = ", ".join(unsupported) or "a sliding window"
+        raise ConfigError(
+            f"This model's attention uses {feature}, which the default attention does not "
+            "support; set model.attention to 'eager'."
         )
     layer: Any = module.layer_idx
-    return reading.attend(layer, query, key, value, scaling), None
+    return attention_pass.attend(layer, query, key, value, scaling), None
 
 
-def _check_layers(base: Base, family: Family) -> None:
+def _check_layers(base: Base, group: SequenceGroup) -> None:
     config: Any = base.model.config
     layers = config.get_text_config().num_hidden_layers
-    if len(family.keys) != layers:
-        raise ValueError(
-            f"Only {len(family.keys)} of the {layers} layers of {base.name} attend in a way that "
-            "the default attention knows; set model.attention to 'sdpa' or 'eager'."
+    if len(group.keys) != layers:
+        raise ConfigError(
+            f"Only {len(group.keys)} of the {layers} layers of {base.name} use an attention that "
+            "the default decoding supports; set model.attention to 'sdpa' or 'eager'."
         )
 
 
 @contextmanager
 def _attention(base: Base) -> Iterator[None]:
-    """The model with our attention, and with its own again afterwards."""
-    transformers.AttentionInterface.register(READING, _attend)
+    """Use the attention of this module within the context."""
+    transformers.AttentionInterface.register(ATTENTION, _attend)
     config = base.model.config
-    own = config._attn_implementation
-    config._attn_implementation = READING
+    original = config._attn_implementation
+    config._attn_implementation = ATTENTION
     try:
         yield
     finally:
-        config._attn_implementation = own
+        config._attn_implementation = original

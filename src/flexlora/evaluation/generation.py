@@ -1,4 +1,4 @@
-"""What the model writes by itself: greedy answers to prompts."""
+"""Greedily decoded answers of the model to prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from flexlora.evaluation import decoding, padded
 from flexlora.model import Base
 from flexlora.model.layers import attention
 
-_WHOLE: Final = 2**31 - 1
+_UNLIMITED: Final = 2**31 - 1
+"""More tokens than any example has."""
 
 
 def prompts(
@@ -23,21 +24,14 @@ def prompts(
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_prompt_tokens: int,
 ) -> list[Int32s]:
-    """The ids that the model reads before it writes, as in training and without the output.
+    """The prompts' ids as in training, without the output.
 
-    A prompt of more than ``max_prompt_tokens`` loses tokens from its middle, whatever the
-    output's length.
+    A prompt of more than ``max_prompt_tokens`` loses tokens from its middle, independent of
+    the output's length.
     """
-    whole = [encode(example, prompt, tokenizer, _WHOLE).prompt for example in examples]
-    short = [shorten(ids.tolist(), [], max_prompt_tokens)[0] for ids in whole]
+    full = [encode(example, prompt, tokenizer, _UNLIMITED).prompt for example in examples]
+    short = [shorten(ids.tolist(), [], max_prompt_tokens)[0] for ids in full]
     return [np.array(ids, np.int32) for ids in short]
-
-
-def answers(
-    base: Base, prompts: Sequence[Int32s], max_new_tokens: int, batch_tokens: int
-) -> list[str]:
-    """``answers_of_each`` of the one adapter, or of none, that the model has now."""
-    return answers_of_each(base, 1, prompts, max_new_tokens, batch_tokens)[0]
 
 
 def answers_of_each(
@@ -47,36 +41,36 @@ def answers_of_each(
     max_new_tokens: int,
     batch_tokens: int,
 ) -> list[list[str]]:
-    """What the model writes after each prompt with each of the adapters attached to it.
+    """The answers of each of the attached adapters to each prompt, as text.
 
-    ``base`` has so many ``adapters`` attached (one also stands for none). Greedy decoding
-    with a key-value cache: no sampling, no penalties, one beam. An answer ends before the
-    first end token (the tokenizer's or one of the model's own), or after
-    ``max_new_tokens``. No reference is looked at. The text is decoded without special
-    tokens and stripped.
+    ``base`` has ``adapters`` adapters attached (1 also stands for none). Greedy decoding with a
+    key-value cache: no sampling, no penalties, one beam. An answer ends before the first end
+    token (of the tokenizer or of the model), or after ``max_new_tokens``. The text is decoded
+    without special tokens and stripped.
 
-    Tokens that prompts share at their beginning are computed once (``decoding``); a model
-    that was loaded with another attention than the default generates by transformers, in
-    padded batches (``padded``). Either way an answer does not depend on its neighbours but
-    through rounding: in float32 that hardly ever shows, in bfloat16 two near-equal logits
-    may change places and the answers part from there.
+    The shared first tokens of prompts are computed once (``decoding``); a model loaded with
+    another attention than the default uses transformers' ``generate`` in padded batches
+    (``padded``). In both cases the other prompts of a batch affect an answer only by rounding:
+    in float32 this is hardly ever visible, in bfloat16 two nearly equal logits may swap and the
+    answers differ from that token on.
 
     Raises:
-        ConfigError: a prompt and its answer would not fit the model's context.
+        ConfigError: a prompt and its answer exceed the model's context, or its attention is
+            not supported.
     """
     longest = max(map(len, prompts), default=0)
     _check_context(base, longest, max_new_tokens)
     if not prompts:
         return [[] for _ in range(adapters)]
     ends, config = stops(base), cast(Any, base.model.config)
-    own = config._attn_implementation == attention.NAME
-    decode = decoding.decode if own else padded.decode
-    written = decode(base, prompts, max_new_tokens, ends, batch_tokens, adapters)
-    return [[text(base.tokenizer, ids, ends) for ids in part] for part in written]
+    is_default = config._attn_implementation == attention.NAME
+    decode = decoding.decode if is_default else padded.decode
+    ids_by_adapter = decode(base, prompts, max_new_tokens, ends, batch_tokens, adapters)
+    return [[text(base.tokenizer, ids, ends) for ids in answers] for answers in ids_by_adapter]
 
 
 def exact_match(reference: str, answer: str) -> bool:
-    """Whether the two are equal but for case (folded) and white space around them.
+    """Whether the two are equal, ignoring case and surrounding white space.
 
     Punctuation, articles and inner white space count.
     """
@@ -86,19 +80,20 @@ def exact_match(reference: str, answer: str) -> bool:
 def text(
     tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]
 ) -> str:
-    """The answer in the ids that the model wrote: up to the first of ``ends``, stripped."""
-    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    written = tokenizer.decode(
+    """The text of the ids up to the first of ``ends``, stripped."""
+    end = next((index for index, token in enumerate(ids) if token in ends), len(ids))
+    decoded = tokenizer.decode(
         list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    return str(written).strip()
+    return str(decoded).strip()
 
 
 def stops(base: Base) -> list[int]:
-    """The tokens that end an answer: the one trained on first, then the model's own."""
+    """The tokens that end an answer: the one of the training first, then the model's."""
     config: Any = base.model.generation_config
-    own = config.eos_token_id if config is not None else None
-    tokens = [base.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    model_eos = config.eos_token_id if config is not None else None
+    model_ends = model_eos if isinstance(model_eos, list) else [model_eos]
+    tokens = [base.tokenizer.eos_token_id, *model_ends]
     return list(dict.fromkeys(token for token in tokens if token is not None))
 
 
@@ -107,7 +102,7 @@ def _check_context(base: Base, longest: int, max_new_tokens: int) -> None:
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest + max_new_tokens > context:
         raise ConfigError(
-            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
-            f"{context} positions of {base.name}; lower evaluation.max_prompt_tokens or "
+            f"A prompt of {longest} tokens and {max_new_tokens} new tokens exceed the {context} "
+            f"positions of {base.name}; lower evaluation.max_prompt_tokens or "
             "evaluation.max_new_tokens."
         )

@@ -1,4 +1,4 @@
-"""What the model expects: the negative log-likelihood of the responses of held-out rows."""
+"""The held-out loss: the negative log-likelihood of the responses of evaluation rows."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Loss:
 
 
 def losses(base: Base, examples: Sequence[Tokens], batch_tokens: int) -> list[Loss]:
-    """The loss of each example's response, its end token included, in their order.
+    """The loss of each example's response, including its end token, in order.
 
-    Examples are packed into rows of at most ``batch_tokens`` (unless one alone is longer), in
-    which first tokens that several share stand once, and the head runs on response
-    positions only. The model has the adapter it has now.
+    Examples are packed into rows of at most ``batch_tokens`` (a single longer example is a row
+    of its own), in which shared first tokens occur once, and the head runs only on response
+    positions. The loss is that of the model with its currently attached adapter.
     """
     if not examples:
         return []
     store = _store(examples)
     totals, counts = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
     with torch.inference_mode():
-        for rows in packs(store, range(len(examples)), batch_tokens, base.shares):
-            laid = pack(store, rows, share=base.shares)
-            nats = label_losses(base, laid).double().cpu().numpy()
-            owners = np.asarray(rows)[laid.owners.numpy()]
+        for rows in packs(store, range(len(examples)), batch_tokens, base.shares_prefixes):
+            packed = pack(store, rows, share=base.shares_prefixes)
+            nats = label_losses(base, packed).double().cpu().numpy()
+            owners = np.asarray(rows)[packed.owners.numpy()]
             totals += np.bincount(owners, weights=nats, minlength=len(examples))
             counts += np.bincount(owners, minlength=len(examples))
     return [Loss(float(t), int(n)) for t, n in zip(totals, counts, strict=True)]

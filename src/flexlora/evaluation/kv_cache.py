@@ -1,4 +1,4 @@
-"""Attention while prompts are read and continued: over trees of tokens, without padding."""
+"""Keys and values of groups of sequences, and attention over them, without padding."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexlora.evaluation.prefix_tree import Node
+from flexlora.evaluation.prefix_tree import Path, PrefixNode
 
 
 @dataclass(eq=False)
-class Family:
-    """Answers in the making that one adapter writes over common keys and values.
+class SequenceGroup:
+    """Sequences that one adapter continues, over one cache of keys and values.
 
-    ``prompts`` are their numbers and ``lengths`` their tokens; ``nodes`` is what is kept of
-    them. ``keys`` and ``values`` are by layer (1, key heads, places, head size), and
-    ``filled`` of the places hold something. Member i may see the places where ``seen[i]``
-    (members, places) is true; a new token takes the next free one. ``alive`` are the members
-    that go on.
+    ``adapter`` is the index of the adapter. ``prompts`` are the indices of the sequences'
+    prompts, ``lengths`` the prompts' tokens, and ``nodes`` the nodes of the prefix tree in the
+    cache. ``keys`` and ``values`` are by layer (1, key heads, capacity, head size), and the
+    first ``filled`` positions are in use; a new token takes the next one. ``visible``
+    (sequences, capacity) is true where a sequence sees a position. ``unfinished`` are the
+    indices of the sequences that continue, and ``answers`` the tokens of each so far.
     """
 
-    part: int
+    adapter: int
     prompts: list[int]
     lengths: list[int]
     nodes: list[int]
-    seen: Tensor
+    visible: Tensor
     filled: int
-    alive: list[int]
+    unfinished: list[int]
     answers: list[list[int]] = field(default_factory=list)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
@@ -38,161 +39,174 @@ class Family:
     @classmethod
     def of(
         cls,
-        part: int,
-        ways: Sequence[Sequence[int]],
-        nodes: Sequence[Node],
+        adapter: int,
+        paths: Sequence[Path],
+        nodes: Sequence[PrefixNode],
         new: int,
         device: torch.device,
-    ) -> Family:
-        """Members by their ways through the tree, with room for ``new`` tokens of each."""
-        held = list(dict.fromkeys(node for way in ways for node in way))
-        sizes = torch.tensor([nodes[node].tokens for node in held])
+    ) -> SequenceGroup:
+        """The sequences of these paths, with capacity for ``new`` tokens of each."""
+        cached = list(dict.fromkeys(node for path in paths for node in path))
+        sizes = torch.tensor([nodes[node].tokens for node in cached])
         filled = int(sizes.sum())
-        seen = torch.zeros(len(ways), filled + new * len(ways), dtype=torch.bool)
-        for member, way in enumerate(ways):
-            mine = torch.tensor([node in way for node in held])
-            seen[member, :filled] = mine.repeat_interleave(sizes)
-        leaves = [nodes[way[-1]] for way in ways]
+        visible = torch.zeros(len(paths), filled + new * len(paths), dtype=torch.bool)
+        for sequence, path in enumerate(paths):
+            on_path = torch.tensor([node in path for node in cached])
+            visible[sequence, :filled] = on_path.repeat_interleave(sizes)
+        leaves = [nodes[path[-1]] for path in paths]
         return cls(
-            part=part,
+            adapter=adapter,
             prompts=[leaf.prompt for leaf in leaves],
             lengths=[leaf.end for leaf in leaves],
-            nodes=held,
-            seen=seen.to(device),
+            nodes=cached,
+            visible=visible.to(device),
             filled=filled,
-            alive=list(range(len(ways))),
+            unfinished=list(range(len(paths))),
         )
 
     @property
-    def places(self) -> int:
-        """For how many tokens there is room."""
-        return self.seen.shape[1]
+    def capacity(self) -> int:
+        """The number of tokens that fit in the cache."""
+        return self.visible.shape[1]
 
-    def position(self, member: int) -> int:
-        """The position, from 0, of the last token that a member has written."""
-        return self.lengths[member] + len(self.answers[member]) - 1
+    def position(self, sequence: int) -> int:
+        """The position, from 0, of the last token of a sequence."""
+        return self.lengths[sequence] + len(self.answers[sequence]) - 1
 
-    def opened(self) -> Tensor:
-        """What the members alive may see, (alive, places), once each has a place more."""
-        alive = torch.tensor(self.alive, device=self.seen.device)
-        end = self.filled + len(alive)
-        self.seen[alive, torch.arange(self.filled, end, device=alive.device)] = True
-        return self.seen[alive, :end]
+    def extended_mask(self) -> Tensor:
+        """Make one more position visible to each unfinished sequence; returns their mask.
 
-    def leave(self, stops: Sequence[int], most: int) -> None:
-        """Members that wrote a stop, or as many as ``most`` tokens, are done."""
-        self.alive = [
-            member
-            for member in self.alive
-            if self.answers[member][-1] not in stops and len(self.answers[member]) < most
+        The mask is (unfinished, filled + unfinished), true where a sequence sees a position.
+        """
+        unfinished = torch.tensor(self.unfinished, device=self.visible.device)
+        end = self.filled + len(unfinished)
+        new = torch.arange(self.filled, end, device=unfinished.device)
+        self.visible[unfinished, new] = True
+        return self.visible[unfinished, :end]
+
+    def finish_ended(self, stops: Sequence[int], most: int) -> None:
+        """Remove from ``unfinished`` the sequences with a stop token or ``most`` new tokens."""
+        self.unfinished = [
+            sequence
+            for sequence in self.unfinished
+            if self.answers[sequence][-1] not in stops and len(self.answers[sequence]) < most
         ]
 
 
-class Reading(Protocol):
-    """What attention does in one pass of the model."""
+class AttentionPass(Protocol):
+    """The attention of one forward pass of the model."""
 
     @property
     def longest(self) -> int:
-        """The number of tokens that the longest prompt, answer included, has by now."""
+        """The number of tokens of the longest sequence so far, prompt and answer."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """From (batch, heads, tokens, head size) to (batch, tokens, heads, head size)."""
+        """Attention of one layer.
+
+        q is (batch, heads, tokens, head size), k and v (batch, key heads, tokens, head size);
+        the result is (batch, tokens, heads, head size).
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """A tree of prompts in one row, for every adapter; families keep what they need of it.
+    """The pass that reads a tree of prompts in one row per adapter and fills the caches.
 
-    ``spans[n]`` is where node n lies in the row, ``ways[n]`` the nodes from its root to it.
-    ``masks[n]`` is what its tokens may see of its way, None for a root.
+    ``spans[n]`` are the tokens of node n in the row, ``paths[n]`` the nodes from its root to
+    it. ``masks[n]`` (tokens of n, tokens of its path) is true where a token sees another; None
+    for a root, whose attention is causal.
     """
 
-    families: Sequence[Family]
+    groups: Sequence[SequenceGroup]
     spans: Mapping[int, slice]
-    ways: Mapping[int, Sequence[int]]
+    paths: Mapping[int, Path]
     masks: Mapping[int, Tensor | None]
 
     @classmethod
     def of(
         cls,
-        families: Sequence[Family],
+        groups: Sequence[SequenceGroup],
         spans: Mapping[int, slice],
-        ways: Mapping[int, Sequence[int]],
-        nodes: Sequence[Node],
+        paths: Mapping[int, Path],
+        nodes: Sequence[PrefixNode],
         device: torch.device,
     ) -> Prefill:
-        """With the masks of the nodes: all of their ancestors, and causal from there on."""
+        """The pass with the nodes' masks: all tokens of the ancestors, and causal within."""
         masks: dict[int, Tensor | None] = {}
-        for n, way in ways.items():
+        for n, path in paths.items():
             shape = nodes[n].tokens, nodes[n].end
             ones = torch.ones(shape, dtype=torch.bool, device=device)
-            masks[n] = ones.tril(nodes[n].start) if len(way) > 1 else None
-        return cls(families, spans, ways, masks)
+            masks[n] = ones.tril(nodes[n].start) if len(path) > 1 else None
+        return cls(groups, spans, paths, masks)
 
     @property
     def longest(self) -> int:
         """The number of tokens of the longest prompt."""
-        return max(max(family.lengths) for family in self.families)
+        return max(max(group.lengths) for group in self.groups)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Each node attends to its way; one kernel call for each."""
+        """Each node attends to its path, in one kernel call per node; fills the caches."""
         out = q.new_empty(*q.shape[:3], v.shape[3])
         for node, span in self.spans.items():
-            way = self.ways[node]
-            out[:, :, span] = _attended(
-                q[:, :, span], self._of(k, way), self._of(v, way), self.masks[node], scale
-            )
-        for family in self.families:
-            for kept, states in ((family.keys, k), (family.values, v)):
-                mine = self._of(states[family.part, None], family.nodes)
-                kept[layer] = F.pad(mine, (0, 0, 0, family.places - family.filled))
+            path = self.paths[node]
+            keys, values = self._of_nodes(k, path), self._of_nodes(v, path)
+            out[:, :, span] = _attended(q[:, :, span], keys, values, self.masks[node], scale)
+        for group in self.groups:
+            for cache, states in ((group.keys, k), (group.values, v)):
+                prompt_states = self._of_nodes(states[group.adapter, None], group.nodes)
+                cache[layer] = F.pad(prompt_states, (0, 0, 0, group.capacity - group.filled))
         return out.transpose(1, 2)
 
-    def _of(self, states: Tensor, nodes: Sequence[int]) -> Tensor:
+    def _of_nodes(self, states: Tensor, nodes: Sequence[int]) -> Tensor:
+        """The states (batch, heads, tokens, head size) of only these nodes' tokens."""
         if len(nodes) == 1:
             return states[:, :, self.spans[nodes[0]]]
         return torch.cat([states[:, :, self.spans[node]] for node in nodes], dim=2)
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """One new token of every member alive, each in a row of the batch.
+class DecodeStep:
+    """The pass that computes one new token of every unfinished sequence, one per batch row.
 
-    ``rows[i]`` are the rows of family i, ``masks[i]`` what they may see (``Family.opened``).
-    A row of no family only fills its part up; what comes out of it is of no meaning.
+    ``rows[i]`` are the batch rows of group i, and ``masks[i]`` its ``extended_mask``. Rows that
+    belong to no group only pad an adapter's part of the batch; their output is not used.
     """
 
-    families: Sequence[Family]
+    groups: Sequence[SequenceGroup]
     rows: Sequence[slice]
     masks: Sequence[Tensor]
 
     @property
     def longest(self) -> int:
-        """The number of tokens of the longest prompt with its answer."""
-        return 1 + max(family.position(m) for family in self.families for m in family.alive)
+        """The number of tokens of the longest sequence, the new token included."""
+        return 1 + max(group.position(s) for group in self.groups for s in group.unfinished)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """One kernel call for each family, of which the members are queries side by side."""
+        """One kernel call per group, with its sequences as queries; extends the caches."""
         out = q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[3])
-        for family, rows, mask in zip(self.families, self.rows, self.masks, strict=True):
-            keys, values, end = family.keys[layer], family.values[layer], mask.shape[1]
-            keys[0, :, family.filled : end] = k[rows, :, 0].transpose(0, 1)
-            values[0, :, family.filled : end] = v[rows, :, 0].transpose(0, 1)
-            members = q[rows, :, 0].transpose(0, 1)[None]
-            got = _attended(members, keys[:, :, :end], values[:, :, :end], mask, scale)
-            out[rows, 0] = got[0].transpose(0, 1)
+        for group, rows, mask in zip(self.groups, self.rows, self.masks, strict=True):
+            keys, values, end = group.keys[layer], group.values[layer], mask.shape[1]
+            keys[0, :, group.filled : end] = k[rows, :, 0].transpose(0, 1)
+            values[0, :, group.filled : end] = v[rows, :, 0].transpose(0, 1)
+            queries = q[rows, :, 0].transpose(0, 1)[None]
+            attended = _attended(queries, keys[:, :, :end], values[:, :, :end], mask, scale)
+            out[rows, 0] = attended[0].transpose(0, 1)
         return out
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention of (batch, heads, tokens, head size) under a mask, without one causal."""
+    """Attention under a mask (tokens, keys), or causal attention without one.
+
+    q is (batch, heads, tokens, head size), k and v (batch, key heads, keys, head size); the
+    result has the shape of q.
+    """
     attention = F.scaled_dot_product_attention
     if mask is None:
         return attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    # Heads that share a key head become queries of it: under a mask CUDA's fast kernels do
-    # not know groups, and repeating the keys would cost more than the attention itself.
+    # Heads that share a key head become queries of it: with a mask CUDA's fast kernels do not
+    # support grouped heads, and repeating the keys would cost more than the attention itself.
     batch, heads, tokens, _ = q.shape
     groups = heads // k.shape[1]
-    folded = q.reshape(batch, k.shape[1], groups * tokens, -1)
-    got = attention(folded, k, v, attn_mask=mask.repeat(groups, 1), scale=scale)
-    return got.reshape(batch, heads, tokens, -1)
+    grouped = q.reshape(batch, k.shape[1], groups * tokens, -1)
+    out = attention(grouped, k, v, attn_mask=mask.repeat(groups, 1), scale=scale)
+    return out.reshape(batch, heads, tokens, -1)

@@ -1,4 +1,4 @@
-"""Greedy decoding by transformers' own ``generate``, in batches padded on the left."""
+"""Greedy decoding by transformers' ``generate``, in batches padded on the left."""
 
 from __future__ import annotations
 
@@ -21,46 +21,47 @@ def decode(
     max_new_tokens: int,
     stops: Sequence[int],
     batch_tokens: int,
-    parts: int = 1,
+    adapters: int = 1,
 ) -> list[list[list[int]]]:
-    """What ``decoding.decode`` finds, for models whose attention is not the default one.
+    """The same as ``decoding.decode``, for models that use another attention than the default.
 
-    Every part of a batch holds the same prompts. A batch ends with its longest answer, and
-    an answer that ended earlier is followed by stop tokens.
+    In a batch every adapter has the same prompts. A batch ends with its longest answer, and an
+    answer that ends earlier is followed by stop tokens.
     """
-    found: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(parts)]
+    answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(adapters)]
     lengths = [len(ids) for ids in prompts]
-    with _plain_settings(base), torch.inference_mode():
-        for rows in batches(lengths, max_new_tokens, batch_tokens // parts):
-            new = _continued(base, [prompts[row] for row in rows], max_new_tokens, stops, parts)
-            for part, answers in enumerate(new.view(parts, len(rows), -1).tolist()):
-                for row, ids in zip(rows, answers, strict=True):
-                    found[part][row] = ids
-    return found
+    with _default_settings(base), torch.inference_mode():
+        for rows in batches(lengths, max_new_tokens, batch_tokens // adapters):
+            batch = [prompts[row] for row in rows]
+            new = _continued(base, batch, max_new_tokens, stops, adapters)
+            for adapter, batch_answers in enumerate(new.view(adapters, len(rows), -1).tolist()):
+                for row, ids in zip(rows, batch_answers, strict=True):
+                    answers[adapter][row] = ids
+    return answers
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    """Prompts of like length together, the longest first, as indices into ``lengths``.
+    """Batches of prompts of similar length, the longest first, as indices into ``lengths``.
 
-    A batch takes (rows) x (its longest prompt + ``max_new_tokens``) <= ``batch_tokens``,
-    unless one row alone takes more. The largest comes first: if memory does not suffice,
-    that is known at once.
+    A batch has (rows) x (its longest prompt + ``max_new_tokens``) <= ``batch_tokens``, unless
+    a single row needs more. The largest batch comes first, so that insufficient memory shows
+    at the start.
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
-    found = []
+    result = []
     while order:
         rows = max(1, batch_tokens // (lengths[order[0]] + max_new_tokens))
-        found.append(order[:rows])
+        result.append(order[:rows])
         order = order[rows:]
-    return found
+    return result
 
 
 def _continued(
-    base: Base, prompts: Sequence[Int32s], max_new_tokens: int, stops: Sequence[int], parts: int
+    base: Base, prompts: Sequence[Int32s], max_new_tokens: int, stops: Sequence[int], adapters: int
 ) -> Tensor:
-    """The new ids (parts * prompts, at most ``max_new_tokens``) after each prompt."""
+    """The new ids (adapters * prompts, at most ``max_new_tokens``) after each prompt."""
     longest = max(len(ids) for ids in prompts)
-    # What stands in the padding does not matter: it is masked before, and cut off after.
+    # The padding may be any token: it is masked in the prompt, and cut off in the answer.
     input_ids = torch.full((len(prompts), longest), stops[0])
     mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
@@ -75,24 +76,24 @@ def _continued(
         pad_token_id=stops[0],
     )
     model: Any = base.model
-    whole: Tensor = model.generate(
-        input_ids.repeat(parts, 1).to(base.device),
-        attention_mask=mask.repeat(parts, 1).to(base.device),
+    ids_with_prompts: Tensor = model.generate(
+        input_ids.repeat(adapters, 1).to(base.device),
+        attention_mask=mask.repeat(adapters, 1).to(base.device),
         generation_config=config,
     )
-    return whole[:, longest:]
+    return ids_with_prompts[:, longest:]
 
 
 @contextmanager
-def _plain_settings(base: Base) -> Iterator[None]:
-    """The model without the decoding settings that it was published with.
+def _default_settings(base: Base) -> Iterator[None]:
+    """Use the default decoding settings within the context, instead of the model's own.
 
-    ``generate`` takes from them whatever it is not told, such as a repetition penalty, and
-    scores of two models would not mean the same.
+    ``generate`` would take settings such as a repetition penalty from the published model, and
+    the scores of two models would not be comparable.
     """
     published = base.model.generation_config
-    plain = transformers.GenerationConfig()  # type: ignore[no-untyped-call]
-    base.model.generation_config = plain
+    default = transformers.GenerationConfig()  # type: ignore[no-untyped-call]
+    base.model.generation_config = default
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Prompts as a tree: what several of them begin with stands once."""
+"""Prompts as a prefix tree: the first tokens that several prompts share are stored once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ import numpy as np
 
 from flexlora.data import Int32s
 
-WORTH: Final = 8
-"""Tokens that a shared beginning must have: each costs an attention call in every layer."""
+LEAST_SHARED: Final = 8
+"""The tokens that a shared prefix must have: each costs an attention call in every layer."""
 
-_LITTLE: Final = 2048
-"""Of so many keys for all members together it does not matter how many are masked."""
+_FEW_KEYS: Final = 2048
+"""With so few keys in total for a group, it does not matter how many of them are masked."""
+
+Path = list[int]
+"""The nodes, by index, from a root of the tree to the end of a prompt."""
 
 
 @dataclass(frozen=True)
-class Node:
-    """Tokens ``start`` to ``end`` of a prompt, read after those of the ``parent`` node.
+class PrefixNode:
+    """The tokens from ``start`` to ``end`` of a prompt, which follow those of ``parent``.
 
-    ``prompt`` is any prompt that has these tokens; ``last`` if they end it, which one
-    prompt's own node does and no other.
+    ``prompt`` is the index of a prompt with these tokens, ``parent`` the index of a node or
+    None. ``last`` is true for the node that ends a prompt; each prompt has one of its own.
     """
 
     parent: int | None
@@ -34,86 +37,87 @@ class Node:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the node has."""
+        """The number of tokens of the node."""
         return self.end - self.start
 
 
-def tree(prompts: Sequence[Int32s], worth: int = WORTH) -> list[Node]:
-    """The prompts as nodes, parents first; every prompt is the way from a root to its node.
+def tree(prompts: Sequence[Int32s], least_shared: int = LEAST_SHARED) -> list[PrefixNode]:
+    """The prompts as nodes, parents first; a prompt is the path from a root to its last node.
 
-    Prompts that begin with the same tokens share a node for them, at any depth, if it has
-    ``worth`` tokens. A prompt keeps at least its last token for itself: the model's output
-    there is what its answer begins with. Costs a sort of the prompts and one look at each
-    of their tokens.
+    Prompts that begin with the same tokens share a node for them, at any depth, if it has at
+    least ``least_shared`` tokens. A prompt keeps at least its last token in a node of its own:
+    the model's output there gives the first token of its answer. Costs a sort of the prompts
+    and one pass over their tokens.
     """
     order = sorted(range(len(prompts)), key=lambda row: prompts[row].tolist())
-    nodes: list[Node] = []
-    # Rows that are equal in their first ``depth`` tokens and of which ``start`` are in nodes.
-    todo: list[tuple[list[int], int, int, int | None]] = [(order, 0, 0, None)]
-    while todo:
-        rows, start, depth, parent = todo.pop()
+    nodes: list[PrefixNode] = []
+    # Rows with equal first ``depth`` tokens, of which the first ``start`` are in nodes.
+    pending: list[tuple[list[int], int, int, int | None]] = [(order, 0, 0, None)]
+    while pending:
+        rows, start, depth, parent = pending.pop()
         ends = [row for row in rows if len(prompts[row]) == depth + 1]
-        nodes += [Node(parent, row, start, len(prompts[row]), True) for row in ends]
+        nodes += [PrefixNode(parent, row, start, len(prompts[row]), True) for row in ends]
         longer = (row for row in rows if len(prompts[row]) > depth + 1)
         for _, equal in groupby(longer, key=lambda row: int(prompts[row][depth])):
-            part = list(equal)
-            if len(part) == 1:
-                nodes.append(Node(parent, part[0], start, len(prompts[part[0]]), True))
+            branch = list(equal)
+            if len(branch) == 1:
+                end = len(prompts[branch[0]])
+                nodes.append(PrefixNode(parent, branch[0], start, end, True))
                 continue
-            end = _common(prompts, part)
-            if end - start >= worth:
-                nodes.append(Node(parent, part[0], start, end, False))
-                todo.append((part, end, end, len(nodes) - 1))
+            end = _common(prompts, branch)
+            if end - start >= least_shared:
+                nodes.append(PrefixNode(parent, branch[0], start, end, False))
+                pending.append((branch, end, end, len(nodes) - 1))
             else:
-                todo.append((part, start, end, parent))
+                pending.append((branch, start, end, parent))
     return nodes
 
 
-def families(nodes: Sequence[Node], new: int, room: int) -> list[list[list[int]]]:
-    """The prompts in families whose members are read and continued side by side.
+def groups(nodes: Sequence[PrefixNode], new: int, room: int) -> list[list[Path]]:
+    """The prompts in groups whose sequences are read and continued together.
 
-    A member is the way to its prompt: the nodes from a root down. A family takes the tokens
-    of its nodes, each once, and ``new`` for each member, and no more than ``room`` unless
-    it is one prompt. Every member is shown all that its family keeps, and what is not its
-    own is masked; so members join only while at least half of that is their own, or it is
-    little. Prompts of a common beginning stand together; at every node the branch with the
-    longest prompt comes first, so that the most memory is asked for at the start.
+    A sequence is given by its path. A group needs the tokens of its nodes, each once, and
+    ``new`` tokens for each sequence; that is at most ``room``, unless the group is a single
+    sequence. Every sequence is given all keys of its group, and those of others are masked;
+    so sequences are added only while at least half of the keys are their own, or there are few.
+    Prompts with a common prefix are neighbours; at every node the branch with the longest
+    prompt comes first, so that the largest memory is needed at the start.
     """
-    found: list[list[list[int]]] = []
-    held: set[int] = set()
+    result: list[list[Path]] = []
+    group_nodes: set[int] = set()
     own = 0
-    for way in _ways(nodes):
-        length = sum(nodes[n].tokens for n in way)
-        if found:
-            members = len(found[-1]) + 1
-            tokens = sum(nodes[n].tokens for n in held.union(way))
-            shown = members * tokens
-            if tokens + members * new <= room and shown <= max(2 * (own + length), _LITTLE):
-                found[-1].append(way)
-                held.update(way)
+    for path in _paths(nodes):
+        length = sum(nodes[n].tokens for n in path)
+        if result:
+            sequences = len(result[-1]) + 1
+            tokens = sum(nodes[n].tokens for n in group_nodes.union(path))
+            keys = sequences * tokens
+            if tokens + sequences * new <= room and keys <= max(2 * (own + length), _FEW_KEYS):
+                result[-1].append(path)
+                group_nodes.update(path)
                 own += length
                 continue
-        found.append([way])
-        held, own = set(way), length
-    return found
+        result.append([path])
+        group_nodes, own = set(path), length
+    return result
 
 
-def _ways(nodes: Sequence[Node]) -> list[list[int]]:
-    """The way to each prompt, in the order of ``families``."""
+def _paths(nodes: Sequence[PrefixNode]) -> list[Path]:
+    """The path to the end of each prompt, in the order of ``groups``."""
     longest = [node.end if node.last else 0 for node in nodes]
     for index in reversed(range(len(nodes))):
         parent = nodes[index].parent
         if parent is not None:
             longest[parent] = max(longest[parent], longest[index])
-    ways: list[list[int]] = []
+    paths: list[Path] = []
     for index, node in enumerate(nodes):
-        ways.append([*([] if node.parent is None else ways[node.parent]), index])
-    ends = [way for way, node in zip(ways, nodes, strict=True) if node.last]
-    return sorted(ends, key=lambda way: [(-longest[n], nodes[n].prompt) for n in way])
+        paths.append([*([] if node.parent is None else paths[node.parent]), index])
+    complete = [path for path, node in zip(paths, nodes, strict=True) if node.last]
+    return sorted(complete, key=lambda path: [(-longest[n], nodes[n].prompt) for n in path])
 
 
 def _common(prompts: Sequence[Int32s], rows: Sequence[int]) -> int:
-    """How many tokens all of these sorted rows begin with; each keeps one of its own."""
+    """The length of the common prefix of these sorted rows; each keeps a token of its own."""
     first, last = prompts[rows[0]], prompts[rows[-1]]
     most = min(len(prompts[row]) for row in rows) - 1
     unequal = np.flatnonzero(first[:most] != last[:most])

@@ -17,22 +17,22 @@ _UNSPACED: Final = (
     "KHMER ",
     "MYANMAR ",
 )
-"""How Unicode's names begin in scripts that write no space between words."""
+"""The beginnings of Unicode character names in scripts without spaces between words."""
 
 _JOINERS: Final = "\u00ad\u200c\u200d"
 
 
 class UnicodeTokenizer:
-    """Cuts text into the words that Rouge compares, in any script.
+    """Splits text into the words that Rouge compares, in any script.
 
     A word is a run of letters, marks and digits (Unicode's categories L, M and N), after
-    normalisation (NFKC) and case folding; all else separates. Scripts that write no space
-    between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) are cut into characters.
-    Soft hyphens, joiners and variation selectors are left out. Nothing is stemmed.
+    normalisation (NFKC) and case folding; all other characters separate words. Scripts without
+    spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) are split into
+    characters. Soft hyphens, joiners and variation selectors are removed. There is no stemming.
 
-    Differs: rouge_score's default keeps ``a-z0-9`` of the lowered text and nothing else, so
-    that Hindi or Chinese has no words and scores 0, and "naïve" is two. On ASCII text the
-    two are equal (the default without its stemmer).
+    Differs: rouge_score's default only keeps ``a-z0-9`` of the lower-cased text, so that Hindi
+    or Chinese has no words and scores 0, and "naïve" is two words. On ASCII text the two are
+    equal (the default without its stemmer).
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -46,14 +46,14 @@ def rouge_l(reference: str, answer: str) -> float:
     """Rouge-L's F-measure in 0..1: the harmonic mean of precision and recall of the longest
     common subsequence of words (Lin 2004, section 3), over each text as a whole.
 
-    It is 0 where either text has no word in it, such as ":-)", even if they are equal. Cost:
-    words of one times words of the other, about 0.1 microseconds each.
+    It is 0 if one of the texts has no word, such as ":-)", even if they are equal. Cost: about
+    0.1 microseconds times the product of the numbers of words.
     """
     return float(_SCORER.score(reference, answer)["rougeL"].fmeasure)
 
 
 def _spaced(character: str) -> str:
-    """The character as it should stand: by itself, within a word, as a gap, or not at all."""
+    """The replacement of a character: itself, itself between spaces, a space, or nothing."""
     name = unicodedata.name(character, "")
     if character in _JOINERS or name.startswith("VARIATION SELECTOR"):
         return ""

@@ -1,4 +1,4 @@
-"""What an evaluation is: questions of clients' test rows, and scores added up by client."""
+"""Evaluation of adapters: questions from clients' test rows, and scores summed by client."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from flexlora.model import Base
 from flexlora.seeds import rng
 
 ENGINES: Final = ("own", "vllm")
-"""What can write the answers."""
+"""The engines that can generate answers."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated and how.
+    """The settings of evaluation.
 
-    The global adapter is evaluated after every ``every`` rounds (0: only after the last),
-    then also cut to each rank type (``truncated``), and the base model before the first
-    (``base``), on ``rows_per_client`` test rows of so many clients that train and of so many
-    that never do.
+    The global adapter is evaluated after every ``every`` rounds (0: only after the last), and
+    then also truncated to the ranks of each rank type (``truncated``); the base model is
+    evaluated before the first round (``base``). Each evaluation uses ``rows_per_client`` test
+    rows of ``seen_clients`` training clients and of ``unseen_clients`` held-out clients.
 
-    ``batch_tokens`` bounds the tokens that are in memory at once, of all adapters together
-    and with room for the answers; it changes speed, and results by rounding only (see
-    ``generation.answers_of_each``: in bfloat16 that can be seen). A longer prompt loses
-    tokens from its middle. The loss is of rows of at most ``max_prompt_tokens +
-    max_new_tokens``. Answers are written by our own ``engine`` or by ``vllm``, which loads
-    the base model a second time; the loss is our own either way.
+    ``batch_tokens`` bounds the tokens in memory at once, over all adapters and with room for
+    the answers; it affects speed, and results only by rounding (see
+    ``generation.answers_of_each``: in bfloat16 this can be visible). A prompt of more than
+    ``max_prompt_tokens`` loses tokens from its middle. The loss is computed on rows of at most
+    ``max_prompt_tokens + max_new_tokens``. Answers come from the library's ``own`` engine or
+    from ``vllm``, which loads the base model a second time; the loss always from our own.
 
     Raises:
         ConfigError: a number is too small, or there is no such engine.
@@ -70,7 +70,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Question:
-    """One test row of a client; ``seen`` if the client has a part in the training."""
+    """One test row of a client; ``seen`` if the client takes part in the training."""
 
     client: str
     category: str | None
@@ -80,10 +80,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of some questions as totals, so that they may be added.
+    """Scores of some questions as totals, so that they can be added.
 
-    ``rouge_l`` adds F-measures in 0..1, ``exact_match`` ones and zeros; the loss is in nats
-    over ``loss_tokens`` response tokens.
+    ``rouge_l`` is a sum of F-measures in 0..1, ``exact_match`` the number of exact matches;
+    ``loss_total`` is in nats over ``loss_tokens`` response tokens.
     """
 
     examples: int = 0
@@ -105,58 +105,38 @@ def pick(
     seed: int,
     split: str = "test",
 ) -> list[Question]:
-    """At most ``rows_per_client`` rows of each client's split (all of them for None).
+    """Up to ``rows_per_client`` random rows of each client's split (None: all of them).
 
-    Questions are sorted by client, then by row. A client's draw depends on the seed, its
-    name and its own rows, on no other client; fewer rows are a part of more. A client
-    without a row in the split has no question. One pass over the corpus.
+    Questions are sorted by client, then by row. A client's draw depends only on the seed, its
+    name and its own rows; fewer rows are a subset of more rows. A client without a row in the
+    split has no question. Cost: one pass over the corpus.
 
     Raises:
-        ConfigError: a client is none of the corpus's, or the corpus has no clients or splits.
+        ConfigError: a client is not in the corpus, or ``rows_per_client`` is below 1.
+        DataError: the corpus has no clients or no splits.
     """
     if rows_per_client is not None and rows_per_client < 1:
         raise ConfigError(
-            f"Give at least one row per client (or none for all), not {rows_per_client}."
+            f"evaluation.rows_per_client is {rows_per_client}; give at least 1 (None in a call of "
+            "pick for all rows)."
         )
-    held = by_key(corpus.keys("client"))
-    inside = corpus.keys("split") == split
+    rows_by_client = by_key(corpus.keys("client"))
+    in_split = corpus.keys("split") == split
     categories = corpus.keys("category") if "category" in corpus.columns else None
-    found = []
+    questions = []
     for client in sorted(set(clients)):
-        if client not in held:
+        if client not in rows_by_client:
             raise ConfigError(
-                f"Client {client!r} has no rows in the corpus of {len(held)} clients."
+                f"Client {client!r} has no rows in the corpus of {len(rows_by_client)} clients; "
+                "check its spelling."
             )
-        rows = held[client][inside[held[client]]]
+        rows = rows_by_client[client][in_split[rows_by_client[client]]]
         drawn = rng(seed, "evaluation", client).permutation(rows)[:rows_per_client]
         chosen = np.sort(drawn).tolist()
         for row, example in zip(chosen, corpus.examples(chosen), strict=True):
             category = None if categories is None else str(categories[row])
-            found.append(Question(client, category, seen, example))
-    return found
-
-
-def evaluate(
-    base: Base, questions: Sequence[Question], prompt: Prompt, settings: Evaluation
-) -> list[dict[str, Any]]:
-    """The scores of the model with the adapter it has now, as the journal's rows.
-
-    There is a row for each client (for each of its categories, where it has several), in
-    order of first appearance: ``client``, ``category``, ``seen`` and the fields of
-    ``Score``. Answers are generated from the prompt alone; the loss is of the outputs.
-
-    Raises:
-        ConfigError: a loss is not finite, prompts and answers exceed the model's context, or
-            the engine is not our own: another one has to be given the adapter itself.
-    """
-    if settings.engine != "own":
-        raise ConfigError(
-            f"evaluation.engine {settings.engine!r} does not see the adapter in the model; give "
-            "the adapter to evaluate_each, or set evaluation.engine to 'own'."
-        )
-    read = _read(base, questions, prompt, settings)
-    answers = generation.answers(base, read, settings.max_new_tokens, settings.batch_tokens)
-    return _rows(questions, _scores(base, questions, answers, prompt, settings))
+            questions.append(Question(client, category, seen, example))
+    return questions
 
 
 def evaluate_each(
@@ -166,27 +146,33 @@ def evaluate_each(
     prompt: Prompt,
     settings: Evaluation,
 ) -> list[list[dict[str, Any]]]:
-    """The scores of the model with each adapter, as ``evaluate`` has them.
+    """The scores of the model with each adapter, as rows of the journal.
 
-    An adapter without modules is the base model's. All adapters answer at once, side by side
-    in every batch; the loss is adapter by adapter.
+    There is a row for each client (for each of its categories, if it has several), in order of
+    first appearance: ``client``, ``category``, ``seen`` and the fields of ``Score``. Answers are
+    generated from the prompts; the loss is that of the reference outputs. An adapter without
+    modules stands for the base model. All adapters generate answers together, in every batch;
+    the loss is computed adapter by adapter.
 
     Raises:
-        ConfigError: as ``evaluate``; or the engine is not there or cannot take the adapters.
+        ConfigError: a loss is not finite, prompts and answers exceed the model's context, or
+            the engine is not installed or does not support the adapters.
+        AdapterError: an adapter does not fit the model.
     """
-    answers = _answers(base, adapters, _read(base, questions, prompt, settings), settings)
-    found = []
-    for adapter, written in zip(adapters, answers, strict=True):
+    prompts = _prompt_ids(base, questions, prompt, settings)
+    answers = _answers(base, adapters, prompts, settings)
+    rows = []
+    for adapter, adapter_answers in zip(adapters, answers, strict=True):
         with base.attached(adapter):
-            scores = _scores(base, questions, written, prompt, settings)
-        found.append(_rows(questions, scores))
-    return found
+            scores = _scores(base, questions, adapter_answers, prompt, settings)
+        rows.append(_rows(questions, scores))
+    return rows
 
 
-def _read(
+def _prompt_ids(
     base: Base, questions: Sequence[Question], prompt: Prompt, settings: Evaluation
 ) -> list[Int32s]:
-    """The ids that the model reads of each question."""
+    """The ids of each question's prompt."""
     examples = [question.example for question in questions]
     return generation.prompts(examples, prompt, base.tokenizer, settings.max_prompt_tokens)
 
@@ -194,15 +180,15 @@ def _read(
 def _answers(
     base: Base,
     adapters: Sequence[Mapping[str, Factors]],
-    read: Sequence[Int32s],
+    prompts: Sequence[Int32s],
     settings: Evaluation,
 ) -> list[list[str]]:
-    """The answers of each adapter to each question."""
+    """The answers of each adapter to each prompt."""
     new = settings.max_new_tokens
     if settings.engine == "vllm":
-        return vllm_engine.answers_of_each(base, adapters, read, new)
+        return vllm_engine.answers_of_each(base, adapters, prompts, new)
     with base.attached(*adapters):
-        return generation.answers_of_each(base, len(adapters), read, new, settings.batch_tokens)
+        return generation.answers_of_each(base, len(adapters), prompts, new, settings.batch_tokens)
 
 
 def _scores(
@@ -212,7 +198,7 @@ def _scores(
     prompt: Prompt,
     settings: Evaluation,
 ) -> list[Score]:
-    """The score of each question; the loss is of the model with the adapter it has now."""
+    """The score of each question; the loss is that of the currently attached adapter."""
     examples = [question.example for question in questions]
     room = settings.max_prompt_tokens + settings.max_new_tokens
     tokens = [encode(example, prompt, base.tokenizer, room) for example in examples]
@@ -230,14 +216,14 @@ def _scores(
 
 
 def _rows(questions: Sequence[Question], scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Scores added up by client and category."""
+    """Scores summed by client and category."""
     totals: dict[tuple[str, str | None, bool], Score] = {}
     for question, score in zip(questions, scores, strict=True):
         if not math.isfinite(score.loss_total):
             raise ConfigError(
-                f"The held-out loss of a row of client {question.client!r} is "
-                f"{score.loss_total}: the model or its adapter is out of bounds; lower "
-                "training.learning_rate, or give model.dtype 'float32'."
+                f"The held-out loss of a row of client {question.client!r} is {score.loss_total}, "
+                "so training has diverged or overflowed; lower training.learning_rate, or set "
+                "model.dtype to 'float32'."
             )
         key = (question.client, question.category, question.seen)
         totals[key] = totals.get(key, Score()) + score

@@ -1,7 +1,7 @@
-"""Answers by vLLM, where it is installed; tested against a stand-in only, never against vLLM.
+"""Answers by vLLM, if it is installed. Unverified: tested only with a stand-in for vLLM.
 
-vLLM loads the base model a second time, so it needs memory beside the resident one. It
-computes by kernels of its own: its answers are near those of ``decoding``, not the same.
+vLLM loads the base model a second time, so it needs additional memory. It uses its own kernels:
+its answers are close to those of ``decoding``, but not identical.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def check(base: Base, adapters: Sequence[Mapping[str, Factors]]) -> int:
     """The ``max_lora_rank`` that vLLM needs for these adapters, 0 if none has a module.
 
     Raises:
-        ConfigError: vLLM is not installed, a rank is larger than any that it takes, or the
-            base model is quantised, which vLLM's copy would not be.
+        ConfigError: vLLM is not installed, a rank is larger than vLLM supports, or the base
+            model is quantised, which vLLM's copy would not be.
     """
     if importlib.util.find_spec(NAME) is None:
         raise ConfigError(
@@ -38,14 +38,14 @@ def check(base: Base, adapters: Sequence[Mapping[str, Factors]]) -> int:
         )
     if getattr(base.model, "hf_quantizer", None) is not None:
         raise ConfigError(
-            f"evaluation.engine is 'vllm', but {base.name} is held in 4 bits and vLLM would load "
-            "it in full; set evaluation.engine to 'own', or model.quantize to 'none'."
+            f"evaluation.engine is 'vllm', but {base.name} is quantised to 4 bits and vLLM would "
+            "load it unquantised; set evaluation.engine to 'own', or model.quantize to 'none'."
         )
     largest = max((f.rank for adapter in adapters for f in adapter.values()), default=0)
     ranks = [rank for rank in (0, *peft_format.VLLM_RANKS) if rank >= largest]
     if not ranks:
         raise ConfigError(
-            f"An adapter has rank {largest}, but vLLM takes at most "
+            f"An adapter has rank {largest}, but vLLM supports at most "
             f"{max(peft_format.VLLM_RANKS)}; set evaluation.engine to 'own'."
         )
     return ranks[0]
@@ -57,11 +57,11 @@ def answers_of_each(
     prompts: Sequence[Int32s],
     max_new_tokens: int,
 ) -> list[list[str]]:
-    """What the model writes after each prompt with each adapter, decoded greedily by vLLM.
+    """The answers of each adapter to each prompt, decoded greedily by vLLM.
 
-    An adapter without modules stands for the base model. The others are handed over as PEFT
-    directories that last as long as the call, and so does vLLM's engine. All prompts of all
-    adapters are one call, which vLLM schedules.
+    An adapter without modules stands for the base model. The others are passed as temporary
+    PEFT directories; the engine is created for this call. All prompts of all adapters are one
+    call, which vLLM schedules.
 
     Raises:
         ConfigError: see ``check``.
@@ -71,12 +71,12 @@ def answers_of_each(
     with tempfile.TemporaryDirectory(prefix="flexlora-vllm-") as folder:
         requests = list(_requests(base, adapters, Path(folder)))
         outputs = _generated(base, requests, prompts, max_new_tokens, ends, rank)
-    written = iter(text(base.tokenizer, list(o.outputs[0].token_ids), ends) for o in outputs)
-    return [[next(written) for _ in prompts] for _ in adapters]
+    texts = iter(text(base.tokenizer, list(o.outputs[0].token_ids), ends) for o in outputs)
+    return [[next(texts) for _ in prompts] for _ in adapters]
 
 
 def _requests(base: Base, adapters: Sequence[Mapping[str, Factors]], folder: Path) -> Iterator[Any]:
-    """The request for each adapter, or None for the base model."""
+    """The LoRA request of each adapter, or None for the base model."""
     vllm: Any = importlib.import_module(f"{NAME}.lora.request")
     for number, adapter in enumerate(adapters, 1):
         if not adapter:
@@ -95,23 +95,23 @@ def _generated(
     ends: Sequence[int],
     rank: int,
 ) -> Sequence[Any]:
-    """The outputs for every prompt of every adapter, adapter by adapter."""
+    """The outputs of vLLM for every prompt of every adapter, adapter by adapter."""
     vllm: Any = importlib.import_module(NAME)
     longest = max(map(len, prompts), default=0)
     loras = sum(request is not None for request in requests)
-    how = {"enable_lora": True, "max_lora_rank": rank, "max_loras": loras} if loras else {}
+    lora_options = {"enable_lora": True, "max_lora_rank": rank, "max_loras": loras}
     engine = vllm.LLM(
         model=smollm2.folder() if base.name == smollm2.NAME else base.name,
         dtype=str(base.model.dtype).removeprefix("torch."),
         max_model_len=longest + max_new_tokens,
-        # Clients' prompts share their instruction: vLLM, too, computes it once.
+        # The prompts of a client share their instruction, which vLLM then computes once.
         enable_prefix_caching=True,
-        **how,
+        **(lora_options if loras else {}),
     )
     greedy = vllm.SamplingParams(
         temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(ends), detokenize=False
     )
-    asked = [{"prompt_token_ids": ids.tolist()} for _ in requests for ids in prompts]
-    loaded = [request for request in requests for _ in prompts] if loras else None
-    outputs: Sequence[Any] = engine.generate(asked, greedy, lora_request=loaded, use_tqdm=False)
+    inputs = [{"prompt_token_ids": ids.tolist()} for _ in requests for ids in prompts]
+    per_input = [request for request in requests for _ in prompts] if loras else None
+    outputs: Sequence[Any] = engine.generate(inputs, greedy, lora_request=per_input, use_tqdm=False)
     return outputs

@@ -20,7 +20,7 @@ from flexlora.storage.files import write_atomically
 
 POINTER = "checkpoint.json"
 FORMAT = 2
-"""Raised whenever checkpoints change: those without a number are of flexlora before 0.2."""
+"""Raised whenever checkpoints change: those without one are of development versions."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Many methods on one config: a federation for each method and seed, all else the same.
+"""Several methods on one config: one run per method and seed, all else being equal.
 
-The cohort of a round, the order of a client's rows, the questions of an evaluation and the
-fresh ranks are drawn from the seed and from no method; bytes are counted where they are
-encoded. So cells of one seed differ by their method alone.
+The cohort of a round, the order of a client's rows, the evaluation questions and the initial
+values of new ranks are drawn from the seed and never by a method; bytes are counted where
+messages are encoded. So the cells of one seed differ only in their method.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from flexlora.federation import checkpoint, compose, rounds, setup
 from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import Event, Record
 from flexlora.model import Base
-from flexlora.storage.files import write_atomically
+from flexlora.storage import write_atomically
 
 ALL = "all"
 CELLS = "cells"
 FILES = ("comparison.md", "comparison.json", "comparison.html")
-"""What a comparison leaves in its folder, beside its cells."""
+"""The files of a comparison in its folder, beside its cells."""
 
 NEUTRAL = {"method": {"name": "flexlora"}, "server_optimizer": None, "regularizer": None}
-"""What refuses no config: what is refused with it, is the config's own fault."""
+"""Sections that accept every config, so that an error raised with them is the config's."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one seed: a run of its own in ``folder``."""
+    """One method with one seed, run in ``folder``."""
 
     method: str
     seed: int
@@ -49,7 +49,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended, with the ``reason`` if it was refused or failed; ``open``: not yet."""
+    """The end of a cell, with the ``reason`` if it was refused or failed.
+
+    ``refused``: the method cannot be used with this config. ``open``: not finished yet.
+    """
 
     cell: Cell
     state: Literal["finished", "refused", "failed", "open"]
@@ -57,23 +60,23 @@ class Outcome:
 
 
 Watch = Callable[[Cell, Iterator[Event], int], object]
-"""Takes a cell's events as they come, and how many turns of clients are still to do."""
+"""Takes a cell's events as they come, and the number of client turns still to do."""
 
 
 def chosen(names: str) -> list[str]:
     """The methods that ``all`` or ``a,b,c`` names, each once, in this order.
 
     Raises:
-        ConfigError: there is no such method (the nearest is named), or none is named.
+        ConfigError: a method does not exist (the nearest is named), or none is named.
     """
     if names.strip() == ALL:
         return methods.names()
-    found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    if not found:
+    listed = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not listed:
         raise ConfigError(f"--methods names no method ({names!r}); give {ALL}, or a,b,c.")
-    for name in found:
+    for name in listed:
         methods.kind(name)
-    return found
+    return listed
 
 
 def plan(
@@ -89,13 +92,16 @@ def plan(
     ``METHOD.KEY=VALUE``; the method that the config names also has the config's options.
 
     Raises:
-        ConfigError: there is no seed, an option is wrong, or the folder holds something else.
+        ConfigError: ``seeds`` is below 1, an option is wrong, or the folder holds other files or
+            the cells of another config.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds is {seeds}; give at least 1, and 3 or more to see a spread.")
-    given = _options(settings, names, options)
+    sections = _options(settings, names, options)
     cells = [
-        Cell(name, seed, folder / CELLS / name / f"seed-{seed}", _of(settings, given[name], seed))
+        Cell(
+            name, seed, folder / CELLS / name / f"seed-{seed}", _of(settings, sections[name], seed)
+        )
         for seed in range(settings.seed, settings.seed + seeds)
         for name in names
     ]
@@ -106,20 +112,20 @@ def plan(
 
 
 def run(cells: Sequence[Cell], watch: Watch) -> Iterator[Outcome]:
-    """Run the cells that are not finished, one after the other, and say how each ended.
+    """Run the unfinished cells one after the other, yielding the outcome of every cell.
 
-    A cell that was interrupted goes on from its last checkpoint. The model is loaded once. As
-    it is the same for all methods, the base model is evaluated in one cell of each seed; as
-    many clients train at a time in every cell as in the first. Unless the config says
-    otherwise a cell keeps the adapter of its last round alone.
+    An interrupted cell resumes from its last checkpoint. The model is loaded once. The base
+    model's scores do not depend on the method, so it is evaluated in one cell of each seed. The
+    first cell measures how many clients train at a time, and the others use the same number.
+    Unless the config says otherwise, a cell keeps only the adapter of its last round.
 
     Raises:
-        ConfigError: the data or the model cannot be used, whatever the method.
+        ConfigError: the data or the model cannot be used with any method.
     """
     base: Base | None = None
     clients_at_once: int | None = None
     corpora: dict[int, Corpus | None] = {}
-    base_known: set[int] = set()
+    seeds_with_base: set[int] = set()
     for cell in cells:
         outcome = Outcome(cell, "finished")
         if not is_finished(cell.folder):
@@ -128,25 +134,25 @@ def run(cells: Sequence[Cell], watch: Watch) -> Iterator[Outcome]:
             if base is None:
                 neutral = cell.experiment.model_copy(update=NEUTRAL)
                 base = setup.prepare(neutral, corpora[cell.seed], train=False).base
-            settings = _settled(cell, clients_at_once, cell.seed not in base_known)
+            settings = _settled(cell, clients_at_once, cell.seed not in seeds_with_base)
             outcome = _run(cell, settings, corpora[cell.seed], base, watch)
         for event in Record(cell.folder).events("start", "evaluation"):
             if event["event"] == "start":
                 clients_at_once = clients_at_once or event["clients_at_once"]
             elif event["adapter"] == "base":
-                base_known.add(cell.seed)
+                seeds_with_base.add(cell.seed)
         yield outcome
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder came to its end."""
+    """Whether the run in this folder has finished."""
     return any(Record(folder).events("finish"))
 
 
 def _run(
     cell: Cell, settings: Experiment, corpus: Corpus | None, base: Base, watch: Watch
 ) -> Outcome:
-    """Run one cell to its end, or say why it has none."""
+    """Run one cell to its end, or give the reason why it has none."""
     note = cell.folder.with_name(f"{cell.folder.name}.error.txt")
     note.unlink(missing_ok=True)
     try:
@@ -155,7 +161,7 @@ def _run(
         except FlexloraError as error:
             return Outcome(cell, "refused", str(error))
         _watched(cell, ready, watch)
-    # Whatever goes wrong with one method says nothing of the others.
+    # A failure of one method must not stop the others.
     except Exception as error:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(traceback.format_exc(), encoding="utf-8")
@@ -177,34 +183,35 @@ def _watched(cell: Cell, ready: PreparedRun, watch: Watch) -> None:
 
 
 def _settled(cell: Cell, clients_at_once: int | None, evaluate_base: bool) -> Experiment:
-    """The experiment with what the comparison decides for it; of a begun cell, as it began."""
+    """The experiment with the settings that the comparison decides; a begun cell keeps its own."""
     if _begun(cell.folder):
         return _stored(cell.folder)
     settings = cell.experiment
-    given = settings.run.model_fields_set
-    how: dict[str, Any] = {"threads": torch.get_num_threads()}
-    how |= {} if "keep_adapters" in given else {"keep_adapters": "last"}
-    how |= {} if clients_at_once is None else {"clients_at_once": clients_at_once}
+    changes: dict[str, Any] = {"threads": torch.get_num_threads()}
+    if "keep_adapters" not in settings.run.model_fields_set:
+        changes["keep_adapters"] = "last"
+    if clients_at_once is not None:
+        changes["clients_at_once"] = clients_at_once
     evaluation = settings.evaluation
     if evaluation.base and not evaluate_base:
         evaluation = replace(evaluation, base=False)
-    here = settings.run.model_copy(update=how)
-    return settings.model_copy(update={"run": here, "evaluation": evaluation})
+    run_settings = settings.run.model_copy(update=changes)
+    return settings.model_copy(update={"run": run_settings, "evaluation": evaluation})
 
 
 def _of(settings: Experiment, method: Mapping[str, Any], seed: int) -> Experiment:
-    """The experiment with another method and seed, in no folder of its own."""
-    here = settings.run.model_copy(update={"folder": None})
-    return settings.model_copy(update={"method": dict(method), "seed": seed, "run": here})
+    """The experiment with another method and seed, and without a folder."""
+    run_settings = settings.run.model_copy(update={"folder": None})
+    return settings.model_copy(update={"method": dict(method), "seed": seed, "run": run_settings})
 
 
 def _options(
     settings: Experiment, names: Sequence[str], texts: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """The method section of each method."""
-    given: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
-    if settings.method["name"] in given:
-        given[settings.method["name"]] |= settings.options()
+    sections: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
+    if settings.method["name"] in sections:
+        sections[settings.method["name"]] |= settings.options()
     for text in texts:
         dotted, equals, value = text.partition("=")
         name, _, key = (part.strip() for part in dotted.partition("."))
@@ -213,19 +220,19 @@ def _options(
                 f"--option takes METHOD.KEY=VALUE, such as hetlora.keep=0.9, not {text!r}."
             )
         methods.kind(name)
-        if name not in given:
+        if name not in sections:
             raise ConfigError(
                 f"--option {text!r} is for a method that is not compared; the methods are "
                 f"{', '.join(names)}."
             )
-        given[name][key] = _value(value)
-        # Here and not in the cell, where it would pass for the method's refusal of the config.
-        methods.make(name, {k: v for k, v in given[name].items() if k != "name"})
-    return given
+        sections[name][key] = _value(value)
+        # Checked here: in the cell, a wrong option would look like the method's refusal.
+        methods.make(name, {k: v for k, v in sections[name].items() if k != "name"})
+    return sections
 
 
 def _value(text: str) -> Any:
-    """A value as TOML writes it, or else a string."""
+    """A value in TOML's notation, or else a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -233,7 +240,10 @@ def _value(text: str) -> Any:
 
 
 def _corpus(settings: Experiment) -> Corpus | None:
-    """The corpus, where each cell would make or convert it anew; files are mapped, not read."""
+    """The corpus, if each cell would have to generate or convert it again, else None.
+
+    Files need no corpus here: every cell maps them into memory.
+    """
     data = settings.data
     if data.format == "procedural":
         families = data.families or procedural.FAMILIES
@@ -263,9 +273,9 @@ def _stored(folder: Path) -> Experiment:
 def _refuse_something_else(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give --output a folder.")
-    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    # Drafts of files start with a dot.
-    if others := sorted(name for name in held - {CELLS, *FILES} if not name.startswith(".")):
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    # Unfinished files start with a dot.
+    if others := sorted(name for name in names - {CELLS, *FILES} if not name.startswith(".")):
         raise ConfigError(
             f"{folder} holds something else than a comparison ({', '.join(others[:3])}); give "
             "another --output."
@@ -285,7 +295,10 @@ def _refuse_another_config(cell: Cell) -> None:
 
 
 def _compared(settings: Experiment) -> dict[str, Any]:
-    """What a cell must share with the comparison's config: not where the base is evaluated."""
+    """The settings that a cell must share with the comparison's config.
+
+    Which cell evaluates the base model is not one of them.
+    """
     content = settings.model_dump(mode="json", exclude={"run"})
     content["evaluation"].pop("base")
     return content
@@ -296,8 +309,8 @@ def _differing(
 ) -> Iterator[str]:
     """The dotted keys of the values that differ."""
     for key in sorted(ours.keys() | theirs.keys()):
-        one, other, here = ours.get(key), theirs.get(key), (*path, key)
+        one, other, place = ours.get(key), theirs.get(key), (*path, key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differing(one, other, here)
+            yield from _differing(one, other, place)
         elif one != other:
-            yield ".".join(here)
+            yield ".".join(place)

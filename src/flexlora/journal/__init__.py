@@ -1,18 +1,26 @@
 """What a run writes down: an append-only journal of events, and how it is read."""
 
-from flexlora.journal.events import LossKind, loss_kind
-from flexlora.journal.reader import Journal
-from flexlora.journal.record import JOURNAL, Event, Record, mean_scores
-from flexlora.journal.units import duration, size
+from flexlora.journal.events import EVENTS, JOURNAL, Event, EventType, LossKind, loss_kind
+from flexlora.journal.reader import Journal, events_after
+from flexlora.journal.record import Record, mean_scores
+from flexlora.journal.units import NOTHING, age, byte_unit, counted, duration, number, size
 
 __all__ = [
+    "EVENTS",
     "JOURNAL",
+    "NOTHING",
     "Event",
+    "EventType",
     "Journal",
     "LossKind",
     "Record",
+    "age",
+    "byte_unit",
+    "counted",
     "duration",
+    "events_after",
     "loss_kind",
     "mean_scores",
+    "number",
     "size",
 ]

@@ -1,10 +1,30 @@
-"""What the events of a journal say that is more than a number: the kinds of losses."""
+"""What a journal may contain: the types of events with their fields, and the kinds of losses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+JOURNAL = "metrics.jsonl"
+"""The journal's file name in the folder of a run."""
+
+Event = dict[str, Any]
+"""One line of the journal, an object. ``event`` names its type, one of ``EVENTS``; ``time`` is when
+it was written, in seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class EventType:
+    """One type of event: when it is written, and what its fields contain.
+
+    The ``optional`` fields are missing in some events, or in journals of earlier versions.
+    """
+
+    when: str
+    fields: Mapping[str, str]
+    optional: Mapping[str, str]
 
 
 class LossKind(StrEnum):
@@ -40,6 +60,11 @@ class LossKind(StrEnum):
     OTHER = "other"
     """None of these, and every loss in a journal that was written without kinds."""
 
+    @property
+    def text(self) -> str:
+        """The kind in words, for people."""
+        return "of another kind" if self is LossKind.OTHER else self.replace("_", " ")
+
 
 def loss_kind(event: Mapping[str, Any]) -> LossKind:
     """The kind of a ``lost`` event; ``OTHER`` if it has none, or one of a later version."""
@@ -47,3 +72,122 @@ def loss_kind(event: Mapping[str, Any]) -> LossKind:
         return LossKind(event.get("kind", LossKind.OTHER))
     except ValueError:
         return LossKind.OTHER
+
+
+def _type(when: str, optional: Mapping[str, str] | None = None, /, **fields: str) -> EventType:
+    return EventType(when, fields, optional or {})
+
+
+_ROUND = "the number of the round, from 1"
+_CLIENT = "the client's name"
+_TOTALS = {
+    "examples": "examples trained on, every pass counted",
+    "tokens": "tokens of these examples",
+    "loss_total": "sum of the training loss in nats",
+    "loss_tokens": "tokens in that sum; loss_total / loss_tokens is the mean training loss",
+    "bytes_up": "bytes of uploads",
+    "bytes_down": "bytes of downloads",
+}
+
+EVENTS: Mapping[str, EventType] = {
+    "start": _type(
+        "The run starts, or is resumed.",
+        version="version of flexlora",
+        config="all settings",
+        hardware="processor, cores, device and threads, as text",
+        versions="{package: version}",
+        clients="number of clients that train",
+        unseen_clients="number of held-out clients",
+        modules="number of adapted modules",
+        rank_types="{rank type: number of clients}",
+        ranks="{rank type: [different ranks of its modules]}",
+        trainable="{rank type: trainable parameters of one client}",
+        clients_at_once="clients trained at the same time",
+        resumed="whether the run goes on from a checkpoint",
+    ),
+    "joined": _type(
+        "A client of a real federation connected, or connected again.",
+        {"note": "a remark for people, such as that its weight is limited"},
+        round=_ROUND,
+        client=_CLIENT,
+        rank_type="its rank type",
+        ranks="[different ranks of its modules]",
+        examples="examples that it trains on",
+        device="the PyTorch device that it trains on",
+        tokens_per_second="its measured training speed, or null",
+    ),
+    "refused": _type(
+        "A node of a real federation was rejected.", round=_ROUND, reason="why, for people"
+    ),
+    "asked": _type(
+        "A client of a real federation was sent its request.", round=_ROUND, client=_CLIENT
+    ),
+    "client": _type(
+        "A usable upload arrived.",
+        round=_ROUND,
+        client=_CLIENT,
+        rank_type="its rank type",
+        **_TOTALS,
+        computed="tokens that went through the model; shared prefixes count once",
+        steps="optimizer steps",
+        seconds="seconds of local training",
+    ),
+    "lost": _type(
+        "The round goes on without a client.",
+        {"kind": "a LossKind; not in journals of earlier versions"},
+        round=_ROUND,
+        client=_CLIENT,
+        reason="why, for people",
+    ),
+    "stray": _type(
+        "A late or second answer arrived; it changes nothing.",
+        round="the round in progress",
+        client=_CLIENT,
+        reason="why it is not used, for people",
+    ),
+    "short": _type(
+        "An attempt ended with fewer uploads than the quorum.",
+        round=_ROUND,
+        attempt="the number of the attempt, from 1",
+        received="usable uploads so far",
+        quorum="uploads that the round needs",
+    ),
+    "round": _type(
+        "A round was aggregated.",
+        round=_ROUND,
+        cohort="[clients that were sent a request]",
+        received="usable uploads",
+        **_TOTALS,
+        seconds="seconds of the whole round",
+        aggregate_seconds="of these, seconds of aggregation",
+        update_norm="Frobenius norm of the global update",
+    ),
+    "spectrum": _type(
+        "The singular values of the global update after a round.",
+        round=_ROUND,
+        rank_levels="[ranks in use], ascending",
+        energy=(
+            "{module: [share of the squared singular values in each block between two levels, then "
+            "beyond the last]}"
+        ),
+        values="{module: [singular values]}, of a few modules",
+    ),
+    "evaluation": _type(
+        "An adapter was evaluated.",
+        round="the number of the round; 0 is before training",
+        adapter="base, global, or the rank type that the global adapter was truncated to",
+        seconds="its share of the time, if several adapters were evaluated together",
+        clients=(
+            "[{client, category, seen, examples, rouge_l, exact_match (sums over examples), "
+            "loss_total, loss_tokens}]"
+        ),
+    ),
+    "stopped": _type("A real federation stopped with an error.", reason="the error, for people"),
+    "finish": _type(
+        "The run is complete.",
+        rounds="rounds completed",
+        seconds="seconds since it was started or resumed",
+        adapter="path of the global adapter",
+    ),
+}
+"""The types of events by name."""

@@ -1,4 +1,4 @@
-"""The journal of a run, read while it grows: each time only what is new."""
+"""The one reader of journals: whole, from a byte offset, or while the journal grows."""
 
 from __future__ import annotations
 
@@ -9,74 +9,104 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flexlora.errors import ProtocolError
-from flexlora.journal.record import JOURNAL, Event
+from flexlora.journal.events import JOURNAL, Event
 
-_KNOWN_BYTES = 4096
+_COMPARED_BYTES = 4096
+
+
+def events_after(path: Path, offset_bytes: int = 0) -> Iterator[tuple[Event, int]]:
+    """The events after an offset in the journal at ``path``, each with the offset after it.
+
+    A journal that does not exist has no events. A last line that is still being written, or was
+    cut off by a crash, is left out.
+
+    Raises:
+        ProtocolError: a line is not an event.
+    """
+    try:
+        journal = path.open("rb")
+    except FileNotFoundError:
+        return
+    with journal:
+        for event, line in _whole_lines(journal, path, offset_bytes):
+            offset_bytes += len(line)
+            yield event, offset_bytes
 
 
 class Journal:
-    """A reader that remembers where it stopped."""
+    """A reader that follows a growing journal: each time it reads only what is new."""
 
     def __init__(self, folder: Path) -> None:
         self.path = Path(folder) / JOURNAL
-        self._read_bytes, self._lines = 0, 0
-        self._known = b""
+        self._offset_bytes, self._last_line = 0, b""
 
     def news(self) -> Iterator[Event | None]:
-        """The events since the last time, in order; a journal that is not there has none.
+        """The events since the last call, in order; none while the journal does not exist.
 
-        None among them says that what was told before is void: the journal was cut back, as when
-        a run is resumed, and is told from its beginning. A last line that is still being written
-        is left for the next time. Costs what is new, and one read of at most 4 KiB.
+        None among them voids everything before it: the journal was cut back, as when a run is
+        resumed, and all of its events follow from the beginning. A last line that is still being
+        written is left for the next call. Costs the new lines and one read of at most 4 KiB.
 
         Raises:
-            ProtocolError: a line is no event; it is met again the next time.
+            ProtocolError: a line is not an event; the next call meets it again.
         """
         try:
             journal = self.path.open("rb")
         except FileNotFoundError:
-            if self._read_bytes:
-                self._forget()
+            if self._offset_bytes:
+                self._restart()
                 yield None
             return
         with journal:
             if not self._continues(journal):
-                self._forget()
+                self._restart()
                 yield None
-            journal.seek(self._read_bytes)
-            for line in journal:
-                if not line.endswith(b"\n"):
-                    return
-                event = self._event(line)
-                self._read_bytes += len(line)
-                self._lines += 1
-                # It has a time in it: after a cut no other line is like it at its place.
-                self._known = line[-_KNOWN_BYTES:]
+            for event, line in _whole_lines(journal, self.path, self._offset_bytes):
+                self._offset_bytes += len(line)
+                # It contains a time: after a cut no other line in its place is equal to it.
+                self._last_line = line[-_COMPARED_BYTES:]
                 yield event
 
-    def _forget(self) -> None:
-        self._read_bytes, self._lines, self._known = 0, 0, b""
+    def _restart(self) -> None:
+        self._offset_bytes, self._last_line = 0, b""
 
     def _continues(self, journal: BinaryIO) -> bool:
-        """Whether what was read still stands there.
+        """Whether the lines read before are still in the file.
 
-        Its length alone does not tell: a journal may have been cut and have grown again since.
+        The length does not tell: a journal may have been cut and have grown again since.
         """
-        if os.fstat(journal.fileno()).st_size < self._read_bytes:
+        if os.fstat(journal.fileno()).st_size < self._offset_bytes:
             return False
-        journal.seek(self._read_bytes - len(self._known))
-        known: bytes = journal.read(len(self._known))
-        return known == self._known
+        journal.seek(self._offset_bytes - len(self._last_line))
+        return journal.read(len(self._last_line)) == self._last_line
 
-    def _event(self, line: bytes) -> Event:
+
+def _whole_lines(journal: BinaryIO, path: Path, offset_bytes: int) -> Iterator[tuple[Event, bytes]]:
+    """The events after an offset with their lines, up to a line that is not complete."""
+    journal.seek(offset_bytes)
+    for line in journal:
+        if not line.endswith(b"\n"):
+            return
         try:
-            event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                return event
-            fault = "it has no 'event'"
+            event = _event(line)
         except ValueError as error:
-            fault = str(error)
-        raise ProtocolError(
-            f"Line {self._lines + 1} of {self.path} is no event ({fault}); resume the run, which "
-            "cuts the journal back to its last checkpoint, or remove the line."
-        )
+            raise ProtocolError(
+                f"Line {_line_number(journal, offset_bytes)} of {path} is not an event ({error}); "
+                "resume the run, which cuts the journal back to its last checkpoint, or remove "
+                "the line."
+            ) from error
+        offset_bytes += len(line)
+        yield event, line
+
+
+def _event(line: bytes) -> Event:
+    event = json.loads(line)
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise ValueError("it has no 'event'")
+    return event
+
+
+def _line_number(journal: BinaryIO, offset_bytes: int) -> int:
+    """The number, from 1, of the line that starts at an offset."""
+    journal.seek(0)
+    return journal.read(offset_bytes).count(b"\n") + 1

@@ -13,14 +13,14 @@ from flexlora.lowrank.factors import Factors
 
 @dataclass(frozen=True, eq=False)
 class Parametrization:
-    """One module's factors as a differentiable function of flat ``parameters``.
+    """One module's factors as a differentiable function of flat ``parameters`` (n,).
 
-    ``make(parameters, *frozen)`` gives the factors, of which one may be without a gradient;
-    ``frozen`` are the tensors that it needs besides. The LoRA scale has no part in it: the
+    ``make(parameters, *frozen)`` computes the factors, one of which may have no gradient;
+    ``frozen`` are the constant tensors that it needs. The LoRA scale is not applied: the
     parameters are those of the effective update.
 
     Raises:
-        AdapterError: the parameters are not flat, or there are none.
+        AdapterError: the parameters are not one-dimensional, or there are none.
     """
 
     parameters: Tensor
@@ -30,12 +30,12 @@ class Parametrization:
     def __post_init__(self) -> None:
         if self.parameters.ndim != 1 or self.parameters.numel() == 0:
             raise AdapterError(
-                f"The parameters are of shape {tuple(self.parameters.shape)}; give one flat tensor "
-                "with at least one number."
+                f"The parameters of a parametrization have shape {tuple(self.parameters.shape)}; "
+                "give one flat tensor with at least one element."
             )
 
     def factors(self, parameters: Tensor | None = None) -> Factors:
-        """The factors of these parameters, by default of its own, in their precision."""
+        """The factors for these parameters, by default its own, in the parameters' dtype."""
         parameters = self.parameters if parameters is None else parameters
         return self.make(
             parameters,
@@ -44,8 +44,8 @@ class Parametrization:
 
 
 def as_vector(parameters: Tensor) -> Factors:
-    """Flat parameters as they travel: ``B`` is (n, 1).
+    """Flat parameters (n,) in the form in which messages carry them: ``B`` is (n, 1).
 
-    ``A`` is (1, 0): it has a component and no parameters.
+    ``A`` is (1, 0), a tensor without elements.
     """
     return Factors(parameters[:, None], parameters.new_zeros(1, 0))

@@ -1,6 +1,6 @@
-"""The algebra of low-rank sums: add up, truncate, measure, without the full-size matrix.
+"""The algebra of low-rank sums: add, stack, decompose and measure without the full matrix.
 
-Nothing of the size out x in is made while the factors are the smaller form.
+No (out, in) matrix is formed while the factors need less memory.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.svd import SVD, Matrix
 
 BATCH_RANK = 512
-"""The summed rank of the terms that a dense sum takes in one product: wide enough for the
-processor's full speed, narrow beside the matrix itself."""
+"""The summed rank of the terms that are added to a dense sum in one matrix product: wide
+enough for the processor's full speed, narrow compared with the matrix itself."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankSum:
-    """The weighted sum ``sum_i w_i B_i A_i`` of factors of one shape, held as its terms.
+    """The weighted sum ``sum_i w_i B_i @ A_i`` of factors of one shape, stored as its terms.
 
     Raises:
-        AdapterError: there are no terms, or two differ in shape.
+        AdapterError: there are no terms, or two terms differ in shape.
     """
 
     terms: tuple[tuple[float, Factors], ...]
 
     def __post_init__(self) -> None:
         if not self.terms:
-            raise AdapterError("A sum needs at least one term, to know its shape.")
+            raise AdapterError("A sum needs at least one term, which gives its shape.")
         shapes = {factors.shape for _, factors in self.terms}
         if len(shapes) > 1:
-            raise AdapterError(f"Cannot add factors of different shapes (out, in): {shapes}.")
+            raise AdapterError(
+                f"Cannot add factors of different shapes (out, in): {sorted(shapes)}; give factors "
+                "of the same module."
+            )
 
     @classmethod
     def of(cls, weighted: Iterable[tuple[float, Factors]]) -> LowRankSum:
@@ -53,20 +56,11 @@ class LowRankSum:
         """The summed rank of the terms, which bounds the rank of the sum."""
         return sum(factors.rank for _, factors in self.terms)
 
-    def __add__(self, other: LowRankSum) -> LowRankSum:
-        return LowRankSum(self.terms + other.terms)
-
-    def __sub__(self, other: LowRankSum) -> LowRankSum:
-        return self + other.scaled(-1.0)
-
-    def scaled(self, factor: float) -> LowRankSum:
-        """The sum times a number."""
-        return LowRankSum(tuple((factor * weight, f) for weight, f in self.terms))
-
     def stacked(self, dtype: torch.dtype | None = None) -> Factors:
-        """One pair of factors of the summed rank with the same product, exactly.
+        """One pair of factors of the summed rank with the same product, in ``dtype``.
 
-        The weights go to ``A`` alone: on both sides they would be squared.
+        ``B`` is (out, sum of ranks) and ``A`` (sum of ranks, in). Only ``A`` is multiplied by
+        the weights: in both factors they would be squared.
         """
         dtype = dtype or self.terms[0][1].B.dtype
         B = torch.cat([f.B.to(dtype) for _, f in self.terms], dim=1)
@@ -74,42 +68,34 @@ class LowRankSum:
         return Factors(B, A)
 
     def svd(self, rank: int | None = None, dtype: torch.dtype = torch.float64) -> SVD:
-        """The exact singular value decomposition, with the vectors of the first ``rank`` values.
+        """The exact singular value decomposition, with the first ``rank`` singular vectors.
 
-        From factors or from the dense matrix, whichever costs less (``decompositions``).
+        Computed from the factors or from the dense matrix, whichever costs less (see
+        ``decompose``).
 
         Raises:
-            AdapterError: a factor holds NaN or infinity.
+            AdapterError: a factor contains NaN or infinity.
         """
         return decompose(self.stacked(dtype), rank)
 
     def norm(self) -> float:
         """The Frobenius norm, by QR in float64.
 
-        Terms that cancel are safe here; the Gram identity tr((B'B)(AA')) loses half the
-        digits, and all of them in float32.
+        Accurate also for terms that cancel; the Gram identity tr((B'B)(AA')) would lose half
+        the digits, and all of them in float32.
         """
         stacked = self.stacked(torch.float64)
         return float(torch.linalg.matrix_norm(_triangle(stacked.B) @ _triangle(stacked.A.T).T))
 
-    def inner(self, other: LowRankSum) -> float:
-        """The Frobenius inner product with another sum, by one QR of both, in float64."""
-        both = (self + other).stacked(torch.float64)
-        left, right = _triangle(both.B), _triangle(both.A.T)
-        s = self.rank
-        mine = left[:, :s] @ right[:, :s].T
-        theirs = left[:, s:] @ right[:, s:].T
-        return float((mine * theirs).sum())
-
 
 class Accumulator:
-    """A weighted sum that absorbs its terms one by one, and merges with the sum of others.
+    """A weighted sum that absorbs its terms one by one.
 
-    Terms are kept as they come, in their own dtype, until their summed rank makes one dense
-    (out, in) matrix the smaller form; from then on they are added to that, several in one
-    product, and forgotten. So memory is bounded by ``out in`` numbers whatever the number
-    of terms. The same terms in the same order give the same bytes; another order or another
-    split into merged parts gives the same sum up to rounding.
+    Terms are stored as they come, in their own dtype, until their summed rank makes one dense
+    (out, in) matrix the smaller form; from then on they are added to that matrix, several in
+    one product, and dropped. Memory is therefore bounded by ``out * in`` numbers for any
+    number of terms. The same terms in the same order give the same bytes; another order gives
+    the same sum up to rounding.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> None:
@@ -122,7 +108,7 @@ class Accumulator:
         """Add ``weight * B @ A``.
 
         Raises:
-            AdapterError: the shape is another.
+            AdapterError: the factors differ from the sum in shape.
         """
         if factors.shape != self.shape:
             raise AdapterError(
@@ -132,28 +118,11 @@ class Accumulator:
         self._waiting.append((weight, factors))
         self._waiting_rank += factors.rank
         out, in_ = self.shape
-        # Dense once that is smaller; from then on, as soon as a product is worth its start.
+        # Dense as soon as that is smaller; after that, once a product is large enough to pay.
         if self._waiting_rank * (out + in_) >= out * in_ or (
             self._dense is not None and self._waiting_rank >= BATCH_RANK
         ):
             self._flush()
-
-    def merge(self, other: Accumulator) -> None:
-        """Add the sum that another accumulator holds, which stays as it is.
-
-        Raises:
-            AdapterError: the shape or the dtype is another.
-        """
-        if (other.shape, other.dtype) != (self.shape, self.dtype):
-            raise AdapterError(
-                f"Cannot merge a sum of shape {other.shape} in {other.dtype} into one of "
-                f"shape {self.shape} in {self.dtype}."
-            )
-        if other._dense is not None:
-            self._flush()
-            self._dense = other._dense + (0 if self._dense is None else self._dense)
-        for weight, factors in other._waiting:
-            self.absorb(weight, factors)
 
     def finalize(self) -> Matrix:
         """The sum, as one pair of factors or as a dense matrix.
@@ -181,7 +150,7 @@ class Accumulator:
 
 
 def _triangle(tall: Tensor) -> Tensor:
-    """R of ``tall = Q R``, or ``tall`` where that is no larger."""
+    """R (columns, columns) of ``tall = Q R``, or ``tall`` itself if it has no more rows."""
     if tall.shape[1] >= tall.shape[0]:
         return tall
     R: Tensor = torch.linalg.qr(tall, mode="r").R
@@ -194,7 +163,7 @@ def norm(factors: Factors) -> float:
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
-    """Weights divided by their sum; equal shares if all are zero."""
+    """The weights divided by their sum; equal weights if the sum is zero."""
     total = sum(weights)
     if total == 0:
         return [1 / len(weights)] * len(weights)

@@ -70,6 +70,13 @@ class Info:
     exempt: Mapping[str, str] = field(default_factory=dict)
     lossless: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def exactness(self) -> str:
+        """Exact, inexact, or exact by component, for tables."""
+        if self.exact and self.by_component:
+            return "by component"
+        return "exact" if self.exact else "inexact"
+
 
 @dataclass(frozen=True)
 class Client:

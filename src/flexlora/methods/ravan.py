@@ -190,7 +190,7 @@ def _orthonormal(size: int, columns: int, generator: np.random.Generator) -> Ten
     """Columns of the cosine transform (DCT-II) of ``size``, with random signs of its rows."""
     frequencies = torch.from_numpy(generator.permutation(size)[:columns]).double()
     signs = torch.from_numpy(generator.choice([-1.0, 1.0], size=size))
-    scales = torch.where(frequencies == 0, 1.0, 2.0).div(size).sqrt()
+    scales = torch.where(frequencies == 0, 1.0, 2.0).double().div(size).sqrt()
     angles = torch.outer(2 * torch.arange(size).double() + 1, frequencies * (pi / (2 * size)))
     return angles.cos() * signs[:, None] * scales
 

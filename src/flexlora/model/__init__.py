@@ -1,7 +1,8 @@
 """The base model in memory, with the layers that carry adapters."""
 
-from flexlora.model.base import Base, to_device
+from flexlora.model.base import Base
 from flexlora.model.blocks import kind
+from flexlora.model.inputs import to_device
 from flexlora.model.source import Source
 from flexlora.model.trainable import FlatAdapter, Scale, leaf
 

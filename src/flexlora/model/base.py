@@ -1,4 +1,4 @@
-"""One resident base model, and adapters swapped into and out of it."""
+"""The base model in memory, with adapters attached for evaluation or training."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flexlora.data import Forest, Pack
-from flexlora.errors import AdapterError
+from flexlora.data import Pack
+from flexlora.errors import AdapterError, ConfigError
 from flexlora.lowrank import Factors
-from flexlora.model import smollm2
-from flexlora.model.layers import attention, last_layer, mlp, norm
-from flexlora.model.layers.lora import Layout, LoRALinear, Part
+from flexlora.model import replacement, smollm2
+from flexlora.model.inputs import attention_inputs, output_inputs, shares_prefixes, to_device
+from flexlora.model.layers.lora import LayerAdapter, Layout
 from flexlora.model.trainable import FlatAdapter
 
 
 class Base:
-    """A resident causal language model with a place for one adapter at a time."""
+    """A causal language model in memory, to which adapters can be attached.
+
+    Its linear layers are replaced by layers that can carry adapters; its weights are frozen.
+    """
 
     def __init__(
         self,
@@ -36,9 +39,9 @@ class Base:
         self.tokenizer = tokenizer
         self.name = name
         self._layout = Layout()
-        self._layers = _place(model, targets, self._layout)
-        _lean(model)
-        self._ends_early = _end_early(model, self._layout)
+        self._layers = replacement.wrap_linear_layers(model, targets, self._layout)
+        replacement.replace_norms_and_mlps(model)
+        self._ends_early = replacement.replace_last_layer(model, self._layout)
         self.model.train(False)
 
     @property
@@ -51,104 +54,111 @@ class Base:
 
     @property
     def published(self) -> str:
-        """The name under which others know the model."""
+        """The model's public name: of the hub, or as configured."""
         return smollm2.HUB if self.name == smollm2.NAME else self.name
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model."""
         return self.model.device
 
     @contextmanager
     def attached(self, *adapters: Mapping[str, Factors]) -> Iterator[None]:
-        """The model with these adapters, for evaluation; without them again afterwards.
+        """Attach these adapters for evaluation, within the context.
 
-        Of several, each has an equal part of every batch, in their order.
+        With several adapters each applies to an equal part of every batch, in their order.
 
         Raises:
             AdapterError: an adapter's modules or shapes are not the model's.
         """
         dtype = self.model.dtype
-        here = [
+        layer_adapters = [
             {
-                m: Part(f.A.to(self.device, dtype), f.B.to(self.device, dtype))
+                m: LayerAdapter(f.A.to(self.device, dtype), f.B.to(self.device, dtype))
                 for m, f in adapter.items()
             }
             for adapter in map(self._checked, adapters)
         ]
-        with self._with(here):
+        with self._attached(layer_adapters):
             yield
 
     @contextmanager
     def training(self, *adapters: FlatAdapter) -> Iterator[None]:
-        """The model with trainable factors; without them again afterwards.
+        """Attach trainable adapters, within the context.
 
-        Of several, ``logits`` is told which rows are whose.
+        With several adapters, ``logits`` takes the bounds of each adapter's tokens.
 
         Raises:
             AdapterError: an adapter's modules or shapes are not the model's.
         """
-        with self._with([self._trainable(flat) for flat in adapters]):
+        with self._attached([self._trainable(flat) for flat in adapters]):
             yield
 
-    def _trainable(self, flat: FlatAdapter) -> dict[str, Part]:
-        """An adapter's parts; of a module that has but a rest, no term is trained."""
-        rest = self._checked(flat.rest)
-        beside = {m: Part(f.A[:0], f.B[:, :0], 1.0, f) for m, f in rest.items()}
-        return beside | {
-            m: Part(f.A, f.B, flat.scales[m], rest.get(m))
+    def _trainable(self, flat: FlatAdapter) -> dict[str, LayerAdapter]:
+        """A trainable adapter by module; a module with only frozen factors has rank 0."""
+        frozen = self._checked(flat.rest)
+        only_frozen = {m: LayerAdapter(f.A[:0], f.B[:, :0], 1.0, f) for m, f in frozen.items()}
+        return only_frozen | {
+            m: LayerAdapter(f.A, f.B, flat.scales[m], frozen.get(m))
             for m, f in self._checked(flat.factors).items()
         }
 
     @property
     def folds(self) -> bool:
-        """Whether updates can be added to the weights themselves, at full precision."""
+        """Whether updates can be added to the weights: all are unquantised and in float32."""
         layers = [layer.base for layer in self._layers.values()]
         return all(type(x) is nn.Linear and x.weight.dtype == torch.float32 for x in layers)
 
     @contextmanager
     def folded(self, adapters: Sequence[Mapping[str, Factors]]) -> Iterator[None]:
-        """The model with these updates added to its weights; to the bit as before afterwards.
+        """Add these updates to the weights within the context, and restore the weights exactly.
 
-        Costs a copy of the weights concerned and one GEMM for each module of each adapter.
+        Costs a copy of the changed weights and one matrix product per module and adapter.
 
         Raises:
-            AdapterError: the weights are not in float32, in which a small update would be lost.
+            AdapterError: the weights are not in float32, so that a small update would be lost.
         """
         if adapters and not self.folds:
             raise AdapterError(
-                f"{self.name} is held in {self.model.dtype} or quantised, and an update added to "
-                "its weights would be rounded away; load it with model.dtype 'float32'."
+                f"The weights of {self.name} are {self.model.dtype} or quantised, and an update "
+                "added to them would be lost to rounding; set model.dtype to 'float32' and "
+                "model.quantize to 'none'."
             )
-        before: dict[str, Tensor] = {}
+        original: dict[str, Tensor] = {}
         try:
             for adapter in adapters:
                 for path, f in self._checked(adapter).items():
                     weight = self._layers[path].base.weight
-                    before.setdefault(path, weight.detach().clone())
+                    original.setdefault(path, weight.detach().clone())
                     weight.addmm_(f.B.to(weight), f.A.to(weight))
             yield
         finally:
-            for path, weight in before.items():
+            for path, weight in original.items():
                 self._layers[path].base.weight.copy_(weight)
 
     @contextmanager
-    def recomputing(self, wanted: bool) -> Iterator[None]:
-        """Keep one layer's activations instead of all layers', for about a third more time.
+    def recomputing(self, enabled: bool) -> Iterator[None]:
+        """Recompute activations in the backward pass (gradient checkpointing), if ``enabled``.
+
+        Only one layer's activations are in memory; costs about a third more time.
 
         Raises:
-            AdapterError: the model cannot.
+            ConfigError: the model has no layers that support it.
         """
-        if not wanted:
+        if not enabled:
             yield
             return
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if not layers:
-            raise AdapterError(f"{self.name} cannot recompute; unset training.recompute_above.")
-        # Of the layers alone, not of what is in them: training mode would turn dropout on.
-        # And not through the model's own switch, which leaves a hook on the embeddings.
-        # What is recomputed in the backward pass needs the edges of its forward pass.
-        recompute = partial(checkpoint, use_reentrant=False, context_fn=self._layout.twice)
+            raise ConfigError(
+                f"{self.name} does not support gradient checkpointing; remove "
+                "training.recompute_above."
+            )
+        # Set on the layers only, not on their modules: training mode would turn dropout on.
+        # The model's own switch would leave a hook on the embeddings.
+        # The recomputed forward pass needs the edges of the first one.
+        contexts = self._layout.checkpoint_contexts
+        recompute = partial(checkpoint, use_reentrant=False, context_fn=contexts)
         for layer in layers:
             cast(Any, layer)._gradient_checkpointing_func = recompute
             layer.gradient_checkpointing = layer.training = True
@@ -159,151 +169,71 @@ class Base:
                 layer.gradient_checkpointing = layer.training = False
 
     @property
-    def shares(self) -> bool:
-        """Whether the attention can take examples that share their first tokens."""
-        return self._implementation in (attention.NAME, "sdpa", "eager")
+    def shares_prefixes(self) -> bool:
+        """Whether the attention supports examples that share their first tokens."""
+        return shares_prefixes(self._implementation)
 
     def logits(self, row: Pack, edges: Sequence[int] | None = None) -> Tensor:
-        """The logits (places of the loss, vocabulary) of a row, at its ``loss_positions``.
+        """The logits (n, vocabulary) of a row at its n ``loss_positions``.
 
-        ``edges`` say which tokens belong to which adapter, if there are several. The head
-        runs on the positions asked for and on no others.
+        With several adapters, adapter i applies to the tokens from ``edges[i]`` to
+        ``edges[i + 1]``. The head runs only on the positions of the loss.
 
         Raises:
-            AdapterError: the attention cannot do what the row or the model asks for.
+            ConfigError: the attention does not support the row or the model.
         """
+        ends_early = self._ends_early and self.shares_prefixes
+        attention = attention_inputs(
+            row.forest, self._implementation, self.model.dtype, self.device
+        )
         with self._layout.of(edges):
             out = self.model(
                 input_ids=to_device(row.input_ids, self.device),
                 position_ids=to_device(row.position_ids, self.device),
                 use_cache=False,
-                **self._kept(row, edges),
-                **self._seen(row.forest),
+                **output_inputs(row, edges, self.device, ends_early),
+                **attention,
             )
         return cast(Tensor, out.logits[0])
-
-    def _kept(self, row: Pack, edges: Sequence[int] | None) -> dict[str, Any]:
-        """What tells the last layer and the head where there is loss."""
-        if not self._ends_early or not self.shares:
-            return {"logits_to_keep": to_device(row.loss_positions, self.device)}
-        places, order = torch.unique(row.loss_positions, return_inverse=True)
-        bounds = None if edges is None else torch.searchsorted(places, torch.tensor(edges))
-        return {
-            "places": to_device(places, self.device),
-            "place_edges": None if bounds is None else tuple(bounds.tolist()),
-            "logits_to_keep": to_device(order, self.device),
-        }
-
-    def _seen(self, forest: Forest) -> dict[str, Any]:
-        """What tells the model's attention which tokens see which."""
-        if self._implementation == attention.NAME:
-            # A mask is what our attention does without; transformers takes a 4-D one as it is.
-            return {"attention_mask": torch.empty(1, 1, 0, 0), "forest": forest}
-        if self.shares:
-            seen = forest.mask(0, forest.edges[-1]).to(self.device)
-            hidden = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
-            hidden.masked_fill_(~seen, torch.finfo(self.model.dtype).min)
-            return {"attention_mask": hidden[None, None]}
-        if any(prefix >= 0 for prefix in forest.prefixes):
-            raise AdapterError(
-                f"model.attention {self._implementation!r} cannot share first tokens of examples."
-            )
-        bounds = torch.tensor(forest.edges, dtype=torch.int32, device=self.device)
-        longest = forest.longest
-        return {
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
 
     @property
     def _implementation(self) -> str:
         return str(self.model.config._attn_implementation)
 
     @contextmanager
-    def _with(self, adapters: Sequence[Mapping[str, Part]]) -> Iterator[None]:
-        """The layers with the parts of these adapters, then without.
+    def _attached(self, adapters: Sequence[Mapping[str, LayerAdapter]]) -> Iterator[None]:
+        """Set the layers' adapters within the context.
 
-        An adapter that lacks a module which one beside it has takes part there at rank 0.
+        If only some adapters have a module, the others have rank 0 there.
         """
-        found: dict[str, tuple[Part, ...]] = {}
+        by_path: dict[str, tuple[LayerAdapter, ...]] = {}
         for path, (out, in_) in self.shapes.items():
-            held = [adapter.get(path) for adapter in adapters]
-            first = next((part for part in held if part is not None), None)
+            present = [adapter.get(path) for adapter in adapters]
+            first = next((each for each in present if each is not None), None)
             if first is None:
-                found[path] = ()
+                by_path[path] = ()
                 continue
-            nothing = Part(first.A.new_empty(0, in_), first.B.new_empty(out, 0))
-            found[path] = tuple(nothing if part is None else part for part in held)
+            empty = LayerAdapter(first.A.new_empty(0, in_), first.B.new_empty(out, 0))
+            by_path[path] = tuple(empty if each is None else each for each in present)
         try:
             for path, layer in self._layers.items():
-                layer.parts = found[path]
+                layer.adapters = by_path[path]
             yield
         finally:
             for layer in self._layers.values():
-                layer.parts = ()
+                layer.adapters = ()
 
     def _checked(self, adapter: Mapping[str, Factors]) -> Mapping[str, Factors]:
         shapes = self.shapes
         for module, factors in adapter.items():
             if module not in shapes:
-                raise AdapterError(f"The adapter's module {module!r} is none of {self.name}'s.")
+                raise AdapterError(
+                    f"The adapter has a module {module!r}, but {self.name} has no adapted layer of "
+                    "that name; use the base model and the model.targets it was trained with."
+                )
             if factors.shape != shapes[module]:
                 raise AdapterError(
-                    f"The adapter's module {module!r} is {factors.shape} (out, in), "
-                    f"but {self.name}'s is {shapes[module]}."
+                    f"The adapter's module {module!r} has the shape {factors.shape} (out, in), but "
+                    f"in {self.name} it is {shapes[module]}; use the model it was trained with."
                 )
         return adapter
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The tensor there; to a CUDA device without waiting for the copy."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
-
-
-def _place(
-    model: nn.Module, targets: Collection[str] | None, layout: Layout
-) -> dict[str, LoRALinear]:
-    """Wrap the targeted linear layers where they stand."""
-    head = cast(Any, model).get_output_embeddings()
-    found = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and (targets is None or path.rsplit(".", 1)[-1] in targets)
-    }
-    missing = set(targets or ()) - {path.rsplit(".", 1)[-1] for path in found}
-    if missing or not found:
-        names = sorted(
-            {p.rsplit(".", 1)[-1] for p, m in model.named_modules() if isinstance(m, nn.Linear)}
-        )
-        raise AdapterError(f"No linear layer is called {sorted(missing)}; the model has {names}.")
-    layers = {}
-    for path, linear in found.items():
-        parent, _, name = path.rpartition(".")
-        layers[path] = LoRALinear(linear, layout)
-        setattr(model.get_submodule(parent), name, layers[path])
-    return layers
-
-
-def _lean(model: nn.Module) -> None:
-    """Put our own norms and feed-forward blocks where the model's are known to be the same."""
-    for path, module in list(model.named_modules()):
-        parent, _, name = path.rpartition(".")
-        if norm.fits(module):
-            setattr(model.get_submodule(parent), name, norm.RMSNorm(module))
-        elif mlp.fits(module):
-            setattr(model.get_submodule(parent), name, mlp.GatedMLP(module))
-
-
-def _end_early(model: nn.Module, layout: Layout) -> bool:
-    """Let the last decoder layer work where there is loss alone; whether it is one that can."""
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers) or not last_layer.fits(layers[-1]):
-        return False
-    layers[-1] = last_layer.LastLayer(layers[-1], layout)
-    return True

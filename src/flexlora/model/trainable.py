@@ -1,4 +1,4 @@
-"""An adapter's factors as parameters in one flat tensor, so that a step is one kernel."""
+"""An adapter's factors as parameters in one flat tensor, so that a step is one kernel call."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Scale = Callable[[int], float]
 
 @dataclass(frozen=True, eq=False)
 class FlatAdapter:
-    """Trainable factors by module, all lying in ``values``, their gradients in ``values.grad``.
+    """Trainable factors by module, as views of ``values`` (n,), with gradients in its ``grad``.
 
-    A half that is not trained lies elsewhere and has no gradient; ``rest`` are factors that
-    take part in every pass, and in none of the training.
+    A factor that is not trained is a tensor of its own without a gradient. ``rest`` are frozen
+    factors by module, which are added in every pass and not trained.
 
-    Optimisers and clipping work on ``values`` alone, which is the same as working on every
-    factor and takes one call instead of hundreds; and long-lived buffers do not come to lie
-    between activations. The scale is taken out of ``B``: a client optimises
+    Optimisers and clipping work on ``values``, which is equivalent to working on every factor
+    and takes one call instead of hundreds; it also keeps long-lived buffers from being
+    allocated between activations. The LoRA scale is divided out of ``B``: a client optimises
     ``B / scale(rank)``, as PEFT's LoRA does. ``finish`` folds it in again.
     """
 
@@ -45,14 +45,15 @@ class FlatAdapter:
     ) -> FlatAdapter:
         """A float32 copy of ``adapter`` on ``device``, with gradients of zero.
 
-        ``ranks`` are those that the scale is of, where they are not the adapter's own.
+        ``halves`` are the factors to train. ``ranks`` are the ranks from which the scale is
+        computed, for modules where it is not the adapter's own rank.
         """
         scales = {m: scale((ranks or {}).get(m, f.rank)) for m, f in adapter.items()}
-        trained = sum(
+        size = sum(
             (f.B.numel() if "B" in halves else 0) + (f.A.numel() if "A" in halves else 0)
             for f in adapter.values()
         )
-        values = torch.empty(trained, device=device)
+        values = torch.empty(size, device=device)
         grads = torch.zeros_like(values)
         factors, start = {}, 0
         for module, f in adapter.items():
@@ -67,26 +68,26 @@ class FlatAdapter:
                 A.copy_(f.A)
             factors[module] = Factors(B, A)
         values.requires_grad_().grad = grads
-        beside = {m: f.to(device).to(torch.float32) for m, f in (rest or {}).items()}
-        return cls(values, factors, scales, beside)
+        frozen = {m: f.to(device).to(torch.float32) for m, f in (rest or {}).items()}
+        return cls(values, factors, scales, frozen)
 
     @property
     def leaves(self) -> FlatAdapter:
-        """What the model's layers take: the parameters themselves."""
+        """The factors that the model's layers take: the parameters themselves."""
         return self
 
     def folded(self) -> dict[str, Factors]:
         """The effective factors, differentiable in the parameters."""
         return {m: Factors(f.B * self.scales[m], f.A) for m, f in self.factors.items()}
 
-    def gather(self) -> None:
-        """Nothing: the factors are the parameters, and so are their gradients."""
+    def pull_back_gradients(self) -> None:
+        """No operation: the factors' gradients are the parameters' gradients."""
 
-    def spread(self) -> None:
-        """Nothing: the factors are the parameters."""
+    def update_factors(self) -> None:
+        """No operation: the factors are the parameters."""
 
     def finish(self) -> Adapter:
-        """The adapter that the parameters are now, on the CPU; the gradients are given up."""
+        """A copy of the adapter on the CPU, with the scale folded in; frees the gradients."""
         for f in self.factors.values():
             f.B.grad = f.A.grad = None
         self.values.grad = None
@@ -99,13 +100,16 @@ class FlatAdapter:
             )
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero, in place: the factors' gradients lie there too."""
+        """Set all gradients to zero, in place: the factors' gradients are views of them."""
         assert self.values.grad is not None
         self.values.grad.zero_()
 
 
 def leaf(values: Tensor, grads: Tensor, start: int, shape: torch.Size) -> tuple[Tensor, int]:
-    """A leaf of this shape within ``values``, with its gradient within ``grads``."""
+    """A leaf of this shape in ``values`` from ``start``, with its gradient in ``grads``.
+
+    Returns the leaf and the index after it.
+    """
     end = start + prod(shape)
     # Detached: as a view of ``values`` its gradient would be one of the size of ``values``.
     leaf = values[start:end].view(shape).detach().requires_grad_()

@@ -1,31 +1,27 @@
-"""Reading and writing the directories in which PEFT keeps LoRA adapters."""
+"""Reading, writing, checking and merging the directories in which PEFT stores LoRA adapters."""
 
 from flexlora.peft_format.compatibility import check
 from flexlora.peft_format.config import CONFIG, Unsupported, read_config
-from flexlora.peft_format.merging import merge, parse_rank
+from flexlora.peft_format.merging import MergedModule, MergeResult, merge, parse_rank
 from flexlora.peft_format.patterns import matched
-from flexlora.peft_format.reading import (
-    DTYPES,
-    WEIGHTS,
-    Layer,
-    PeftAdapter,
-    Span,
-    StoredFactors,
-    read,
-)
+from flexlora.peft_format.reading import Layer, PeftAdapter, StoredFactors, read
+from flexlora.peft_format.report import Report, Verdict
+from flexlora.peft_format.weights import WEIGHTS
 from flexlora.peft_format.writing import CARD, VLLM_RANKS, targets, write
 
 __all__ = [
     "CARD",
     "CONFIG",
-    "DTYPES",
     "VLLM_RANKS",
     "WEIGHTS",
     "Layer",
+    "MergeResult",
+    "MergedModule",
     "PeftAdapter",
-    "Span",
+    "Report",
     "StoredFactors",
     "Unsupported",
+    "Verdict",
     "check",
     "matched",
     "merge",

@@ -1,8 +1,8 @@
-"""What ``adapter_config.json`` says, and what of it is refused."""
+"""The file ``adapter_config.json``: reading it, and refusing settings beyond a plain LoRA."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.errors import AdapterError
+from flexlora.storage.untrusted import parse_json, short
 
 CONFIG = "adapter_config.json"
 
-
-_CONFIG_BYTES = 16 << 20
-
+_LARGEST_CONFIG = 16 << 20
+"""In bytes."""
 
 _VARIANTS = {
     "use_dora": "DoRA also rescales the base weights",
@@ -35,8 +35,7 @@ _VARIANTS = {
 }
 """Settings that make an adapter more than ``B @ A``, and why."""
 
-
-_CHANGES_NOTHING = frozenset(
+_HARMLESS = frozenset(
     {
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
         *("ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out"),
@@ -47,23 +46,22 @@ _CHANGES_NOTHING = frozenset(
         "use_rslora",
     }
 )
-"""Settings that are honoured, or that say nothing about what trained factors mean.
+"""Settings that are honoured, or that do not affect how trained factors are applied.
 
-``fan_in_fan_out`` is among them: it tells PEFT that the *base* weight is stored
-transposed; ``B`` is (out, rank) and ``A`` (rank, in) either way.
+``fan_in_fan_out`` is among them: it says that the *base* weight is stored transposed; ``B`` is
+(out, rank) and ``A`` (rank, in) either way.
 """
-
 
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base model's weights as they were (PEFT 0.21.2)."""
 
 
 class Unsupported(AdapterError):
-    """A sound PEFT directory whose adapter is not a plain ``B @ A`` for each module."""
+    """A valid PEFT directory whose adapter is not a plain ``B @ A`` for each module."""
 
 
 class Settings(BaseModel):
-    """The part of ``adapter_config.json`` that says what the factors mean."""
+    """The part of ``adapter_config.json`` that decides how the factors are applied."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
@@ -77,34 +75,37 @@ class Settings(BaseModel):
     target_modules: list[str] | str | None = None
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The raw ``adapter_config.json`` of a LoRA adapter.
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the raw ``adapter_config.json`` of a LoRA adapter.
 
     Raises:
         AdapterError: the directory or the file is missing, or it is not the JSON of a LoRA
             adapter.
     """
+    directory = Path(directory)
     path = directory / CONFIG
     if not directory.is_dir():
-        what = "is a file" if directory.exists() else "does not exist"
-        raise AdapterError(f"{directory} {what}; give the folder that holds {CONFIG}.")
+        problem = "is a file" if directory.exists() else "does not exist"
+        raise AdapterError(f"{directory} {problem}; give the folder that contains {CONFIG}.")
     if not path.is_file():
-        inner = sorted(child.parent.name for child in directory.glob(f"*/{CONFIG}"))
-        hint = f"perhaps {directory / inner[0]}" if inner else f"one that holds {CONFIG}"
-        raise AdapterError(f"{path} is missing; give the adapter's own folder, {hint}.")
-    if path.stat().st_size > _CONFIG_BYTES:
         raise AdapterError(
-            f"{path} has {path.stat().st_size} bytes, more than the {_CONFIG_BYTES} allowed; "
+            f"{path} is missing; give the adapter's own folder, {_suggestion(directory)}."
+        )
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise AdapterError(
+            f"{path} has {path.stat().st_size} bytes, more than the {_LARGEST_CONFIG} allowed; "
             f"save the adapter again with PEFT."
         )
     try:
         config = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(
-            f"{path} is not sound JSON ({short(error)}); save the adapter again with PEFT."
+            f"{path} is not valid JSON ({short(error)}); save the adapter again with PEFT."
         ) from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{path} holds no JSON object; save the adapter again with PEFT.")
+        raise AdapterError(
+            f"{path} does not contain a JSON object; save the adapter again with PEFT."
+        )
     if config.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: peft_type is {short(config.get('peft_type'))}, and only 'LORA' is "
@@ -113,21 +114,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def parse_json(data: bytes) -> Any:
-    """JSON from strangers: no key twice, no NaN or infinity. Raises AdapterError."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise AdapterError(f"the key {short(twice)} stands there twice")
-        return found
-
-    def constant(name: str) -> float:
-        raise AdapterError(f"{name} is not JSON")
-
-    return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+def _suggestion(directory: Path) -> str:
+    """The likeliest folder of an adapter below ``directory``: the last one of a run, if any."""
+    adapters = sorted(
+        path.parent
+        for pattern in (f"*/{CONFIG}", f"rounds/*/adapter/{CONFIG}")
+        for path in directory.glob(pattern)
+    )
+    return f"perhaps {adapters[-1]}" if adapters else f"one that contains {CONFIG}"
 
 
 def refuse_variants(config: Mapping[str, Any], path: Path) -> None:
@@ -136,18 +130,18 @@ def refuse_variants(config: Mapping[str, Any], path: Path) -> None:
     for name, reason in _VARIANTS.items():
         if config.get(name):
             raise Unsupported(
-                f"{path}: {name} is {short(config[name])}: {reason}, which B @ A cannot say; "
+                f"{path}: {name} is {short(config[name])}: {reason}, which B @ A cannot express; "
                 f"{plain}."
             )
     if config.get("bias", "none") != "none":
         raise Unsupported(
             f"{path}: bias is {short(config['bias'])}: biases of the base model were trained "
-            f"too, which B @ A cannot say; {plain}."
+            f"too, which B @ A cannot express; {plain}."
         )
     init = config.get("init_lora_weights", True)
     init = init.lower() if isinstance(init, str) else init
-    # `in` alone would take 1 for True.
-    if not any(init is known or (isinstance(known, str) and init == known) for known in _INITS):
+    # `in` would take 1 for True.
+    if not any(init is safe or (isinstance(safe, str) and init == safe) for safe in _INITS):
         remedy = (
             "train a LoRA with another init_lora_weights"
             if init == "loftq"
@@ -159,23 +153,27 @@ def refuse_variants(config: Mapping[str, Any], path: Path) -> None:
             f"weights, so that the factors do not fit the original; {remedy}."
         )
     for name, value in config.items():
-        if value and name not in _CHANGES_NOTHING:
+        if value and name not in _HARMLESS:
             raise Unsupported(
-                f"{path}: {short(name)} is {short(value)}, a setting unknown here that may "
-                f"change what the factors mean; delete it if you know that it does not."
+                f"{path}: {short(name)} is {short(value)}, an unknown setting that may "
+                f"change how the factors are applied; delete it if it does not."
             )
 
 
 def settings_of(config: Mapping[str, Any], path: Path) -> Settings:
-    """The settings that decide what the factors mean; ValueError names the key."""
+    """The settings that decide how the factors are applied.
+
+    Raises:
+        AdapterError: a setting is missing or has a value of the wrong type; names the key.
+    """
     try:
         settings = Settings.model_validate(dict(config))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        given = "missing" if first["type"] == "missing" else short(first["input"])
+        key = ".".join(str(part) for part in first["loc"])
+        value = "missing" if first["type"] == "missing" else short(first["input"])
         raise AdapterError(
-            f"{path}: {short(place)} is {given}: {first['msg'].lower()}; correct it or save "
+            f"{path}: {short(key)} is {value}: {first['msg'].lower()}; correct it or save "
             f"the adapter again with PEFT."
         ) from error
     for pattern, rank in (settings.rank_pattern or {}).items():
@@ -184,10 +182,3 @@ def settings_of(config: Mapping[str, Any], path: Path) -> Settings:
                 f"{path}: rank_pattern gives {short(pattern)} the rank {rank}; give it 1 or more."
             )
     return settings
-
-
-def short(value: object) -> str:
-    """An untrusted value made fit for an error message."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= 160 else f"{text[:80]}...{text[-60:]}"

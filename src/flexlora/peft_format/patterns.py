@@ -1,4 +1,4 @@
-"""PEFT's ``rank_pattern`` and ``alpha_pattern``: regular expressions from strangers, bounded."""
+"""PEFT's ``rank_pattern`` and ``alpha_pattern``: untrusted regular expressions, bounded."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from itertools import pairwise
 from typing import TypeVar
 
 from flexlora.errors import AdapterError
-from flexlora.peft_format.config import short
+from flexlora.storage.untrusted import short
 
 _Value = TypeVar("_Value")
 
 _PATTERN_CHARACTERS = 512
 
-
 _PATTERN_STEPS = 3e10
 
-
 _STEPS_PER_MATCH = 1000
-
 
 _TOKEN = re.compile(
     r"(?P<escape>\\\D)|(?P<set>\[\^?[\w.\\-]+\])|(?P<open>\((\?:)?)|(?P<close>\))"
@@ -34,11 +31,11 @@ def matched(
 ) -> dict[str, list[_Value]]:
     """The values of the patterns that match each module, in the patterns' order.
 
-    PEFT takes the first. Patterns are regular expressions from strangers: their length,
-    their constructs and the steps that matching them could take at worst are bounded.
+    PEFT takes the first. Patterns are untrusted regular expressions: their length, their
+    constructs and the number of steps that matching them could take at worst are bounded.
 
     Raises:
-        AdapterError: a pattern in ``place`` is unsound, or might take too long.
+        AdapterError: a pattern is invalid, or might take too long; the text begins with ``place``.
     """
     compiled = [(_compiled(pattern, place), value) for pattern, value in patterns.items()]
     longest = max((len(module) for module in modules), default=0)
@@ -47,7 +44,7 @@ def matched(
     if steps * len(modules) > _PATTERN_STEPS:
         raise AdapterError(
             f"{place} could take too long to match its {len(patterns)} patterns with "
-            f"{len(modules)} modules; name modules plainly, with fewer * + ? and |."
+            f"{len(modules)} modules; write the modules' names, with fewer * + ? and |."
         )
     return {
         module: [value for expression, value in compiled if expression.match(module)]
@@ -66,12 +63,12 @@ def _compiled(pattern: str, place: str) -> re.Pattern[str]:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise AdapterError(
-            f"{place}: {short(pattern)} is no regular expression ({short(error)}); correct it."
+            f"{place}: {short(pattern)} is not a regular expression ({short(error)}); correct it."
         ) from error
 
 
 def _tokens(pattern: str) -> list[str]:
-    """The kinds of the pattern's parts; the last is ``""`` if a part is not understood."""
+    """The kinds of the pattern's tokens; the last is ``""`` if a token is not supported."""
     kinds: list[str] = []
     position = 0
     while position < len(pattern):
@@ -88,19 +85,19 @@ def _refuse_constructs(pattern: str, place: str) -> None:
     pairs = list(pairwise(kinds))
     if "" in kinds or ("open", "optional") in pairs:
         raise AdapterError(
-            f"{place}: {short(pattern)} uses more of regular expressions than is read here "
+            f"{place}: {short(pattern)} uses more of regular expressions than is supported "
             f"(names, . [sets] | groups and * + ? are, back references and lookaround are "
-            f"not); name the modules plainly."
+            f"not); write the modules' names."
         )
     if ("close", "repeat") in pairs:
         raise AdapterError(
             f"{place}: {short(pattern)} repeats a group, which can take for ever to match; "
-            f"name the modules plainly."
+            f"write the modules' names."
         )
 
 
 def _ways(pattern: str, characters: int) -> float:
-    """A bound on the ways in which a pattern can be tried at one place."""
+    """A bound on the number of ways in which a pattern can match from one position."""
     kinds = _tokens(pattern)
     pairs = list(pairwise(["", *kinds]))
     optional = sum(pair[1] == "optional" and pair[0] != "repeat" for pair in pairs)

@@ -1,8 +1,9 @@
-"""Writing a PEFT directory in the one form that every consumer reads alike."""
+"""Writing a PEFT directory with one rank and scaling 1, which every program interprets alike."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flexlora.errors import AdapterError
 from flexlora.lowrank import Factors
-from flexlora.peft_format.config import CONFIG, short
-from flexlora.peft_format.reading import MODULE, MODULE_CHARACTERS, PREFIX, WEIGHTS
+from flexlora.peft_format.config import CONFIG
+from flexlora.peft_format.weights import PREFIX, WEIGHTS, check_module_name
+from flexlora.storage.untrusted import short
 
 CARD = "README.md"
-
+"""The model card."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for ``--max-lora-rank``."""
@@ -28,7 +31,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def write(
     adapter: Mapping[str, Factors],
-    directory: Path,
+    directory: str | os.PathLike[str],
     base_model: str | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -37,23 +40,24 @@ def write(
     metadata: Mapping[str, Any] | None = None,
     replace: bool = False,
 ) -> None:
-    """Write an adapter in the one form that PEFT, vLLM, llama.cpp and others read alike.
+    """Write a standard adapter that PEFT, vLLM, llama.cpp and others interpret identically.
 
-    All modules get one ``r``, padded with zeros: the largest, or ``rank``, or the next
-    that vLLM can be set to. ``lora_alpha = r``, so that the scale is 1; no patterns. The
-    same adapter gives the same bytes. The folder appears whole or not at all. ``metadata``
-    must be fit for JSON and goes into the model card. Holds the padded copy in memory.
+    All modules are padded with zeros to one ``r``: the largest rank (``max``), ``rank``, or the
+    next one that vLLM supports (``vllm``). ``lora_alpha`` is ``r``, so that the scaling is 1,
+    and there are no patterns. The same adapter gives the same bytes. The folder appears whole
+    or not at all. ``metadata`` must be valid JSON and goes into the model card. Needs memory
+    for the padded copy.
 
-    ``target_modules`` are last names (``q_proj``), or whole paths where a last name would
-    also choose a layer that the adapter leaves out.
+    ``target_modules`` are last names (``q_proj``), or whole paths if a last name would also
+    choose a layer that the adapter leaves out.
 
     Raises:
-        AdapterError: the adapter is empty, not finite or of higher rank than ``rank``; a
-            name is not a module path; ``directory`` is in use (``replace=True`` replaces
-            an adapter, and nothing else).
+        AdapterError: the adapter is empty, not finite or of a higher rank than ``rank``; a
+            name is not a module path; a file cannot be written; ``directory`` is in use
+            (``replace=True`` replaces an adapter, and nothing else).
     """
-    directory = directory.resolve()
-    _refuse_target(directory, replace)
+    directory = Path(directory).resolve()
+    check_target(directory, replace)
     tensors, common = _padded(adapter, rank, dtype)
     config = _config(list(adapter), common, base_model, task_type)
     card = _card(base_model, task_type, metadata or {})
@@ -66,12 +70,23 @@ def write(
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)
         _move(partial, directory)
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise AdapterError(
+            f"{directory / WEIGHTS} cannot be written ({error}); is the disk full?"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _refuse_target(directory: Path, replace: bool) -> None:
+def check_target(directory: Path, replace: bool) -> None:
+    """Refuse a folder to write to that is in use.
+
+    Raises:
+        AdapterError: it is a file, or a folder that is not empty, or, with ``replace``, one
+            with other files than an adapter's.
+    """
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -79,14 +94,14 @@ def _refuse_target(directory: Path, replace: bool) -> None:
     files = sorted(path.name for path in directory.iterdir())
     if files and not replace:
         raise AdapterError(
-            f"{directory} is not empty; give the name of a new folder or ask for the adapter "
-            f"there to be replaced."
+            f"{directory} is not empty; give the name of a new folder, or replace the adapter "
+            f"in it with --overwrite (from Python: replace=True)."
         )
     foreign = sorted({*files} - {CONFIG, WEIGHTS, CARD})
     if foreign:
         raise AdapterError(
-            f"{directory} also holds {short(foreign[0])}, which replacing would delete; give "
-            f"the name of a new folder."
+            f"{directory} also contains {short(foreign[0])}, which replacing the adapter would "
+            f"delete; give the name of a new folder."
         )
 
 
@@ -94,29 +109,25 @@ def _padded(
     adapter: Mapping[str, Factors], rank: int | str, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], int]:
     if not adapter:
-        raise AdapterError("The adapter has no modules; give one that has, to write it.")
+        raise AdapterError("The adapter has no modules; give one with at least one module.")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise AdapterError(f"Cannot write {dtype}; take torch.float32, bfloat16 or float16.")
+        raise AdapterError(f"Cannot write {dtype}; use torch.float32, bfloat16 or float16.")
     factors = {}
     for module, value in adapter.items():
-        if len(module) > MODULE_CHARACTERS or not MODULE.fullmatch(module):
-            raise AdapterError(
-                f"{short(module)} is no module path; give letters, digits, _ and -, joined "
-                f"by dots, at most {MODULE_CHARACTERS} characters."
-            )
+        check_module_name(module)
         factors[module] = value.to("cpu").to(dtype)
-        if not all(half.isfinite().all() for half in (factors[module].A, factors[module].B)):
+        if not all(factor.isfinite().all() for factor in (factors[module].A, factors[module].B)):
             raise AdapterError(
                 f"The factors of {module!r} are not finite in {dtype}; write them in "
-                f"torch.float32, or take an earlier state if training diverged."
+                f"torch.float32, or use an earlier checkpoint if training diverged."
             )
     common = _common_rank(max(1, *(value.rank for value in factors.values())), rank)
     tensors = {}
     for module, value in factors.items():
         padded = value.padded(common)
-        for name, half in (("A", padded.A), ("B", padded.B)):
-            # A copy, for safetensors refuses tensors that share memory.
-            copy = half.detach().clone(memory_format=torch.contiguous_format)
+        for name, factor in (("A", padded.A), ("B", padded.B)):
+            # A copy, because safetensors refuses tensors that share memory.
+            copy = factor.detach().clone(memory_format=torch.contiguous_format)
             tensors[f"{PREFIX}{module}.lora_{name}.weight"] = copy
     return tensors, common
 
@@ -128,7 +139,7 @@ def _common_rank(largest: int, rank: int | str) -> int:
         allowed = [value for value in VLLM_RANKS if value >= largest]
         if not allowed:
             raise AdapterError(
-                f"The adapter has rank {largest}, and vLLM goes up to {VLLM_RANKS[-1]}; "
+                f"The adapter has rank {largest}, and vLLM supports up to {VLLM_RANKS[-1]}; "
                 f"truncate the adapter first."
             )
         return allowed[0]
@@ -136,8 +147,8 @@ def _common_rank(largest: int, rank: int | str) -> int:
         raise AdapterError(f"rank is {rank!r}; give a number, 'max' or 'vllm'.")
     if rank < largest:
         raise AdapterError(
-            f"The adapter has rank {largest}, above the {rank} asked for; truncate the "
-            f"adapter first or ask for {largest}."
+            f"The adapter has rank {largest}, above the requested {rank}; truncate the "
+            f"adapter first or write it with rank {largest}."
         )
     return rank
 
@@ -172,9 +183,8 @@ def _config(
 def targets(modules: Sequence[str]) -> list[str]:
     """PEFT's ``target_modules`` for these modules: last names, or else whole paths.
 
-    Last names do as long as no layer between those adapted goes without: the layers
-    numbered 0 to n must each have the same modules. What else the base model has under
-    the same last name cannot be known here; PEFT gives it an update of zero.
+    Last names suffice if the layers numbered 0 to n all have the same modules. The base model
+    may have other layers with the same last name; PEFT gives these an update of zero.
     """
     layers: dict[str, set[int]] = {}
     for module in modules:
@@ -195,7 +205,7 @@ def _card(base_model: str | None, task_type: str | None, metadata: Mapping[str, 
         front["pipeline_tag"] = "text-generation"
     if metadata:
         front["flexlora"] = dict(metadata)
-    # JSON is YAML, and quoted as untrusted names need it.
+    # JSON is valid YAML, and its quotes protect against untrusted names.
     try:
         lines = [
             f"{name}: {json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)}"
@@ -203,7 +213,7 @@ def _card(base_model: str | None, task_type: str | None, metadata: Mapping[str, 
         ]
     except (TypeError, ValueError) as error:
         raise AdapterError(
-            f"metadata is not fit for JSON ({short(error)}); give numbers, texts, lists and "
+            f"metadata is not valid JSON ({short(error)}); give numbers, strings, lists and "
             f"dictionaries."
         ) from error
     for line in lines:

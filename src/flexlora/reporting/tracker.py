@@ -1,4 +1,4 @@
-"""A tracker: where a run is followed beside its own journal, such as TensorBoard or MLflow."""
+"""A tracker: a second place that records a run beside its journal, such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from flexlora.journal import Event, Journal, mean_scores
 from flexlora.reporting.tables import energy_table
 
 PATIENCE_SECONDS = 30.0
-"""How long the end of a run waits for a tracker that is behind."""
+"""The longest time that the end of a run waits for a tracker that is behind."""
 
 
 class Tracker(ABC):
-    """Told all that the journal of one run holds, in order, in a thread of its own.
+    """Receives every event of one run's journal, in order, in a thread of its own.
 
-    A kind is a class in a file of its own under ``trackers/``. It is told the whole journal each
-    time that the run is gone on with, so it must not keep what it was told before twice.
+    A kind is a class in a file of its own under ``trackers/``. It receives the whole journal again
+    each time that the run is resumed, so it must not store the same event twice.
     """
 
     title: ClassVar[str]
@@ -39,11 +39,11 @@ class Tracker(ABC):
 
     @abstractmethod
     def on(self, event: Event) -> None:
-        """Take note of the next event; whatever is raised ends the tracker, not the run."""
+        """Record the next event; an exception ends the tracker, not the run."""
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is left and let go; said once, after the last event."""
+        """Write what is left and release all resources; called once, after the last event."""
 
 
 def following(
@@ -51,8 +51,9 @@ def following(
 ) -> Generator[Event, None, None]:
     """The events of the run in ``folder`` as they come, while the trackers follow its journal.
 
-    They never hold the run up but at its end, for ``PATIENCE_SECONDS``. One that fails is said on
-    stderr, once, and told nothing more. Close the iterator where it is not drawn to its end.
+    Trackers never delay the run, except its end, by at most ``PATIENCE_SECONDS``. The error of one
+    that fails is printed to stderr and it receives no more events. Close the iterator if it is not
+    read to its end.
     """
     followers = [_Follower(tracker, folder) for tracker in trackers]
     try:
@@ -77,18 +78,21 @@ class _Follower:
         self.thread = threading.Thread(target=self._follow, name=name, daemon=True)
 
     def wake(self) -> None:
-        """There is something new; the first time, what a resumed run forgets is cut off."""
+        """Announce a new event; the first call starts the thread.
+
+        By then a resumed run has cut its journal back.
+        """
         if self.thread.ident is None:
             self.thread.start()
         self.woken.set()
 
     def finish(self) -> None:
-        """Let the tracker come to the end of the journal, and close it."""
+        """Let the tracker reach the end of the journal, then close it."""
         self.over = True
         self.woken.set()
 
     def await_end(self) -> None:
-        """Wait until it has; a tracker that was told nothing has nothing to close."""
+        """Wait until it has; a tracker that never started has nothing to close."""
         if self.thread.ident is None:
             return
         self.thread.join(PATIENCE_SECONDS)
@@ -101,18 +105,18 @@ class _Follower:
             while not over:
                 self.woken.wait()
                 self.woken.clear()
-                # Looked at before the journal is read: what came until then is still told.
+                # Read before the journal, so that every event before the end is delivered.
                 over = self.over
                 for event in self.journal.news():
                     if event is None:
-                        # A server that died was replaced: the journal is told from its beginning.
+                        # A server that died was replaced: the journal starts again.
                         self.tracker.close()
                         self.tracker = self.tracker.of(self.folder)
                     else:
                         self.tracker.on(event)
             self.tracker.close()
-        # Whatever goes wrong with a tracker must not end hours of training; even what asks for an
-        # exit would end the thread without a word.
+        # No error of a tracker may end hours of training, and even SystemExit would end the thread
+        # without a message.
         except BaseException as error:
             self._complain(f"{type(error).__name__}: {error}")
             with suppress(Exception):
@@ -120,17 +124,17 @@ class _Follower:
 
     def _complain(self, reason: str) -> None:
         print(
-            f"warning: {self.tracker.title} does not follow this run any more: "
-            f"{reason.rstrip('.')}. The run is not touched by it; {self.journal.path} holds "
-            f"everything, and {self.tracker.title} is told all of it when the run is resumed.",
+            f"warning: {self.tracker.title} is disabled for the rest of this run: "
+            f"{reason.rstrip('.')}. The run continues; {self.journal.path} contains every event, "
+            f"and {self.tracker.title} receives all of them when the run is resumed.",
             file=sys.stderr,
         )
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """What an event says in numbers, by name, for its round; empty for most kinds.
+    """The numbers of an event by name, for its round; empty for most types of events.
 
-    Losses are in nats a token, scores and energies in percent, bytes of all clients together.
+    Losses are in nats per token, scores and energies in percent, bytes of all clients together.
     """
     match event["event"]:
         case "round":
@@ -150,7 +154,7 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def _round(event: Event) -> dict[str, float]:
-    found = {
+    numbers = {
         "clients/asked": len(event["cohort"]),
         "clients/received": event["received"],
         "bytes/up": event["bytes_up"],
@@ -160,10 +164,10 @@ def _round(event: Event) -> dict[str, float]:
         "training/update_norm": event["update_norm"],
     }
     if event["loss_tokens"]:
-        found["training/loss"] = event["loss_total"] / event["loss_tokens"]
+        numbers["training/loss"] = event["loss_total"] / event["loss_tokens"]
     if event["seconds"]:
-        found["training/tokens_per_second"] = event["tokens"] / event["seconds"]
-    return {name: float(value) for name, value in found.items()}
+        numbers["training/tokens_per_second"] = event["tokens"] / event["seconds"]
+    return {name: float(value) for name, value in numbers.items()}
 
 
 def _plain(block: str) -> str:
@@ -171,10 +175,10 @@ def _plain(block: str) -> str:
 
 
 def require(title: str, *packages: str) -> None:
-    """Refuse where a package that a tracker needs is not installed; nothing is imported.
+    """Check that the packages a tracker needs are installed, without importing them.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: one of them is not.
     """
     for package in packages:
         if find_spec(package) is None:

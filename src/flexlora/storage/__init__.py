@@ -1,4 +1,7 @@
-"""Files that a crash leaves whole or absent, and locks between processes."""
+"""Files: atomic writes, locks between processes, and tensors read one at a time.
+
+``tensors`` is imported from its module: it needs PyTorch, which takes seconds to import.
+"""
 
 from flexlora.storage.files import is_locked, locked, write_atomically
 

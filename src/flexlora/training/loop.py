@@ -1,8 +1,8 @@
-"""The local training loop: several clients at a time, each with its rows, on the resident base.
+"""The local training loop, for several clients at a time on one base model.
 
-All that a client decides for itself stays its own: its rows and their order, its steps and its
-learning rate, its loss, its clipping, its optimiser. What is joined is the pass through the
-base model, in which the rows of all stand one after the other.
+Each client has its own rows and their order, steps, learning rate, loss, clipping and
+optimiser. Only the pass through the base model is shared: it takes the rows of all clients,
+one after the other.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from flexlora.errors import DataError
 from flexlora.lowrank import Adapter, FactorNames, Factors, Parametrization
 from flexlora.model import Base, FlatAdapter, to_device
 from flexlora.training.optimizer import Training
-from flexlora.training.reparametrized import FormedAdapter
+from flexlora.training.reparametrized import ReparametrizedAdapter
 
 Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
-"""A term of the loss, from the factors as they are and as they were at the start."""
+"""An additional term of the loss, from the current factors and the initial adapter."""
 
 
 @dataclass(frozen=True)
 class ClientTask:
-    """What one client brings: an adapter, its rows of the store, and its randomness.
+    """One client's local training: an initial adapter, rows of the store, and a generator.
 
-    ``name`` is for errors. ``penalty`` adds a term to its loss at every step. Of ``adapter``
-    the ``halves`` are trained, at ``rate`` times the learning rate; ``rest`` is seen by the
-    client's rows and left as it is. With a ``form`` its parameters are trained instead.
-    ``ranks`` are those of the LoRA scale, where ``adapter`` is some terms of a larger one.
+    ``name`` is for errors. ``penalty`` adds a term to the loss of every step. The ``halves`` of
+    ``adapter`` are trained, at ``rate`` times the learning rate; ``rest`` is a frozen adapter
+    that is added to the base model for this client. With a ``form`` its parameters are trained
+    instead of the factors. ``ranks`` are the ranks from which the LoRA scale is computed, if
+    ``adapter`` has only some terms of a larger one.
     """
 
     name: str
@@ -52,11 +53,12 @@ class ClientTask:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained adapter and what the training took; totals, so that they may be added.
+    """A trained adapter and the totals of its training.
 
-    ``tokens`` are those of the examples, ``computed`` those that went through the model: a
-    token that several examples share went once. ``seconds`` is the client's part of the
-    clock, by tokens computed, where several trained at a time.
+    ``tokens`` counts the tokens of the examples, ``computed`` those that went through the
+    model, where a token shared by several examples counts once. ``loss_total`` is in nats over
+    ``loss_tokens`` tokens. ``seconds`` is the client's share of the elapsed time, by tokens
+    computed, if several clients trained at a time.
     """
 
     adapter: Adapter
@@ -69,50 +71,48 @@ class Trained:
     seconds: float
 
 
-def train(
-    base: Base, learner: ClientTask, store: TokenStore, settings: Training, round: int = 1
-) -> Trained:
-    """Train one client alone; see ``train_together``."""
-    return train_together(base, [learner], store, settings, round)[0]
-
-
 def train_together(
     base: Base,
-    learners: Sequence[ClientTask],
+    tasks: Sequence[ClientTask],
     store: TokenStore,
     settings: Training,
     round: int = 1,
 ) -> list[Trained]:
-    """Train the clients at the same time; the base is left as it was.
+    """Train the clients at the same time; the base model is unchanged afterwards.
 
-    The loss of a client's step is the mean over its loss tokens. A step takes its examples
-    in packs of at most ``settings.pack_tokens`` tokens and adds up their gradients, so that
-    neither the size of packs nor who else is trained changes a client's result, but by
-    rounding. A client with fewer steps than others is done before them.
+    The loss of a client's step is the mean over its loss tokens. A step takes its examples in
+    packs of at most ``settings.pack_tokens`` tokens and adds up their gradients, so that the
+    size of packs and the other clients change a client's result only by rounding. A client
+    with fewer steps than others stops earlier. ``round`` counts from 1.
 
     Raises:
-        DataError: a client has no rows, or its loss is not finite (with client and step).
+        DataError: a client has no rows, or its loss or adapter is not finite (names the client
+            and the step).
     """
     started = time.perf_counter()
-    seats = [_Seat.of(learner, base, settings) for learner in learners]
-    for index in range(max((len(seat.plan) for seat in seats), default=0)):
-        active = [seat for seat in seats if index < len(seat.plan)]
-        with base.training(*(seat.flat.leaves for seat in active)):
+    slots = [_Slot.of(task, base, settings) for task in tasks]
+    for index in range(max((len(slot.plan) for slot in slots), default=0)):
+        active = [slot for slot in slots if index < len(slot.plan)]
+        with base.training(*(slot.flat.leaves for slot in active)):
             _add_gradients(base, store, active, settings, index)
-        for seat in active:
-            seat.step(settings, index, round)
-    found = [seat.finish(store, settings) for seat in seats]
-    computed = sum(trained.computed for trained in found)
+        for slot in active:
+            slot.step(settings, index, round)
+    results = [slot.finish(store, settings) for slot in slots]
+    computed = sum(trained.computed for trained in results)
     seconds = (time.perf_counter() - started) / max(computed, 1)
-    return [replace(trained, seconds=seconds * trained.computed) for trained in found]
+    return [replace(trained, seconds=seconds * trained.computed) for trained in results]
 
 
 @dataclass(eq=False)
-class _Seat:
-    """One client in training. ``losses`` are those of the step so far, not yet asked for."""
+class _Slot:
+    """The training state of one client.
 
-    learner: ClientTask
-    flat: FlatAdapter | FormedAdapter
+    ``plan`` has the rows of each step. ``losses`` are those of the current step, as tensors:
+    reading them on the CPU would wait for the device.
+    """
+
+    task: ClientTask
+    flat: FlatAdapter | ReparametrizedAdapter
     optimizer: torch.optim.Optimizer
     plan: list[list[int]]
     losses: list[Tensor] = field(default_factory=list)
@@ -121,39 +121,42 @@ class _Seat:
     computed: int = 0
 
     @classmethod
-    def of(cls, learner: ClientTask, base: Base, settings: Training) -> _Seat:
-        if len(learner.rows) == 0:
-            raise DataError(f"{learner.name} has no rows to train on.")
-        flat = _flat(learner, base, settings)
-        return cls(learner, flat, settings.make([flat.values]), _plan(learner, settings))
+    def of(cls, task: ClientTask, base: Base, settings: Training) -> _Slot:
+        if len(task.rows) == 0:
+            raise DataError(
+                f"{task.name} has no rows to train on; check the client's data and its splits."
+            )
+        flat = _flat(task, base, settings)
+        return cls(task, flat, settings.make([flat.values]), _plan(task, settings))
 
     def step(self, settings: Training, index: int, round: int) -> None:
-        """One step of the optimiser, from the gradients that are there."""
+        """One optimiser step from the accumulated gradients."""
         summed = float(torch.stack(self.losses).sum())
         self.losses.clear()
         if not math.isfinite(summed):
-            what = f"The training loss of {self.learner.name} is {summed}"
-            raise DataError(_out_of_bounds(what, index + 1, settings))
+            fault = f"The training loss of {self.task.name} is {summed}"
+            raise DataError(_diverged(fault, index + 1, settings))
         self.loss_total += summed
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learner.rate * settings.rate(index, len(self.plan), round)
-        penalty, start = self.learner.penalty, self.learner.adapter
+            group["lr"] = self.task.rate * settings.rate(index, len(self.plan), round)
+        penalty, start = self.task.penalty, self.task.adapter
         extra = penalty(self.flat.folded(), start) if penalty is not None else None
         if extra is not None:
             extra.backward()  # type: ignore[no-untyped-call]
-        self.flat.gather()
+        self.flat.pull_back_gradients()
         torch.nn.utils.clip_grad_norm_(self.flat.values, settings.clip_norm)
         self.optimizer.step()
-        self.flat.spread()
+        self.flat.update_factors()
         self.flat.zero_grad()
 
     def finish(self, store: TokenStore, settings: Training) -> Trained:
-        """What has been trained; the parameters are given up."""
-        self.optimizer.state.clear()  # the moments: an optimiser is in a cycle, outlives its name
+        """The result of the training; frees the optimiser's state and the gradients."""
+        # An optimiser is part of a reference cycle, so its moments would stay in memory.
+        self.optimizer.state.clear()
         adapter = self.flat.finish()
         if not all(f.B.isfinite().all() and f.A.isfinite().all() for f in adapter.values()):
-            what = f"The adapter of {self.learner.name} is not finite"
-            raise DataError(_out_of_bounds(what, len(self.plan), settings))
+            fault = f"The adapter of {self.task.name} is not finite"
+            raise DataError(_diverged(fault, len(self.plan), settings))
         return Trained(
             adapter=adapter,
             steps=len(self.plan),
@@ -166,81 +169,85 @@ class _Seat:
         )
 
 
-def _flat(learner: ClientTask, base: Base, settings: Training) -> FlatAdapter | FormedAdapter:
-    """What the optimiser works on: the factors, or the parameters that they are made of."""
-    if learner.form is not None:
-        return FormedAdapter.of(learner.form, base.device, learner.rest)
+def _flat(task: ClientTask, base: Base, settings: Training) -> FlatAdapter | ReparametrizedAdapter:
+    """The trainable parameters: the factors, or those of the parametrization."""
+    if task.form is not None:
+        return ReparametrizedAdapter.of(task.form, base.device, task.rest)
     return FlatAdapter.of(
-        learner.adapter,
+        task.adapter,
         settings.scale,
         base.device,
-        learner.halves,
-        learner.rest,
-        learner.ranks,
+        task.halves,
+        task.rest,
+        task.ranks,
     )
 
 
-def _plan(learner: ClientTask, settings: Training) -> list[list[int]]:
-    """The rows of each optimiser step of the turn."""
+def _plan(task: ClientTask, settings: Training) -> list[list[int]]:
+    """The rows of each optimiser step of the client's local training."""
     plan: list[list[int]] = []
     for _ in range(settings.epochs):
-        plan += steps(learner.rows, settings.batch_examples, learner.draw)
+        plan += steps(task.rows, settings.batch_examples, task.draw)
         if settings.max_steps is not None and len(plan) >= settings.max_steps:
             return plan[: settings.max_steps]
     return plan
 
 
 def _add_gradients(
-    base: Base, store: TokenStore, seats: Sequence[_Seat], settings: Training, index: int
+    base: Base, store: TokenStore, slots: Sequence[_Slot], settings: Training, index: int
 ) -> None:
-    """Add up the gradients of one step of every seat, each of its own mean loss."""
-    laid = [
+    """Accumulate the gradients of one step of every client, each of its own mean loss."""
+    share = base.shares_prefixes
+    client_packs = [
         [
-            pack(store, rows, settings.prompt_loss, base.shares)
-            for rows in packs(store, seat.plan[index], settings.pack_tokens, base.shares)
+            pack(store, rows, settings.prompt_loss, share)
+            for rows in packs(store, slot.plan[index], settings.pack_tokens, share)
         ]
-        for seat in seats
+        for slot in slots
     ]
-    counts = [sum(len(row.labels) for row in rows) for rows in laid]
-    for row, edges in _joined(laid, settings.pack_tokens):
+    counts = [sum(len(row.labels) for row in rows) for rows in client_packs]
+    for row, edges in _joined(client_packs, settings.pack_tokens):
         above = settings.recompute_above
         with base.recomputing(above is not None and row.tokens > above):
             nats = label_losses(base, row, edges)
-            shares = torch.tensor([1 / max(count, 1) for count in counts])[row.owners]
-            (nats * to_device(shares, base.device)).sum().backward()  # type: ignore[no-untyped-call]
-        summed = nats.new_zeros(len(seats))
+            weights = torch.tensor([1 / max(count, 1) for count in counts])[row.owners]
+            (nats * to_device(weights, base.device)).sum().backward()  # type: ignore[no-untyped-call]
+        summed = nats.new_zeros(len(slots))
         summed.index_add_(0, to_device(row.owners, base.device), nats.detach())
-        for seat, loss in zip(seats, summed, strict=True):
-            seat.losses.append(loss)
-    for seat, rows, count in zip(seats, laid, counts, strict=True):
-        seat.loss_tokens += count
-        seat.computed += sum(row.tokens for row in rows)
+        for slot, loss in zip(slots, summed, strict=True):
+            slot.losses.append(loss)
+    for slot, rows, count in zip(slots, client_packs, counts, strict=True):
+        slot.loss_tokens += count
+        slot.computed += sum(row.tokens for row in rows)
 
 
-def _joined(laid: Sequence[Sequence[Pack]], room: int) -> Iterator[tuple[Pack, list[int]]]:
-    """The packs of all seats in rows of at most ``room`` tokens, owners being the seats.
+def _joined(client_packs: Sequence[Sequence[Pack]], room: int) -> Iterator[tuple[Pack, list[int]]]:
+    """The packs of all clients in rows of at most ``room`` tokens, with client indices as owners.
 
-    With each row come its edges: the tokens of seat i are from edges[i] to edges[i + 1].
+    Each row comes with its edges: client i has the tokens from edges[i] to edges[i + 1].
     """
-    pieces = [(seat, row) for seat, rows in enumerate(laid) for row in rows]
-    for held in first_fit([row.tokens for _, row in pieces], room):
-        chosen = [pieces[number] for number in sorted(held)]
+    pieces = [(client, row) for client, rows in enumerate(client_packs) for row in rows]
+    for members in first_fit([row.tokens for _, row in pieces], room):
+        chosen = [pieces[piece] for piece in sorted(members)]
         row = join([row for _, row in chosen])
-        owners = torch.tensor([seat for seat, _ in chosen])[row.owners]
-        tokens = np.zeros(len(laid) + 1, np.int64)
-        for seat, part in chosen:
-            tokens[seat + 1] += part.tokens
+        owners = torch.tensor([client for client, _ in chosen])[row.owners]
+        tokens = np.zeros(len(client_packs) + 1, np.int64)
+        for client, piece in chosen:
+            tokens[client + 1] += piece.tokens
         yield replace(row, owners=owners), np.cumsum(tokens).tolist()
 
 
 def label_losses(base: Base, row: Pack, edges: Sequence[int] | None = None) -> Tensor:
-    """The cross-entropy at each of a row's labels, in nats, in float32."""
+    """The cross-entropy (n,) at each of a row's n labels, in nats, in float32.
+
+    ``edges`` are the bounds of each adapter's tokens, see ``Base.logits``.
+    """
     logits = base.logits(row, edges).float()
     return F.cross_entropy(logits, to_device(row.labels, base.device), reduction="none")
 
 
-def _out_of_bounds(what: str, step: int, settings: Training) -> str:
+def _diverged(fault: str, step: int, settings: Training) -> str:
     return (
-        f"{what} at step {step}; lower training.learning_rate (now {settings.learning_rate}) or "
+        f"{fault} at step {step}; lower training.learning_rate (now {settings.learning_rate}) or "
         f"training.alpha (now {settings.alpha})."
     )

@@ -1,4 +1,4 @@
-"""How a client optimises: the optimiser, its schedule and its scale."""
+"""The settings of local training: the optimiser, its learning rates and the LoRA scale."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from flexlora.model import Scale
 
 @dataclass(frozen=True)
 class Training:
-    """One client's local training.
+    """The settings of one client's local training.
 
-    ``batch_examples`` is the effective batch of an optimiser step; ``pack_tokens`` bounds the
-    tokens that are in memory at once and changes nothing else; a pack of more than
-    ``recompute_above`` tokens keeps one layer's activations and recomputes the others, for
-    about a third more time. The schedule runs within a
-    client's turn; ``round_decay`` multiplies the learning rate from round to round.
-    ``alpha`` is LoRA's: the scale is alpha / rank (``scaling = "rank"``), alpha / sqrt(rank)
-    (``"sqrt"``, rsLoRA) or alpha itself (``"none"``).
+    ``batch_examples`` is the effective batch size of an optimiser step. ``pack_tokens`` bounds
+    the tokens in memory at once and affects nothing else. A pack of more than
+    ``recompute_above`` tokens uses gradient checkpointing: activations of only one layer are in
+    memory, for about a third more time. The schedule covers one client's local training;
+    ``round_decay`` multiplies the learning rate from round to round. ``alpha`` is LoRA's: the
+    scale is alpha / rank (``scaling = "rank"``), alpha / sqrt(rank) (``"sqrt"``, rsLoRA) or
+    alpha itself (``"none"``).
+
+    Raises:
+        ConfigError: a number is out of range.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -62,7 +65,7 @@ class Training:
 
     @property
     def scale(self) -> Scale:
-        """The LoRA scale of a module, from its rank."""
+        """The LoRA scale as a function of a module's rank."""
         powers = {"rank": 1.0, "sqrt": 0.5, "none": 0.0}
         power, alpha = powers[self.scaling], self.alpha
         return lambda rank: float(alpha / max(rank, 1) ** power)
@@ -72,15 +75,15 @@ class Training:
         peak = self.learning_rate * self.round_decay ** (round - 1)
         if step < self.warmup_steps:
             return peak * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(steps - self.warmup_steps, 1)
+        progress = (step - self.warmup_steps) / max(steps - self.warmup_steps, 1)
         if self.schedule == "linear":
-            return peak * (1 - done)
+            return peak * (1 - progress)
         if self.schedule == "cosine":
-            return peak * 0.5 * (1 + math.cos(math.pi * done))
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
         return peak
 
     def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """A fresh optimiser: moments are never carried from round to round."""
+        """A new optimiser; its moments do not carry over from round to round."""
         if self.optimizer == "adamw":
             return torch.optim.AdamW(
                 parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True

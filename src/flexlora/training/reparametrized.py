@@ -1,8 +1,8 @@
-"""Factors that are functions of other parameters, which a client trains in their stead.
+"""Training the parameters of which the factors are a function, instead of the factors.
 
 A method may train cores between frozen bases, the cores of a tensor train, or single entries of
-a matrix. The model's layers take ``B`` and ``A`` as ever. Their gradients are pulled back to the
-parameters once in a step, and after it the factors are computed anew.
+a matrix. The model's layers still take ``B`` and ``A``. Before each optimiser step the factors'
+gradients are pulled back to the parameters, and after it the factors are recomputed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from flexlora.model import FlatAdapter, leaf
 
 
 @dataclass(frozen=True, eq=False)
-class FormedAdapter:
-    """Trainable parameters by module, all lying in ``values``, and the factors they make.
+class ReparametrizedAdapter:
+    """Trainable parameters by module, as views of ``values`` (n,), and the factors they define.
 
-    To the training loop it is what ``FlatAdapter`` is; ``leaves`` are the factors that the
-    model's layers take, at a scale of one. Beside parameters and gradients it holds each
-    factor once, and once more the gradient of one that depends on parameters.
+    It has the interface of ``FlatAdapter`` for the training loop; ``leaves`` are the factors
+    that the model's layers take, at a scale of 1. Memory: parameters and gradients, each
+    factor, and the gradient of each factor that depends on parameters.
     """
 
     values: Tensor
@@ -36,46 +36,48 @@ class FormedAdapter:
         forms: Mapping[str, Parametrization],
         device: torch.device,
         rest: Mapping[str, Factors] | None = None,
-    ) -> FormedAdapter:
+    ) -> ReparametrizedAdapter:
         """A float32 copy of the parameters on ``device``, with gradients of zero."""
         values = torch.empty(sum(f.parameters.numel() for f in forms.values()), device=device)
         grads, start = torch.zeros_like(values), 0
-        here, factors = {}, {}
+        device_forms, factors = {}, {}
         for module, form in forms.items():
-            own, start = leaf(values, grads, start, form.parameters.shape)
+            parameters, start = leaf(values, grads, start, form.parameters.shape)
             with torch.no_grad():
-                own.copy_(form.parameters)
-            here[module] = Parametrization(own, form.make, tuple(x.to(device) for x in form.frozen))
-            made = here[module].factors()
-            factors[module] = Factors(_cut(made.B), _cut(made.A))
+                parameters.copy_(form.parameters)
+            frozen = tuple(x.to(device) for x in form.frozen)
+            device_forms[module] = Parametrization(parameters, form.make, frozen)
+            computed = device_forms[module].factors()
+            factors[module] = Factors(_detached(computed.B), _detached(computed.A))
         values.requires_grad_().grad = grads
-        beside = {m: f.to(device).to(torch.float32) for m, f in (rest or {}).items()}
-        return cls(values, here, FlatAdapter(values, factors, dict.fromkeys(factors, 1.0), beside))
+        frozen_factors = {m: f.to(device).to(torch.float32) for m, f in (rest or {}).items()}
+        leaves = FlatAdapter(values, factors, dict.fromkeys(factors, 1.0), frozen_factors)
+        return cls(values, device_forms, leaves)
 
     def folded(self) -> dict[str, Factors]:
-        """The effective factors; a gradient of theirs reaches the parameters by ``gather``."""
+        """The effective factors; ``pull_back_gradients`` passes their gradients on."""
         return self.leaves.folded()
 
-    def gather(self) -> None:
-        """Pull the factors' gradients back to the parameters; once in a step, before it.
+    def pull_back_gradients(self) -> None:
+        """Add the factors' gradients, pulled back, to the parameters'; once before each step.
 
-        Costs one evaluation of each form and of its derivative.
+        Costs one evaluation of each parametrization and of its derivative.
         """
         for module, form in self.forms.items():
-            made, held = form.factors(), self.leaves.factors[module]
+            computed, leaves = form.factors(), self.leaves.factors[module]
             pairs = [
                 (value, each.grad)
-                for value, each in ((made.B, held.B), (made.A, held.A))
+                for value, each in ((computed.B, leaves.B), (computed.A, leaves.A))
                 if value.requires_grad
             ]
             torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
 
-    def spread(self) -> None:
-        """Compute the factors anew, in place, from the parameters as they are after a step."""
+    def update_factors(self) -> None:
+        """Recompute the factors, in place, from the parameters after a step."""
         with torch.no_grad():
             for module, form in self.forms.items():
-                made, held = form.factors(), self.leaves.factors[module]
-                for value, each in ((made.B, held.B), (made.A, held.A)):
+                computed, leaves = form.factors(), self.leaves.factors[module]
+                for value, each in ((computed.B, leaves.B), (computed.A, leaves.A)):
                     if each.requires_grad:
                         each.copy_(value)
 
@@ -89,7 +91,7 @@ class FormedAdapter:
                     each.grad.zero_()
 
     def finish(self) -> Adapter:
-        """Each module's parameters as a ``as_vector``, on the CPU; the gradients are given up."""
+        """Each module's parameters by ``as_vector``, on the CPU; frees the gradients."""
         for f in self.leaves.factors.values():
             f.B.grad = f.A.grad = None
         for form in self.forms.values():
@@ -100,10 +102,10 @@ class FormedAdapter:
         )
 
 
-def _cut(value: Tensor) -> Tensor:
-    """A leaf of this value, with a gradient of zero if it depends on parameters."""
+def _detached(value: Tensor) -> Tensor:
+    """The value itself if it has no gradient, else a leaf copy of it with a gradient of zero."""
     if not value.requires_grad:
         return value
-    own = value.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-    own.grad = torch.zeros_like(own)
-    return own
+    copy = value.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    copy.grad = torch.zeros_like(copy)
+    return copy

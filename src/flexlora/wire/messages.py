@@ -1,168 +1,26 @@
-"""Adapters as bytes: what travels between server and client, and what it weighs.
+"""Downloads and uploads as bytes and back.
 
-The form is safetensors with tensors ``<module>.A`` and ``<module>.B`` and one JSON header
-under the metadata key ``flexlora``. Adapters that travel beside the first have their modules
-named ``<section>/<module>``. A tensor of bytes is one of many zeros, as ``sparse`` packs it: the
-header says its shape and the numbers' dtype. Nothing else is ever parsed from the network.
+The modules of the adapters that a download sends besides its first one are named
+``<section>/<module>``; ``adapters`` gives the format of the bytes. Every field of a header is
+checked before it is used.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from flexlora.errors import ProtocolError
 from flexlora.lowrank import Adapter, Factors
 from flexlora.method import Download, Upload
-from flexlora.wire.sparse import FLOATS, Form, forms, thinned, unpacked
+from flexlora.wire.adapters import decode, encode, open_file
 
-FORMAT = 2
-"""Raised whenever messages change: 1 was that of flexlora before its interface for methods."""
-NUMBER_CHARACTERS = 25
-"""What every fact takes in a header: a clock's digits must not change a message's length."""
 LARGEST_FACT = 1e15
-
-DTYPES = {**FLOATS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-"""What safetensors calls the dtypes that are read; which of them are welcome, others decide."""
-
-
-def encode(
-    adapter: Adapter, header: Mapping[str, Any], dtype: torch.dtype, sparse: bool = False
-) -> bytes:
-    """The adapter and a JSON header as bytes; the same input always gives the same bytes.
-
-    With ``sparse`` every tensor that is smaller without its zeros travels without them.
-    """
-    tensors = {}
-    for module, factors in adapter.items():
-        tensors[f"{module}.A"] = factors.A.detach().to(dtype).contiguous()
-        tensors[f"{module}.B"] = factors.B.detach().to(dtype).contiguous()
-    if sparse:
-        tensors, said = thinned(tensors, dtype)
-        header = {**header, **said}
-    text = json.dumps({"format": FORMAT, **header}, sort_keys=True, allow_nan=False)
-    facts = header.get("facts", {}).values()
-    text += " " * sum(NUMBER_CHARACTERS - len(json.dumps(value)) for value in facts)
-    return safetensors.torch.save(tensors, metadata={"flexlora": text})
-
-
-def decode(data: bytes) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter, in the dtype it travelled in, and the header.
-
-    Raises:
-        ProtocolError: the bytes are not what ``encode`` makes.
-    """
-    header = _header(data[: 8 + _header_length(data)])
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:
-        raise ProtocolError(f"The bytes received are no adapter: {error}.") from error
-    halves = _halves(tensors, "the bytes received")
-    for name, form in forms(header, {n: (t.dtype, t.shape) for n, t in tensors.items()}).items():
-        tensors[name] = unpacked(tensors[name], *form, name)
-    return (
-        Adapter({m: Factors(tensors[f"{m}.B"], tensors[f"{m}.A"]) for m in halves}),
-        header,
-    )
-
-
-@dataclass(frozen=True)
-class _Stored(Mapping[str, Factors]):
-    """Modules in a file, read one at a time; nothing stays in memory."""
-
-    path: Path
-    tensors: Mapping[str, _Place]
-    names: tuple[str, ...]
-    sparse: Mapping[str, Form]
-
-    def __getitem__(self, module: str) -> Factors:
-        with self.path.open("rb") as file:
-            return Factors(self._read(f"{module}.B", file), self._read(f"{module}.A", file))
-
-    def rank(self, module: str) -> int:
-        """The rank of a module, from the header."""
-        name = f"{module}.A"
-        shape = self.sparse[name][0] if name in self.sparse else self.tensors[name].shape
-        return int(shape[0])
-
-    def _read(self, name: str, file: BinaryIO) -> Tensor:
-        data = self.tensors[name].read(file)
-        return unpacked(data, *self.sparse[name], name) if name in self.sparse else data
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def stored_at(adapter: Adapter) -> Path | None:
-    """The file that an adapter is read from; None if it is in memory."""
-    return adapter.modules.path if isinstance(adapter.modules, _Stored) else None
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in a file that safetensors has found sound."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    first: int
-    bytes: int
-
-    def read(self, file: BinaryIO) -> Tensor:
-        """The tensor; without a map of the file, whose pages would count as memory used."""
-        file.seek(self.first)
-        data = bytearray(file.read(self.bytes))
-        if len(data) != self.bytes:
-            raise ProtocolError(f"{file.name} was cut off while it was in use.")
-        if not data:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
-
-
-def open_file(path: Path) -> tuple[Adapter, dict[str, Any]]:
-    """As ``decode``, of a file whose modules are read when they are asked for.
-
-    The header is checked and read once: opening the file anew for each module would parse
-    all of it each time.
-    """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("flexlora")
-            keys = list(file.keys())
-        tensors = _places(path)
-    except Exception as error:
-        raise ProtocolError(f"{path} is no stored adapter: {error}.") from error
-    names, header = tuple(_halves(keys, str(path))), _checked(text)
-    sparse = forms(header, {name: (p.dtype, p.shape) for name, p in tensors.items()})
-    return Adapter(_Stored(path, tensors, names, sparse)), header
-
-
-def _places(path: Path) -> dict[str, _Place]:
-    """Every tensor of a safetensors file by its name."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {
-        name: _Place(
-            DTYPES[entry["dtype"]],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def encode_download(download: Download, dtype: torch.dtype, sparse: bool = False) -> bytes:
@@ -193,7 +51,7 @@ def decode_download(data: bytes) -> Download:
 
 
 def open_download(path: Path) -> Download:
-    """A download from a file, its modules read when they are asked for."""
+    """A download from a file, its modules read on look-up. Raises ProtocolError."""
     return _download(*open_file(path))
 
 
@@ -252,10 +110,10 @@ def encode_upload(upload: Upload, dtype: torch.dtype, sparse: bool = False) -> b
 
 
 def open_upload(path: Path) -> Upload:
-    """An upload from a file, its modules read when they are asked for.
+    """An upload from a file, its modules read on look-up.
 
     Raises:
-        ProtocolError: the file is no upload, or a field of its header is ill-typed.
+        ProtocolError: the file is not an upload, or a field of its header has a wrong type.
     """
     adapter, header = open_file(path)
     _expect(header, "upload")
@@ -301,7 +159,7 @@ def open_private(path: Path) -> dict[str, Adapter]:
 
 
 def _joined(sections: Mapping[str, Adapter]) -> Adapter:
-    """Several adapters as one, their modules under the sections' names."""
+    """Several adapters as one, their modules prefixed with the names of the sections."""
     return Adapter(
         {
             f"{name}/{module}" if name else module: factors
@@ -312,7 +170,7 @@ def _joined(sections: Mapping[str, Adapter]) -> Adapter:
 
 
 def _sections(adapter: Adapter) -> dict[str, Adapter]:
-    """What ``_joined`` joined; modules are still read when they are asked for."""
+    """The adapters that ``_joined`` joined; modules are still read on look-up."""
     names: dict[str, dict[str, str]] = {}
     for key in adapter:
         section, _, module = key.rpartition("/")
@@ -322,23 +180,23 @@ def _sections(adapter: Adapter) -> dict[str, Adapter]:
 
 @dataclass(frozen=True)
 class _Section(Mapping[str, Factors]):
-    """Some modules of an adapter under names of their own."""
+    """Some modules of an adapter under other names: ``names`` maps these to the adapter's."""
 
-    whole: Adapter
-    keys_: Mapping[str, str]
+    adapter: Adapter
+    names: Mapping[str, str]
 
     def __getitem__(self, module: str) -> Factors:
-        return self.whole[self.keys_[module]]
+        return self.adapter[self.names[module]]
 
     def rank(self, module: str) -> int:
         """The rank of a module, not read from the file."""
-        return self.whole.rank(self.keys_[module])
+        return self.adapter.rank(self.names[module])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.keys_)
+        return len(self.names)
 
 
 def _numbered(ids: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -369,52 +227,6 @@ def _component_ids(header: Mapping[str, Any], adapter: Adapter) -> dict[str, tup
     return {module: tuple(numbers) for module, numbers in ids.items()}
 
 
-def _header_length(data: bytes) -> int:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ProtocolError(
-            f"The {len(data)} bytes received are no adapter: their header is cut off."
-        )
-    return length
-
-
-def _header(head: bytes) -> dict[str, Any]:
-    try:
-        metadata = json.loads(head[8:])["__metadata__"]
-        text = metadata["flexlora"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ProtocolError("The bytes received carry no flexlora header.") from error
-    return _checked(text)
-
-
-def _checked(text: str | None) -> dict[str, Any]:
-    try:
-        header = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("The adapter's flexlora header is no JSON.") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        said = header.get("format") if isinstance(header, dict) else None
-        raise ProtocolError(
-            f"The adapter's header is of format {said!r}; this version "
-            f"reads format {FORMAT}. Run the same version of flexlora on both sides."
-        )
-    return header
-
-
 def _expect(header: Mapping[str, Any], kind: str) -> None:
     if header.get("kind") != kind:
-        raise ProtocolError(f"Expected a {kind}, got a {header.get('kind')!r}.")
-
-
-def _halves(keys: Any, place: str) -> list[str]:
-    """The module names, given that every one has both its halves."""
-    names = set(keys)
-    modules = sorted({key[:-2] for key in names if key[-2:] in (".A", ".B")})
-    for module in modules:
-        for half in ("A", "B"):
-            if f"{module}.{half}" not in names:
-                raise ProtocolError(f"{place}: module {module!r} has no {half}.")
-    if len(names) != 2 * len(modules):
-        strange = sorted(key for key in names if key[-2:] not in (".A", ".B"))
-        raise ProtocolError(f"{place}: unknown tensor {strange[0]!r}.")
-    return modules
+        raise ProtocolError(f"Expected a message of kind {kind!r}, not {header.get('kind')!r}.")

@@ -13,7 +13,7 @@ from flexlora.method import Client, ModuleSpec, Upload, UploadSpec
 LARGEST_NORM = 1e6
 """Of a factor. Trained ones are far below; finite numbers without bound overflow in products."""
 
-WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRANSPORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that adapters may travel in."""
 
 
@@ -35,7 +35,7 @@ def upload(
     """
     place = f"The upload of client {client.id!r} for round {round}"
     if (upload.client, upload.round) != (client.id, round):
-        raise ProtocolError(f"{place} says it is of {upload.client!r}, round {upload.round}.")
+        raise ProtocolError(f"{place} names client {upload.client!r}, round {upload.round}.")
     if upload.examples < 1 or (most_examples and upload.examples > most_examples):
         raise ProtocolError(f"{place} counts {upload.examples} examples.")
     if upload.aux.keys() != expected.aux.keys():
@@ -67,9 +67,9 @@ def _check_factors(module: str, factors: Factors, spec: ModuleSpec, place: str) 
         raise ProtocolError(
             f"{place}: module {module!r} is {factors.shape} (out, in), not {spec.shape}."
         )
-    if factors.B.dtype not in WIRE_DTYPES:
+    if factors.B.dtype not in TRANSPORT_DTYPES:
         raise ProtocolError(
-            f"{place}: module {module!r} is {factors.B.dtype}, not one of {WIRE_DTYPES}."
+            f"{place}: module {module!r} is {factors.B.dtype}, not one of {TRANSPORT_DTYPES}."
         )
     if not spec.min_rank <= factors.rank <= spec.max_rank:
         raise ProtocolError(
@@ -77,11 +77,11 @@ def _check_factors(module: str, factors: Factors, spec: ModuleSpec, place: str) 
             f"{spec.max_rank}."
         )
     if not (factors.B.isfinite().all() and factors.A.isfinite().all()):
-        raise ProtocolError(f"{place}: module {module!r} holds NaN or infinity.")
+        raise ProtocolError(f"{place}: module {module!r} contains NaN or infinity.")
     size = max(float(factor.double().norm()) for factor in (factors.B, factors.A))
     if size > LARGEST_NORM:
         raise ProtocolError(
-            f"{place}: a factor of module {module!r} has the norm {size:.3g}; the limit is "
+            f"{place}: module {module!r} has a factor with the norm {size:.3g}, above "
             f"{LARGEST_NORM:g}."
         )
 

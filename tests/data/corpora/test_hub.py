@@ -8,6 +8,7 @@ import pytest
 
 from flexlora.data.corpora import hub
 from flexlora.data.corpora.table import Columns
+from flexlora.errors import ConfigError
 
 COLUMNS = Columns(client="who", category=None, split=None)
 
@@ -35,24 +36,24 @@ class Rows:
 
 @pytest.fixture
 def installed(monkeypatch):
-    asked = []
+    calls = []
 
     def provide(**splits):
         def load_dataset(path, name, revision):
-            asked.append((path, name, revision))
+            calls.append((path, name, revision))
             return splits
 
         module = SimpleNamespace(load_dataset=load_dataset)
         monkeypatch.setitem(sys.modules, "datasets", module)
-        return asked
+        return calls
 
     return provide
 
 
 def test_the_hubs_splits_become_the_split(installed):
-    asked = installed(train=Rows(0, 7), test=Rows(7, 3))
+    calls = installed(train=Rows(0, 7), test=Rows(7, 3))
     corpus = hub.read("some/name", COLUMNS, subset="small", revision="abc")
-    assert asked == [("some/name", "small", "abc")]
+    assert calls == [("some/name", "small", "abc")]
     assert corpus.keys("split").tolist() == ["train"] * 7 + ["test"] * 3
     assert corpus.keys("client").tolist() == ["0", "1"] * 5
     assert corpus.example(8).output == "out 8"
@@ -82,5 +83,5 @@ def test_a_missing_column_is_refused(installed):
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'flexlora\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'flexlora\[hub\]'"):
         hub.read("some/name", COLUMNS)

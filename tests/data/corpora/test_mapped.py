@@ -16,7 +16,7 @@ def source(tmp_path):
     return path
 
 
-def kept(tmp_path, source, make, **settings):
+def cached(tmp_path, source, make, **settings):
     return mapped.kept(tmp_path / "cache", [source], settings, make)
 
 
@@ -25,24 +25,24 @@ def never():
 
 
 def test_a_corpus_is_made_once_and_is_then_the_same(tmp_path, source):
-    made = small_corpus()
-    first = kept(tmp_path, source, lambda: made)
-    again = kept(tmp_path, source, never)
+    original = small_corpus()
+    first = cached(tmp_path, source, lambda: original)
+    again = cached(tmp_path, source, never)
     for corpus in (first, again):
-        assert corpus.examples(range(17)) == made.examples(range(17))
-        assert corpus.keys("client").tolist() == made.keys("client").tolist()
-        assert corpus.fingerprint() == made.fingerprint()
+        assert corpus.examples(range(17)) == original.examples(range(17))
+        assert corpus.keys("client").tolist() == original.keys("client").tolist()
+        assert corpus.fingerprint() == original.fingerprint()
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
 
 
 def test_what_decides_the_rows_decides_the_file(tmp_path, source):
-    kept(tmp_path, source, small_corpus, share=0.1)
+    cached(tmp_path, source, small_corpus, share=0.1)
     other = small_corpus(13)
-    assert len(kept(tmp_path, source, lambda: other, share=0.2)) == 13
+    assert len(cached(tmp_path, source, lambda: other, share=0.2)) == 13
     source.write_text("other rows")
-    assert len(kept(tmp_path, source, lambda: other, share=0.1)) == 13
+    assert len(cached(tmp_path, source, lambda: other, share=0.1)) == 13
     source.write_text("some rows")
-    assert len(kept(tmp_path, source, never, share=0.1)) == 17
+    assert len(cached(tmp_path, source, never, share=0.1)) == 17
 
 
 def test_its_digests_are_those_of_its_columns(tmp_path):
@@ -69,9 +69,9 @@ def test_conversations_and_no_rows_can_be_kept(tmp_path):
     chat = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
     for corpus in (Corpus.build({"messages": [chat] * 3}), small_corpus().select([])):
         mapped.write(corpus, tmp_path / "corpus.arrow")
-        found = mapped.read(tmp_path / "corpus.arrow")
-        assert found.table.equals(corpus.table)
-        assert found.fingerprint() == corpus.fingerprint()
+        reread = mapped.read(tmp_path / "corpus.arrow")
+        assert reread.table.equals(corpus.table)
+        assert reread.fingerprint() == corpus.fingerprint()
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: b"", lambda data: b"PK"])
@@ -94,8 +94,8 @@ def test_a_file_without_the_digests_of_its_columns_is_refused(tmp_path):
 
 def test_a_source_that_fails_leaves_nothing_behind(tmp_path, source):
     with pytest.raises(AssertionError):
-        kept(tmp_path, source, never)
+        cached(tmp_path, source, never)
     broken = dataclasses.replace(small_corpus(), digests={"client": object()})
     with pytest.raises(TypeError):
-        kept(tmp_path, source, lambda: broken)
+        cached(tmp_path, source, lambda: broken)
     assert not [path for path in (tmp_path / "cache").glob("*") if path.is_file()]

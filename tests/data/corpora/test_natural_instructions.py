@@ -66,5 +66,5 @@ def test_what_is_no_task_is_refused(folder, tmp_path_factory):
     with pytest.raises(ValueError, match="'Definition' is missing"):
         read(folder)
     (folder / "task002.json").write_text("{")
-    with pytest.raises(ValueError, match=r"task002.json' is no JSON"):
+    with pytest.raises(ValueError, match=r"task002.json' is not JSON"):
         read(folder)

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("reasoning_gym", reason="needs the extra 'demo'")
 
 from flexlora.data.corpora.procedural import FAMILIES, generate
+from flexlora.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +20,10 @@ def test_every_family_is_a_client(corpus):
     assert len(FAMILIES) >= 32
     assert Counter(corpus.keys("client").tolist()) == dict.fromkeys(FAMILIES, 30)
     for client in FAMILIES:
-        mine = corpus.keys("client") == client
-        assert len(set(corpus.keys("category")[mine])) == 1
-        assert len(set(corpus.keys("instruction")[mine])) == 1
-        assert Counter(corpus.keys("split")[mine].tolist())["train"] == 24
+        own = corpus.keys("client") == client
+        assert len(set(corpus.keys("category")[own])) == 1
+        assert len(set(corpus.keys("instruction")[own])) == 1
+        assert Counter(corpus.keys("split")[own].tolist())["train"] == 24
     assert len(set(corpus.keys("category"))) >= 8
 
 
@@ -55,9 +56,9 @@ def test_answers_are_right_where_they_are_easy_to_check(corpus):
 
 def test_a_familys_rows_depend_on_no_other_family(corpus):
     alone = generate(["gcd"], examples=30, seed=1)
-    mine = corpus.select(corpus.keys("client") == "gcd")
-    assert alone.fingerprint() == mine.fingerprint()
-    assert generate(["gcd"], examples=30, seed=2).fingerprint() != mine.fingerprint()
+    own = corpus.select(corpus.keys("client") == "gcd")
+    assert alone.fingerprint() == own.fingerprint()
+    assert generate(["gcd"], examples=30, seed=2).fingerprint() != own.fingerprint()
 
 
 def test_another_process_generates_the_same(corpus):
@@ -65,14 +66,14 @@ def test_another_process_generates_the_same(corpus):
         "from flexlora.data.corpora.procedural import generate\n"
         "print(generate(examples=30, seed=1).fingerprint())"
     )
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "7"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stdout.split()[-1] == corpus.fingerprint()
+    assert process.stdout.split()[-1] == corpus.fingerprint()
 
 
 def test_what_cannot_be_generated_is_refused(monkeypatch):
@@ -83,5 +84,5 @@ def test_what_cannot_be_generated_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="Cannot generate 0 examples"):
         generate(examples=0, seed=1)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ImportError, match=r"pip install 'flexlora\[demo\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'flexlora\[demo\]'"):
         generate(["gcd"], examples=3, seed=1)

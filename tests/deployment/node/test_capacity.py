@@ -181,4 +181,4 @@ def test_a_step_is_measured_on_the_clients_own_rows_and_leaves_nothing(place):
     assert found.rank == RankType(3, 2) and found.tokens_per_second > 0
     after = place.base.model.state_dict()
     assert all(after[name].equal(value) for name, value in before.items())
-    assert all(layer.parts == () for layer in place.base._layers.values())
+    assert all(layer.adapters == () for layer in place.base._layers.values())

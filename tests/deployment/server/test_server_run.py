@@ -29,13 +29,6 @@ QUIET = {"seen_clients": 0, "unseen_clients": 0}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hosting")
-    models.save(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def loaded() -> dict[str, model.Base]:
     return {}
 

@@ -539,31 +539,6 @@ def test_a_worker_that_reads_other_data_is_refused(folder, connected):
         list(federation.exchange([], WaitPolicy()))
 
 
-CONFIG = """
-seed = 3
-[model]
-name = "{folder}/model"
-[data]
-path = "{folder}/rows.parquet"
-prompt = "plain"
-max_tokens = 32
-cache = "{folder}/tokens"
-[ranks]
-types.small = {{ attention = 2, feed_forward = 3 }}
-types.large = {{ attention = 5, feed_forward = 5 }}
-distribution = {{ small = 0.5, large = 0.5 }}
-[federation]
-rounds = 1
-cohort = 4
-[evaluation]
-base = false
-seen_clients = 0
-unseen_clients = 0
-[run]
-clients_at_once = 2
-"""
-
-
 def flexlora(*words: object) -> str:
     """A command in a process of its own: a cluster of its own is to end with it."""
     command = [sys.executable, "-m", "flexlora", *map(str, words)]
@@ -574,8 +549,22 @@ def flexlora(*words: object) -> str:
 
 @pytest.mark.slow
 def test_a_run_with_workers_goes_on_with_workers_to_the_same_adapter(folder, tmp_path):
-    config = tmp_path / "config.toml"
-    config.write_text(CONFIG.format(folder=folder))
+    config = models.write_config(
+        tmp_path / "config.toml",
+        folder,
+        data={"path": str(folder / "rows.parquet"), "unseen_clients": None},
+        ranks={
+            "types": {
+                "small": {"attention": 2, "feed_forward": 3},
+                "large": {"attention": 5, "feed_forward": 5},
+            },
+            "distribution": {"small": 0.5, "large": 0.5},
+        },
+        training=None,
+        federation={"rounds": 1, "cohort": 4},
+        evaluation={"base": False, "seen_clients": 0, "unseen_clients": 0},
+        run={"threads": None, "clients_at_once": 2},
+    )
     left = set(Path("/tmp").glob("flexlora-ray-*"))
     said = flexlora("run", config, "--folder", tmp_path / "there", "--workers", 2)
     assert said == ""

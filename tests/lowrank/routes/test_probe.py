@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from flexlora.laws.dense import product
 from flexlora.lowrank.factors import Factors
 from flexlora.lowrank.routes import probe
-from support.oracle import product
 
 OUT, IN, TERMS = 163, 211, 131
 INDEX = np.arange(1, TERMS + 1)

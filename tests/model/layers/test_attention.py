@@ -11,7 +11,6 @@ from flexlora.model.layers import attention
 from flexlora.model.source import Source
 from flexlora.model.trainable import FlatAdapter
 from flexlora.training.loop import label_losses
-from support import models
 from support.factors import random_adapter
 from support.rows import FORESTS, dense_mask, sharing_store
 
@@ -47,12 +46,12 @@ def on_cpu(*arguments):
     return attention._OnCPU.apply(*arguments)
 
 
-def found_by(run, forest, heads, dtype, scale=0.4):
+def results_of(run, forest, heads, dtype, scale=0.4):
     """The output and the gradients of queries, keys and values."""
-    made = inputs(forest, heads, dtype)
-    out = run(*made, forest, scale)
+    tensors = inputs(forest, heads, dtype)
+    out = run(*tensors, forest, scale)
     grad = inputs(forest, heads, dtype, seed=1)[0].detach()
-    return [out.detach(), *torch.autograd.grad(out, made, grad)]
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
 
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -64,10 +63,10 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 @pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
 @pytest.mark.parametrize("run", [on_cpu, attention.masked])
 def test_it_is_the_softmax_over_what_each_token_sees(run, forest, heads, dtype):
-    found = found_by(run, forest, heads, dtype)
+    results = results_of(run, forest, heads, dtype)
     # What half precision makes of the inputs is not the attention's fault.
-    want = found_by(softmax, forest, heads, dtype)
-    for got, expected in zip(found, want, strict=True):
+    want = results_of(softmax, forest, heads, dtype)
+    for got, expected in zip(results, want, strict=True):
         assert got.dtype == dtype
         error = (got.double() - expected.double()).norm() / expected.double().norm()
         assert error < TOLERANCES[dtype]
@@ -79,8 +78,8 @@ def test_a_long_row_too(run, monkeypatch):
     monkeypatch.setattr(packing, "_BLOCK_TOKENS", 300)
     forest = Forest((0, 290, 300, 560, 700, 701, 900), (-1, 0, 0, -1, -1, 4))
     assert len(forest.blocks) == 3
-    found, want = (found_by(each, forest, (4, 2), torch.float32) for each in (run, softmax))
-    for got, expected in zip(found, want, strict=True):
+    results, want = (results_of(each, forest, (4, 2), torch.float32) for each in (run, softmax))
+    for got, expected in zip(results, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
 
 
@@ -100,20 +99,20 @@ def test_large_scores_stay_finite(run, shift):
 
 def test_without_a_gradient_it_is_the_same():
     forest = FORESTS["mixed"]
-    made = inputs(forest, (4, 2), torch.float32)
+    tensors = inputs(forest, (4, 2), torch.float32)
     with torch.no_grad():
-        alone = on_cpu(*made, forest, 0.4)
+        alone = on_cpu(*tensors, forest, 0.4)
     assert not alone.requires_grad
-    assert torch.equal(alone, on_cpu(*made, forest, 0.4).detach())
+    assert torch.equal(alone, on_cpu(*tensors, forest, 0.4).detach())
 
 
 def test_the_scale_is_the_head_s_unless_the_model_says_another():
     forest, module = FORESTS["mixed"], torch.nn.Identity()
-    made = inputs(forest, (4, 2), torch.float32)
+    tensors = inputs(forest, (4, 2), torch.float32)
     for given, scale in ((None, SIZE**-0.5), (0.3, 0.3)):
-        out, weights = attention.attend(module, *made, None, scaling=given, forest=forest)
+        out, weights = attention.attend(module, *tensors, None, scaling=given, forest=forest)
         assert weights is None
-        want = softmax(*made, forest, scale).transpose(1, 2)
+        want = softmax(*tensors, forest, scale).transpose(1, 2)
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
 
 
@@ -128,28 +127,23 @@ def test_the_scale_is_the_head_s_unless_the_model_says_another():
 )
 def test_what_it_has_not_is_refused(options, message):
     forest = FORESTS["mixed"]  # of which the longest example has ten tokens
-    made = inputs(forest, (4, 2), torch.float32)
+    tensors = inputs(forest, (4, 2), torch.float32)
     with pytest.raises(ValueError, match=rf"{message}.*set model\.attention to 'eager'"):
-        attention.attend(torch.nn.Identity(), *made, None, forest=forest, **options)
+        attention.attend(torch.nn.Identity(), *tensors, None, forest=forest, **options)
     harmless = {"softcap": None, "s_aux": None, "sliding_window": 10}
-    attention.attend(torch.nn.Identity(), *made, None, forest=forest, **harmless)
+    attention.attend(torch.nn.Identity(), *tensors, None, forest=forest, **harmless)
 
 
 def test_without_a_forest_it_is_that_of_transformers():
     module = torch.nn.Identity()
     module.num_key_value_groups, module.is_causal = 2, True
-    made = inputs(FORESTS["one"], (4, 2), torch.float32)
-    got, _ = attention.attend(module, *made, None, scaling=0.4)
-    want = softmax(*made, Forest((0, 5), (-1,)), 0.4).transpose(1, 2)
+    tensors = inputs(FORESTS["one"], (4, 2), torch.float32)
+    got, _ = attention.attend(module, *tensors, None, scaling=0.4)
+    want = softmax(*tensors, Forest((0, 5), (-1,)), 0.4).transpose(1, 2)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 # --- in a model ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
 
 
 def losses_and_gradients(base: Base, share: bool = True):
@@ -163,30 +157,30 @@ def losses_and_gradients(base: Base, share: bool = True):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_transformers_own_attention_gives_the_same_with_a_mask(folder, name):
-    ours, gradient = losses_and_gradients(Source(str(folder)).load())
-    theirs, expected = losses_and_gradients(Source(str(folder), attention=name).load())
+def test_transformers_own_attention_gives_the_same_with_a_mask(model_folder, name):
+    ours, gradient = losses_and_gradients(Source(str(model_folder)).load())
+    theirs, expected = losses_and_gradients(Source(str(model_folder), attention=name).load())
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("name", [attention.NAME, "sdpa", "eager"])
-def test_what_is_shared_has_the_gradients_of_all(folder, name):
-    base = Source(str(folder), attention=name).load()
+def test_what_is_shared_has_the_gradients_of_all(model_folder, name):
+    base = Source(str(model_folder), attention=name).load()
     whole, gradient = losses_and_gradients(base)
     alone, expected = losses_and_gradients(base, share=False)
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_attention_without_masks_cannot_share(folder, monkeypatch):
-    base = Source(str(folder)).load()
+def test_attention_without_masks_cannot_share(model_folder, monkeypatch):
+    base = Source(str(model_folder)).load()
     monkeypatch.setattr(base.model.config, "_attn_implementation", "flash_attention_2")
-    assert not base.shares
+    assert not base.shares_prefixes
     with pytest.raises(ValueError, match="'flash_attention_2' cannot share first tokens"):
         base.logits(pack(sharing_store(), range(9)))
 
 
-def test_our_name_is_known_to_transformers(folder):
-    assert Source(str(folder)).load().model.config._attn_implementation == attention.NAME
+def test_our_name_is_known_to_transformers(model_folder):
+    assert Source(str(model_folder)).load().model.config._attn_implementation == attention.NAME
     assert attention.NAME in transformers.AttentionInterface()

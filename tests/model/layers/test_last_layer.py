@@ -8,24 +8,12 @@ import torch
 from flexlora.data.packing import join, pack
 from flexlora.model.base import Base
 from flexlora.model.layers.last_layer import LastLayer
-from flexlora.model.source import Source
 from flexlora.model.trainable import FlatAdapter
-from support import models
 from support.learning import of_rank
 from support.rows import sharing_store
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder) -> Base:
-    return Source(str(folder)).load()
-
-
-def found(base: Base, row, edges, adapters, recompute):
+def outcome(base: Base, row, edges, adapters, recompute):
     """The logits, and the gradients of every adapter, of a loss of unequal weights."""
     flats = [FlatAdapter.of(adapter, lambda rank: 1.0, base.device) for adapter in adapters]
     with base.training(*flats), base.recomputing(recompute):
@@ -45,9 +33,9 @@ def test_what_no_loss_looks_at_is_not_missed(base, monkeypatch, prompt_loss, rec
         assert len(laid[0].loss_positions.unique()) < len(laid[0].loss_positions)
     adapters = [of_rank(base, 2), of_rank(base, 3, seed=1)]
     edges = [0, laid[0].tokens, laid[0].tokens + laid[1].tokens]
-    got = found(base, join(laid), edges, adapters, recompute)
+    got = outcome(base, join(laid), edges, adapters, recompute)
     monkeypatch.setattr(base, "_ends_early", False)
-    want = found(base, join(laid), edges, adapters, recompute)
+    want = outcome(base, join(laid), edges, adapters, recompute)
     for a, b in zip(got, want, strict=True):
         assert torch.linalg.vector_norm(a - b) < 1e-5 * b.norm()
 

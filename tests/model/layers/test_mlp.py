@@ -10,7 +10,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP
 
-from flexlora.model.layers.lora import Layout, LoRALinear, Part
+from flexlora.model.layers.lora import LayerAdapter, Layout, LoRALinear
 from flexlora.model.layers.mlp import KINDS, GatedMLP, fits
 from support.factors import random_factors
 
@@ -38,15 +38,15 @@ def block_of(kind=LlamaMLP, dtype=torch.float64, **changes) -> nn.Module:
     return block
 
 
-def parts_of(ranks, dtype=torch.float64) -> dict[str, list[Part]]:
+def parts_of(ranks, dtype=torch.float64) -> dict[str, list[LayerAdapter]]:
     """Of every layer, a part for each rank, which is one more in each next layer."""
-    found = {}
+    results = {}
     for i, (name, out, in_) in enumerate(
         zip(NAMES, (INNER, INNER, SIZE), (SIZE, SIZE, INNER), strict=True)
     ):
         each = [random_factors(out, rank + i, in_, 7 * i + rank, dtype) for rank in ranks]
-        found[name] = [Part(f.A, 0.3 * f.B, 0.7 + i) for f in each]
-    return found
+        results[name] = [LayerAdapter(f.A, 0.3 * f.B, 0.7 + i) for f in each]
+    return results
 
 
 def found_by(block, layers, parts, shape, edges, dtype=torch.float64):
@@ -55,12 +55,13 @@ def found_by(block, layers, parts, shape, edges, dtype=torch.float64):
     x = torch.randn(*shape, SIZE, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
     grad = torch.randn(*shape, SIZE, generator=draw, dtype=torch.float64).to(dtype)
     factors = []
-    for name, held in parts.items():
+    for name, present in parts.items():
         fresh = [
-            Part(p.A.clone().requires_grad_(), p.B.clone().requires_grad_(), p.scale) for p in held
+            LayerAdapter(p.A.clone().requires_grad_(), p.B.clone().requires_grad_(), p.scale)
+            for p in present
         ]
         factors += [f for part in fresh for f in (part.A, part.B)]
-        getattr(layers, name).parts = tuple(fresh)
+        getattr(layers, name).adapters = tuple(fresh)
     with layers.gate_proj.layout.of(edges):
         y = block(x)
         y.backward(grad)
@@ -70,10 +71,10 @@ def found_by(block, layers, parts, shape, edges, dtype=torch.float64):
 
 
 def assert_the_same(block, parts, shape, edges, dtype=torch.float64, tolerance=1e-10):
-    found, want = (
+    results, want = (
         found_by(each, block, parts, shape, edges, dtype) for each in (GatedMLP(block), block)
     )
-    for got, expected in zip(found, want, strict=True):
+    for got, expected in zip(results, want, strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
@@ -107,10 +108,10 @@ def test_adapters_have_their_own_rows(ranks, edges, bias):
 
 
 @pytest.mark.parametrize(
-    "held", [("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "down_proj")]
+    "present", [("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "down_proj")]
 )
-def test_some_layers_may_have_no_adapters(held):
-    parts = {name: part for name, part in parts_of((3, 4)).items() if name in held}
+def test_some_layers_may_have_no_adapters(present):
+    parts = {name: part for name, part in parts_of((3, 4)).items() if name in present}
     assert_the_same(block_of(), parts, (2, 5), (0, 3, 10))
 
 
@@ -129,8 +130,8 @@ def test_its_gradients_are_those_of_its_values():
     def forward(x, *factors):
         pairs = iter(zip(factors[::2], factors[1::2], strict=True))
         for name in NAMES:
-            getattr(block, name).parts = tuple(
-                Part(*next(pairs), part.scale) for part in parts[name]
+            getattr(block, name).adapters = tuple(
+                LayerAdapter(*next(pairs), part.scale) for part in parts[name]
             )
         with block.gate_proj.layout.of((0, 2, 6)):
             return ours(x)
@@ -146,8 +147,8 @@ def test_only_the_gradients_asked_for_are_made():
     parts = parts_of((3,))
     B = parts["up_proj"][0].B.clone().requires_grad_()
     for name in NAMES:
-        getattr(block, name).parts = tuple(parts[name])
-    block.up_proj.parts = (parts["up_proj"][0]._replace(B=B),)
+        getattr(block, name).adapters = tuple(parts[name])
+    block.up_proj.adapters = (parts["up_proj"][0]._replace(B=B),)
     x = torch.ones(1, 4, SIZE, dtype=torch.float64)
     GatedMLP(block)(x).sum().backward()
     got, B.grad = B.grad, None
@@ -159,8 +160,8 @@ def test_only_the_gradients_asked_for_are_made():
 def test_a_layout_that_does_not_fit_is_refused():
     block = block_of()
     for name, parts in parts_of((2, 3)).items():
-        getattr(block, name).parts = tuple(parts)
-    with pytest.raises(ValueError, match="7 rows cannot be dealt to 2 adapters equally"):
+        getattr(block, name).adapters = tuple(parts)
+    with pytest.raises(ValueError, match="7 rows cannot be split equally among 2 adapters"):
         GatedMLP(block)(torch.ones(1, 7, SIZE, dtype=torch.float64))
 
 

@@ -1,1 +1,1 @@
-"""Where rows come from, one kind of source a file; each gives a ``Corpus``."""
+"""Readers of rows, one source format per file; each returns a ``Corpus``."""

@@ -1,4 +1,4 @@
-"""A corpus from data that Flower has partitioned, such as by ``flwr_datasets``."""
+"""A corpus from data partitioned by Flower, for example with ``flwr_datasets``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexlora.errors import DataError
 
 
 class Federated(Protocol):
-    """What is needed of ``flwr_datasets.FederatedDataset``."""
+    """The part of ``flwr_datasets.FederatedDataset`` that ``read`` uses."""
 
     def load_partition(self, partition_id: int) -> Any:
         """The ``datasets.Dataset`` of one partition."""
@@ -22,16 +22,16 @@ class Federated(Protocol):
 
 
 def read(federated: Federated, partitions: int, columns: Columns) -> Corpus:
-    """Partition i is the client named ``str(i)``, for i below ``partitions``.
+    """The corpus in which partition i is the client named ``str(i)``, for i below ``partitions``.
 
-    The partition decides who is a client, so ``columns.client`` is not read.
+    The partitions define the clients, so ``columns.client`` is not read.
 
     Raises:
         DataError: there are no partitions, a column is missing in one, or a value is null
             or ill-typed.
     """
     if partitions < 1:
-        raise DataError(f"Cannot read {partitions} partitions; ask for at least one.")
+        raise DataError(f"Cannot read {partitions} partitions; give at least 1.")
     tables = []
     for number in range(partitions):
         table = arrow(federated.load_partition(number))

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from flexlora.data.corpora.table import Columns, corpus_of
 from flexlora.data.corpus import SPLITS, Corpus
-from flexlora.errors import DataError
+from flexlora.errors import ConfigError, DataError
 
 
 def read(
@@ -21,31 +21,31 @@ def read(
     revision: str | None = None,
     splits: Mapping[str, str] | None = None,
 ) -> Corpus:
-    """The dataset called ``name`` (or in a folder of that name), of a revision if given.
+    """The dataset ``name`` of the hub (or in a folder of that name), at ``revision`` if given.
 
-    ``splits`` maps the hub's splits that are to be read to train, validation or test; by
-    default all are read and must be named so. With ``columns.split`` None the split is the
-    hub's if there is more than one, else none (see ``split_rows``). No code of the dataset
-    is run.
+    ``splits`` maps the hub's splits to train, validation or test, and only these are read; by
+    default all splits are read and must have these names. If ``columns.split`` is None and
+    the hub has several splits, they become the column; with one split there is none (see
+    ``split_rows``). No code of the dataset is run.
 
     Raises:
         DataError: a split or column is missing or misnamed, or a value is null or ill-typed.
-        ImportError: the package ``datasets`` is not installed.
+        ConfigError: the package ``datasets`` is not installed.
     """
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(
-            f"Reading '{name}' from the hub needs the package 'datasets'; install it with "
+        raise ConfigError(
+            f"Reading '{name}' from the hub needs the package 'datasets'; install it with: "
             "pip install 'flexlora[hub]'."
         ) from error
-    held = load_dataset(name, name=subset, revision=revision)
+    dataset = load_dataset(name, name=subset, revision=revision)
     place = f"The dataset '{name}'"
-    chosen = dict(splits) if splits is not None else {split: split for split in held}
-    _check_splits(chosen, list(held), place)
+    chosen = dict(splits) if splits is not None else {split: split for split in dataset}
+    _check_splits(chosen, list(dataset), place)
     tables = []
     for source, split in chosen.items():
-        table = arrow(held[source])
+        table = arrow(dataset[source])
         if columns.split is None and len(chosen) > 1:
             table = table.append_column("_split", pa.repeat(split, table.num_rows))
         tables.append(table)
@@ -61,12 +61,12 @@ def arrow(dataset: Any) -> pa.Table:
     return table
 
 
-def _check_splits(chosen: Mapping[str, str], held: list[str], place: str) -> None:
+def _check_splits(chosen: Mapping[str, str], available: list[str], place: str) -> None:
     for source, split in chosen.items():
-        if source not in held:
-            raise DataError(f"{place} has no split '{source}'; it has {', '.join(held)}.")
+        if source not in available:
+            raise DataError(f"{place} has no split '{source}'; it has {', '.join(available)}.")
         if split not in SPLITS:
             raise DataError(
-                f"{place}: the split '{source}' would become '{split}', which is none of "
-                f"{', '.join(SPLITS)}; say which it is, as in splits = {{'{source}': 'test'}}."
+                f"{place}: the split '{source}' would become '{split}', which is not one of "
+                f"{', '.join(SPLITS)}; map it, for example splits = {{'{source}': 'test'}}."
             )

@@ -1,4 +1,4 @@
-"""A corpus in a file of its own that is mapped into memory, made once from its source."""
+"""A corpus cached in a memory-mapped file, created once from its source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexlora.data.corpus import Corpus
 from flexlora.errors import DataError
 
 FORMAT: Final = 1
-"""Raised when what lies in such a file, or how a source is read, changes."""
+"""Incremented when the content of such a file, or the way a source is read, changes."""
 
 _DIGESTS: Final = b"flexlora.digests"
 
@@ -24,15 +24,16 @@ _DIGESTS: Final = b"flexlora.digests"
 def kept(
     cache: Path, sources: Iterable[Path], settings: Mapping[str, Any], make: Callable[[], Corpus]
 ) -> Corpus:
-    """The corpus that ``make`` reads from these files with these settings, from its own file.
+    """The corpus that ``make`` reads from ``sources`` with ``settings``, from the cache.
 
-    It is found by a hash of the files' content and the settings, and made if it is not
-    there. Its columns are then read from the disk where they are looked at and take no
-    memory of the process's own, and the digests of all of them are known. Cost of finding
-    it: one pass over the bytes of the sources, about a second for a GiB.
+    The name of the cached file is a hash of the sources' content and the settings; if there is
+    no such file, ``make`` is called and its result written. The columns are memory-mapped, so
+    they take no private memory, and come with their digests. Cost of a lookup: one pass over
+    the bytes of the sources, about a second per GiB.
 
     Raises:
-        DataError: a source cannot be read, or the file is damaged; and what ``make`` raises.
+        DataError: a source cannot be read, or the cached file is damaged. Errors of ``make``
+            are passed on.
     """
     path = cache / f"corpus-{_key(sources, settings)}.arrow"
     if not path.exists():
@@ -42,7 +43,7 @@ def kept(
 
 
 def write(corpus: Corpus, path: Path) -> None:
-    """Write a corpus with its digests beside its place and rename it: whole or not at all."""
+    """Write a corpus with its digests to a temporary file and rename it to ``path``."""
     digests = {name: corpus.digest(name) for name in corpus.columns}
     table = corpus.table.replace_schema_metadata({_DIGESTS: json.dumps(digests)})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +60,10 @@ def write(corpus: Corpus, path: Path) -> None:
 
 
 def read(path: Path) -> Corpus:
-    """The corpus in a file that ``write`` has written, memory-mapped.
+    """The corpus in a file written by ``write``, memory-mapped.
 
     Raises:
-        DataError: the file holds no corpus of this form.
+        DataError: the file is not a corpus of this format.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -74,20 +75,20 @@ def read(path: Path) -> Corpus:
         return corpus
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"The corpus in '{path}' cannot be read ({error}); delete the file and it will be "
-            "made again."
+            f"The corpus in '{path}' cannot be read ({error}); delete the file, and the next run "
+            "creates it again."
         ) from error
 
 
 def _key(sources: Iterable[Path], settings: Mapping[str, Any]) -> str:
-    """The name of the file: a hash of all that decides its content."""
+    """The hash in a file's name, of everything that determines its content."""
     files = []
     for path in sources:
         try:
             with path.open("rb") as file:
-                found = hashlib.file_digest(file, "blake2b").hexdigest()
+                digest = hashlib.file_digest(file, "blake2b").hexdigest()
         except OSError as error:
             raise DataError(f"'{path}' cannot be read: {error.strerror}.") from error
-        files.append([path.name, found])
+        files.append([path.name, digest])
     text = json.dumps([FORMAT, files, dict(settings)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -20,21 +20,21 @@ def read(
     seed: int = 0,
     tasks: Collection[str] | None = None,
 ) -> Corpus:
-    """One task is one client: the files ``task*.json`` of ``folder``, or those of ``tasks``.
+    """The tasks of ``folder`` as one client each: all files ``task*.json``, or only ``tasks``.
 
-    The client's name is the file's, without suffix; its category is the first of the
-    task's ``Categories``. Of each task's instances a share is drawn at random, at least one
+    The client's name is the file's stem; its category is the first of the task's
+    ``Categories``. From each task a random ``share`` of the instances is drawn, at least one
     and at most ``most``, in the file's order, and split 80 / 10 / 10. The defaults are those
-    of the FlexLoRA paper (arXiv 2402.11505). Where an instance has several outputs only the
-    first is taken. The files are in github.com/allenai/natural-instructions under ``tasks``.
+    of the FlexLoRA paper (arXiv 2402.11505). If an instance has several outputs, only the
+    first is used. The files are in github.com/allenai/natural-instructions under ``tasks``.
 
     Raises:
-        DataError: there is no task file, or one is not of that form.
+        DataError: there is no task file, or one does not have that form.
     """
     if not 0 < share <= 1 or most < 1:
         raise DataError(
-            f"A share of {share} and at most {most} instances leave nothing to read; share "
-            "is in (0, 1] and most is at least 1."
+            f"A share of {share} with at most {most} instances per task selects nothing; give a "
+            "share in (0, 1] and at least 1 instance."
         )
     columns: dict[str, list[str]] = {
         name: [] for name in ("client", "category", "instruction", "input", "output")
@@ -58,15 +58,15 @@ def _files(folder: Path, tasks: Collection[str] | None) -> list[Path]:
     paths = {path.stem: path for path in sorted(folder.glob("task*.json"))}
     if not paths:
         raise DataError(
-            f"There are no files task*.json in '{folder}'; give the folder 'tasks' of a copy "
-            "of github.com/allenai/natural-instructions."
+            f"There are no files task*.json in '{folder}'; set data.path to the folder 'tasks' of "
+            "a copy of github.com/allenai/natural-instructions."
         )
-    asked = set(tasks or ())
-    absent = asked - set(paths)
+    selected = set(tasks or ())
+    absent = selected - set(paths)
     if absent:
         raise DataError(
-            f"'{folder}' has no file '{min(absent)}.json' ({len(absent)} of {len(asked)} "
-            f"tasks asked for missing); it holds {len(paths)}, such as '{min(paths)}.json'."
+            f"'{folder}' has no file '{min(absent)}.json' ({len(absent)} of {len(selected)} "
+            f"selected tasks are missing); it has {len(paths)}, such as '{min(paths)}.json'."
         )
     return [path for name, path in paths.items() if tasks is None or name in tasks]
 
@@ -75,11 +75,12 @@ def _parsed(path: Path) -> dict[str, Any]:
     try:
         task: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise DataError(f"'{path}' is no JSON: {error}.") from error
+        raise DataError(f"'{path}' is not JSON: {error}; download the file again.") from error
     for key in ("Definition", "Categories", "Instances"):
         if not isinstance(task, dict) or not task.get(key):
             raise DataError(
-                f"'{path}' is no task of Natural Instructions: '{key}' is missing or empty."
+                f"'{path}' is not a task of Natural Instructions: '{key}' is missing or empty. "
+                "Remove the file from the folder or correct it."
             )
     return task
 
@@ -88,7 +89,9 @@ def _definition(task: dict[str, Any], path: Path) -> str:
     definition = task["Definition"]
     parts = [definition] if isinstance(definition, str) else definition
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise DataError(f"'{path}': 'Definition' is {definition!r:.60}, no text or list of it.")
+        raise DataError(
+            f"'{path}': 'Definition' is {definition!r:.60}; it must be text or a list of texts."
+        )
     return "\n".join(parts)
 
 
@@ -96,7 +99,9 @@ def _first_category(task: dict[str, Any], path: Path) -> str:
     categories = task["Categories"]
     first = categories[0] if isinstance(categories, list) else categories
     if not isinstance(first, str):
-        raise DataError(f"'{path}': 'Categories' is {categories!r:.60}, no list of text.")
+        raise DataError(
+            f"'{path}': 'Categories' is {categories!r:.60}; it must be text or a list of texts."
+        )
     return first
 
 
@@ -108,6 +113,6 @@ def _instances(task: dict[str, Any], path: Path) -> list[dict[str, Any]]:
         if not isinstance(first, str) or not isinstance(instance.get("input"), str):
             raise DataError(
                 f"'{path}': instance {number} needs an 'input' (text) and an 'output' (text "
-                f"or a list of it), not {instance!r:.80}."
+                f"or a list of texts), not {instance!r:.80}."
             )
     return list(instances)

@@ -20,11 +20,11 @@ from flexlora.errors import DataError
 
 @dataclass(frozen=True)
 class Columns:
-    """Under which name the source holds each column of a corpus; None where it has none.
+    """The source's name of each column of a corpus; None for a column that it does not have.
 
     Without ``instruction`` or ``input`` these are empty in every row. With ``messages`` the
-    rows are conversations, and instruction, input and output are not read. Without
-    ``client`` the rows are still to be partitioned, without ``split`` still to be split.
+    rows are conversations, and instruction, input and output are not read. Without ``client``
+    the rows must be partitioned afterwards, without ``split`` they must be split.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -40,11 +40,12 @@ class Columns:
     def __post_init__(self) -> None:
         if self.messages is None and self.output is None:
             raise DataError(
-                "Columns need an 'output' (the text to learn) or 'messages'; both are None."
+                "Columns need an 'output' (the text to learn) or 'messages', but both are None; "
+                "set data.columns.output or data.columns.messages."
             )
 
     def wanted(self) -> dict[str, str]:
-        """The corpus's name -> the source's name, of the columns to read."""
+        """The columns to read: from the corpus's name to the source's name."""
         if self.messages is None:
             unread: tuple[str, ...] = ()
         else:
@@ -53,59 +54,61 @@ class Columns:
         return {name: source for name, source in named if source and name not in unread}
 
     def sources(self) -> list[str]:
-        """The source's columns to read, each once, though two may come from one."""
+        """The source's columns to read, each once, even if two columns use the same one."""
         return list(dict.fromkeys(self.wanted().values()))
 
 
 def read(
-    path: Path, columns: Columns | None = None, clients: Collection[str] | None = None
+    path: str | Path, columns: Columns | None = None, clients: Collection[str] | None = None
 ) -> Corpus:
-    """The corpus in a ``.parquet``, ``.jsonl``, ``.json`` (lines or one array) or ``.csv``.
+    """The corpus in a ``.parquet``, ``.jsonl``, ``.json`` (lines or one array) or ``.csv`` file.
 
-    With ``clients`` only their rows are read; of a Parquet file sorted by client only the
-    parts that hold them.
+    With ``clients`` only their rows are read; from a Parquet file sorted by client only the
+    row groups that contain them.
 
     Raises:
         DataError: the suffix is unknown, a column or a client is missing, or a value is
             null or of the wrong type.
     """
-    columns = columns or Columns()
-    kinds = {
+    path, columns = Path(path), columns or Columns()
+    readers = {
         ".parquet": _parquet,
         ".jsonl": _json,
         ".json": _json,
         ".csv": _csv,
     }
-    if path.suffix not in kinds:
+    if path.suffix not in readers:
         raise DataError(
-            f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'; name it "
-            f"{', '.join(kinds)}, whichever it is."
+            f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'; rename it to "
+            f"one of {', '.join(readers)}."
         )
     if not path.is_file():
         raise DataError(f"There is no file '{path}' to read a corpus from.")
     if clients is not None and columns.client is None:
         raise DataError(
-            f"Cannot choose clients of '{path}': columns.client is None. Name the column."
+            f"Cannot select clients of '{path}' without a client column; set data.columns.client "
+            "to its name."
         )
-    asked = None if clients is None else {str(client) for client in clients}
-    table = kinds[path.suffix](path, columns, asked)
-    place = f"'{path}'" if asked is None else f"'{path}' (rows of {len(asked)} clients)"
+    wanted = None if clients is None else {str(client) for client in clients}
+    table = readers[path.suffix](path, columns, wanted)
+    place = f"'{path}'" if wanted is None else f"'{path}' (rows of {len(wanted)} clients)"
     corpus = corpus_of(table, columns, place)
-    missing = (asked or set()) - set(corpus.keys("client") if asked else ())
+    missing = (wanted or set()) - set(corpus.keys("client") if wanted else ())
     if missing:
         raise DataError(
-            f"'{path}' has no rows of {len(missing)} of the clients asked for, such as "
-            f"'{min(missing)}'; its column '{columns.client}' names the clients it has."
+            f"'{path}' has no rows of {len(missing)} of the selected clients, such as "
+            f"'{min(missing)}'; the client names are in its column '{columns.client}'."
         )
     return corpus
 
 
-def column_names(path: Path) -> list[str]:
-    """The names of a file's columns; of JSON those of the first record.
+def column_names(path: str | Path) -> list[str]:
+    """The names of a file's columns; for JSON those of the first record.
 
     Raises:
         DataError: the suffix is unknown, or there is no such file or no record in it.
     """
+    path = Path(path)
     if not path.is_file():
         raise DataError(f"There is no file '{path}' to read a corpus from.")
     if path.suffix == ".parquet":
@@ -114,35 +117,38 @@ def column_names(path: Path) -> list[str]:
         with pyarrow.csv.open_csv(path) as head:
             return list(head.schema.names)
     if path.suffix not in (".json", ".jsonl"):
-        raise DataError(f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'.")
+        raise DataError(
+            f"Cannot tell the format of '{path}' from its suffix '{path.suffix}'; rename it to "
+            "one of .parquet, .jsonl, .json, .csv."
+        )
     _, record = next(_records(path), (0, None))
     if not isinstance(record, dict):
-        raise DataError(f"'{path}' has no record of named columns.")
+        raise DataError(f"'{path}' has no records; each must be a JSON object of named columns.")
     return list(record)
 
 
 def corpus_of(table: pa.Table, columns: Columns, place: str) -> Corpus:
-    """The corpus in an Arrow table whose columns are named as ``columns`` says.
+    """The corpus in an Arrow table whose columns have the names given by ``columns``.
 
     Raises:
         DataError: a column is missing, or a value is null or of the wrong type.
     """
     check_names(columns, table.column_names, place)
-    found: dict[str, pa.ChunkedArray | Sequence[str]] = {}
+    texts: dict[str, pa.ChunkedArray | Sequence[str]] = {}
     for name, source in columns.wanted().items():
-        found[name] = _text(name, source, table[source], place)
+        texts[name] = _text(name, source, table[source], place)
     if columns.messages is None:
         for name in ("instruction", "input"):
-            if name not in found:
-                found[name] = pa.chunked_array([pa.repeat("", table.num_rows)])
-    return Corpus.build(found, place)
+            if name not in texts:
+                texts[name] = pa.chunked_array([pa.repeat("", table.num_rows)])
+    return Corpus.build(texts, place)
 
 
 def check_names(columns: Columns, names: Sequence[str], place: str) -> None:
-    """Refuse a source that lacks a column.
+    """Check that a source has all columns.
 
     Raises:
-        DataError: with the column, those that there are, and the nearest of them.
+        DataError: a column is missing; names it, the existing columns, and the nearest name.
     """
     for name, source in columns.wanted().items():
         if source not in names:
@@ -150,13 +156,13 @@ def check_names(columns: Columns, names: Sequence[str], place: str) -> None:
             guess = f"Did you mean '{near[0]}'? " if near else ""
             raise DataError(
                 f"{place} has no column '{source}' for the {name}; its columns are "
-                f"{', '.join(names)}. {guess}Set columns.{name} to the right name, or to "
-                "None if there is none."
+                f"{', '.join(names)}. {guess}Set data.columns.{name} to the right name, or to "
+                '"" if there is no such column.'
             )
 
 
 def _text(name: str, source: str, column: pa.ChunkedArray, place: str) -> Any:
-    """The column as text: numbers may name clients and categories, JSON may be nested."""
+    """The column as text; clients and categories may be integers, messages may be nested."""
     value = column.type
     if pa.types.is_dictionary(value):
         value = value.value_type
@@ -169,20 +175,20 @@ def _text(name: str, source: str, column: pa.ChunkedArray, place: str) -> Any:
     if pa.types.is_null(value):
         return column.cast(pa.string())
     raise DataError(
-        f"Column '{source}' of {place} holds {value} where the {name} needs text; its first "
-        f"row is {column[0].as_py() if len(column) else None!r}. Convert it in the source."
+        f"Column '{source}' of {place} has the type {value}, but the {name} must be text; its "
+        f"first row is {column[0].as_py() if len(column) else None!r}. Convert it in the source."
     )
 
 
 def _messages(row: Sequence[Any]) -> str:
-    """A conversation as JSON, without the keys that are null."""
-    kept = [
+    """A conversation as JSON, without keys whose value is null."""
+    messages = [
         {key: value for key, value in message.items() if value is not None}
         if isinstance(message, Mapping)
         else message
         for message in row
     ]
-    return json.dumps(kept, ensure_ascii=False)
+    return json.dumps(messages, ensure_ascii=False)
 
 
 def _parquet(path: Path, columns: Columns, clients: set[str] | None) -> pa.Table:
@@ -215,19 +221,20 @@ def _csv(path: Path, columns: Columns, clients: set[str] | None) -> pa.Table:
 
 def _json(path: Path, columns: Columns, clients: set[str] | None) -> pa.Table:
     wanted = columns.wanted()
-    found: dict[str, list[str]] = {source: [] for source in wanted.values()}
+    texts_by_source: dict[str, list[str]] = {source: [] for source in wanted.values()}
     for row, record in _records(path):
         place = f"'{path}', row {row},"
         if not isinstance(record, dict):
-            raise DataError(f"{place} is {record!r:.60}, no JSON object of named columns.")
+            raise DataError(
+                f"{place} is {record!r:.60}; it must be a JSON object of named columns."
+            )
         if clients is not None and str(record.get(columns.client)) not in clients:
             continue
         check_names(columns, list(record), place)
-        texts = {s: _json_text(n, s, record[s], place) for n, s in wanted.items()}
-        for source, text in texts.items():
-            found[source].append(text)
-    arrays = {source: pa.array(texts, pa.large_string()) for source, texts in found.items()}
-    return pa.table(arrays)
+        row_texts = {s: _json_text(n, s, record[s], place) for n, s in wanted.items()}
+        for source, text in row_texts.items():
+            texts_by_source[source].append(text)
+    return pa.table({s: pa.array(texts, pa.large_string()) for s, texts in texts_by_source.items()})
 
 
 def _json_text(name: str, source: str, value: Any, place: str) -> str:
@@ -237,15 +244,15 @@ def _json_text(name: str, source: str, value: Any, place: str) -> str:
         return str(value)
     if name == "messages" and isinstance(value, list):
         return _messages(value)
-    found = "null" if value is None else f"{value!r:.60}, a {type(value).__name__}"
+    got = "null" if value is None else f"{value!r:.60}, a {type(value).__name__}"
     raise DataError(
-        f"{place} holds {found}, in the column '{source}', where the {name} needs text; "
-        "correct it in the source."
+        f"{place} has {got} in the column '{source}', but the {name} must be text; correct it "
+        "in the source."
     )
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """The records with their numbers, from 1: lines of JSON Lines, items of an array."""
+    """The records with their numbers from 1: the lines of JSON Lines or the items of an array."""
     with path.open(encoding="utf-8") as file:
         start = file.read(256).lstrip()[:1]
         file.seek(0)
@@ -261,4 +268,4 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place} is no JSON: {error}.") from error
+        raise DataError(f"{place} is not JSON: {error}; correct it in the source.") from error

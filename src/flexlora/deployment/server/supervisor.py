@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from flexlora.deployment.server import server_run
 from flexlora.deployment.server.registry import ARRIVALS
 from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.federation import checkpoint
-from flexlora.journal import Event, Record
+from flexlora.journal import Event, Record, events_after
 
 NODES = "nodes"
 """Where among the server's keys the public keys of the nodes lie."""
@@ -186,7 +185,7 @@ def _served(folder: Path, listening: Listening) -> Iterator[Event]:
         server.start()
         place = checkpoint.journal_bytes(folder)
         while True:
-            for event, after in _since(Record(folder), place):
+            for event, after in events_after(Record(folder).path, place):
                 place = after
                 yield event
                 if event["event"] == "finish":
@@ -240,20 +239,6 @@ class _Arrivals:
             text = file.read()
         self.place += len(text)
         print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
-
-
-def _since(record: Record, start: int) -> Iterator[tuple[Event, int]]:
-    """The whole lines after a place of the journal, each with the place after it."""
-    place = start
-    if not record.path.exists():
-        return
-    with record.path.open("rb") as journal:
-        journal.seek(place)
-        for line in journal:
-            if not line.endswith(b"\n"):
-                return
-            place += len(line)
-            yield json.loads(line), place
 
 
 def _gate(home: Path, here: Listening, upstream: str, keys: ServerKeys) -> Process:

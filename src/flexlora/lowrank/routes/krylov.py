@@ -1,12 +1,13 @@
-"""Randomised block Krylov iteration, with a bound on its error computed afterwards.
+"""Randomised block Krylov iteration with an a-posteriori error bound.
 
 Musco and Musco 2015 (arXiv 1504.05477): with ``G = W W'`` and a random block X, the best
 approximation of W from ``span[X, G X, ..., G^q X]`` is near the optimum. Here the blocks are
-narrower than the rank wanted (a quarter), which needs fewer products with W (Meyer, Musco
-and Musco 2023, arXiv 2305.02535); the space grows until the bound holds or it stops paying.
+narrower than the target rank (a quarter of it), which needs fewer products with W (Meyer,
+Musco and Musco 2023, arXiv 2305.02535); the space grows until the bound holds or a further
+block no longer pays.
 
-**The bound.** Q is an orthonormal basis of the space, of m columns; in ``[Q, Q_perp]`` G is
-``[[T, C'], [C, D]]``. T (m, m) and ``C'C`` are at hand, D is not; let ``d >= ||D||_2``. For
+**The bound.** Q (out, m) is an orthonormal basis of the space; in ``[Q, Q_perp]`` G is
+``[[T, C'], [C, D]]``. T (m, m) and ``C'C`` are computed, D is not; let ``d >= ||D||_2``. For
 every x > 0, ``[[C'C / x, -C'], [-C, x I]]`` is positive semidefinite, so
 ``G <= diag(T + C'C / x, D + x I)``, and with ``t_i`` the eigenvalues of T and ``a_i(x)`` those
 of ``T + C'C / x``, both descending, the squared singular values of W obey (Weyl)
@@ -23,10 +24,10 @@ so no digits cancel.
 d comes from ``probe``, with a failure probability of at most 1e-9.
 
 Arithmetic is not exact. Sums of s products err by about ``sqrt(s) eps ||B|| ||A||``, s the
-summed rank, almost all of it orthogonal to the rest of the error; so the squares of that
-are added to the gap, and ``eps ||B|| ||A||`` to the error itself. The random blocks have a
-fixed seed: equal input gives equal bytes. Data made by someone who knows the seed could
-defeat d, and nothing else here.
+summed rank, and most of that error is orthogonal to the remaining error; so its squares are
+added to the gap, and ``eps ||B|| ||A||`` to the error itself. The random blocks have a fixed
+seed: equal input gives equal bytes. Data chosen by an adversary who has the seed could
+invalidate d, and nothing else in the bound.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ BLOCK_STEP = 16
 
 
 def block_of(rank: int) -> int:
-    """The width of a block: a quarter of the rank, for products that are still efficient."""
+    """The columns of a block: about a quarter of the rank, in multiples of ``BLOCK_STEP``."""
     return BLOCK_STEP * max(1, round(rank / (4 * BLOCK_STEP)))
 
 
 def widest_of(rank: int) -> int:
-    """The columns of the basis at which it is given up: about two and a half times the rank."""
+    """The largest number of basis columns that is tried: about two and a half times the rank."""
     block = block_of(rank)
     return block * max(5, -(-5 * rank // (2 * block)))
 
 
 def cost(matrix: Matrix, rank: int) -> float:
-    """The time this route takes, as the flops of a matrix product that takes as long.
+    """The time of this route, as the flops of a matrix product that takes equally long.
 
     For a basis of 1.75 times the rank, which decaying spectra need (measured). Infinite for
-    a rank of zero and where the widest basis and the probes do not fit into the shape.
+    rank 0, and if the widest basis and the probes exceed the matrix.
     """
     limit = min(matrix.shape) if isinstance(matrix, Tensor) else min(*matrix.shape, matrix.rank)
     if rank == 0 or widest_of(rank) + PROBES > limit:
@@ -73,31 +74,31 @@ def cost(matrix: Matrix, rank: int) -> float:
 
 
 def svd(matrix: Matrix, rank: int, tolerance: float, start: Factors | None = None) -> SVD:
-    """The vectors of the first ``rank`` values; ``excess`` may be above ``tolerance``.
+    """The first ``rank`` singular vectors; ``excess`` may be above ``tolerance``.
 
-    About ``8 rank`` products with a column each way, and O((out + in) rank^2) beside; 3 to 4
-    times faster than QR where the spectrum decays. Where ``excess`` stays above the tolerance
-    the pairs are the best found; it is infinite where the attempt was given up early, a
-    spectrum being too flat to get there with the widest basis.
+    Cost: about ``8 rank`` products with one column in each direction, and O((out + in) rank^2)
+    in addition; 3 to 4 times faster than QR if the spectrum decays. If ``excess`` stays above
+    the tolerance, the pairs are the best of the largest basis; it is infinite if the iteration
+    was stopped early because the spectrum is too flat for the widest basis.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        turned = None if start is None else Factors(start.A.T, start.B.T)
-        found = svd(transposed(matrix), rank, tolerance, turned)
-        sign = signs(found.U)
-        U, Vt = found.Vt.T * sign, (found.U * sign).T
-        return SVD(U, found.S, Vt, found.beyond, "krylov", found.excess)
+        start_transposed = None if start is None else Factors(start.A.T, start.B.T)
+        wide = svd(transposed(matrix), rank, tolerance, start_transposed)
+        sign = signs(wide.U)
+        U, Vt = wide.Vt.T * sign, (wide.U * sign).T
+        return SVD(U, wide.S, Vt, wide.beyond, "krylov", wide.excess)
     draw = torch.Generator().manual_seed(SEED)
     space = _Space.begun(matrix, rank, None if start is None else start.B, draw)
-    before = math.inf
+    previous = math.inf
     while True:
         space.grow()
         if space.columns < 1.5 * rank:
             continue
         ritz = space.ritz()
-        # What remains even with d = 0: until that is little, a probe is not worth its time.
+        # The excess for d = 0, the smallest possible: a probe is only worth its time below it.
         least = ritz.excess(rank, 0.0, space.rounding, tolerance)
-        if least > tolerance and not space.hopeless(least, before, tolerance):
-            before = least
+        if least > tolerance and not space.hopeless(least, previous, tolerance):
+            previous = least
             continue
         if least > tolerance:
             return space.finish(ritz, rank, math.inf, math.inf)
@@ -108,11 +109,12 @@ def svd(matrix: Matrix, rank: int, tolerance: float, start: Factors | None = Non
 
 
 class _Space:
-    """A growing block Krylov space of ``G = W W'``: basis Q, images ``Y = W'Q``, residual.
+    """A growing block Krylov space of ``G = W W'`` for W (out, in), with m basis columns.
 
-    ``residual`` is the part of ``G`` times the last block that lies outside Q, over ``size``,
-    the product of the factors' norms; of the other blocks it is zero, their products being
-    in the space.
+    The basis is ``Q`` (out, m), its images are ``Y = W'Q`` (in, m), and ``_T = Y'Y = Q'GQ`` is
+    (m, m). ``residual`` (out, block) is the part of ``G`` times the last block that lies outside
+    Q, divided by ``size``, the product of the factors' norms. For earlier blocks that part is
+    zero: their products with G are in the space.
     """
 
     def __init__(self, matrix: Matrix, rank: int, first: Tensor) -> None:
@@ -133,9 +135,10 @@ class _Space:
     def begun(
         cls, matrix: Matrix, rank: int, start: Tensor | None, draw: torch.Generator
     ) -> _Space:
-        """From a random mixture of the columns of ``start``, or of the matrix.
+        """A space whose first block mixes the columns of ``start`` (out, n) or of the matrix.
 
-        A start that is zero, as LoRA's first B, or too narrow for a block is of no use.
+        The mixture is random. A ``start`` of zeros (the initial B of LoRA) or with fewer columns
+        than a block is not used.
         """
         usable = start is not None and start.shape[1] >= block_of(rank) and bool(start.any())
         source = start.to(parts(matrix)[0]) if start is not None and usable else matrix
@@ -154,18 +157,18 @@ class _Space:
 
     @property
     def full(self) -> bool:
-        """Whether another block would make it wider than it may be."""
+        """Whether another block would exceed the widest allowed basis."""
         return self.columns + self.block > self.widest
 
-    def hopeless(self, now: float, before: float, wanted: float) -> bool:
-        """Whether an excess that falls by the same factor a block stays above the one wanted."""
-        left = (self.widest - self.columns) // self.block
-        return self.full or now * (now / before) ** left > wanted
+    def hopeless(self, excess: float, previous: float, tolerance: float) -> bool:
+        """Whether an excess that keeps falling by the last block's factor misses the tolerance."""
+        blocks_left = (self.widest - self.columns) // self.block
+        return self.full or excess * (excess / previous) ** blocks_left > tolerance
 
     def grow(self) -> None:
-        """Add one block: the residual, made orthonormal, and its product with G."""
+        """Add one block, the orthonormalised residual, and its product with G."""
         block = torch.linalg.qr(self.residual).Q
-        # The second projection, of unit columns, is what makes the basis orthogonal to rounding.
+        # The second projection, of unit columns, makes the basis orthogonal to rounding.
         block = torch.linalg.qr(outside(block, self.Q)).Q
         image = times(transposed(self.matrix), block)
         new = slice(self.columns, self.columns + self.block)
@@ -176,7 +179,7 @@ class _Space:
         self.residual = outside(times(self.matrix, image / self.size), self.Q)
 
     def ritz(self) -> _Ritz:
-        """The Ritz values and vectors in the space, in float64."""
+        """The Ritz values and vectors of G in the space, in float64."""
         values, vectors = torch.linalg.eigh(self._T[: self.columns, : self.columns])
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         R = torch.linalg.qr(self.residual.double() * self.size, mode="r").R
@@ -184,64 +187,72 @@ class _Space:
         return _Ritz(values, vectors, coupling.T @ coupling)
 
     def finish(self, ritz: _Ritz, rank: int, excess: float, beyond: float) -> SVD:
-        """The leading pairs; the images are made orthonormal once more, in their own precision."""
+        """The leading ``rank`` pairs; the images are orthonormalised again in their own precision.
+
+        The excess is infinite if the basis has lost its orthogonality.
+        """
         eye = torch.eye(self.columns, dtype=self._Q.dtype, device=self._Q.device)
         defect = float((self.Q.T @ self.Q - eye).abs().max())
         if not defect < torch.finfo(self._Q.dtype).eps ** 0.5:
             excess = math.inf
         leading = ritz.vectors[:, :rank].to(self._Q)
         V, R = torch.linalg.qr(self.Y.to(leading) @ leading)
-        turn, S, Vt = torch.linalg.svd(R.T)
-        U, V = self.Q @ (leading @ turn), V @ Vt.T
+        rotation, S, Vt = torch.linalg.svd(R.T)
+        U, V = self.Q @ (leading @ rotation), V @ Vt.T
         sign = signs(V)
-        rest = ritz.values[rank:].sqrt().to(S)
-        return SVD(U * sign, torch.cat([S, rest]), (V * sign).T, beyond, "krylov", excess)
+        trailing = ritz.values[rank:].sqrt().to(S)
+        return SVD(U * sign, torch.cat([S, trailing]), (V * sign).T, beyond, "krylov", excess)
 
 
 @dataclass(frozen=True)
 class _Rounding:
-    """The allowance for rounding errors: ``unit`` is eps ||B|| ||A||, of sums of ``terms``."""
+    """The allowance for rounding: ``unit`` is eps ||B|| ||A||, in sums of ``terms`` products."""
 
     unit: float
     terms: int
 
     def added(self, excess: float, optimum: float) -> float:
-        """The excess with the allowance, given a lower bound of the optimum's error."""
+        """The excess plus the allowance; ``optimum`` is a lower bound of the optimum's error."""
         share = self.unit / optimum
         return math.sqrt((1 + excess) ** 2 + self.terms * share**2) - 1 + share
 
 
 @dataclass(frozen=True, eq=False)
 class _Ritz:
-    """Eigenvalues of T descending, its eigenvectors, and ``C'C`` in their basis (float64)."""
+    """The eigenvalues of T (m,) in descending order, its eigenvectors (m, m) as columns, and
+    ``coupling``, which is ``C'C`` (m, m) in their basis; all in float64.
+    """
 
     values: Tensor
     vectors: Tensor
     coupling: Tensor
 
     def target(self, rank: int) -> float:
-        """The eigenvalue that D should stay below."""
+        """The eigenvalue of T that the norm of D should stay below."""
         return float(self.values[rank - 1])
 
     def excess(self, rank: int, norm: float, rounding: _Rounding, enough: float) -> float:
-        """The bound of the module's docstring for ``d = norm``, the least over a few x.
+        """The bound of the module's docstring for ``d = norm``, minimised over a few x.
 
-        The first that is ``enough`` ends the search.
+        The search ends at the first bound that is at most ``enough``.
         """
-        rest = float(self.values[rank:].sum())
-        if rest <= 0 or norm == math.inf:
+        trailing = float(self.values[rank:].sum())
+        if trailing <= 0 or norm == math.inf:
             return math.inf
         best = math.inf
         for ceiling in (1.0, 1.1, 1.5, 3.0):
             level = ceiling * max(self.target(rank), 1.05 * norm)
             gap = self._gap(rank, level, level - norm)
-            best = min(best, rounding.added(math.sqrt(1 + gap / rest) - 1, math.sqrt(rest)))
+            excess = math.sqrt(1 + gap / trailing) - 1
+            best = min(best, rounding.added(excess, math.sqrt(trailing)))
             if best <= enough:
                 break
         return best
 
     def _gap(self, rank: int, level: float, x: float) -> float:
-        """How much more the leading values can hold, with ``level = d + x``."""
+        """The ``gap`` of the module's docstring: how much larger the leading squared singular
+        values can be than those of T, with ``level = d + x``.
+        """
         if x <= torch.finfo(torch.float64).eps * float(self.values[0]):
             return math.inf
         raised = torch.linalg.eigvalsh(torch.diag(self.values) + self.coupling / x).flip(0)

@@ -1,14 +1,14 @@
-"""How large a matrix is outside a basis: an upper bound of its norm, from a few products.
+"""An upper bound, from a few products, of the norm of a matrix outside a basis.
 
-No route of its own, but what ``krylov`` rests its bound on. With Q orthonormal and
-``D = (I - Q Q') W W' (I - Q Q')``, wanted is a bound on its largest eigenvalue that fails with
-a probability of at most 1e-9 over the probes, whatever D is.
+This is not a route; the bound of ``krylov`` relies on it. With Q orthonormal and
+``D = (I - Q Q') W W' (I - Q Q')``, it bounds the largest eigenvalue of D and fails with a
+probability of at most 1e-9 over the probes, for every D.
 
 A block Krylov space of D is started from p Gaussian vectors that are independent of Q (after
 Kuczynski and Wozniakowski 1992). Let theta be its largest Ritz value after q products, v the
-top eigenvector of D and lambda its eigenvalue, if above theta. Among the start's combinations
-is a w with
-``(v'w)^2 ~ chi^2_p`` and the rest of it ``~ chi^2_{n-1}``, and ``f(D) w`` is in the space for
+top eigenvector of D and lambda its eigenvalue, if above theta. Among the combinations of the
+starting vectors is a w with
+``(v'w)^2 ~ chi^2_p`` and the remaining part ``~ chi^2_{n-1}``, and ``f(D) w`` is in the space for
 every polynomial f of degree q; with f the Chebyshev polynomial ``T_q`` on [0, theta] its
 Rayleigh quotient gives ``(lambda/theta - 1) T_q(2 lambda/theta - 1)^2 <= chi^2_{n-1} / chi^2_p``.
 """
@@ -27,15 +27,17 @@ FAILURE = 1e-9
 """The probability that the bound is too small, over the Gaussian probes."""
 STEPS = 8
 TINY = 1e-36
-"""Below it numbers are taken for zero: near the smallest that float32 holds in full."""
+"""Numbers below it count as zero; near the smallest normal number of float32."""
 
 
 def probe(matrix: Matrix, Q: Tensor, target: float, draw: torch.Generator) -> tuple[float, float]:
-    """An upper bound of ``||D||_2`` and an estimate of ``trace(D)``, D being G outside Q.
+    """An upper bound of ``||D||_2`` and an estimate of ``trace(D)``.
 
-    Stops when the bound is well below the ``target``, where it costs nothing, and when D's Ritz
-    value is above the target, where no more steps can help. The trace is Hutchinson's
-    estimate, unbiased, with a relative deviation of at most sqrt(2 / PROBES).
+    ``matrix`` is W (out, in), ``Q`` an orthonormal basis (out, m), and D is ``W W'`` outside Q.
+    The iteration stops when the bound is well below ``target``, and when the Ritz value of D is
+    above it, so that further steps cannot help; at most ``STEPS`` products with ``PROBES``
+    columns in each direction. The trace is Hutchinson's unbiased estimate, with a relative
+    standard deviation of at most sqrt(2 / PROBES).
     """
     X = outside(gaussian(Q, PROBES, draw), Q)
     ratio = _ratio(Q.shape[0])
@@ -54,18 +56,21 @@ def probe(matrix: Matrix, Q: Tensor, target: float, draw: torch.Generator) -> tu
         norm = min(norm, theta * (1 + _overshoot(ratio, degree)))
         if norm <= 0.7 * target or theta > target:
             break
-        # Only the span counts; divided by its norm, no product of small numbers underflows.
+        # Only the span matters; dividing by the norm keeps small numbers from underflowing.
         X = times(matrix, image / torch.linalg.vector_norm(image).clamp_min(TINY))
     return norm, trace
 
 
 def outside(X: Tensor, Q: Tensor) -> Tensor:
-    """The part of X orthogonal to Q."""
+    """The part of X (out, columns) orthogonal to the orthonormal Q (out, m)."""
     return torch.addmm(X, Q, Q.T @ X, alpha=-1)
 
 
 def gaussian(like: Tensor, columns: int, draw: torch.Generator) -> Tensor:
-    """Standard normal numbers for ``like``'s rows; drawn on the CPU: equal on every device."""
+    """Standard normal numbers (rows of ``like``, columns) in the dtype and device of ``like``.
+
+    Drawn on the CPU, so that they are equal on every device.
+    """
     return torch.randn(like.shape[0], columns, generator=draw, dtype=torch.float64).to(like)
 
 

@@ -1,1 +1,1 @@
-"""The layers that a base model gets in place of its own: the same numbers, fewer passes."""
+"""Layers that replace those of a base model: the same results with fewer passes over memory."""

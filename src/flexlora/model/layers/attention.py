@@ -1,8 +1,8 @@
-"""Attention over a row of examples, some of which share their first tokens.
+"""Attention over a packed row of examples, some of which share their first tokens.
 
-Every token attends to what comes before it in its own segment and to the whole prefix of that
-segment (see ``data.packing.Forest``). The gradients of all examples flow into the prefix that
-they share; the numbers are those of the examples one by one.
+Every token attends to the tokens before it in its own segment and to the whole prefix of that
+segment (see ``data.packing.Forest``). The gradients of all examples flow into their shared
+prefix; the results are those of the examples computed one by one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import transformers
 from torch import Tensor, nn
 
 from flexlora.data import Forest
+from flexlora.errors import ConfigError
 
 NAME = "flexlora_segments"
-"""Under which transformers knows this attention."""
+"""The name of this attention in transformers."""
 
 
 def register() -> None:
-    """Make the attention known to transformers by its name."""
+    """Register the attention with transformers under its name."""
     transformers.AttentionInterface.register(NAME, attend)
     transformers.AttentionMaskInterface.register(NAME, transformers.masking_utils.sdpa_mask)
 
@@ -37,12 +38,15 @@ def attend(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by the ``forest`` among the options; without one, transformers' own.
+    """Attention by the ``forest`` in the options; without one, transformers' SDPA.
 
-    Tensors are (1, heads, row, head size), the output (1, row, heads, head size).
+    ``query`` is (1, heads, tokens, head size); ``key`` and ``value`` are (1, key heads, tokens,
+    head size), with heads a multiple of key heads. ``attention_mask`` is ignored if there is a
+    forest. The output is (1, tokens, heads, head size); attention weights are not returned.
 
     Raises:
-        ValueError: the model's attention has something that this one has not.
+        ConfigError: the model's attention has dropout, capped scores, sinks or a sliding window
+            shorter than an example.
     """
     forest: Forest | None = options.pop("forest", None)
     if forest is None:
@@ -60,10 +64,10 @@ def attend(
     window = options.get("sliding_window")
     unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
     if unsupported or dropout or (window and forest.longest > window):
-        what = unsupported or ("dropout" if dropout else "a sliding window")
-        raise ValueError(
-            f"This model's attention uses {what}, which the default attention of examples "
-            "in one row cannot do; set model.attention to 'eager'."
+        feature = ", ".join(unsupported) or ("dropout" if dropout else "a sliding window")
+        raise ConfigError(
+            f"This model's attention uses {feature}, which the default attention of packed "
+            "examples does not support; set model.attention to 'eager'."
         )
     scale = scaling or query.shape[-1] ** -0.5
     if query.device.type == "cpu":
@@ -74,7 +78,10 @@ def attend(
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
-    """The attention by masks, block by block, on any device."""
+    """The attention of the forest by masks, block by block, on any device.
+
+    Shapes are those of ``attend``; the output is (1, heads, tokens, head size).
+    """
     outputs = [
         F.scaled_dot_product_attention(
             query[:, :, first:end],
@@ -90,11 +97,12 @@ def masked(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: flo
 
 
 class _OnCPU(torch.autograd.Function):
-    """Every segment to itself, and all that continue a prefix to it, by torch's CPU kernel.
+    """The attention of the forest by torch's CPU flash kernel, without masks.
 
-    The two parts of a softmax are joined by their log-sum-exp; with the joint output and
-    log-sum-exp the kernel's own backward gives each part's gradients exactly (as in ring
-    attention, arXiv 2310.01889). No mask, and no product that a mask would throw away.
+    One call for each segment with itself, and one for all segments of a tree with their prefix.
+    The two partial softmaxes are combined by their log-sum-exp; with the combined output and
+    log-sum-exp the kernel's own backward gives the gradients of each call exactly (as in ring
+    attention, arXiv 2310.01889). Shapes are those of ``masked``.
     """
 
     @staticmethod
@@ -102,17 +110,17 @@ class _OnCPU(torch.autograd.Function):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        for queries, keys, causal, joined in _calls(forest):
-            part, total = kernel(
+        for queries, keys, causal, combined in _calls(forest):
+            part, part_lse = kernel(
                 q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, causal, scale=scale
             )
-            if not joined:
-                out[:, :, queries], lse[:, :, queries] = part, total
+            if not combined:
+                out[:, :, queries], lse[:, :, queries] = part, part_lse
                 continue
-            both = torch.logaddexp(lse[:, :, queries], total)
-            share = (total - both).exp_()[..., None].to(q.dtype)
+            total_lse = torch.logaddexp(lse[:, :, queries], part_lse)
+            share = (part_lse - total_lse).exp_()[..., None].to(q.dtype)
             out[:, :, queries].lerp_(part, share)
-            lse[:, :, queries] = both
+            lse[:, :, queries] = total_lse
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.forest, ctx.scale = forest, scale
         return out
@@ -123,7 +131,7 @@ class _OnCPU(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         for queries, keys, causal, _ in _calls(ctx.forest):
-            found = kernel(
+            grads = kernel(
                 grad[:, :, queries],
                 q[:, :, queries],
                 k[:, :, keys],
@@ -134,13 +142,15 @@ class _OnCPU(torch.autograd.Function):
                 causal,
                 scale=ctx.scale,
             )
-            for total, part, rows in zip((dq, dk, dv), found, (queries, keys, keys), strict=True):
+            for total, part, rows in zip((dq, dk, dv), grads, (queries, keys, keys), strict=True):
                 total[:, :, rows] += part
         return dq, dk, dv, None, None
 
 
 def _calls(forest: Forest) -> Iterator[tuple[slice, slice, bool, bool]]:
-    """Kernel calls: queries, keys, whether causal, whether to be joined to an earlier one."""
+    """The kernel calls: queries, keys, whether causal, and whether to combine with an earlier
+    call of the same queries.
+    """
     for tree in forest.trees:
         for first, end in tree:
             yield slice(first, end), slice(first, end), True, False

@@ -1,7 +1,7 @@
-"""The last decoder layer: after its attention it works where there is loss and nowhere else.
+"""The last decoder layer: after its attention it only computes the positions of the loss.
 
-What no loss looks at is not computed: the feed-forward block of the last layer, and all that
-comes after it, for the few places that the head is asked for.
+The feed-forward block of the last layer, and everything after it, is not needed at other
+positions.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ KINDS: Final = (
     "Qwen2DecoderLayer",
     "Qwen3DecoderLayer",
 )
-"""The classes of transformers that are attention, then a feed-forward block, each with a norm
-before it and a residual beside it."""
+"""The classes of transformers that consist of attention and a feed-forward block, each with a
+norm before it and a residual connection."""
 
 
 def fits(layer: nn.Module) -> bool:
-    """Whether a layer is of a known class."""
+    """Whether a layer is of a supported class."""
     return type(layer).__name__ in KINDS
 
 
 class LastLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
-    """A layer that ``fits``, with its parts under the same names."""
+    """The replacement of a layer that ``fits``; its modules have the same names."""
 
     def __init__(self, layer: nn.Module, layout: Layout) -> None:
         super().__init__()
@@ -42,20 +42,21 @@ class LastLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     def forward(
         self,
         hidden_states: Tensor,
-        places: Tensor | None = None,
-        place_edges: tuple[int, ...] | None = None,
+        output_positions: Tensor | None = None,
+        output_edges: tuple[int, ...] | None = None,
         **options: Any,
     ) -> Tensor:
-        """The hidden states at ``places`` of a row, in their order; without them, at all.
+        """The hidden states (1, n, hidden) at the n ``output_positions`` of a row, in order.
 
-        ``place_edges`` say which places belong to which adapter, as the layout's edges say
-        it of tokens.
+        ``hidden_states`` is (1, tokens, hidden); without ``output_positions`` the result has
+        all tokens. ``output_edges`` are the bounds of each adapter's output positions, as the
+        layout's edges are those of its tokens.
         """
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, **options)
         hidden = hidden_states + attended
-        if places is None:
+        if output_positions is None:
             return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
-        hidden = hidden.index_select(1, places)
-        with self.layout.of(place_edges):
+        hidden = hidden.index_select(1, output_positions)
+        with self.layout.of(output_edges):
             return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))

@@ -1,9 +1,10 @@
-"""A frozen linear layer and the factors of several adapters, each for rows of its own.
+"""A frozen linear layer with the factors of several adapters, each applied to its own rows.
 
-The base product is one GEMM over all rows. The low-rank products go adapter by adapter, each
-at its own rank, nothing padded. They are laid out with the rank as the *first* dimension,
-``h = A x'`` (rank, rows): a thin GEMM with few columns runs at half the speed of one with few
-rows (measured at rank 30: 96 against 136 GFLOP/s; the gradient of ``B``: 74 against 136).
+The base product is one matrix product over all rows. The low-rank products are computed
+adapter by adapter, each at its own rank, without padding. They have the rank as the *first*
+dimension, ``h = A x'`` (rank, rows): a thin product with few columns runs at half the speed of
+one with few rows (measured at rank 30: 96 against 136 GFLOP/s; the gradient of ``B``: 74
+against 136).
 """
 
 from __future__ import annotations
@@ -23,26 +24,28 @@ from flexlora.lowrank import Factors
 
 @dataclass
 class Layout:
-    """Which rows belong to which adapter; one for all layers of a base model.
+    """Which rows belong to which adapter; one object is shared by all layers of a base model.
 
     ``edges`` has one entry more than there are adapters: adapter i has the rows from
-    ``edges[i]`` to ``edges[i + 1]``, which may be none. Without edges every adapter has an
-    equal part of the batch. It is set around each forward pass, and not kept by anything.
+    ``edges[i]`` to ``edges[i + 1]``, possibly none. Without edges every adapter has an equal
+    part of the batch. The edges are set for the duration of a forward pass.
     """
 
     edges: tuple[int, ...] | None = None
 
     @contextmanager
     def of(self, edges: Sequence[int] | None) -> Iterator[None]:
-        """These edges for the passes within."""
-        before, self.edges = self.edges, None if edges is None else tuple(edges)
+        """Set these edges within the context."""
+        previous, self.edges = self.edges, None if edges is None else tuple(edges)
         try:
             yield
         finally:
-            self.edges = before
+            self.edges = previous
 
-    def twice(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts of a pass as it is now and of the same pass made again later."""
+    def checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The contexts of a forward pass now, and of its later recomputation with equal edges."""
         return nullcontext(), self.of(self.edges)
 
     def spans(self, rows: int, adapters: int) -> tuple[tuple[int, int], ...]:
@@ -54,39 +57,43 @@ class Layout:
         edges = self.edges
         if edges is None:
             if rows % adapters:
-                raise ValueError(f"{rows} rows cannot be dealt to {adapters} adapters equally.")
+                raise ValueError(f"{rows} rows cannot be split equally among {adapters} adapters.")
             edges = tuple(range(0, rows + 1, rows // adapters))
-        whole = edges[0] == 0 and edges[-1] == rows and list(edges) == sorted(edges)
-        if len(edges) != adapters + 1 or not whole:
-            raise ValueError(f"Edges {edges} do not deal {rows} rows to {adapters} adapters.")
+        complete = edges[0] == 0 and edges[-1] == rows and list(edges) == sorted(edges)
+        if len(edges) != adapters + 1 or not complete:
+            raise ValueError(f"Edges {edges} do not split {rows} rows among {adapters} adapters.")
         return tuple(itertools.pairwise(edges))
 
 
-class Part(NamedTuple):
-    """One adapter's factors in one layer: ``scale * B @ A`` is its update.
+class LayerAdapter(NamedTuple):
+    """One adapter's factors in one layer: the update is ``scale * B @ A``.
 
-    ``rest`` are factors that its rows see as well and that have no gradient. A factor that
-    needs none costs none either.
+    ``B`` is (out, rank) and ``A`` (rank, in). ``frozen`` are further factors, of any rank, that
+    are added for the same rows and have no gradient. No gradient is computed for a factor that
+    does not require one.
     """
 
     A: Tensor
     B: Tensor
     scale: float = 1.0
-    rest: Factors | None = None
+    frozen: Factors | None = None
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with places for factors; without them, the layer itself."""
+    """A frozen linear layer that can carry adapters; without any it is the layer itself."""
 
     def __init__(self, base: nn.Linear, layout: Layout) -> None:
         super().__init__()
         self.base = base
         self.layout = layout
-        self.parts: tuple[Part, ...] = ()
+        self.adapters: tuple[LayerAdapter, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x W'``, and for the rows of each adapter ``scale (x A') B'``."""
-        if not self.parts:
+        """``x W'``, plus ``scale (x A') B'`` for the rows of each adapter.
+
+        ``x`` is (..., in), the result (..., out).
+        """
+        if not self.adapters:
             return cast(Tensor, self.base(x))
         linear = self.linear(x.numel() // x.shape[-1])
         if linear.W is None:
@@ -96,50 +103,55 @@ class LoRALinear(nn.Module):
         return cast(Tensor, y)
 
     def linear(self, rows: int) -> Linear:
-        """The layer as it is for an input of so many rows.
+        """The layer's values for an input of ``rows`` rows.
 
         Raises:
-            ValueError: the layout does not fit.
+            ValueError: the layout does not fit the rows and the adapters.
         """
-        spans = self.layout.spans(rows, len(self.parts)) if self.parts else ()
-        # Quantised weights and the like are multiplied by their own layer alone.
+        spans = self.layout.spans(rows, len(self.adapters)) if self.adapters else ()
+        # Only its own layer can multiply by, for example, quantised weights.
         plain = type(self.base) is nn.Linear
         weight = self.base.weight if plain else None
-        return Linear(weight, self.base.bias if plain else None, spans, self.parts)
+        return Linear(weight, self.base.bias if plain else None, spans, self.adapters)
 
 
 class Linear(NamedTuple):
     """A linear layer with its adapters as plain values, outside of autograd.
 
-    All rows are two-dimensional, (rows, in) or (rows, out). ``W`` is None where somebody
-    else makes the base product.
+    ``W`` is (out, in), or None if another layer computes the base product; ``bias`` is (out,).
+    ``spans`` are the rows (first, end) of each adapter.
     """
 
     W: Tensor | None
     bias: Tensor | None
     spans: tuple[tuple[int, int], ...]
-    parts: tuple[Part, ...]
+    adapters: tuple[LayerAdapter, ...]
 
     @property
     def factors(self) -> list[Tensor]:
-        """A and B of each adapter in turn, as autograd functions take them."""
-        return [factor for part in self.parts for factor in (part.A, part.B)]
+        """A and B of each adapter, alternating, as autograd functions take them."""
+        return [factor for adapter in self.adapters for factor in (adapter.A, adapter.B)]
 
     def forward(self, rows: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The output, and of each adapter ``A x'`` (rank, its rows), which backward needs."""
+        """The output, and the ``A x'`` of each adapter, which ``backward`` needs.
+
+        ``rows`` is x (rows, in). ``y`` (rows, out) is the base product, to which the adapters'
+        products are added in place; without it the base product is computed. Returns y and one
+        (rank, its rows) tensor for each adapter.
+        """
         if y is None:
             assert self.W is not None
             y = F.linear(rows, self.W, self.bias)
         hidden = []
-        for (first, end), part in zip(self.spans, self.parts, strict=True):
+        for (first, end), adapter in zip(self.spans, self.adapters, strict=True):
             if first == end:
-                hidden.append(rows.new_empty(part.A.shape[0], 0))
+                hidden.append(rows.new_empty(adapter.A.shape[0], 0))
                 continue
-            h = part.A.to(rows.dtype) @ rows[first:end].t()
-            y[first:end].addmm_(h.t(), part.B.to(rows.dtype).t(), alpha=part.scale)
-            if part.rest is not None:
-                beside = part.rest.A.to(rows.dtype) @ rows[first:end].t()
-                y[first:end].addmm_(beside.t(), part.rest.B.to(rows.dtype).t())
+            h = adapter.A.to(rows.dtype) @ rows[first:end].t()
+            y[first:end].addmm_(h.t(), adapter.B.to(rows.dtype).t(), alpha=adapter.scale)
+            if adapter.frozen is not None:
+                frozen_h = adapter.frozen.A.to(rows.dtype) @ rows[first:end].t()
+                y[first:end].addmm_(frozen_h.t(), adapter.frozen.B.to(rows.dtype).t())
             hidden.append(h)
         return y, hidden
 
@@ -151,34 +163,38 @@ class Linear(NamedTuple):
         dx: Tensor | None,
         add: bool = False,
     ) -> list[Tensor | None]:
-        """Write the input's gradient into ``dx`` (``add``: onto what is there); the factors' ones.
+        """Write the input's gradient to ``dx``; returns the gradients of the factors.
 
-        Returns the gradients of A and B of each adapter in turn, in their own precision;
-        None for one without rows, or that needs no gradient.
+        ``grad`` is that of the output (rows, out), ``rows`` the input (rows, in), ``hidden`` the
+        second result of ``forward``. ``dx`` (rows, in) is overwritten, or with ``add`` added
+        to; None if it is not needed. The result has dA (rank, in) and dB (out, rank) of each
+        adapter, alternating, in the factors' dtype; None for an adapter without rows and for a
+        factor that requires no gradient.
         """
         if dx is not None and self.W is not None:
             torch.addmm(dx, grad, self.W, beta=1 if add else 0, out=dx)
-        found: list[Tensor | None] = []
-        for (first, end), part, h in zip(self.spans, self.parts, hidden, strict=True):
+        factor_grads: list[Tensor | None] = []
+        for (first, end), adapter, h in zip(self.spans, self.adapters, hidden, strict=True):
             if first == end:
-                found += [None, None]
+                factor_grads += [None, None]
                 continue
+            A, B, scale, frozen = adapter
             g = grad[first:end]
-            through = part.B.to(g.dtype).t() @ g.t()
+            dh = B.to(g.dtype).t() @ g.t()
             if dx is not None:
-                dx[first:end].addmm_(through.t(), part.A.to(g.dtype), alpha=part.scale)
-                if part.rest is not None:
-                    beside = part.rest.B.to(g.dtype).t() @ g.t()
-                    dx[first:end].addmm_(beside.t(), part.rest.A.to(g.dtype))
-            dA = (through @ rows[first:end]).mul_(part.scale) if part.A.requires_grad else None
-            dB = (h @ g).mul_(part.scale) if part.B.requires_grad else None
-            found.append(None if dA is None else dA.to(part.A.dtype))
-            found.append(None if dB is None else dB.to(part.B.dtype).t())
-        return found
+                dx[first:end].addmm_(dh.t(), A.to(g.dtype), alpha=scale)
+                if frozen is not None:
+                    frozen_dh = frozen.B.to(g.dtype).t() @ g.t()
+                    dx[first:end].addmm_(frozen_dh.t(), frozen.A.to(g.dtype))
+            dA = (dh @ rows[first:end]).mul_(scale) if A.requires_grad else None
+            dB = (h @ g).mul_(scale) if B.requires_grad else None
+            factor_grads.append(None if dA is None else dA.to(A.dtype))
+            factor_grads.append(None if dB is None else dB.to(B.dtype).t())
+        return factor_grads
 
 
 class _Fused(torch.autograd.Function):
-    """The layer and its factors as one node: the input is saved once, sums are in place."""
+    """The layer and its adapters as one node of autograd: the input is saved only once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: Linear, *factors: Tensor) -> Tensor:
@@ -193,12 +209,12 @@ class _Fused(torch.autograd.Function):
         rows, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        found = ctx.linear.backward(g, rows, hidden, dx)
-        return None if dx is None else dx.view(*grad.shape[:-1], -1), None, *found
+        factor_grads = ctx.linear.backward(g, rows, hidden, dx)
+        return None if dx is None else dx.view(*grad.shape[:-1], -1), None, *factor_grads
 
 
 class _Added(torch.autograd.Function):
-    """The factors' products added to what another layer has made of the input."""
+    """The adapters' products, added to the base product of another layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, linear: Linear, *factors: Tensor) -> Tensor:
@@ -213,5 +229,5 @@ class _Added(torch.autograd.Function):
         rows, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         dx = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
-        found = ctx.linear.backward(g, rows, hidden, dx, add=True)
-        return None if dx is None else dx.view(*grad.shape[:-1], -1), grad, None, *found
+        factor_grads = ctx.linear.backward(g, rows, hidden, dx, add=True)
+        return None if dx is None else dx.view(*grad.shape[:-1], -1), grad, None, *factor_grads

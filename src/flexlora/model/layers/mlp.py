@@ -1,7 +1,8 @@
 """The gated feed-forward block ``down(silu(gate(x)) * up(x))`` as one node of autograd.
 
-It keeps its input and the two products, and makes the rest again in the backward pass: half
-the memory of the block written out, and no more passes over (rows, inner) than needed.
+It saves its input and the two products, and recomputes the other intermediate values in the
+backward pass: half the memory of the block as separate operations, with few passes over the
+(rows, inner) tensors.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from flexlora.model.layers.lora import Linear, LoRALinear
 
 KINDS: Final = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
-"""The classes of transformers that are this block, if their activation is SiLU."""
+"""The classes of transformers that compute this block, if their activation is SiLU."""
 
 
 def fits(block: nn.Module) -> bool:
-    """Whether a block is a gated one with SiLU, of plain linear layers with places for factors."""
+    """Whether a block is of a supported class, with SiLU and wrapped plain linear layers."""
     if type(block).__name__ not in KINDS or not _is_silu(getattr(block, "act_fn", None)):
         return False
     layers = [getattr(block, name) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -27,7 +28,7 @@ def fits(block: nn.Module) -> bool:
 
 
 class GatedMLP(nn.Module):
-    """A block that ``fits``, with its layers under the same names."""
+    """The replacement of a block that ``fits``; its layers have the same names."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class GatedMLP(nn.Module):
         self.down_proj = cast(LoRALinear, block.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``down(silu(gate(x)) * up(x))``."""
+        """``down(silu(gate(x)) * up(x))`` with the layers' adapters; x is (..., in)."""
         rows = x.numel() // x.shape[-1]
         layers = tuple(x.linear(rows) for x in (self.gate_proj, self.up_proj, self.down_proj))
         factors = [factor for layer in layers for factor in layer.factors]
@@ -59,17 +60,17 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, down = ctx.layers
         rows, g, u, *hidden = ctx.saved_tensors
-        a, b = len(gate.parts), len(gate.parts) + len(up.parts)
+        a, b = len(gate.adapters), len(gate.adapters) + len(up.adapters)
         in_gate, in_up, in_down = hidden[:a], hidden[a:b], hidden[b:]
         s = F.silu(g)
         d = torch.empty_like(g)
-        down_found = down.backward(grad.reshape(len(rows), -1), s * u, in_down, d)
+        down_grads = down.backward(grad.reshape(len(rows), -1), s * u, in_down, d)
         du = s.mul_(d)
         dg = torch.ops.aten.silu_backward(d.mul_(u), g)
         dx = torch.empty_like(rows)
-        gate_found = gate.backward(dg, rows, in_gate, dx)
-        up_found = up.backward(du, rows, in_up, dx, add=True)
-        return dx.view(*grad.shape[:-1], -1), None, *gate_found, *up_found, *down_found
+        gate_grads = gate.backward(dg, rows, in_gate, dx)
+        up_grads = up.backward(du, rows, in_up, dx, add=True)
+        return dx.view(*grad.shape[:-1], -1), None, *gate_grads, *up_grads, *down_grads
 
 
 def _is_silu(activation: Any) -> bool:

@@ -1,7 +1,7 @@
 """The root-mean-square norm ``w * x / sqrt(mean(x^2) + eps)`` as one node of autograd.
 
-Its weight is frozen, so backward is for the input alone. Sums are in float32, whatever the
-input's precision (arXiv 1910.07467, as transformers' Llama has it).
+Its weight is frozen, so backward computes only the input's gradient. Sums are in float32 for
+every input precision (arXiv 1910.07467, as in transformers' Llama).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ KINDS: Final = (
     "Qwen3RMSNorm",
     "SmolLM3RMSNorm",
 )
-"""The classes of transformers that are this norm."""
+"""The classes of transformers that compute this norm."""
 
 
 def fits(norm: nn.Module) -> bool:
-    """Whether a layer is this norm."""
+    """Whether a layer is of a supported class."""
     return type(norm).__name__ in KINDS
 
 
 class RMSNorm(nn.Module):
-    """A norm that ``fits``, with its weight under the same name."""
+    """The replacement of a norm that ``fits``; the weight (size,) has the same name."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         self.eps = float(cast(Any, norm).variance_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The norm over the last dimension."""
+        """The norm over the last dimension; x is (..., size), and so is the result."""
         return cast(Tensor, _Normed.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
 
 

@@ -1,21 +1,21 @@
-"""Figures of many methods at once, told apart by colour and dash, the best drawn last.
+"""Figures of many methods at once, distinguished by colour and dash, the best drawn last.
 
-A method has the same colour and dash in every figure; the legend stands outside, in the
-order of the table, and a double click on a name shows that method alone.
+A method has the same colour and dash in every figure; the legend is in the order of the table, and
+a double click on a name isolates that method.
 """
 
 from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from flexlora.reporting import figures
+from flexlora.reporting import canvas
 from flexlora.reporting.comparison.values import Comparison, Row, Series, Spread, Value, text_of
 
-COLOURS = (figures.BLUE, figures.ORANGE, *figures.TYPES[:5], figures.TYPES[-1])
+COLOURS = (canvas.BLUE, canvas.ORANGE, *canvas.TYPES[:5], canvas.TYPES[-1])
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 FEW = 4
-"""Up to so many methods the legend stands above the figure, with more beside it."""
+"""Up to this number of methods the legend stands above the figure, with more beside it."""
 
 LINE = 21
 """Pixels that a method takes in a legend or on an axis."""
@@ -26,47 +26,48 @@ def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> 
 
     The grey band is the mean of the best method and its standard deviation to either side.
     """
-    found = [(row, row.spread(value)) for row in comparison.rows]
-    known = [(row, spread) for row, spread in found if spread is not None]
-    figure = figures._figure(x_title, "", 110 + LINE * len(known))
-    seeds = [(v, place) for place, (_, spread) in enumerate(known) for v in spread.values]
+    spreads = [(row, row.spread(value)) for row in comparison.rows]
+    measured = [(row, spread) for row, spread in spreads if spread is not None]
+    figure = canvas.blank(x_title, "", 110 + LINE * len(measured))
+    seeds = [(v, place) for place, (_, spread) in enumerate(measured) for v in spread.values]
     figure.add_scatter(
         x=[v for v, _ in seeds],
         y=[place for _, place in seeds],
         name="one seed",
         mode="markers",
-        marker={"color": figures.GREY, "size": 6, "opacity": 0.6},
+        marker={"color": canvas.GREY, "size": 6, "opacity": 0.6},
         hovertemplate="%{x:.4g}<extra>one seed</extra>",
     )
     figure.add_scatter(
-        x=[spread.mean for _, spread in known],
-        y=list(range(len(known))),
+        x=[spread.mean for _, spread in measured],
+        y=list(range(len(measured))),
         name="mean and standard deviation",
         mode="markers",
         marker={
             "size": 10,
-            "color": [COLOURS[place % len(COLOURS)] for place in range(len(known))],
-            "symbol": [_symbol(place) for place in range(len(known))],
+            "color": [COLOURS[place % len(COLOURS)] for place in range(len(measured))],
+            "symbol": [_symbol(place) for place in range(len(measured))],
         },
         error_x={
             "type": "data",
-            "array": [spread.deviation or 0.0 for _, spread in known],
-            "color": figures.GREY,
+            "array": [spread.deviation or 0.0 for _, spread in measured],
+            "color": canvas.GREY,
             "thickness": 1.2,
             "width": 3,
         },
-        customdata=[[figures.shown(row.method), text_of(s, digits)] for row, s in known],
+        customdata=[[canvas.shown(row.method), text_of(s, digits)] for row, s in measured],
         hovertemplate="<b>%{customdata[0]}</b> %{customdata[1]}<extra></extra>",
     )
-    if known and (deviation := known[0][1].deviation):
-        best = known[0][1].mean
+    figure.update_xaxes(rangemode="nonnegative")
+    if measured and (deviation := measured[0][1].deviation):
+        best = measured[0][1].mean
         figure.add_vrect(
-            best - deviation, best + deviation, fillcolor=figures.GREY, opacity=0.16, line_width=0
+            best - deviation, best + deviation, fillcolor=canvas.GREY, opacity=0.16, line_width=0
         )
     return figure.update_yaxes(
-        tickvals=list(range(len(known))),
-        ticktext=[figures.shown(row.method, 24) for row, _ in known],
-        range=[len(known) - 0.4, -0.6],
+        tickvals=list(range(len(measured))),
+        ticktext=[canvas.shown(row.method, 24) for row, _ in measured],
+        range=[len(measured) - 0.4, -0.6],
         showgrid=False,
     )
 
@@ -74,9 +75,11 @@ def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> 
 def by_round(comparison: Comparison, series: Series, y_title: str, digits: int) -> go.Figure:
     """A series of each method by round: its mean as a thick line, each seed as a thin one."""
     drawn = {
-        place: means for place, row in enumerate(comparison.rows) if (means := row.by_round(series))
+        place: averages
+        for place, row in enumerate(comparison.rows)
+        if (averages := row.by_round(series))
     }
-    figure = figures._by_round({n for means in drawn.values() for n in means}, y_title)
+    figure = canvas.by_round({n for averages in drawn.values() for n in averages}, y_title)
     many = len(drawn) > FEW
     # In reverse, so that the best lie on top; the legend has an order of its own.
     for place in reversed(drawn):
@@ -84,26 +87,28 @@ def by_round(comparison: Comparison, series: Series, y_title: str, digits: int) 
         if len(row.runs) > 1:
             _thin(figure, row, place, series, 0.18 if many else 0.45)
         _thick(figure, row, place, drawn[place], digits)
-    figure.update_layout(hovermode="closest")
+    figure.update_layout(hovermode="closest").update_yaxes(rangemode="nonnegative")
     if many:
         beside = {"orientation": "v", "x": 1.01, "y": 1, "yanchor": "top", "font": {"size": 12}}
-        height = max(figures.HEIGHT + 80, 60 + LINE * len(drawn))
+        height = max(canvas.HEIGHT + 80, 60 + LINE * len(drawn))
         figure.update_layout(height=height, legend=beside)
     return figure
 
 
-def _thick(figure: go.Figure, row: Row, place: int, means: dict[int, Spread], digits: int) -> None:
-    name = figures.shown(row.method, 24)
+def _thick(
+    figure: go.Figure, row: Row, place: int, averages: dict[int, Spread], digits: int
+) -> None:
+    name = canvas.shown(row.method, 24)
     figure.add_scatter(
-        x=list(means),
-        y=[spread.mean for spread in means.values()],
+        x=list(averages),
+        y=[spread.mean for spread in averages.values()],
         name=f"★ {name}" if place == 0 else name,
         legendgroup=row.method,
         legendrank=place + 1,
         mode="lines+markers",
         line={**_line(place), "width": 3.4 if place == 0 else 2},
         marker={"size": 8 if place == 0 else 6, "symbol": _symbol(place)},
-        customdata=[text_of(spread, digits) for spread in means.values()],
+        customdata=[text_of(spread, digits) for spread in averages.values()],
         hovertemplate=f"<b>{name}</b> round %{{x}}: %{{customdata}}<extra></extra>",
     )
 
@@ -114,7 +119,7 @@ def _thin(figure: go.Figure, row: Row, place: int, series: Series, opacity: floa
         figure.add_scatter(
             x=list(values),
             y=list(values.values()),
-            name=f"{figures.shown(row.method, 24)}, seed {run.seed}",
+            name=f"{canvas.shown(row.method, 24)}, seed {run.seed}",
             legendgroup=row.method,
             showlegend=False,
             hoverinfo="skip",

@@ -25,7 +25,7 @@ from flexlora.reporting.comparison.values import (
 from flexlora.reporting.comparison.verdict import verdict
 
 DIGITS = {"loss": 3, "rouge_l": 1, "exact_match": 1}
-"""The metrics of an evaluation, and how many digits of them are worth reading."""
+"""The metrics of an evaluation, and how many decimals are meaningful."""
 
 COSTS: Mapping[str, Value] = {
     "bytes_up": lambda run: run.bytes_up,
@@ -34,7 +34,7 @@ COSTS: Mapping[str, Value] = {
     "lost_turns": lambda run: run.facts.lost,
     "training_loss": last_training,
 }
-"""What a cell costs and how well it fits, as single numbers."""
+"""The costs and the training loss of a run, as single numbers."""
 
 
 def content(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexlora import methods
+from flexlora.federation import FILES
+from flexlora.journal import NOTHING, size
 from flexlora.method import Feature
-from flexlora.reporting import page
+from flexlora.reporting import sections
 from flexlora.reporting.comparison.numbers import COSTS, DIGITS
 from flexlora.reporting.comparison.values import (
     Comparison,
@@ -23,17 +25,19 @@ from flexlora.reporting.comparison.values import (
 from flexlora.reporting.comparison.verdict import verdict
 
 BEST, LEVEL = "★", "≈"
+MOST_REFUSED = 3
+"""Up to this number of refused methods the terminal shows each with its reason."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """One table of text; ``names`` are the columns of words, ``spans`` as ``page`` has them."""
+    """One table of text; ``words`` are the columns of words, ``spans`` as in ``document.Table``."""
 
     title: str
     note: str
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
-    names: set[int]
+    words: set[int]
     spans: Sequence[tuple[str, int]] = ()
     long: bool = False
 
@@ -41,17 +45,17 @@ class Listing:
 def listings(comparison: Comparison) -> list[Listing]:
     """The tables: scores, what is missing, best rounds, costs, kinds of methods, energy."""
     groups = groups_of(comparison)
-    found = [scores(comparison, groups)]
+    tables = [scores(comparison, groups)]
     if any(row.state for row in comparison.rows):
-        found.append(_missing(comparison))
+        tables.append(_missing(comparison))
     runs = [run for row in comparison.rows for run in row.runs]
     if any(len(run.scores.get(group, {})) > 2 for run in runs for group in groups):
-        found.append(_best_rounds(comparison, groups))
-    found += [_costs(comparison), _kinds(comparison)]
+        tables.append(_best_rounds(comparison, groups))
+    tables += [_costs(comparison), _kinds(comparison)]
     blocks = blocks_of(comparison)
     if len(blocks) > 2:
-        found += [_energy(comparison, blocks, whole) for whole in (False, True)]
-    return found
+        tables += [_energy(comparison, blocks, whole) for whole in (False, True)]
+    return tables
 
 
 def scores(comparison: Comparison, groups: Sequence[str]) -> Listing:
@@ -68,23 +72,24 @@ def scores(comparison: Comparison, groups: Sequence[str]) -> Listing:
         lines.append(before)
     note = (
         "After the last round, the lowest loss first. Loss in nats per token, Rouge-L and exact "
-        f"match in percent; mean ± sample standard deviation over seeds. {BEST} is the best; "
-        f"{LEVEL} is behind it by no more than the larger of the two standard deviations. "
-        "“Behind the best” is the difference in loss seed by seed, for a seed fixes clients, "
-        "data and questions of all methods alike: it tells more than the two means do."
+        "match in percent; mean ± sample standard deviation over seeds. "
+        f"{BEST} is the best method; {LEVEL} is behind it by at most the larger of the two "
+        "standard deviations. “Behind the best” is the difference in loss between runs of the same "
+        "seed. A seed determines clients, data and evaluation questions for all methods, so this "
+        "difference is more informative than that of the means."
     )
     return Listing("Scores", note, head, lines, {1}, spans)
 
 
 def _missing(comparison: Comparison) -> Listing:
     lines = [[row.method, row.state] for row in comparison.rows if row.state]
-    note = "Methods that refuse the config, as it is to them, or that did not come to its end."
+    note = "Methods that are incompatible with this configuration or did not finish."
     return Listing("Not finished", note, ["Method", "Why"], lines, {0, 1})
 
 
 def _scores(row: Row, comparison: Comparison, groups: Sequence[str]) -> list[str]:
     standing = comparison.standing(row)
-    away = text_of(standing.behind, 3, "+") if standing and row is not comparison.best else "–"
+    away = text_of(standing.behind, 3, "+") if standing and row is not comparison.best else NOTHING
     cells = [_mark(row, comparison, standing), row.method, _finished(row, comparison)]
     if comparison.group is None:
         cells += [text_of(row.spread(comparison.loss), 3), away]
@@ -97,7 +102,7 @@ def _scores(row: Row, comparison: Comparison, groups: Sequence[str]) -> list[str
 
 
 def _finished(row: Row, comparison: Comparison) -> str:
-    """How many seeds have finished, or in one word why none has."""
+    """How many seeds are complete, or in one word why none is."""
     states = {other.state for other in row.others}
     if not row.runs and len(states) == 1 and "open" not in states:
         return states.pop()
@@ -120,9 +125,9 @@ def _before(comparison: Comparison, groups: Sequence[str]) -> list[str]:
             values = [value for row in rows if (value := getattr(row, key)) is not None]
             cells.append(text_of(Spread.of(values) if values else None, digits))
             if key == "loss" and group == comparison.group:
-                cells.append("–")
-    known = sum(any(run.before(group) for group in groups) for run in by_seed.values())
-    return ["", "(before training)", f"{known} of {len(comparison.seeds)}", *cells] if known else []
+                cells.append(NOTHING)
+    seeds = sum(any(run.before(group) for group in groups) for run in by_seed.values())
+    return ["", "(before training)", f"{seeds} of {len(comparison.seeds)}", *cells] if seeds else []
 
 
 def _best_rounds(comparison: Comparison, groups: Sequence[str]) -> Listing:
@@ -130,8 +135,8 @@ def _best_rounds(comparison: Comparison, groups: Sequence[str]) -> Listing:
     for row in (row for row in comparison.rows if row.runs):
         cells = [row.method]
         for group in groups:
-            found = [best.round for run in row.runs if (best := run.best(group))]
-            cells.append(", ".join(map(str, found)) or "–")
+            rounds = [best.round for run in row.runs if (best := run.best(group))]
+            cells.append(", ".join(map(str, rounds)) or NOTHING)
             cells += [
                 text_of(row.spread(score(group, key, best=True)), digits)
                 for key, digits in DIGITS.items()
@@ -140,8 +145,8 @@ def _best_rounds(comparison: Comparison, groups: Sequence[str]) -> Listing:
     head = ["Method", *["Round", "Loss", "Rouge-L", "Exact match"] * len(groups)]
     spans = [("", 1), *((f"{group.capitalize()} clients", 4) for group in groups)]
     note = (
-        "After the round of the lowest loss on these same clients, chosen for each seed: what "
-        "stopping early could have gained at most."
+        "After the round with the lowest loss on these same clients, chosen for each seed: the "
+        "most that early stopping could have gained."
     )
     return Listing("Best round", note, head, lines, {0}, spans)
 
@@ -151,43 +156,43 @@ def _costs(comparison: Comparison) -> Listing:
     for row in comparison.rows:
         spreads = {key: row.spread(value) for key, value in COSTS.items()}
         lost = spreads["lost_turns"]
-        sizes = (spreads["bytes_up"], spreads["bytes_down"])
+        traffic = (spreads["bytes_up"], spreads["bytes_down"])
         lines.append(
             [
                 row.method,
                 text_of(spreads["training_loss"], 3),
-                *("–" if size is None else page._bytes(round(size.mean)) for size in sizes),
+                *(NOTHING if sent is None else size(sent.mean) for sent in traffic),
                 text_of(spreads["server_seconds"], 2),
-                "–" if lost is None else f"{sum(lost.values):.0f}",
+                NOTHING if lost is None else f"{sum(lost.values):.0f}",
             ]
         )
-    head = ["Method", "Training loss", "Up", "Down", "Server (s)", "Lost turns"]
+    head = ["Method", "Training loss", "Up", "Down", "Server (s)", "Failed"]
     note = (
-        "Training loss is of the last round, in nats per token. Bytes are of all clients and "
-        "rounds of one seed, server seconds those of all aggregations; the mean over seeds. Lost "
-        "turns are summed over seeds."
+        "Training loss of the last round in nats per token; bytes of all clients and rounds, and "
+        "seconds of all aggregations; means over seeds. Failed counts client rounds without a "
+        "usable upload, summed over seeds."
     )
     return Listing("Cost", note, head, lines, {0})
 
 
 def _kinds(comparison: Comparison) -> Listing:
-    kinds = {row.method: methods.make(row.method) for row in comparison.rows}
+    compared = {row.method: methods.make(row.method) for row in comparison.rows}
     lines = [
         [
             name,
-            kind.title,
-            kind.info.paper,
-            "exact" if kind.info.exact else "inexact",
-            "yes" if Feature.MIXED_RANKS in kind.features else "no",
-            "one per client" if Feature.PERSONAL in kind.features else "one",
+            method.title,
+            method.info.paper,
+            method.info.exactness,
+            "yes" if Feature.MIXED_RANKS in method.features else "no",
+            "one per client" if Feature.PERSONAL in method.features else "one",
         ]
-        for name, kind in kinds.items()
+        for name, method in compared.items()
     ]
     head = ["Method", "Title", "Paper", "Aggregate", "Mixed ranks", "Model"]
     note = (
-        "An aggregate is exact if its product is the weighted mean of the clients' products. Where "
-        "each client has a model of its own, that model answers the client's questions: scores on "
-        "seen clients are then of another kind than those of one model for all."
+        "An aggregate is exact if its product B @ A is the weighted mean of the clients' products. "
+        "If each client has a model of its own, that model answers the client's questions, so its "
+        "scores on seen clients do not compare with those of one model for all clients."
     )
     return Listing("Methods", note, head, lines, set(range(6)))
 
@@ -206,14 +211,14 @@ def _energy(comparison: Comparison, blocks: Sequence[str], whole: bool) -> Listi
         return Listing("Energy by round", "In percent, as above.", head, lines, {0}, long=True)
     note = (
         "Share of the squared singular values of the global update in each block of ranks, in "
-        "percent, mean over modules and seeds, after the last round. The last block is what no "
-        "client could be handed, and so was lost."
+        "percent, mean over modules and seeds, after the last round. The last block lies beyond "
+        "the largest rank in use: no client receives it."
     )
     return Listing("Energy by rank", note, head, lines, {0})
 
 
 def title(comparison: Comparison) -> str:
-    """What the comparison is of."""
+    """The title of the comparison."""
     names = [row.method for row in comparison.rows]
     return f"{' and '.join(names)} compared" if len(names) < 3 else f"{len(names)} methods compared"
 
@@ -224,16 +229,29 @@ def facts(comparison: Comparison) -> dict[str, str]:
     seeds = ", ".join(map(str, comparison.seeds))
     if run is None:
         return {"Seeds": seeds}
-    found = run.facts
+    common = run.facts
     return {
-        "Base model": found.base_model or "",
-        "Clients": page._client_count(found),
-        "Rank types": ", ".join(page._type_name(kind) for kind in run.rank_types),
-        "Rounds": f"{found.rounds_done:,}",
+        "Base model": common.base_model or "",
+        "Clients": sections.client_count(common),
+        "Rank types": sections.rank_types(run.rank_types),
+        "Rounds": f"{common.rounds_done:,}",
         "Seeds": seeds,
-        "flexlora": found.version or "",
-        "Hardware": page._plain(found.hardware),
+        "flexlora": common.version or "",
+        "Hardware": sections.flat(common.hardware),
     }
+
+
+def unfinished(comparison: Comparison) -> list[str]:
+    """A line for each method that did not finish; many that are refused share one."""
+    refused = [row for row in comparison.rows if row.refused]
+    lines = [f"{row.method}: {row.state}" for row in comparison.rows if row.state]
+    if len(refused) <= MOST_REFUSED:
+        return lines
+    names = ", ".join(row.method for row in refused)
+    others = [
+        f"{row.method}: {row.state}" for row in comparison.rows if row.state and not row.refused
+    ]
+    return [*others, f"Not compatible with this config (reasons in {FILES[0]}): {names}"]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -241,7 +259,7 @@ def markdown(comparison: Comparison) -> str:
     parts = [f"# {title(comparison)}", " ".join(verdict(comparison))]
     parts.append("\n".join(f"- {name}: {text}" for name, text in facts(comparison).items() if text))
     for listing in listings(comparison):
-        rule = ["---" if place in listing.names else "---:" for place in range(len(listing.head))]
+        rule = ["---" if place in listing.words else "---:" for place in range(len(listing.head))]
         groups = [name for name, width in listing.spans for _ in range(width)]
         head = [
             f"{name} ({groups[place].lower()})" if groups and groups[place] else name

@@ -1,7 +1,7 @@
-"""Methods side by side: from the journals of a comparison's cells to values.
+"""Methods side by side: from the journals of a comparison's runs to values.
 
-Every number is a mean over seeds with the sample standard deviation beside it. Only finished
-cells count: numbers after unlike rounds do not compare.
+Every number is a mean over seeds with the sample standard deviation. Only complete runs count:
+numbers after different numbers of rounds do not compare.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ READ = ("start", "lost", "round", "spectrum", "evaluation", "finish")
 
 @dataclass(frozen=True)
 class Measured:
-    """What one cell's journal says.
+    """What the journal of one run contains.
 
     ``training`` is the loss by round; ``scores`` are of the global adapter by group of clients
-    and round (0: the base model); ``energy`` is in percent by round and block of ranks, the
-    last block being what no client could be handed.
+    and round (0: the base model); ``energy`` is in percent by round and block of ranks; the
+    last block lies beyond the largest rank in use.
     """
 
     seed: int
@@ -46,7 +46,7 @@ class Measured:
         return next(reversed(self._trained(group)), None)
 
     def best(self, group: str) -> EvaluationRow | None:
-        """The score after the round of the lowest loss on this group; the first of equals."""
+        """The score after the round with the lowest loss on this group; the first of equals."""
         rows = [(row.loss, row.round, row) for row in self._trained(group) if row.loss is not None]
         return min(rows)[2] if rows else None
 
@@ -56,7 +56,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds; of a single value there is no standard deviation."""
+    """A mean over seeds; a single value has no standard deviation."""
 
     mean: float
     deviation: float | None
@@ -75,7 +75,7 @@ Series = Callable[[Measured], Mapping[int, float | None]]
 
 @dataclass(frozen=True)
 class Row:
-    """One method: what its finished cells measured, and the ``others``, which did not finish."""
+    """One method: what its complete runs measured, and the ``others``, which are not complete."""
 
     method: str
     runs: tuple[Measured, ...]
@@ -83,28 +83,33 @@ class Row:
 
     def spread(self, value: Value) -> Spread | None:
         """A value over the seeds; None if one of them lacks it."""
-        found = [value(run) for run in self.runs]
-        known = [v for v in found if v is not None]
-        return Spread.of(known) if known and len(known) == len(found) else None
+        values = [v for run in self.runs if (v := value(run)) is not None]
+        return Spread.of(values) if values and len(values) == len(self.runs) else None
 
     def by_round(self, series: Series) -> dict[int, Spread]:
         """A series round by round, each over the seeds that have the round."""
-        found: dict[int, list[float]] = {}
+        by_round: dict[int, list[float]] = {}
         for run in self.runs:
             for number, value in series(run).items():
                 if value is not None:
-                    found.setdefault(number, []).append(value)
-        return {number: Spread.of(found[number]) for number in sorted(found)}
+                    by_round.setdefault(number, []).append(value)
+        return {number: Spread.of(by_round[number]) for number in sorted(by_round)}
+
+    @property
+    def refused(self) -> bool:
+        """Whether the method is incompatible with the config, with every seed."""
+        states = {other.state for other in self.others}
+        return not self.runs and states == {"refused"}
 
     @property
     def state(self) -> str:
-        """Why cells are missing, in words; empty if none is."""
-        if self.others and not self.runs and all(o.state == "refused" for o in self.others):
-            # Reasons name what each seed drew, and say the same.
+        """Why runs are missing, in words; empty if none is."""
+        if self.refused:
+            # The reasons differ only in what each seed drew.
             return f"refused: {self.others[0].reason}"
         reasons: dict[str, list[str]] = {}
         for other in self.others:
-            text = f"{other.state}: {other.reason}" if other.reason else "not run to its end"
+            text = f"{other.state}: {other.reason}" if other.reason else "not completed"
             reasons.setdefault(text, []).append(str(other.cell.seed))
         return "; ".join(f"seed {', '.join(seeds)} {text}" for text, seeds in reasons.items())
 
@@ -113,8 +118,8 @@ class Row:
 class Standing:
     """A method against the best: how far ``behind``, over the seeds that both have.
 
-    ``level``: the mean is behind by no more than the larger of the two standard deviations
-    (None: one seed has none). ``always``: it is behind with every single seed.
+    ``level``: the mean is behind by at most the larger of the two standard deviations
+    (None: one seed has none). ``always``: it is behind on every seed.
     """
 
     behind: Spread
@@ -126,8 +131,8 @@ class Standing:
 class Comparison:
     """All methods, the best first: those with every seed by loss, then those that lack some.
 
-    ``group`` are the clients whose loss decides, the unseen where there are any; None where
-    nothing was evaluated: then the training loss decides.
+    ``group`` are the clients whose loss decides: the unseen, if there are any. None if nothing was
+    evaluated: then the training loss decides.
     """
 
     rows: tuple[Row, ...]
@@ -147,7 +152,7 @@ class Comparison:
         return last.loss if last else None
 
     def standing(self, row: Row) -> Standing | None:
-        """How a method stands to the best; None if they have no seed in common."""
+        """A method against the best; None if they have no seed in common."""
         if self.best is None:
             return None
         sides = self._losses(row), self._losses(self.best)
@@ -162,12 +167,12 @@ class Comparison:
         return Standing(behind, level, all(value > 0 for value in behind.values))
 
     def _losses(self, row: Row) -> dict[int, float]:
-        found = {run.seed: self.loss(run) for run in row.runs}
-        return {seed: loss for seed, loss in found.items() if loss is not None}
+        losses = {run.seed: self.loss(run) for run in row.runs}
+        return {seed: loss for seed, loss in losses.items() if loss is not None}
 
 
 def measured(seed: int, events: Iterable[Event]) -> Measured:
-    """What is in the journal of the cell of this seed."""
+    """What the journal of the run of this seed contains."""
     events = list(events)
     training = [row for row in tables.training_table(events) if row.rank_type is None]
     scores: dict[str, dict[int, EvaluationRow]] = {}
@@ -191,7 +196,7 @@ def measured(seed: int, events: Iterable[Event]) -> Measured:
 
 
 def compared(outcomes: Sequence[Outcome]) -> Comparison:
-    """The comparison that these cells make, from the journals of the finished ones."""
+    """The comparison of these runs, from the journals of the complete ones."""
     runs = _with_base(
         {
             (o.cell.method, o.cell.seed): measured(o.cell.seed, Record(o.cell.folder).events(*READ))
@@ -210,13 +215,13 @@ def compared(outcomes: Sequence[Outcome]) -> Comparison:
     evaluated = {group for run in runs.values() for group in run.scores if run.last(group)}
     group = next((g for g in ("unseen", "seen") if g in evaluated), None)
     seeds = tuple(sorted({o.cell.seed for o in outcomes}))
-    found = Comparison(tuple(rows), group, seeds)
+    unordered = Comparison(tuple(rows), group, seeds)
 
     def place(row: Row) -> tuple[bool, bool, float, str]:
-        loss = row.spread(found.loss)
+        loss = row.spread(unordered.loss)
         return loss is None, bool(row.others), loss.mean if loss else 0.0, row.method
 
-    return replace(found, rows=tuple(sorted(rows, key=place)))
+    return replace(unordered, rows=tuple(sorted(rows, key=place)))
 
 
 def text_of(value: Spread | None, digits: int, sign: str = "") -> str:
@@ -232,8 +237,8 @@ def score(group: str, key: str, best: bool = False) -> Value:
 
     def value(run: Measured) -> float | None:
         row = run.best(group) if best else run.last(group)
-        found: float | None = getattr(row, key) if row else None
-        return found
+        measured_value: float | None = getattr(row, key) if row else None
+        return measured_value
 
     return value
 
@@ -255,15 +260,15 @@ def highest_block(run: Measured) -> dict[int, float | None]:
 
 def groups_of(comparison: Comparison) -> list[str]:
     """The groups of clients that were evaluated, the one that decides first."""
-    known = {group for row in comparison.rows for run in row.runs for group in run.scores}
-    return [group for group in ("unseen", "seen") if group in known]
+    evaluated = {group for row in comparison.rows for run in row.runs for group in run.scores}
+    return [group for group in ("unseen", "seen") if group in evaluated]
 
 
 def blocks_of(comparison: Comparison) -> list[str]:
-    """The blocks of ranks, the last one beyond the largest rank; of two there is no choice."""
+    """The blocks of ranks, ascending; the last one lies beyond the largest rank in use."""
     runs = [run for row in comparison.rows for run in row.runs]
-    found = [name for run in runs for blocks in run.energy.values() for name in blocks]
-    return sorted(dict.fromkeys(found), key=lambda name: int(name.split("–")[0].split()[0]))
+    names = [name for run in runs for blocks in run.energy.values() for name in blocks]
+    return sorted(dict.fromkeys(names), key=lambda name: int(name.split("–")[0].split()[0]))
 
 
 def block(name: str) -> Series:
@@ -275,8 +280,8 @@ Runs = dict[tuple[str, int], Measured]
 
 
 def _with_base(runs: Runs) -> Runs:
-    """Each run with the base model's scores, which stand in one cell of each seed."""
-    known = {
+    """Each run with the base model's scores, which one run of each seed contains."""
+    base = {
         (seed, group): row
         for (_, seed), run in runs.items()
         for group in run.scores
@@ -286,7 +291,7 @@ def _with_base(runs: Runs) -> Runs:
         (method, seed): replace(
             run,
             scores={
-                group: ({0: known[seed, group]} if (seed, group) in known else {}) | dict(rows)
+                group: ({0: base[seed, group]} if (seed, group) in base else {}) | dict(rows)
                 for group, rows in run.scores.items()
             },
         )

@@ -1,4 +1,4 @@
-"""What a comparison shows in sentences, and how sure that is."""
+"""The result of a comparison in sentences, with how certain it is."""
 
 from __future__ import annotations
 
@@ -12,52 +12,61 @@ def verdict(comparison: Comparison) -> list[str]:
     best = comparison.best
     loss = best.spread(comparison.loss) if best else None
     if best is None or loss is None:
-        return ["No method has come to its end, so none is the best."]
+        return ["No method completed a run, so there is no best method."]
     where = f"loss on {comparison.group} clients" if comparison.group else "training loss"
-    said = [
+    sentences = [
         f"{best.method} has the lowest {where} after the last round: {text_of(loss, 3)} nats per "
         "token."
     ]
     if comparison.group:
-        said += _by_rouge(comparison, best)
+        sentences += _by_rouge(comparison, best)
     if best.others:
-        said.append("No method finished with every seed, so means over unlike seeds are compared.")
+        sentences.append(
+            "No method completed every seed, so the means compared are over different seeds."
+        )
     rivals = {row.method: comparison.standing(row) for row in comparison.rows[1:] if row.runs}
-    return said + (_around(best.method, rivals, len(comparison.seeds)) if rivals else [])
+    return sentences + (_around(best.method, rivals, len(comparison.seeds)) if rivals else [])
 
 
 def _by_rouge(comparison: Comparison, best: Row) -> list[str]:
-    """Who has the highest Rouge-L, which need not be who has the lowest loss."""
+    """The method with the highest Rouge-L, which need not have the lowest loss."""
     value = score(str(comparison.group), "rouge_l")
-    found = {row.method: row.spread(value) for row in comparison.rows if not row.others}
-    known = {name: rouge for name, rouge in found.items() if rouge is not None}
-    if not known:
+    spreads = {row.method: row.spread(value) for row in comparison.rows if not row.others}
+    by_method = {name: rouge for name, rouge in spreads.items() if rouge is not None}
+    if not by_method:
         return []
-    name = max(known, key=lambda name: known[name].mean)
+    name = max(by_method, key=lambda name: by_method[name].mean)
+    if len(by_method) > 1 and len({rouge.mean for rouge in by_method.values()}) == 1:
+        return [f"All methods have the same Rouge-L: {text_of(by_method[name], 1)} %."]
     if name == best.method:
-        return [f"It also has the highest Rouge-L: {text_of(known[name], 1)} %."]
-    theirs = text_of(known.get(best.method), 1)
-    return [f"The highest Rouge-L has {name}: {text_of(known[name], 1)} %, against {theirs} %."]
+        return [f"It also has the highest Rouge-L: {text_of(by_method[name], 1)} %."]
+    highest, other = text_of(by_method[name], 1), text_of(by_method.get(best.method), 1)
+    return [f"{name} has the highest Rouge-L: {highest} % ({best.method}: {other} %)."]
 
 
 def _around(best: str, rivals: Mapping[str, Standing | None], seeds: int) -> list[str]:
-    """Whose distance from the best is within the spread of the seeds."""
+    """Which methods can be distinguished from the best, given the variation between seeds."""
     if seeds == 1:
-        return ["With one seed the spread is not known, so small differences say nothing."]
-    level = [name for name, found in rivals.items() if found and found.level]
-    unknown = [name for name, found in rivals.items() if found is None or found.level is None]
-    said = []
+        return [
+            "One seed does not show how much the results vary, so small differences are not "
+            "evidence; use --seeds 3 or more."
+        ]
+    level = [name for name, standing in rivals.items() if standing and standing.level]
+    unclear = [n for n, standing in rivals.items() if standing is None or standing.level is None]
+    sentences = []
     if level:
-        said.append(
-            f"Within the spread of the seeds, so not told apart from {best} by their means (behind "
-            f"by no more than the larger of the two standard deviations): {', '.join(level)}."
+        sentences.append(
+            f"Not distinguishable from {best} on mean loss (the gap is at most the larger of the "
+            f"two standard deviations): {', '.join(level)}."
         )
-        always = [name for name in level if (found := rivals[name]) and found.always]
+        always = [name for name in level if (standing := rivals[name]) and standing.always]
         if always:
-            said.append(f"Of these, behind {best} with every single seed: {', '.join(always)}.")
-    if len(level) + len(unknown) < len(rivals):
-        who = "Every other method" if not level and not unknown else "The rest"
-        said.append(f"{who} is behind {best} by more than the spread of the seeds.")
-    if unknown:
-        said.append(f"Too few seeds finished to tell: {', '.join(unknown)}.")
-    return said
+            sentences.append(
+                f"On every seed {best} was nevertheless better than: {', '.join(always)}."
+            )
+    if len(level) + len(unclear) < len(rivals):
+        who = "Every other method" if not level and not unclear else "Each of the remaining methods"
+        sentences.append(f"{who} is behind {best} by more than the standard deviation over seeds.")
+    if unclear:
+        sentences.append(f"Too few seeds were completed to judge: {', '.join(unclear)}.")
+    return sentences

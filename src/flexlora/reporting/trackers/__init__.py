@@ -20,6 +20,6 @@ def of(names: Iterable[str], folder: Path) -> list[Tracker]:
     """The trackers of these names for the run in ``folder``, each once.
 
     Raises:
-        ValueError: there is no such tracker, or a package that it needs is not installed.
+        ConfigError: there is no such tracker, or a package that it needs is not installed.
     """
     return [kind(name).of(folder) for name in dict.fromkeys(names)]

@@ -1,4 +1,4 @@
-"""MLflow: parameters of the config and metrics by round, on a server or in the run's folder."""
+"""MLflow: the config as parameters and metrics by round, on a server or in the run's folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _LONGEST_KEY = 250
 
 
 class MLflow(Tracker):
-    """One MLflow run for one run, found again by the id that is kept in the folder ``mlflow``.
+    """One MLflow run for one run; its id is stored in the folder ``mlflow``.
 
-    Where MLFLOW_TRACKING_URI is not set it is in an SQLite store beside that id. MLflow cannot
-    take a metric back: of a round that was undone by a kill and repeated, what was logged first
-    stays. Its telemetry is off unless MLFLOW_DISABLE_TELEMETRY says otherwise.
+    Without MLFLOW_TRACKING_URI it is in an SQLite store beside that id. MLflow cannot delete a
+    metric: of a round that was interrupted and repeated, the first values stay. Its telemetry is
+    off unless MLFLOW_DISABLE_TELEMETRY is set to false.
     """
 
     title = "MLflow"
@@ -55,24 +55,24 @@ class MLflow(Tracker):
             self._finished = event["event"] == "finish"
         if event["event"] == "start" and not self._id:
             self._opened(event)
-        elif self._id and (found := scalars(event)):
-            self._log(found, event["round"], event.get("time", time.time()))
+        elif self._id and (numbers := scalars(event)):
+            self._log(numbers, event["round"], event.get("time", time.time()))
 
     def close(self) -> None:
-        """Say how the run ended; of one that was stopped, that it was killed."""
+        """Set the final status: FINISHED, or KILLED if the run was stopped."""
         if self._id:
             self._client.set_terminated(self._id, "FINISHED" if self._finished else "KILLED")
 
     def _opened(self, event: Event) -> None:
         self._client = _client(self._folder)
-        self._id = self._found() or self._made(event)
+        self._id = self._existing() or self._created(event)
         self._client.update_run(self._id, status="RUNNING")
         for key in self._client.get_run(self._id).data.metrics:
-            known = self._client.get_metric_history(self._id, key)
-            self._logged |= {(key, metric.step) for metric in known}
+            history = self._client.get_metric_history(self._id, key)
+            self._logged |= {(key, metric.step) for metric in history}
 
-    def _found(self) -> str:
-        """The id of the run if it was tracked before, in this store; or else none."""
+    def _existing(self) -> str:
+        """The id of the run if it was tracked before in this store, otherwise empty."""
         from mlflow.exceptions import MlflowException
 
         path = self._folder / RUN_ID
@@ -86,35 +86,35 @@ class MLflow(Tracker):
                 raise
             return ""
 
-    def _made(self, event: Event) -> str:
+    def _created(self, event: Event) -> str:
         """A new run with the config as its parameters."""
         from mlflow.entities import Param
 
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "flexlora")
         experiment = self._client.get_experiment_by_name(name)
-        held = experiment.experiment_id if experiment else self._experiment(name)
+        id = experiment.experiment_id if experiment else self._experiment(name)
         tags = {
             "flexlora.version": str(event.get("version", "")),
             "flexlora.hardware": str(event.get("hardware", "")),
             "flexlora.folder": str(self._run),
         }
-        made = self._client.create_run(held, run_name=self._run.name, tags=tags)
-        id = str(made.info.run_id)
-        (self._folder / RUN_ID).write_text(id, encoding="utf-8")
+        run = self._client.create_run(id, run_name=self._run.name, tags=tags)
+        run_id = str(run.info.run_id)
+        (self._folder / RUN_ID).write_text(run_id, encoding="utf-8")
         params = (Param(_key(key), value) for key, value in _flat(event.get("config") or {}))
         while some := list(islice(params, _MOST_PARAMS)):
-            self._client.log_batch(id, params=some)
-        return id
+            self._client.log_batch(run_id, params=some)
+        return run_id
 
     def _experiment(self, name: str) -> str:
         local = None if os.environ.get("MLFLOW_TRACKING_URI") else self._folder / "artifacts"
         place = local.as_uri() if local else None
         return str(self._client.create_experiment(name, artifact_location=place))
 
-    def _log(self, found: Mapping[str, float], round: int, at: float) -> None:
+    def _log(self, numbers: Mapping[str, float], round: int, at: float) -> None:
         from mlflow.entities import Metric
 
-        named = {_key(name): value for name, value in found.items()}
+        named = {_key(name): value for name, value in numbers.items()}
         new = {key: value for key, value in named.items() if (key, round) not in self._logged}
         metrics = [Metric(key, value, int(1000 * at), round) for key, value in new.items()]
         if metrics:
@@ -124,34 +124,36 @@ class MLflow(Tracker):
 
 def _client(folder: Path) -> Any:
     """A client of the server that the environment names, or of the store in ``folder``."""
-    # Before the import, which reads it: what is trained here is nobody else's business.
+    # Before the import, which reads it: a private run must not be reported anywhere by default.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
     folder.mkdir(parents=True, exist_ok=True)
-    # It says at length that it makes the tables of a new store.
+    # It logs many lines when it creates the tables of a new store.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / STORE}"
     if uri.startswith("sqlite:") and "?" in uri:
-        raise ConfigError(f"MLflow takes no '?' in the path of a store: {uri}; name it otherwise.")
+        raise ConfigError(
+            f"MLflow does not accept a '?' in the path of a store: {uri}; rename the folder."
+        )
     return MlflowClient(tracking_uri=uri)
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """The values of a nested config under dotted keys; those that are not given are left out."""
+    """The values of a nested config under dotted keys, without null values."""
     for key, value in table.items():
-        here = f"{path}{key}"
+        name = f"{path}{key}"
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{here}.")
+            yield from _flat(value, f"{name}.")
         elif value is not None:
             text = str(value)
-            yield here, text if len(text) <= _LONGEST_PARAM else f"{text[: _LONGEST_PARAM - 1]}…"
+            yield name, text if len(text) <= _LONGEST_PARAM else f"{text[: _LONGEST_PARAM - 1]}…"
 
 
 def _key(name: str) -> str:
-    """A name as MLflow takes it; names that differ stay different."""
+    """A name that MLflow accepts; different names stay different."""
     plain = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name)[:_LONGEST_KEY]
-    # It refuses names that as paths would not be the shortest, or would lead elsewhere.
+    # It refuses names that are not normalised as paths, or lead out of their folder.
     if plain == name == posixpath.normpath(name) and not name.startswith(("/", ".")):
         return name
     mark = f"{zlib.crc32(name.encode(errors='replace')):08x}"

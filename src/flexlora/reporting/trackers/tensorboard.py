@@ -16,10 +16,10 @@ _OURS = ".flexlora"
 
 
 class TensorBoard(Tracker):
-    """Event files without TensorFlow; look at them with ``tensorboard --logdir``.
+    """Event files without TensorFlow; open them with ``tensorboard --logdir``.
 
-    When a run is gone on with, its file is written anew from the journal and the old one is
-    emptied, so that rounds which were undone are in neither.
+    When a run is resumed, a new file is written from the journal and the old one is emptied, so
+    that rounds that were undone are in neither.
     """
 
     title = "TensorBoard"
@@ -35,16 +35,16 @@ class TensorBoard(Tracker):
         return cls(folder)
 
     def on(self, event: Event) -> None:
-        """Write the event's numbers and hand them to the system at once."""
+        """Write the event's numbers and flush them."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        found = scalars(event)
+        numbers = scalars(event)
         at = event.get("time", time.time())
         if self._writer is None:
             self._open(at)
-        if not found:
+        if not numbers:
             return
-        values = [summary_pb2.Summary.Value(tag=t, simple_value=v) for t, v in found.items()]
+        values = [summary_pb2.Summary.Value(tag=t, simple_value=v) for t, v in numbers.items()]
         summary = summary_pb2.Summary(value=values)
         self._write(event_pb2.Event(wall_time=at, step=event["round"], summary=summary))
         self._writer.flush()
@@ -60,16 +60,16 @@ class TensorBoard(Tracker):
 
         self._folder.mkdir(parents=True, exist_ok=True)
         before = sorted(self._folder.glob(f"events.out.tfevents.*{_OURS}"))
-        # In nanoseconds and so after the files before: TensorBoard reads them in this order.
+        # In nanoseconds, so that it sorts after earlier files: TensorBoard reads them in order.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}{_OURS}"
         self._writer = RecordWriter((self._folder / name).open("xb"))
         self._write(event_pb2.Event(wall_time=at, file_version="brain.Event:2"))
-        # A TensorBoard that is watching forgets what it has read of the files before.
+        # A running TensorBoard then drops what it has read from the earlier files.
         log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(event_pb2.Event(wall_time=at, session_log=log))
         self._writer.flush()
-        # A TensorBoard without its data server stays for ever at a file that vanishes, and goes on
-        # from one that has no more to say; so the last one is kept, and is empty.
+        # A TensorBoard without its data server waits forever at a file that is deleted, but goes on
+        # after one that is empty; so the last one stays, empty.
         for path in before[:-1]:
             path.unlink()
         for path in before[-1:]:

@@ -1,7 +1,7 @@
-"""A run as it goes on, for whoever looks: a status page, its JSON, and Prometheus metrics.
+"""The live status of a run: a page, its JSON, and Prometheus metrics.
 
-Everything is read from the journal in the run's folder, each time only what is new there. So a
-page can be served by the process that runs the federation, by another one, or afterwards.
+Everything is read from the journal in the run's folder, each time only what is new. So the page
+can be served by the process that runs the federation, by another one, or afterwards.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flexlora.errors import ConfigError
+from flexlora.reporting.watch.run_state import RunState
 
 if TYPE_CHECKING:
     from flexlora.reporting.watch.server import Served, address, app, serve, start
 
-__all__ = ["Served", "address", "app", "serve", "start"]
+__all__ = ["RunState", "Served", "address", "app", "serve", "start"]
 
 
 def __getattr__(name: str) -> Any:
-    """What serves the page, imported when it is asked for: FastAPI is an optional package."""
+    """The server of the page, imported on first use: FastAPI is an optional package."""
     if name not in __all__:
         raise AttributeError(f"module 'flexlora.reporting.watch' has no attribute {name!r}")
     try:

@@ -1,4 +1,4 @@
-"""The server of the status page: read-only, without login, and here alone unless told otherwise."""
+"""The server of the status page: read-only, without login, by default on this machine only."""
 
 from __future__ import annotations
 
@@ -36,88 +36,88 @@ _STARTED_WITHIN_SECONDS = 30.0
 
 
 class _Watched:
-    """The run in a folder, looked at by one request at a time."""
+    """The run in a folder, read by one request at a time."""
 
     def __init__(self, folder: Path) -> None:
-        # The name of "." is that of the folder that it stands for.
+        # The name of "." is empty before it is resolved.
         self.name = folder.resolve().name
-        self._journal, self._standing, self._lock = Journal(folder), RunState(), threading.Lock()
+        self._journal, self._state, self._lock = Journal(folder), RunState(), threading.Lock()
 
     def status(self) -> dict[str, Any]:
-        """How the run stands, for programs and for the page."""
+        """The state of the run for programs and for the page."""
         with self._lock:
             return words.status(self._now(), self.name, time.time())
 
     def metrics(self) -> bytes:
-        """How the run stands, for Prometheus."""
+        """The state of the run for Prometheus."""
         with self._lock:
             return metrics.text(self._now())
 
     def _now(self) -> RunState:
         for event in self._journal.news():
             if event is None:
-                self._standing = RunState()
+                self._state = RunState()
             else:
-                self._standing.add(event)
-        return self._standing
+                self._state.add(event)
+        return self._state
 
 
 def app(folder: Path, hosts: Collection[str] | None = None) -> FastAPI:
     """The status page of the run in ``folder``, its ``/status.json`` and its ``/metrics``.
 
-    A request costs what the journal has grown by since the last one. The folder may be empty as
-    yet. ``hosts`` are the names under which it answers, any by default; where only this machine
-    is to see it, they keep away pages whose own name was made to point here.
+    A request reads only what was added to the journal since the last one. The folder may still be
+    empty. ``hosts`` are the host names that it answers to, any by default; on a page for this
+    machine only, they stop DNS rebinding: foreign names that resolve to this machine.
     """
     watched = _Watched(folder)
-    made = FastAPI(title="flexlora", openapi_url=None, docs_url=None, redoc_url=None)
+    application = FastAPI(title="flexlora", openapi_url=None, docs_url=None, redoc_url=None)
 
-    @made.middleware("http")
+    @application.middleware("http")
     async def guarded(
         request: Request, answer: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        # Not as the request's URL has it, which has another where the header is malformed.
-        asked = re.sub(r":[0-9]*$", "", request.headers.get("host", "")).lower()
-        if hosts is not None and asked not in hosts:
-            said = f"This page is not served under the name {asked!r}.\n"
-            response: Response = PlainTextResponse(said, status_code=421)
+        # Not from the request's URL, which has another host if the header is malformed.
+        host = re.sub(r":[0-9]*$", "", request.headers.get("host", "")).lower()
+        if hosts is not None and host not in hosts:
+            refusal = f"This page is not served under the name {host!r}.\n"
+            response: Response = PlainTextResponse(refusal, status_code=421)
         else:
             response = await answer(request)
         response.headers.update(HEADERS)
         return response
 
-    @made.exception_handler(FlexloraError)
+    @application.exception_handler(FlexloraError)
     def unreadable(request: Request, error: Exception) -> Response:
         return PlainTextResponse(f"{error}\n", status_code=500)
 
-    @made.api_route("/", methods=["GET", "HEAD"])
+    @application.api_route("/", methods=["GET", "HEAD"])
     def shown() -> Response:
         text = page.render(watched.status()["shown"])
         return HTMLResponse(text.encode(errors="replace"))
 
-    @made.api_route("/status.json", methods=["GET", "HEAD"])
+    @application.api_route("/status.json", methods=["GET", "HEAD"])
     def status() -> Response:
-        # As ASCII: a name may hold half a surrogate pair, which has no bytes of its own.
+        # As ASCII: a name may contain half a surrogate pair, which has no bytes of its own.
         text = json.dumps(watched.status(), allow_nan=False)
         return Response(text, media_type="application/json")
 
-    @made.api_route("/metrics", methods=["GET", "HEAD"])
+    @application.api_route("/metrics", methods=["GET", "HEAD"])
     def scraped() -> Response:
         return Response(watched.metrics(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
-    return made
+    return application
 
 
 @dataclass(frozen=True)
 class Served:
-    """A status page that is being served at ``url`` by a thread, until it is stopped."""
+    """A status page that a thread serves at ``url`` until it is stopped."""
 
     url: str
     _server: uvicorn.Server
     _thread: threading.Thread
 
     def stop(self) -> None:
-        """Answer what was asked, then stop; a second time it does nothing."""
+        """Answer open requests, then stop; a second call does nothing."""
         self._server.should_exit = True
         self._thread.join()
 
@@ -129,7 +129,7 @@ class Served:
 
 
 def start(folder: Path, host: str = "127.0.0.1", port: int = 0) -> Served:
-    """Serve the page of the run in ``folder`` from a thread; port 0 is any that is free.
+    """Serve the page of the run in ``folder`` from a thread; port 0 is any free port.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -145,7 +145,7 @@ def start(folder: Path, host: str = "127.0.0.1", port: int = 0) -> Served:
 
 
 def serve(folder: Path, host: str = "127.0.0.1", port: int = 0) -> None:
-    """Serve the page of the run in ``folder`` until it is interrupted, and say where.
+    """Serve the page of the run in ``folder`` until it is interrupted, and print its address.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -202,10 +202,10 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _server(made: FastAPI) -> uvicorn.Server:
+def _server(application: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
-            made,
+            application,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -222,5 +222,7 @@ def _await(server: uvicorn.Server, thread: threading.Thread, url: str) -> None:
     deadline = time.monotonic() + _STARTED_WITHIN_SECONDS
     while not server.started:
         if not thread.is_alive() or time.monotonic() > deadline:
-            raise ConfigError(f"The status page at {url} did not start; see above.")
+            raise ConfigError(
+                f"The status page at {url} did not start; its error is printed above."
+            )
         time.sleep(0.01)

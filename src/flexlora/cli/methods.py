@@ -1,0 +1,70 @@
+"""The command that lists the federated methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from flexlora.method import Method
+
+
+def list_methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Describe this method, with its options.")
+    ] = None,
+) -> None:
+    """List the federated methods, or describe one with its options."""
+    if name is None:
+        _table()
+    else:
+        _describe(name)
+
+
+def _table() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flexlora import methods
+    from flexlora.method import Feature
+
+    table = Table("name", "mixed ranks", "exact", "paper", box=None, pad_edge=False)
+    for name in methods.names():
+        method = methods.make(name)
+        mixed = Feature.MIXED_RANKS in method.features
+        table.add_row(name, _yes(mixed), _exact(method), method.info.paper)
+    Console().print(table, highlight=False, markup=False)
+    print()
+    print("mixed ranks: clients may have different LoRA ranks.")
+    print("exact: the aggregate is the weighted mean of the clients' products B @ A,")
+    print("       up to the rank that the server keeps.")
+    print("Options of a method: flexlora methods NAME")
+
+
+def _describe(name: str) -> None:
+    import inspect
+
+    from flexlora import methods
+    from flexlora.method import Feature
+
+    method = methods.make(name)
+    options, kind = vars(method), type(method)
+    print(f"{name}: {method.title} ({method.info.paper})\n")
+    print(inspect.getdoc(inspect.getmodule(kind)) or inspect.getdoc(kind))
+    print(f"\nmixed ranks:   {_yes(Feature.MIXED_RANKS in method.features)}")
+    print(f"mixed modules: {_yes(Feature.PER_MODULE in method.features)}")
+    print(f"exact:         {_exact(method)}")
+    print("options:       " + (", ".join(f"{k} = {v!r}" for k, v in options.items()) or "none"))
+
+
+def _exact(method: Method) -> str:
+    from flexlora.method import Feature
+
+    if Feature.PERSONAL in method.features:
+        return "–"
+    return {"exact": "yes", "inexact": "no"}.get(method.info.exactness, method.info.exactness)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,162 @@
+"""TOML files: reading with line numbers, ``--set`` changes and absolute paths; and writing."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from flexlora.config.experiment import Experiment, Ranks, parse, parse_ranks
+from flexlora.errors import ConfigError
+
+_TABLE = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$")
+_KEY = re.compile(r"""^\s*([A-Za-z0-9_\-."']+)\s*=""")
+
+
+def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
+    """The experiment in a TOML file, with ``a.b=value`` changes applied.
+
+    ``data.path`` and ``ranks.table`` are relative to the file, other paths to the working folder.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown or has a wrong type; names all
+            such keys, with their lines.
+    """
+    path = _checked_path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"The config {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    for change in changes:
+        _apply(content, change)
+    _make_paths_absolute(content, path.parent)
+    return parse(content, path, _lines(text))
+
+
+def rank_table(path: Path | str, clients: Mapping[str, str]) -> Ranks:
+    """The ranks in a TOML file of their own, checked like the config's section ``ranks``.
+
+    ``clients`` (a client's rank type by its name) are added to those of the file, which take
+    precedence.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown or has a wrong type.
+    """
+    content = read_table(path)
+    if "table" in content:
+        raise ConfigError(f"{path}: a rank table cannot refer to another one; remove 'table'.")
+    return parse_ranks({**content, "clients": {**clients, **content.get("clients", {})}}, path)
+
+
+def read_table(path: Path | str) -> dict[str, Any]:
+    """The table ``[ranks]`` of a TOML file, or the whole file if it has none.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    path = _checked_path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The rank table {path} cannot be read: {error}") from error
+    return dict(content.get("ranks", content))
+
+
+def dump(experiment: Experiment | Mapping[str, Any]) -> str:
+    """A config as TOML text, from an experiment or from its JSON form, as a journal has it.
+
+    TOML has no null: keys without a value are left out, and a column that the data does not
+    have is written as ``""``. For an experiment with absolute paths, ``load`` of a file with
+    this text gives an equal experiment. Tables come after the plain keys.
+    """
+    if isinstance(experiment, Experiment):
+        experiment = experiment.model_dump(mode="json")
+    return tomli_w.dumps(_without_none(_with_absent_columns(experiment)))
+
+
+def _with_absent_columns(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with ``""`` for every column of ``data.columns`` that is None."""
+    data = content.get("data")
+    columns = data.get("columns") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(columns, Mapping):
+        return dict(content)
+    named = {column: "" if source is None else source for column, source in columns.items()}
+    return {**content, "data": {**data, "columns": named}}
+
+
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table without the keys whose value is None, at any depth."""
+    return {key: _value(value) for key, value in table.items() if value is not None}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _without_none(value)
+    if isinstance(value, list | tuple):
+        return [_value(item) for item in value if item is not None]
+    return value
+
+
+def _checked_path(path: Path | str) -> Path:
+    if not isinstance(path, Path | str):
+        raise ConfigError(
+            f"A TOML file is given by its path, as str or Path, not by {path!r:.60}, a "
+            f"{type(path).__name__}; to check tables in memory call parse(content, place)."
+        )
+    return Path(path)
+
+
+def _lines(text: str) -> dict[tuple[str, ...], int]:
+    """The line, from 1, of each table and key of a TOML text; a hint for messages only.
+
+    Found by pattern, so multi-line strings and arrays of tables can give a wrong line.
+    """
+    table: tuple[str, ...] = ()
+    lines: dict[tuple[str, ...], int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _TABLE.match(line):
+            table = _split_key(header[1])
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            lines.setdefault((*table, *_split_key(key[1])), number)
+    return lines
+
+
+def _split_key(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    """Apply one change ``a.b=value`` in place; the value is TOML, or else a string."""
+    dotted, equals, text = change.partition("=")
+    keys = _split_key(dotted)
+    if not equals or not all(keys):
+        raise ConfigError(f"--set takes KEY=VALUE with a dotted key, not {change!r}.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = content
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {change!r}: {key!r} is a value, not a section.")
+    table[keys[-1]] = value
+
+
+def _make_paths_absolute(content: dict[str, Any], folder: Path) -> None:
+    """Resolve ``data.path`` and ``ranks.table`` against the config's folder, in place."""
+    for section, key in (("data", "path"), ("ranks", "table")):
+        table = content.get(section)
+        if not isinstance(table, dict) or not isinstance(table.get(key), str):
+            continue
+        if section == "data" and table.get("format") == "hub":
+            continue
+        table[key] = str((folder / table[key]).resolve())

@@ -1,0 +1,124 @@
+"""What a report or a comparison consists of: plain values that templates turn into HTML.
+
+Every text in them is plain text, which the templates escape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """One paragraph; ``missing`` ones say that the journal does not contain something."""
+
+    kind: ClassVar[str] = "paragraph"
+    text: str
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text in which line breaks and spaces count."""
+
+    kind: ClassVar[str] = "code"
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text; the columns ``words`` contain words, the others numbers.
+
+    ``spans`` names groups of columns, each with its width, in a row above the head. If it is
+    ``marked``, its first row is emphasised.
+    """
+
+    kind: ClassVar[str] = "table"
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Collection[int]
+    spans: Sequence[tuple[str, int]] = ()
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plotly figure with a title above and a caption below."""
+
+    title: str
+    plot: go.Figure
+    caption: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures in a grid, or one below the other if they are ``wide``."""
+
+    kind: ClassVar[str] = "figures"
+    figures: Sequence[Figure]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Details:
+    """Parts that are shown when the summary is opened."""
+
+    kind: ClassVar[str] = "details"
+    summary: str
+    parts: Sequence[Part]
+
+
+Part = Paragraph | Code | Table | Figures | Details
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section under a title; the titles of a document differ."""
+
+    title: str
+    parts: Sequence[Part]
+
+    @property
+    def anchor(self) -> str:
+        """What links to the section name."""
+        return re.sub("[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Header:
+    """The head of a document: what it is about, the main result, and facts by label."""
+
+    title: str
+    subtitle: str
+    outcome: str
+    notes: Sequence[str]
+    facts: Sequence[tuple[str, str]]
+
+
+def missing(sentence: str) -> Paragraph:
+    """A sentence about something that the journal does not contain."""
+    return Paragraph(sentence, missing=True)
+
+
+def grid(figures: Sequence[Figure]) -> list[Part]:
+    """These figures in a grid; no part if there is none."""
+    return [Figures(figures)] if figures else []
+
+
+def figures_in(sections: Iterable[Section]) -> Iterator[Figure]:
+    """All figures of a document, in order."""
+    for section in sections:
+        yield from _figures(section.parts)
+
+
+def _figures(parts: Iterable[Part]) -> Iterator[Figure]:
+    for part in parts:
+        if isinstance(part, Figures):
+            yield from part.figures
+        elif isinstance(part, Details):
+            yield from _figures(part.parts)

@@ -1,0 +1,52 @@
+"use strict";
+(() => {
+  const at = (id) => document.getElementById(id);
+  // Text that has not changed is not set again, so that a selection stays.
+  const say = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+  const mark = (node, state) => {
+    if (node.dataset.state !== state) node.dataset.state = state;
+  };
+  const add = (table, row) => {
+    const cell = row.insertCell();
+    cell.dataset.label = table.tHead.rows[0].cells[cell.cellIndex].textContent;
+    return cell;
+  };
+  const fill = (table, rows) => {
+    const body = table.tBodies[0];
+    while (body.rows.length > rows.length) body.deleteRow(-1);
+    rows.forEach(({state, cells}, i) => {
+      const row = i < body.rows.length ? body.rows[i] : body.insertRow();
+      mark(row, state);
+      cells.forEach((text, k) => say(k < row.cells.length ? row.cells[k] : add(table, row), text));
+    });
+  };
+  const show = (page) => {
+    document.title = page.title;
+    mark(at("state"), page.state.kind);
+    say(at("state"), page.state.text);
+    say(at("course"), page.progress.text);
+    at("progress").value = page.progress.share;
+    for (const name of ["about", "count", "more", "updated"]) say(at(name), page[name]);
+    page.facts.forEach((fact, i) =>
+      fact.forEach((text, k) => say(at("facts").children[i].children[k], text)));
+    fill(at("scores"), page.scores);
+    fill(at("clients"), page.clients);
+  };
+  const latest = async () => {
+    const response = await fetch("status.json", {signal: AbortSignal.timeout(10000)});
+    if (!response.ok) throw new Error(await response.text());
+    return (await response.json()).shown;
+  };
+  const poll = async () => {
+    let fault = "";
+    try {
+      show(await latest());
+    } catch (error) {
+      fault = `Not updated: ${error.message} The page shows the last state received.`;
+    }
+    say(at("fault"), fault);
+    at("fault").hidden = !fault;
+    setTimeout(poll, 2000);
+  };
+  poll();
+})();

@@ -1,0 +1,56 @@
+import pytest
+import safetensors.torch
+import torch
+
+from flexlora import wire
+from flexlora.errors import ProtocolError
+from flexlora.lowrank.factors import Adapter
+from flexlora.wire import adapters
+from support.factors import random_factors
+
+ADAPTER = Adapter(
+    {
+        "model.q": random_factors(11, 3, 7, 1, torch.float32),
+        "model.up": random_factors(13, 2, 5, 2, torch.float32),
+    }
+)
+
+
+def test_a_file_is_read_module_by_module(tmp_path):
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(wire.encode(ADAPTER, {"kind": "state"}, torch.float32))
+    adapter, header = wire.open_file(path)
+    assert header == {"format": adapters.FORMAT, "kind": "state"}
+    assert list(adapter) == sorted(ADAPTER)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        adapter["model.q"]
+
+
+def test_a_file_cut_off_while_in_use_is_refused_by_name(tmp_path):
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(wire.encode(ADAPTER, {"kind": "state"}, torch.float32))
+    adapter, _ = wire.open_file(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ProtocolError, match=r"state\.safetensors ends within 'model.up.B'"):
+        dict(adapter)
+
+
+def test_integers_that_a_state_contains_are_read_and_other_dtypes_are_not(tmp_path):
+    path = tmp_path / "state.safetensors"
+    header = {"flexlora": f'{{"format": {adapters.FORMAT}}}'}
+    for dtype in (torch.int64, torch.int32):
+        tensors = {"a.A": torch.ones(2, 7, dtype=dtype), "a.B": torch.ones(9, 2, dtype=dtype)}
+        path.write_bytes(safetensors.torch.save(tensors, header))
+        assert wire.open_file(path)[0]["a"].A.dtype == dtype
+    tensors = {"a.A": torch.ones(2, 7, dtype=torch.int8), "a.B": torch.ones(9, 2)}
+    path.write_bytes(safetensors.torch.save(tensors, header))
+    with pytest.raises(ProtocolError, match=r"state\.safetensors: 'a\.A' has the dtype 'I8'"):
+        wire.open_file(path)
+
+
+def test_a_file_that_is_no_adapter_is_refused_by_name(tmp_path):
+    path = tmp_path / "noise.safetensors"
+    path.write_bytes(b"noise")
+    with pytest.raises(ValueError, match=r"noise\.safetensors is not a valid safetensors file"):
+        wire.open_file(path)
