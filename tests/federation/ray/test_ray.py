@@ -77,10 +77,10 @@ def test_workers_fit_on_single_machines():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (lambda: shared(Machine(8, 0), None, None, on_gpu=False), "how many workers"),
+        (lambda: shared(Machine(8, 0), None, None, on_gpu=False), "number of workers is open"),
         (lambda: shared(Machine(8, 0), None, None, on_gpu=True), "no GPU"),
         (lambda: shared(Machine(8, 2), None, 3, on_gpu=True), "3 workers .* this machine has 2"),
-        (lambda: fitted([Machine(8, 0)], None, None, on_gpu=False), "how many workers"),
+        (lambda: fitted([Machine(8, 0)], None, None, on_gpu=False), "number of workers is open"),
         (lambda: fitted([Machine(8, 0)] * 2, 5, 3, on_gpu=False), "room for 2 workers of 5"),
         (lambda: fitted([Machine(8, 0)], None, None, on_gpu=True), "room for 0 .* and a GPU"),
     ],
