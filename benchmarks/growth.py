@@ -173,8 +173,8 @@ def preparation(job: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - started,
         "peak_mib": status_kib("VmHWM") / 1024,
-        "rows": len(ready.workplace.store),
-        "tokens": int(ready.workplace.store.offsets[-1]),
+        "rows": len(ready.runtime.store),
+        "tokens": int(ready.runtime.store.offsets[-1]),
     }
 
 

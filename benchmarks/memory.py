@@ -155,8 +155,8 @@ def _prepared(
         "peak_mib": status_kib("VmHWM") / 1024,
         "seconds": time.perf_counter() - started,
         "clients": len(ready.clients),
-        "rows": len(ready.workplace.store),
-        "tokens": int(ready.workplace.store.offsets[-1]),
+        "rows": len(ready.runtime.store),
+        "tokens": int(ready.runtime.store.offsets[-1]),
         "store_was_cached": set((work / "tokens").glob("*")) == before,
     }
 

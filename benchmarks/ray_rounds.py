@@ -33,7 +33,9 @@ from flexlora.federation.ray.pool import RayTransport
 from flexlora.federation.setup import prepare
 from flexlora.federation.transport import WaitPolicy
 from flexlora.lowrank.factors import Adapter, Factors
-from flexlora.method.interface import State, Upload
+from flexlora.method.averager import Cohort
+from flexlora.method.averagers.plain import Plain
+from flexlora.method.interface import RoundContext, State
 from flexlora.model import smollm2
 from flexlora.seeds import rng
 
@@ -228,23 +230,25 @@ def smollm2_shapes(layers: int = 30) -> dict[str, tuple[int, int]]:
     return {f"layers.{i}.{kind}": shape for i in range(layers) for kind, shape in kinds.items()}
 
 
-def step_of(job: Mapping[str, Any]) -> tuple[Any, State, list[Upload]]:
-    """A method, the state before the step, and the uploads on the disk."""
+def step_of(job: Mapping[str, Any]) -> tuple[Any, State, Cohort, RoundContext]:
+    """A method, the state before the step, the uploads on the disk, and the round's context."""
     shapes = smollm2_shapes(job["layers"])
     start = {}
     for module, (out, in_) in shapes.items():
         nothing = Factors(torch.zeros(out, 0), torch.zeros(0, in_))
         start[module] = nothing.widened(max(RANKS), rng(0, module))
     method, folder = methods.make(job["method"]), Path(job["folder"])
-    paths = sorted(folder.glob("*.safetensors"))
-    return method, method.start(Adapter(start)), [wire.open_upload(path) for path in paths]
+    context = RoundContext(1, 0, shapes, dict.fromkeys(shapes, max(RANKS)))
+    uploads = [wire.open_upload(path) for path in sorted(folder.glob("*.safetensors"))]
+    cohort = Plain().cohort(uploads, method.weights, context)
+    return method, method.start(Adapter(start), context), cohort, context
 
 
 def stepped(job: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
     """Server steps in this process; the first is not counted."""
     torch.set_num_threads(1)
-    method, state, uploads = step_of(job)
-    return lambda: timed(lambda: method.aggregate(state, uploads), job["repeats"])
+    method, *step = step_of(job)
+    return lambda: timed(lambda: method.aggregate(*step), job["repeats"])
 
 
 def timed(work: Callable[[], State], repeats: int) -> dict[str, Any]:
@@ -257,7 +261,7 @@ def timed(work: Callable[[], State], repeats: int) -> dict[str, Any]:
             state = work()
             seconds.append(time.perf_counter() - started)
     digest = hashlib.sha256()
-    for f in state.adapters["global"].values():
+    for f in state.model.values():
         digest.update(f.B.contiguous().numpy())
         digest.update(f.A.contiguous().numpy())
     return {"seconds": seconds, "busy_cores": busy[0], "adapter": digest.hexdigest()}
@@ -283,10 +287,10 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         for name in options.methods:
             job = {"kind": "stepped", "method": name, "folder": str(folder), "layers": layers}
             job |= {"repeats": options.repeats}
-            method, state, uploads = step_of(job)
+            method, *step = step_of(job)
 
-            def shared(method: Any = method, state: Any = state, uploads: Any = uploads) -> State:
-                return crew.aggregate(method, state, uploads)
+            def shared(method: Any = method, step: Any = step) -> State:
+                return crew.aggregate(method, *step)
 
             found[name] = {
                 "one process": at_once(job),

@@ -17,7 +17,8 @@ from server_contestants import Case
 
 from flexlora import wire
 from flexlora.lowrank.factors import Adapter, Factors
-from flexlora.method.interface import Upload
+from flexlora.method.averagers.plain import Plain
+from flexlora.method.interface import RoundContext, Upload
 from flexlora.methods.flexlora import FlexLoRA
 from flexlora.seeds import rng
 
@@ -97,15 +98,15 @@ def measure_round(folder: Path, job: Mapping[str, Any], threads: int) -> dict[st
         name: Factors(torch.zeros(out, 1), torch.zeros(1, in_))
         for name, (out, in_) in job["shapes"].items()
     }
-    state = dataclasses.replace(
-        method.start(Adapter(zero)), facts={"ranks": dict.fromkeys(job["shapes"], top)}
-    )
-    uploads = list(_opened(folder, job))
+    shapes = {name: tuple(shape) for name, shape in job["shapes"].items()}
+    context = RoundContext(1, 0, shapes, dict.fromkeys(shapes, top))
+    state = method.start(Adapter(zero), context)
+    cohort = Plain().cohort(list(_opened(folder, job)), method.weights, context)
     before = status_kib("VmRSS")
     started = time.perf_counter()
-    facts = method.aggregate(state, uploads).facts
+    per_module = method.aggregate(state, cohort, context).per_module
     seconds = time.perf_counter() - started
-    how = list(facts["decomposition"].values())
+    how = list(per_module["decomposition"].values())
     routes = [h["route"] for h in how]
     return {
         "seconds": seconds,
@@ -114,7 +115,7 @@ def measure_round(folder: Path, job: Mapping[str, Any], threads: int) -> dict[st
         "routes": {route: routes.count(route) for route in sorted(set(routes))},
         "largest_excess": max(h["excess"] for h in how),
         "refused": sum("refused" in h for h in how),
-        "largest_lost_energy": max(facts["lost_energy"].values()),
+        "largest_lost_energy": max(per_module["lost_energy"].values()),
     }
 
 

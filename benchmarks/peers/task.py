@@ -87,7 +87,7 @@ def order(ready: PreparedRun, client: str, number: int) -> list[int]:
 
     In another order the trained products would differ.
     """
-    here = ready.workplace
+    here = ready.runtime
     held = np.asarray(here.rows[client], np.int64)
     found: list[int] = rng(here.seed, "client", client, number).permutation(held).tolist()
     return found
@@ -95,7 +95,7 @@ def order(ready: PreparedRun, client: str, number: int) -> list[int]:
 
 def write(ready: PreparedRun, options: argparse.Namespace, folder: Path, clients: int) -> None:
     """Write the task for the peers (``recipe.Work``), for the first ``clients`` clients."""
-    store, how = ready.workplace.store, ready.workplace.training
+    store, how = ready.runtime.store, ready.runtime.training
     ids = list(ready.clients)[:clients]
     facts = {
         "model": smollm2.folder(),

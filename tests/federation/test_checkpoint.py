@@ -4,36 +4,41 @@ import os
 import pytest
 import torch
 
+from flexlora.errors import ProtocolError
 from flexlora.federation import checkpoint
 from flexlora.lowrank.factors import Adapter
 from flexlora.method.interface import State
+from flexlora.method.merge_log import MergeLog
 from support.factors import random_factors
+from support.states import adapters_of
 
 
 def state(seed: int) -> State:
+    update = Adapter({"model.up": random_factors(13, 4, 5, seed + 3, torch.float32)})
     return State(
-        {
-            "global": Adapter(
-                {
-                    "model.up": random_factors(13, 2, 5, seed, torch.float32),
-                    "model.q": random_factors(11, 3, 7, seed + 1, torch.float32),
-                }
-            ),
-            "momentum": Adapter({"model.q": random_factors(11, 1, 7, seed + 2, torch.float32)}),
-        },
-        {"ranks": {"model.up": 2, "model.q": 3}, "seed": seed},
+        Adapter(
+            {
+                "model.up": random_factors(13, 2, 5, seed, torch.float32),
+                "model.q": random_factors(11, 3, 7, seed + 1, torch.float32),
+            }
+        ),
+        {"momentum": Adapter({"model.q": random_factors(11, 1, 7, seed + 2, torch.float32)})},
+        {"route": {"model.up": "dense", "model.q": {"seed": seed}}},
+        {"weights": {"anna": 13.0, "bo": 0.1 + seed}},
+        MergeLog({2: update, 10: update}, {"anna": 2, "bo": seed}),
     )
 
 
 def assert_same(got: State, want: State) -> None:
-    assert got.facts == want.facts
-    assert list(got.facts["ranks"]) == list(want.facts["ranks"])
-    assert set(got.adapters) == set(want.adapters)
-    for name, adapter in want.adapters.items():
-        assert set(got.adapters[name]) == set(adapter)
+    assert got.per_module == want.per_module and got.per_client == want.per_client
+    assert list(got.per_module["route"]) == list(want.per_module["route"])
+    assert got.merge_log.merged_until == want.merge_log.merged_until
+    assert list(adapters_of(got)) == list(adapters_of(want))
+    for name, adapter in adapters_of(want).items():
+        assert set(adapters_of(got)[name]) == set(adapter)
         for module, factors in adapter.items():
-            assert torch.equal(got.adapters[name][module].B, factors.B)
-            assert torch.equal(got.adapters[name][module].A, factors.A)
+            assert torch.equal(adapters_of(got)[name][module].B, factors.B)
+            assert torch.equal(adapters_of(got)[name][module].A, factors.A)
 
 
 def test_a_state_comes_back_to_the_bit(tmp_path):
@@ -105,8 +110,8 @@ def test_nothing_to_resume_is_said(tmp_path):
         lambda folder: (folder / checkpoint.POINTER).write_text(json.dumps({"round": 1})),
         lambda folder: (folder / "state-00001" / "facts.json").unlink(),
         lambda folder: (folder / "state-00001" / "facts.json").write_text("no"),
-        lambda folder: (folder / "state-00001" / "global.safetensors").write_bytes(b"no"),
-        lambda folder: os.truncate(folder / "state-00001" / "global.safetensors", 300),
+        lambda folder: (folder / "state-00001" / "model.safetensors").write_bytes(b"no"),
+        lambda folder: os.truncate(folder / "state-00001" / "model.safetensors", 300),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
@@ -118,19 +123,32 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
 
 def test_a_missing_adapter_of_the_state_is_noticed(tmp_path):
     checkpoint.save(tmp_path, 1, 10, state(1))
-    (tmp_path / "state-00001" / "global.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"global"):
+    (tmp_path / "state-00001" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         checkpoint.load(tmp_path)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "data"
-    checkpoint.write(path, b"old")
+def test_a_run_of_an_earlier_version_is_refused_by_name(tmp_path):
+    """Its pointer has no format."""
+    pointer = {
+        "round": 3,
+        "journal_bytes": 1234,
+        "identity": "ab",
+        "together": 2,
+        "state": "state-00003",
+        "adapters": ["global"],
+    }
+    (tmp_path / checkpoint.POINTER).write_text(json.dumps(pointer))
+    with pytest.raises(ProtocolError, match=r"another version of flexlora .*format 1") as caught:
+        checkpoint.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert checkpoint.journal_bytes(tmp_path) == 1234
 
-    def die(descriptor):
-        raise Died
 
-    monkeypatch.setattr(os, "fsync", die)
-    with pytest.raises(Died):
-        checkpoint.write(path, b"newer")
-    assert path.read_bytes() == b"old"
+def test_a_run_of_a_later_version_is_refused_too(tmp_path):
+    checkpoint.save(tmp_path, 1, 10, state(1))
+    path = tmp_path / checkpoint.POINTER
+    later = {**json.loads(path.read_text()), "format": checkpoint.FORMAT + 1}
+    path.write_text(json.dumps(later))
+    with pytest.raises(ProtocolError, match="another version of flexlora"):
+        checkpoint.load(tmp_path)

@@ -9,7 +9,7 @@ from flexlora.federation import client_turn, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.laws.dense import product, relative_error
 from flexlora.lowrank.factors import Adapter, Factors
-from flexlora.method.handout import chosen_of
+from flexlora.method.handout import with_components
 from flexlora.method.interface import Download
 from flexlora.seeds import rng
 from flexlora.training.loop import ClientTask
@@ -28,8 +28,8 @@ def ready(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def job(ready):
-    start = ready.method.start(ready.fresh())
-    handed = ready.method.handout(start, ready.clients["client4"], lambda m: rng(1, m))
+    start = ready.method.start(ready.fresh(), ready.context(0))
+    handed = ready.method.handout(start, ready.clients["client4"], ready.context(1))
     return TurnRequest("client4", 2, wire.encode_download(handed, torch.float32))
 
 
@@ -43,7 +43,7 @@ def opened(data: bytes, tmp_path):
 
 
 def test_a_turn_trains_the_download_on_the_clients_own_rows(ready, job, tmp_path):
-    here = ready.workplace
+    here = ready.runtime
     upload = opened(client_turn.turn(job, here), tmp_path)
     want = train(
         here.base,
@@ -62,18 +62,18 @@ def test_a_turn_trains_the_download_on_the_clients_own_rows(ready, job, tmp_path
     for module, factors in want.adapter.items():
         assert torch.equal(upload.adapter[module].B, factors.B)
         assert torch.equal(upload.adapter[module].A, factors.A)
-    assert upload.facts["steps"] == want.steps == 3
-    assert upload.facts["tokens"] == want.tokens
-    assert upload.facts["computed"] == want.computed
-    assert set(upload.facts) == set(client_turn.FACTS)
-    assert upload.facts["loss_total"] == want.loss_total
-    assert upload.facts["loss_tokens"] == want.loss_tokens
-    assert upload.facts["bytes_down"] == len(job.download)
-    assert upload.facts["seconds"] > 0
+    assert upload.metrics["steps"] == want.steps == 3
+    assert upload.metrics["tokens"] == want.tokens
+    assert upload.metrics["computed"] == want.computed
+    assert set(upload.metrics) == set(client_turn.METRICS)
+    assert upload.metrics["loss_total"] == want.loss_total
+    assert upload.metrics["loss_tokens"] == want.loss_tokens
+    assert upload.metrics["bytes_down"] == len(job.download)
+    assert upload.metrics["seconds"] > 0
 
 
 def test_seed_client_and_round_decide_and_nothing_else(ready, job, tmp_path):
-    def result(job=job, here=ready.workplace):
+    def result(job=job, here=ready.runtime):
         adapter = opened(client_turn.turn(job, here), tmp_path).adapter
         return torch.cat([f.A.flatten() for f in adapter.values()])
 
@@ -82,15 +82,15 @@ def test_seed_client_and_round_decide_and_nothing_else(ready, job, tmp_path):
     assert torch.equal(result(), once)
     for other in (
         {"job": dataclasses.replace(job, round=3)},
-        {"here": dataclasses.replace(ready.workplace, seed=4)},
+        {"here": dataclasses.replace(ready.runtime, seed=4)},
     ):
         assert not torch.equal(result(**other), once)
 
 
 def test_the_upload_has_the_numbers_of_the_wire(ready, job, tmp_path):
-    here = dataclasses.replace(ready.workplace, wire_dtype=torch.bfloat16)
+    here = dataclasses.replace(ready.runtime, wire_dtype=torch.bfloat16)
     coarse = opened(client_turn.turn(job, here), tmp_path).adapter
-    fine = opened(client_turn.turn(job, ready.workplace), tmp_path).adapter
+    fine = opened(client_turn.turn(job, ready.runtime), tmp_path).adapter
     for module, factors in fine.items():
         assert coarse[module].B.dtype == torch.bfloat16
         assert torch.equal(coarse[module].A, factors.A.to(torch.bfloat16))
@@ -99,15 +99,15 @@ def test_the_upload_has_the_numbers_of_the_wire(ready, job, tmp_path):
 def test_a_coarse_download_is_trained_in_single_precision(ready, job, tmp_path):
     adapter = wire.decode_download(job.download).adapter
     coarse = TurnRequest("client4", 2, wire.encode_download(Download(adapter), torch.bfloat16))
-    upload = opened(client_turn.turn(coarse, ready.workplace), tmp_path)
+    upload = opened(client_turn.turn(coarse, ready.runtime), tmp_path)
     assert {f.B.dtype for f in upload.adapter.values()} == {torch.float32}
 
 
 def test_the_methods_client_half_is_asked(ready, job, tmp_path):
     """HetLoRA's penalty enters the training, and what it prunes is not sent."""
-    plain = opened(client_turn.turn(job, ready.workplace), tmp_path).adapter
+    plain = opened(client_turn.turn(job, ready.runtime), tmp_path).adapter
     here = dataclasses.replace(
-        ready.workplace, method=methods.make("hetlora", {"keep": 0.6, "decay": 5.0})
+        ready.runtime, method=methods.make("hetlora", {"keep": 0.6, "decay": 5.0})
     )
     first = opened(client_turn.turn(job, here), tmp_path).adapter
     assert first.ranks == plain.ranks  # the tail of a fresh start is zero: it can only grow
@@ -119,14 +119,14 @@ def test_the_methods_client_half_is_asked(ready, job, tmp_path):
 
 
 def test_what_is_no_download_is_refused(ready):
-    with pytest.raises(ValueError, match="no adapter"):
-        client_turn.turn(TurnRequest("client4", 2, b"noise"), ready.workplace)
+    with pytest.raises(ValueError, match="not an adapter"):
+        client_turn.turn(TurnRequest("client4", 2, b"noise"), ready.runtime)
 
 
 def test_clients_train_together_in_one_round_only(ready, job):
     later = dataclasses.replace(job, round=3)
     with pytest.raises(ValueError, match=r"in one round, not in \[2, 3\]"):
-        client_turn.turns([job, later], ready.workplace)
+        client_turn.turns([job, later], ready.runtime)
 
 
 def test_who_breaks_a_turn_is_named(ready, job):
@@ -136,7 +136,7 @@ def test_who_breaks_a_turn_is_named(ready, job):
     data = wire.encode_download(Download(broken), torch.float32)
     jobs = [dataclasses.replace(job, client="client1"), TurnRequest("client3", 2, data), job]
     with pytest.raises(ValueError, match="loss of client 'client3' is nan"):
-        client_turn.turns(jobs, ready.workplace)
+        client_turn.turns(jobs, ready.runtime)
 
 
 def test_a_download_may_be_a_file(ready, job, tmp_path):
@@ -144,7 +144,7 @@ def test_a_download_may_be_a_file(ready, job, tmp_path):
     path.write_bytes(job.download)
     held = TurnRequest("client4", 2, path)
     assert held.bytes_down == job.bytes_down == len(job.download)
-    got, want = (opened(client_turn.turn(each, ready.workplace), tmp_path) for each in (held, job))
+    got, want = (opened(client_turn.turn(each, ready.runtime), tmp_path) for each in (held, job))
     for module, factors in want.adapter.items():
         assert torch.equal(got.adapter[module].B, factors.B)
         assert torch.equal(got.adapter[module].A, factors.A)
@@ -152,9 +152,9 @@ def test_a_download_may_be_a_file(ready, job, tmp_path):
 
 def sgd(ready, **changes):
     training = dataclasses.replace(
-        ready.workplace.training, optimizer="sgd", learning_rate=0.05, clip_norm=1e6, **changes
+        ready.runtime.training, optimizer="sgd", learning_rate=0.05, clip_norm=1e6, **changes
     )
-    return dataclasses.replace(ready.workplace, training=training)
+    return dataclasses.replace(ready.runtime, training=training)
 
 
 def sent(download, here, tmp_path):
@@ -180,11 +180,12 @@ def test_the_rest_of_a_download_is_seen_as_if_it_were_in_the_base(ready, job, tm
     assert any((f.B - without[m].B).norm() > 1e-2 * f.B.norm() for m, f in beside.items())
 
 
-def test_a_rate_multiplies_the_learning_rate(ready, job, tmp_path):
+def test_a_factor_multiplies_the_learning_rate(ready, job, tmp_path):
     here = sgd(ready, max_steps=1)
     adapter = wire.decode_download(job.download).adapter
     once, fivefold = (
-        sent(Download(adapter, halves="B", rate=rate), here, tmp_path) for rate in (1.0, 5.0)
+        sent(Download(adapter, factors="B", learning_rate_factor=rate), here, tmp_path)
+        for rate in (1.0, 5.0)
     )
     for module, f in once.items():
         assert torch.equal(f.A, adapter[module].A)
@@ -193,12 +194,12 @@ def test_a_rate_multiplies_the_learning_rate(ready, job, tmp_path):
         assert torch.allclose(moved[1], 5 * moved[0], rtol=1e-4, atol=1e-7)
 
 
-def test_numbered_terms_have_the_scale_of_the_whole_adapter(ready, tmp_path):
+def test_numbered_components_have_the_scale_of_the_whole_adapter(ready, tmp_path):
     """With a scale of alpha / rank a term moves as far, however many others are trained."""
     here = sgd(ready, max_steps=1, scaling="rank")
     whole = random_adapter(ready.base.shapes, 4, 60)
-    few = chosen_of(Download(whole), {m: (2,) for m in whole})
-    all_of_them = chosen_of(Download(whole), {m: (0, 1, 2, 3) for m in whole})
+    few = with_components(Download(whole), {m: (2,) for m in whole})
+    all_of_them = with_components(Download(whole), {m: (0, 1, 2, 3) for m in whole})
 
     def moved(download):
         """How far the third term's column of B goes, by module."""

@@ -13,15 +13,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from support.oracle import product, relative_error, weighted_sum
 
 from flexlora import wire
+from flexlora.errors import ProtocolError
 from flexlora.federation import checkpoint, client_turn, collect, rounds, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import LateReply, Lost, Reply, WaitPolicy
+from flexlora.journal.events import LossKind
 from flexlora.journal.record import Record
+from flexlora.laws.dense import product, relative_error, weighted_sum
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.peft_format import WEIGHTS
 from support import models
@@ -35,7 +37,7 @@ class Watched:
     jobs: list[TurnRequest]
     replies: list[Reply]
 
-    together: int = 1
+    clients_at_once: int = 1
     present = staticmethod(list)
 
     def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Reply | Lost]:
@@ -69,7 +71,7 @@ class Outcome:
 
 def go(folder: Path, name: str, **changes) -> Outcome:
     ready = setup.prepare(models.settings(folder, **changes), models.corpus())
-    watched = Watched(SimulatedTransport(ready.workplace), [], [])
+    watched = Watched(SimulatedTransport(ready.runtime), [], [])
     events = list(rounds.run(ready, folder / name, watched))
     return Outcome(ready, folder / name, events, watched)
 
@@ -184,7 +186,7 @@ def test_the_adapter_loads_in_peft_and_is_the_servers(folder, done):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     merged = peft.PeftModel.from_pretrained(model, done.adapter).merge_and_unload()
     state = checkpoint.load(done.folder).state
-    adapter = done.ready.method.update(state)
+    adapter = done.ready.method.global_adapter(state, done.ready.context(3))
     assert len(adapter) == 14
     for module, factors in adapter.items():
         delta = merged.get_submodule(module).weight - before[f"{module}.weight"]
@@ -212,7 +214,7 @@ def test_old_adapters_may_be_dropped(folder):
 
 
 def test_the_update_norm_is_the_adapters(done):
-    adapter = checkpoint.load(done.folder).state.adapters["global"]
+    adapter = checkpoint.load(done.folder).state.model
     want = math.sqrt(sum(float(product(f).square().sum()) for f in adapter.values()))
     assert done.of("round", round=3)[0]["update_norm"] == pytest.approx(want, rel=1e-6)
 
@@ -229,7 +231,7 @@ def test_the_spectrum_is_that_of_the_mean(done):
     for module, shares in event["energy"].items():
         mean = weighted_sum([(examples[c] / total, a[module]) for c, a in uploads.items()])
         squares = torch.linalg.svdvals(mean).square()
-        kept = done.ready.largest[module]
+        kept = done.ready.ranks[module]
         blocks = [squares[:2], squares[2:3], squares[3:5], squares[5:]]
         if kept == 3:  # what lies beyond the largest rank handed out is lost at the server
             blocks = [squares[:2], squares[2:3], squares[:0], squares[3:]]
@@ -276,9 +278,9 @@ def test_each_method_learns(folder, name, options, ranks):
     )
     losses = [event["loss_total"] / event["loss_tokens"] for event in run.of("round")]
     assert losses[-1] < 0.8 * losses[0]
-    assert len(checkpoint.load(run.folder).state.adapters["global"]) == 14
+    assert len(checkpoint.load(run.folder).state.model) == 14
     if name == "hetlora":
-        pruned = checkpoint.load(run.folder).state.facts["pruned"]
+        pruned = checkpoint.load(run.folder).state.per_client["ranks"]
         assert set(pruned) == set(run.ready.clients)
         assert any(rank == 1 for ranks in pruned.values() for rank in ranks.values())
 
@@ -289,7 +291,7 @@ def test_fewer_bytes_on_a_coarse_wire_and_a_fine_server(folder, done):
     for event in coarse.of("client"):
         saved = 2 * done.events[0]["trainable"][event["rank_type"]]
         assert fine[event["rank_type"]] - event["bytes_down"] == pytest.approx(saved, abs=64)
-    kept = checkpoint.load(coarse.folder).state.adapters["global"]
+    kept = checkpoint.load(coarse.folder).state.model
     f = kept["model.layers.0.mlp.up_proj"]
     assert not torch.equal(f.B, f.B.to(torch.bfloat16).float())
 
@@ -304,7 +306,7 @@ class Replayed:
     replies: dict[str, bytes]
     victim: str
     change: object
-    together: int = 1
+    clients_at_once: int = 1
     present = staticmethod(list)
 
     def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Reply | Lost]:
@@ -353,13 +355,13 @@ def filled(value: float):
 
 
 BAD = {
-    "lost": lambda data: Lost("client2", "unplugged"),
+    "lost": lambda data: Lost("client2", "unplugged", LossKind.NO_ANSWER),
     "nothing": lambda data: b"",
     "noise": lambda data: b"noise" * 99,
     "cut": lambda data: data[:-9],
     "longer": lambda data: data + b"\0" * 8,
     "a download": lambda data: rewritten(data, kind="download"),
-    "another format": lambda data: rewritten(data, format=2),
+    "another format": lambda data: rewritten(data, format=1),
     "another client": lambda data: rewritten(data, client="client1"),
     "another round": lambda data: rewritten(data, round=2),
     "no examples": lambda data: rewritten(data, examples=0),
@@ -442,12 +444,12 @@ def test_a_smaller_rank_than_asked_for_does_not_stop_fedit(folder, tmp_path):
 
 def test_a_round_of_which_nothing_came_back_is_an_error(honest, tmp_path):
     class Silent:
-        together = 1
+        clients_at_once = 1
         present = staticmethod(list)
 
         def exchange(self, jobs, patience):
             for job in jobs:
-                yield Lost(job.client, "unplugged")
+                yield Lost(job.client, "unplugged", LossKind.NO_ANSWER)
 
     events = []
     with pytest.raises(ValueError, match=r"0 of 6 clients of round 1 returned .* after 3 attempts"):
@@ -463,7 +465,7 @@ class Scripted:
     replies: dict[str, bytes]
     script: list[dict[str, object]]
     asked: list[list[str]]
-    together: int = 1
+    clients_at_once: int = 1
     present = staticmethod(list)
 
     def exchange(self, jobs, patience):
@@ -489,11 +491,11 @@ def scripted(honest: Outcome, folder: Path, script: list[dict[str, object]], **f
 
 def everybody(honest: Outcome) -> dict[str, bytes]:
     """What each client of the population would send in round 1."""
-    state = honest.ready.method.start(honest.ready.fresh())
+    state = honest.ready.method.start(honest.ready.fresh(), honest.ready.context(0))
     return {
         id: client_turn.turn(
-            next(collect.jobs(honest.ready, 1, state, (id,), honest.folder / "again")),
-            honest.ready.workplace,
+            next(collect.turn_requests(honest.ready, 1, state, (id,), honest.folder / "again")),
+            honest.ready.runtime,
         )
         for id in honest.ready.clients
     }
@@ -504,7 +506,7 @@ def kinds(events, *which: str) -> list[str]:
 
 
 def test_a_round_short_of_its_quorum_asks_those_who_have_not_answered(honest, tmp_path):
-    gone = {id: Lost(id, "unplugged") for id in list(honest.ready.clients)[:5]}
+    gone = {id: Lost(id, "unplugged", LossKind.NO_ANSWER) for id in list(honest.ready.clients)[:5]}
     events, asked = scripted(honest, tmp_path / "run", [gone, {}], quorum=3, attempts=2)
     first, second = (set(clients) for clients in asked)
     answered = {event["client"] for event in events if event["event"] == "client"}
@@ -521,19 +523,19 @@ def test_over_selection_goes_on_with_the_first_that_come(honest, tmp_path):
     assert len(asked[0]) == 6
     assert len([event for event in events if event["event"] == "client"]) == 4
     lost = [event for event in events if event["event"] == "lost"]
-    assert {event["reason"] for event in lost} == {"It was not needed any more."}
+    assert {event["reason"] for event in lost} == {"Enough uploads had arrived without its own."}
     assert {event["client"] for event in lost} == set(asked[0][4:])
 
 
 def test_over_selection_makes_up_for_the_lost(honest, tmp_path):
-    gone = {id: Lost(id, "unplugged") for id in list(honest.ready.clients)[:2]}
+    gone = {id: Lost(id, "unplugged", LossKind.NO_ANSWER) for id in list(honest.ready.clients)[:2]}
     events, _ = scripted(honest, tmp_path / "run", [gone], over_selection=0.5)
     assert len([event for event in events if event["event"] == "client"]) == 4
 
 
 def test_answers_nobody_waits_for_are_recorded_and_change_nothing(honest, tmp_path):
     class Chatty:
-        together = 1
+        clients_at_once = 1
         present = staticmethod(list)
 
         def exchange(self, jobs, patience):
@@ -559,12 +561,14 @@ def test_turns_not_begun_at_the_deadline_are_lost(honest, tmp_path):
     with pytest.raises(ValueError, match="0 of 4 clients"):
         list(rounds.run(late, tmp_path / "run"))
     lost = list(Record(tmp_path / "run").events("lost"))
-    assert {event["reason"] for event in lost} == {"Its turn had not begun after 1e-09 s."}
+    assert {event["reason"] for event in lost} == {
+        "Its local training had not begun after 1e-09 s."
+    }
 
 
 def test_replies_in_another_order_give_the_same_bytes(honest, tmp_path):
     class Backwards:
-        together = 1
+        clients_at_once = 1
         present = staticmethod(list)
 
         def exchange(self, jobs, patience):
@@ -581,7 +585,7 @@ def test_a_client_that_never_answers_is_recorded_as_lost(honest, tmp_path):
     """Though the federation owes one answer for each job."""
 
     class Forgetful:
-        together = 1
+        clients_at_once = 1
         present = staticmethod(list)
 
         def exchange(self, jobs, patience):
@@ -595,13 +599,23 @@ def test_a_client_that_never_answers_is_recorded_as_lost(honest, tmp_path):
 
 
 def test_a_fault_in_a_simulated_turn_is_seen_with_its_place(honest, tmp_path):
-    broken = replace(
-        honest.ready,
-        place=replace(honest.ready.workplace, rows={id: [] for id in honest.ready.clients}),
-    )
+    broken = honest.ready.with_runtime(rows={id: [] for id in honest.ready.clients})
     with pytest.raises(ValueError, match="no rows to train on") as caught:
         list(rounds.run(broken, tmp_path / "run"))
     assert "In the turn of client 'client4' in round 1." in caught.value.__notes__
+
+
+@pytest.mark.parametrize("hook", ["upload_spec", "aggregate"])
+def test_a_fault_of_the_method_is_not_taken_for_a_lost_client(honest, tmp_path, monkeypatch, hook):
+    """Even one of the library's own errors, by which clients are lost."""
+
+    def broken(*arguments):
+        raise ProtocolError("a fault of the method")
+
+    monkeypatch.setattr(type(honest.ready.method), hook, broken)
+    with pytest.raises(ProtocolError, match="a fault of the method"):
+        with_bad(honest, tmp_path / "run", lambda data: data)
+    assert not list(Record(tmp_path / "run").events("lost", "round"))
 
 
 def test_a_new_run_in_the_folder_of_an_old_one_is_refused(honest, tmp_path):
@@ -652,8 +666,8 @@ def test_the_base_model_is_as_it_was(folder, done):
 
 def test_adapters_written_are_adapters_of_the_state(done):
     state = checkpoint.load(done.folder).state
-    assert isinstance(state.adapters["global"], Adapter)
-    assert state.facts["ranks"] == done.ready.largest
+    assert isinstance(state.model, Adapter)
+    assert state.model.ranks == done.ready.ranks
 
 
 @pytest.mark.parametrize("method", ["flexlora", "hetlora"])

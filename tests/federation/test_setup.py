@@ -47,7 +47,7 @@ def test_clients_are_those_of_the_data_with_their_training_rows(ready):
     assert list(found.clients) == sorted(set(clients))
     for id, client in found.clients.items():
         rows = np.flatnonzero((clients == id) & (splits == "train"))
-        assert list(found.workplace.rows[id]) == rows.tolist()
+        assert list(found.runtime.rows[id]) == rows.tolist()
         assert client.examples == len(rows)
         assert client.id == id
         assert client.rank_type in found.clients.kinds
@@ -65,14 +65,14 @@ def test_ranks_are_by_type_and_module(ready):
         assert client.ranks["model.layers.1.mlp.up_proj"] == kinds[1]
         assert set(client.ranks) == set(found.base.shapes)
     assert found.clients.counts == {"small": 3, "wide": 1, "large": 2}
-    assert found.largest["model.layers.0.self_attn.q_proj"] == 3
-    assert found.largest["model.layers.1.mlp.up_proj"] == 5
+    assert found.ranks["model.layers.0.self_attn.q_proj"] == 3
+    assert found.ranks["model.layers.1.mlp.up_proj"] == 5
 
 
 def test_a_fresh_adapter_is_lora_s_start_at_the_largest_ranks(ready):
     found = ready()
     fresh = found.fresh()
-    assert fresh.ranks == found.largest
+    assert fresh.ranks == found.ranks
     for module, factors in fresh.items():
         assert factors.shape == found.base.shapes[module]
         assert not factors.B.any()
@@ -133,7 +133,7 @@ def test_as_many_clients_as_asked_for(ready):
 def test_data_without_clients_is_dealt_out(ready, partition, clients):
     found = ready(no_client(), data={"partition": partition})
     assert list(found.clients) == clients
-    rows = np.concatenate([found.workplace.rows[id] for id in found.clients])
+    rows = np.concatenate([found.runtime.rows[id] for id in found.clients])
     assert len(set(rows.tolist())) == len(rows)
     tested = {question.client for question in found.questions}
     assert tested <= set(clients)
@@ -144,7 +144,7 @@ def test_a_partition_of_natural_clients_leaves_the_unseen_out(ready):
     found = ready(data={"unseen_clients": 2, "partition": {"kind": "iid", "clients": 3}})
     assert list(found.clients) == ["0", "1", "2"]
     owners = models.corpus().keys("client")
-    trained = {owners[row] for rows in found.workplace.rows.values() for row in rows}
+    trained = {owners[row] for rows in found.runtime.rows.values() for row in rows}
     assert trained.isdisjoint(found.unseen)
     assert len(trained) == 4
 
@@ -183,7 +183,7 @@ def test_fractions_that_name_a_whole_number_give_it(ready):
 def test_one_rank_for_all(ready):
     found = ready(ranks=ONE)
     assert {client.rank_type for client in found.clients.values()} == {"rank3"}
-    assert set(found.largest.values()) == {3}
+    assert set(found.ranks.values()) == {3}
 
 
 def test_ranks_by_client(ready):
@@ -230,7 +230,7 @@ def test_a_table_is_checked_as_the_config_is(ready, tmp_path, text, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": {"name": "fedit"}}, "needs one rank for all clients.*'small': 3"),
+        ({"method": {"name": "fedit"}}, "needs one rank for all clients.* 3 small"),
         ({"data": {"unseen_clients": 6}}, "unseen_clients is 6"),
         ({"ranks": {"distribution": {"small": 0.5}}}, "must add up to 1"),
         ({"ranks": {"distribution": {"huge": 1.0}}}, "names the type 'huge'"),
@@ -308,7 +308,7 @@ def test_a_source_is_read_once(folder, tmp_path, monkeypatch):
     assert again.unseen == first.unseen
     assert again.questions == first.questions
     for id in first.clients:
-        assert again.workplace.rows[id].tolist() == first.workplace.rows[id].tolist()
+        assert again.runtime.rows[id].tolist() == first.runtime.rows[id].tolist()
 
 
 def test_a_source_gives_what_its_corpus_gives(folder, tmp_path):
@@ -317,7 +317,7 @@ def test_a_source_gives_what_its_corpus_gives(folder, tmp_path):
     mapped, read = prepare(settings), prepare(settings, table.read(path))
     assert dict(mapped.clients) == dict(read.clients)
     assert mapped.questions == read.questions
-    assert np.array_equal(mapped.workplace.store.ids, read.workplace.store.ids)
+    assert np.array_equal(mapped.runtime.store.ids, read.runtime.store.ids)
 
 
 def test_a_source_that_is_not_there_is_named(folder, tmp_path):

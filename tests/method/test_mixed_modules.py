@@ -4,22 +4,40 @@ import dataclasses
 
 import pytest
 import torch
-from support.rounds import SHAPES, clients_of, draw_of, fresh, jolt, made, played, started, turn
 
 from flexlora import methods, seeds, wire
 from flexlora.config.ranks import RankType
+from flexlora.errors import ConfigError
 from flexlora.federation import checkpoint, compose, rounds, setup
 from flexlora.journal.record import Record
+from flexlora.laws.rounds import (
+    SEED,
+    SHAPES,
+    after_rounds,
+    aggregated,
+    client_turn,
+    clients_of,
+    cohort_of,
+    context_of,
+    first_state,
+    noise,
+)
 from flexlora.lowrank.factors import Adapter
-from flexlora.method.interface import Fresh, Upload
-from flexlora.method.mixed_modules import targeted
-from flexlora.method.partial_step import aggregated, joined, part_of, upload_of
+from flexlora.method import partial_step
+from flexlora.method.interface import Feature, FreshAdapters, RoundContext, Upload
+from flexlora.method.mixed_modules import mixed_modules
 from flexlora.method.server_optimizer import MOMENTUM
 from flexlora.training.loop import ClientTask
 from flexlora.wire import adapters
 from support import models
 from support.factors import random_factors
 from support.learning import train
+from support.states import (
+    adapters_of,
+    assert_same_factors,
+    assert_same_state,
+    assert_same_values,
+)
 
 ATTENTION, FEED_FORWARD = "model.self_attn.q", "model.mlp.up"
 BOTH = dict(zip((ATTENTION, FEED_FORWARD), SHAPES.values(), strict=True))
@@ -29,144 +47,160 @@ MIXED = [
     {ATTENTION: 6, FEED_FORWARD: 3},
 ]
 SAME = [{ATTENTION: 3}, {ATTENTION: 3, FEED_FORWARD: 2}, {ATTENTION: 3, FEED_FORWARD: 2}]
-APART = [name for name in methods.names() if methods.kind(name).by_module]
+APART = [name for name in methods.names() if Feature.PER_MODULE in methods.make(name, {}).features]
 
 
 @pytest.fixture(params=APART)
 def method(request):
-    return targeted(made(request.param))
+    return mixed_modules(methods.make(request.param, {}))
 
 
 def some(method):
     """The first trains the attention alone."""
-    return clients_of(method, MIXED if method.mixed_ranks else SAME)
+    return clients_of(method, MIXED if Feature.MIXED_RANKS in method.features else SAME)
+
+
+def round_of(number, clients):
+    """The context of a round among clients that may lack modules."""
+    largest = {m: max(c.ranks.get(m, 0) for c in clients) for m in BOTH}
+    return RoundContext(number, SEED, BOTH, largest)
 
 
 def begun(method, clients):
     """A state in which everybody, then training all modules, has learnt something."""
-    largest = {m: max(c.ranks.get(m, 0) for c in clients) for m in BOTH}
-    whole = [dataclasses.replace(c, ranks={**largest, **c.ranks}) for c in clients]
-    state = started(method, whole, BOTH)
-    turns = [turn(method, state, c, 1, jolt(1, method=method), shapes=BOTH) for c in whole]
-    return method.aggregate(state, [t.upload for t in turns])
+    context = round_of(1, clients)
+    whole = [dataclasses.replace(c, ranks={**context.ranks, **c.ranks}) for c in clients]
+    return after_rounds(method, whole, 1, lambda number: noise(method, number), shapes=BOTH)
 
 
 def learnt(method, state, clients):
-    learn = jolt(2, method=method)
-    return [turn(method, state, c, 2, learn, shapes=BOTH).upload for c in clients]
-
-
-def assert_equal(got, want):
-    assert list(got) == list(want)
-    for module, f in want.items():
-        assert torch.equal(got[module].B, f.B) and torch.equal(got[module].A, f.A)
+    context, learn = round_of(2, clients), noise(method, 2)
+    return [client_turn(method, state, c, context, learn).upload for c in clients]
 
 
 def test_a_client_is_handed_and_sends_its_own_modules_alone(method):
     clients = some(method)
-    state = begun(method, clients)
+    state, context = begun(method, clients), round_of(2, clients)
     first = clients[0]
-    handed = method.handout(state, first, draw_of(2))
-    assert list(handed.adapter) == [ATTENTION]
+    handed = method.handout(state, first, context)
+    assert list(handed.adapter or handed.ranks) == [ATTENTION]
     assert list(learnt(method, state, clients)[0].adapter) == [ATTENTION]
-    assert list(method.expects(state, first, BOTH)) == [ATTENTION]
+    assert list(method.upload_spec(state, first, context).modules) == [ATTENTION]
 
 
 def test_what_is_handed_out_travels(method):
     clients = some(method)
-    handed = method.handout(begun(method, clients), clients[0], draw_of(2))
+    handed = method.handout(begun(method, clients), clients[0], round_of(2, clients))
     there = wire.decode_download(wire.encode_download(handed, torch.float64))
-    assert list(there.adapter) == [ATTENTION]
-    assert list(there.merge) == list(handed.merge)
+    assert list(there.adapter or there.ranks) == [ATTENTION]
+    assert list(there.base_updates) == list(handed.base_updates)
+
+
+def part_of(upload, module):
+    """What an upload holds of a module."""
+    ids = {m: numbers for m, numbers in upload.component_ids.items() if m == module}
+    return dataclasses.replace(
+        upload,
+        adapter=upload.adapter.only([module]),
+        component_ids=ids,
+        aux={name: adapter.only([module]) for name, adapter in upload.aux.items()},
+    )
 
 
 def test_the_mean_of_a_module_is_over_those_who_train_it(method):
     """As if the others, and the other modules, were not there."""
     clients = some(method)
-    state = begun(method, clients)
+    state, context = begun(method, clients), round_of(2, clients)
     uploads = learnt(method, state, clients)
-    after = method.aggregate(state, uploads)
+    after = aggregated(method, state, uploads, context)
     for module, holders in ((ATTENTION, uploads), (FEED_FORWARD, uploads[1:])):
-        alone = [upload_of(upload, [module]) for upload in holders]
-        want = method.method.aggregate(part_of(state, [module]), alone)
-        got = part_of(after, [module])
-        assert got.adapters.keys() == want.adapters.keys()
-        for name, adapter in want.adapters.items():
-            assert_equal(got.adapters[name], adapter)
+        alone = [part_of(upload, module) for upload in holders]
+        part = context.only([module])
+        want = aggregated(method.inner, state.only([module]), alone, part)
+        got = after.only([module])
+        assert adapters_of(got).keys() == adapters_of(want).keys()
+        for name, adapter in adapters_of(want).items():
+            assert_same_factors(adapters_of(got)[name], adapter)
 
 
 def test_what_nobody_trains_stays_as_it_is(method):
     clients = some(method)
-    state = begun(method, clients)
-    after = method.aggregate(state, learnt(method, state, clients)[:1])
-    before = method.update(state).only([FEED_FORWARD])
-    assert_equal(method.update(after).only([FEED_FORWARD]), before)
+    state, context = begun(method, clients), round_of(2, clients)
+    after = aggregated(method, state, learnt(method, state, clients)[:1], context)
+    before = method.global_adapter(state, round_of(1, clients)).only([FEED_FORWARD])
+    assert_same_factors(method.global_adapter(after, context).only([FEED_FORWARD]), before)
     # And the round after goes on from there.
-    assert method.aggregate(after, learnt(method, after, clients))
+    assert aggregated(method, after, learnt(method, after, clients), round_of(3, clients))
 
 
 def test_with_all_modules_for_all_it_is_the_method_itself(method):
     clients = clients_of(method)
-    state = played(method.method, clients, 2, lambda number: jolt(number, method=method))
-    uploads = [turn(method, state, c, 3, jolt(3, method=method)).upload for c in clients]
-    got, want = method.aggregate(state, uploads), method.method.aggregate(state, uploads)
-    assert got.facts == want.facts
-    for name, adapter in want.adapters.items():
-        assert_equal(got.adapters[name], adapter)
+    state = after_rounds(method.inner, clients, 2, lambda number: noise(method, number))
+    context = context_of(3, clients)
+    learn = noise(method, 3)
+    uploads = [client_turn(method, state, c, context, learn).upload for c in clients]
+    assert_same_state(
+        aggregated(method, state, uploads, context),
+        aggregated(method.inner, state, uploads, context),
+    )
 
 
 def test_updates_merged_for_good_are_of_all_modules():
     """In a simulation clients share what their base has merged; and each sees the whole model."""
-    method = targeted(made("flora"))
+    method = mixed_modules(methods.make("flora", {}))
     clients = some(method)
     state = begun(method, clients)
     stranger = dataclasses.replace(clients[0], id="new")
     for client in (stranger, dataclasses.replace(clients[2], id="other")):
-        merge = method.handout(state, client, draw_of(2)).merge
-        assert [list(entry) for entry in merge.values()] == [list(BOTH)]
+        updates = method.handout(state, client, round_of(2, clients)).base_updates
+        assert [list(update) for update in updates.values()] == [list(BOTH)]
 
 
 def test_a_momentum_begins_with_the_first_who_trains_the_module():
     section = {"name": "fedavgm", "momentum": 0.5}
     training = models.settings(models.Path("x")).training
-    method = targeted(compose.composed({"name": "flexlora"}, section, None, training))
+    method = mixed_modules(compose.composed({"name": "flexlora"}, section, None, training))
     clients = some(method)
     largest = dict(zip(BOTH, (6, 4), strict=True))
-    state = started(method, [dataclasses.replace(clients[0], ranks=largest)], BOTH)
+    state = first_state(method, [dataclasses.replace(clients[0], ranks=largest)], BOTH)
     for number, who in enumerate((clients[:1], clients, clients), start=1):
-        learn = jolt(number, method=method)
-        uploads = [turn(method, state, c, number, learn, shapes=BOTH).upload for c in who]
-        state = method.aggregate(state, uploads)
-        assert list(state.adapters[MOMENTUM]) == list(BOTH)[: 1 if number == 1 else 2]
+        context, learn = round_of(number, clients), noise(method, number)
+        uploads = [client_turn(method, state, c, context, learn).upload for c in who]
+        state = aggregated(method, state, uploads, context)
+        assert list(state.memory[MOMENTUM]) == list(BOTH)[: 1 if number == 1 else 2]
 
 
 @pytest.mark.parametrize("name", sorted(set(methods.names()) - set(APART)))
 def test_a_method_that_decides_over_all_modules_is_refused(name):
-    with pytest.raises(ValueError, match="decides over all modules at once"):
-        targeted(made(name))
+    with pytest.raises(ConfigError, match="does not support aggregation by module"):
+        mixed_modules(methods.make(name, {}))
 
 
 @pytest.mark.parametrize("order", [(ATTENTION, FEED_FORWARD), (FEED_FORWARD, ATTENTION)])
 def test_parts_of_a_step_may_have_no_trainer(method, order):
     """As workers take them: the first part too may be one that stays as it was."""
     clients = some(method)
-    state = begun(method, clients)
+    state, context = begun(method, clients), round_of(2, clients)
     uploads = learnt(method, state, clients)[:1]
-    want = method.aggregate(state, uploads)
-    got = joined(state, [aggregated(method, state, uploads, [module]) for module in order])
-    assert got.facts == want.facts and got.adapters.keys() == want.adapters.keys()
-    for name, adapter in want.adapters.items():
-        assert got.adapters[name].keys() == adapter.keys()
+    cohort = cohort_of(method, uploads, context)
+    want = method.aggregate(state, cohort, context)
+    parts = [partial_step.aggregate(method, state, cohort, context, [m]) for m in order]
+    got = partial_step.joined(state, parts, context)
+    assert_same_values(got, want)
+    assert adapters_of(got).keys() == adapters_of(want).keys()
+    for name, adapter in adapters_of(want).items():
+        assert adapters_of(got)[name].keys() == adapter.keys()
 
 
 def test_private_halves_of_a_module_begin_with_it():
     """A client that trained the attention alone, and now trains all."""
-    method = targeted(made("fedsalora"))
+    method = mixed_modules(methods.make("fedsalora", {}))
     clients = some(method)
     state = begun(method, clients)
-    kept = turn(method, state, clients[0], 2, jolt(2), shapes=BOTH).kept
+    private = client_turn(method, state, clients[0], round_of(2, clients), noise(method, 2)).private
     more = dataclasses.replace(clients[0], ranks=clients[1].ranks)
-    start = method.receive(method.handout(state, more, draw_of(3)), kept, fresh(more, 3, BOTH))
+    handed = method.handout(state, more, round_of(3, clients))
+    start = method.prepare(handed, private, FreshAdapters(BOTH, SEED, more.id, 3))
     assert start.adapter[ATTENTION].B.any() and not start.adapter[FEED_FORWARD].B.any()
 
 
@@ -189,12 +223,12 @@ def ran(folder, where, **changes):
 @pytest.mark.parametrize("together", [1, 3])
 def test_a_federation_of_phones_and_sites_runs(folder, tmp_path, name, together):
     run = {"threads": 1, "clients_at_once": together}
-    least = 2 if methods.kind(name).mixed_ranks else 3
+    least = 2 if Feature.MIXED_RANKS in methods.make(name, {}).features else 3
     types = {**TYPES, "phone": {"attention": least, "feed_forward": 0}}
     ranks = {**RANKS, "types": types}
     ready, events = ran(folder, tmp_path / "run", method={"name": name}, run=run, ranks=ranks)
     assert events[-1]["event"] == "finish"
-    assert ready.largest == RankType(3, 5).by_module(list(ready.base.shapes))
+    assert ready.ranks == RankType(3, 5).by_module(list(ready.base.shapes))
     sizes = {}
     for event in Record(tmp_path / "run").events("client"):
         sizes.setdefault(event["rank_type"], set()).add(event["bytes_up"])
@@ -209,7 +243,7 @@ def test_clients_that_train_together_have_the_numbers_of_those_alone(folder, tmp
         run = {"threads": 1, "clients_at_once": together}
         ready, _ = ran(folder, where, run=run)
         state = checkpoint.load(where).state
-        found.append(ready.method.update(state))
+        found.append(ready.method.global_adapter(state, ready.context(3)))
     one, other = found
     for module, f in one.items():
         assert torch.allclose(f.B @ f.A, other[module].B @ other[module].A, atol=1e-5)
@@ -218,14 +252,14 @@ def test_clients_that_train_together_have_the_numbers_of_those_alone(folder, tmp
 def test_updates_beside_the_base_are_seen_in_modules_that_are_not_trained(folder):
     """Where a base cannot hold what is merged, it is seen beside it, as if it did."""
     ready = setup.prepare(models.settings(folder, ranks=RANKS), models.corpus())
-    shapes, here = ready.base.shapes, ready.workplace
+    shapes, here = ready.base.shapes, ready.runtime
     ranks = RankType(2, 0).by_module(list(shapes))
     others = [m for m in shapes if m not in ranks]
     rest = {m: random_factors(shapes[m][0], 3, shapes[m][1], n) for n, m in enumerate(others)}
     beside = Adapter(rest).to(torch.float32)
 
     def loss(rest, folded):
-        start = Fresh(shapes, 1).common(ranks)
+        start = FreshAdapters(shapes, 1).common(ranks)
         learner = ClientTask("a client", start, range(4), seeds.rng(1, "rows"), rest=rest)
         with ready.base.folded(folded):
             return train(ready.base, learner, here.store, here.training).loss_total
@@ -241,7 +275,8 @@ def test_updates_merged_for_good_are_not_read_by_a_step(folder, tmp_path, monkey
     state = checkpoint.load(tmp_path / "run").state
     everybody = ready.clients.values()
     uploads = [
-        Upload(c.id, 3, Fresh(ready.shapes, 1, c.id).own(c.ranks), c.examples) for c in everybody
+        Upload(c.id, 3, FreshAdapters(ready.shapes, 1, c.id).own(c.ranks), c.examples)
+        for c in everybody
     ]
     read, taken = adapters.StoredModules.__getitem__, []
 
@@ -250,9 +285,9 @@ def test_updates_merged_for_good_are_not_read_by_a_step(folder, tmp_path, monkey
         return read(stored, module)
 
     monkeypatch.setattr(adapters.StoredModules, "__getitem__", counted)
-    after = ready.method.aggregate(state, uploads)
-    assert not [name for name in taken if name.startswith("merged")]
-    assert after.adapters["merged-00001"] is state.adapters["merged-00001"]
+    after = aggregated(ready.method, state, uploads, ready.context(3))
+    assert not [name for name in taken if name.startswith("update")]
+    assert after.merge_log.updates[1] is state.merge_log.updates[1]
 
 
 def test_modules_that_nobody_trained_yet_have_no_part_in_the_spectrum(folder, tmp_path):
@@ -277,7 +312,7 @@ def test_modules_that_no_client_trains_are_in_no_adapter(folder, tmp_path):
     ranks = {"types": {"phone": TYPES["phone"]}, "distribution": {"phone": 1.0}}
     ready, events = ran(folder, tmp_path / "run", ranks=ranks)
     assert events[-1]["event"] == "finish"
-    assert all("self_attn" in module for module in ready.largest) and ready.largest
+    assert all("self_attn" in module for module in ready.ranks) and ready.ranks
 
 
 def test_equal_ranks_are_equal_where_a_module_is_trained(folder):
@@ -296,7 +331,7 @@ def test_equal_ranks_are_equal_where_a_module_is_trained(folder):
 
 def test_hetlora_says_that_all_must_train_all(folder):
     settings = models.settings(folder, ranks=RANKS, method={"name": "hetlora"})
-    with pytest.raises(ValueError, match="every client must train all of them"):
+    with pytest.raises(ValueError, match="every client must train all modules"):
         setup.prepare(settings, models.corpus())
 
 

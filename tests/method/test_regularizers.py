@@ -5,27 +5,46 @@ import math
 
 import pytest
 import torch
-from support.oracle import product, relative_error
-from support.rounds import SHAPES, clients_of, jolt, made, opened, played, started, turn
 
 from flexlora import methods, wire
 from flexlora.errors import ConfigError
-from flexlora.federation import checkpoint, client_turn, rounds, setup
+from flexlora.federation import checkpoint, rounds, setup
+from flexlora.federation import client_turn as turns
 from flexlora.federation.client_store import ClientStore
 from flexlora.federation.client_turn import TurnRequest
+from flexlora.laws.dense import product, relative_error
+from flexlora.laws.rounds import (
+    SHAPES,
+    after_rounds,
+    aggregated,
+    client_turn,
+    clients_of,
+    context_of,
+    first_state,
+    noise,
+    opened,
+)
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method import regularizers
-from flexlora.method.interface import Download, Upload
-from flexlora.method.regularizers.fedprox import FedProx, Proximal, squared_distance
-from flexlora.method.regularizers.scaffold import CONTROL, HEARD, OWN, Controlled, Scaffold
+from flexlora.method.interface import Download, Feature, Turn, Upload
+from flexlora.method.regularizers.fedprox import FedProx, WithFedProx, squared_distance
+from flexlora.method.regularizers.scaffold import CONTROL, HEARD, OWN, Scaffold, WithScaffold
 from flexlora.method.server_optimizer import WithServerOptimizer
-from flexlora.seeds import rng
 from flexlora.training.optimizer import Training
 from flexlora.wire import validate
 from support import models
 from support.factors import random_factors
+from support.states import adapters_of
 
 SGD = Training(optimizer="sgd", schedule="constant", learning_rate=0.1, clip_norm=1e9, alpha=4.0)
+
+
+def made(name, **options):
+    return methods.make(name, options)
+
+
+def played(method, clients, rounds):
+    return after_rounds(method, clients, rounds, lambda number: noise(method, number))
 
 
 def leaves(f: Factors) -> Factors:
@@ -54,7 +73,7 @@ def test_the_distance_and_its_gradient_are_the_dense_ones(rank):
 def test_the_penalty_is_half_the_strength_times_the_sum_over_the_modules():
     start = Adapter({m: random_factors(*s[:1], 3, s[1], 1) for m, s in SHAPES.items()})
     now = {m: random_factors(*s[:1], 3, s[1], 2) for m, s in SHAPES.items()}
-    method = FedProx(strength=0.3).around(made("flexlora"), SGD)
+    method = FedProx(strength=0.3).wrap(made("flexlora"), SGD)
     want = 0.15 * sum((product(now[m]) - product(start[m])).square().sum() for m in SHAPES)
     torch.testing.assert_close(method.penalty(now, Download(start)), want)
 
@@ -92,13 +111,13 @@ def test_it_is_added_to_the_methods_own_penalty():
     now = {m: random_factors(s[0], 6, s[1], 2) for m, s in SHAPES.items()}
     hetlora = made("hetlora", keep=0.5, decay=0.2)
     prox = FedProx(0.3)
-    both, alone = prox.around(hetlora, SGD), prox.around(made("flexlora"), SGD)
+    both, alone = prox.wrap(hetlora, SGD), prox.wrap(made("flexlora"), SGD)
     want = hetlora.penalty(now, start) + alone.penalty(now, start)
     torch.testing.assert_close(both.penalty(now, start), want)
 
 
 def ready_for(folder, name, same=False, **changes):
-    if same or not methods.kind(name).mixed_ranks:
+    if same or Feature.MIXED_RANKS not in methods.make(name, {}).features:
         same = {"all": {"attention": 3, "feed_forward": 3}}
         changes["ranks"] = {"types": same, "distribution": {"all": 1.0}}
     how = models.settings(folder, method={"name": name}, **changes)
@@ -109,17 +128,20 @@ def a_turn(ready, tmp_path, method=None, training=SGD, who="client4", number=1, 
     """A client's turn from the fresh state: its upload, and what it keeps."""
     method = method or ready.method
     private = ClientStore(tmp_path / f"private-{who}")
-    here = dataclasses.replace(ready.workplace, method=method, training=training, private=private)
-    state = method.start(ready.fresh()) if state is None else state
-    handed = method.handout(state, ready.clients[who], lambda m: rng(1, m))
-    data = client_turn.turn(
-        TurnRequest(who, number, wire.encode_download(handed, torch.float32)), here
-    )
+    here = dataclasses.replace(ready.runtime, method=method, training=training, clients=private)
+    state = method.start(ready.fresh(), ready.context(0)) if state is None else state
+    handed = method.handout(state, ready.clients[who], ready.context(number))
+    data = turns.turn(TurnRequest(who, number, wire.encode_download(handed, torch.float32)), here)
     path = tmp_path / "upload"
     path.write_bytes(data)
     upload = wire.open_upload(path)
-    held = Adapter({m: Factors(f.B.clone(), f.A.clone()) for m, f in upload.adapter.items()})
-    return dataclasses.replace(upload, adapter=held), private.kept(who, number + 1)
+    aux = {name: copied(adapter) for name, adapter in upload.aux.items()}
+    upload = dataclasses.replace(upload, adapter=copied(upload.adapter), aux=aux)
+    return upload, private.private(who, number + 1)
+
+
+def copied(adapter) -> Adapter:
+    return Adapter({m: Factors(f.B.clone(), f.A.clone()) for m, f in adapter.items()})
 
 
 def entries(adapter) -> torch.Tensor:
@@ -133,7 +155,7 @@ def test_a_client_of_any_method_stays_nearer_to_its_start(folder, tmp_path, name
     training = dataclasses.replace(SGD, epochs=2)
     plain, free, pulled = (
         entries(a_turn(ready, tmp_path, method, training)[0].adapter)
-        for method in (None, *(FedProx(s).around(ready.method, training) for s in (0.0, 3.0)))
+        for method in (None, *(FedProx(s).wrap(ready.method, training) for s in (0.0, 3.0)))
     )
     assert torch.equal(free, plain)
     assert pulled.shape == plain.shape
@@ -142,11 +164,12 @@ def test_a_client_of_any_method_stays_nearer_to_its_start(folder, tmp_path, name
 
 def test_the_stronger_the_nearer(folder, tmp_path):
     ready = ready_for(folder, "flexlora")
-    state = ready.method.aggregate(ready.method.start(ready.fresh()), [a_turn(ready, tmp_path)[0]])
-    handed = ready.method.handout(state, ready.clients["client4"], lambda m: rng(1, m)).adapter
+    state = ready.method.start(ready.fresh(), ready.context(0))
+    state = aggregated(ready.method, state, [a_turn(ready, tmp_path)[0]], ready.context(1))
+    handed = ready.method.handout(state, ready.clients["client4"], ready.context(2)).adapter
     ways = []
     for strength in (0.0, 0.03, 0.3, 3.0):
-        method = FedProx(strength).around(ready.method, SGD)
+        method = FedProx(strength).wrap(ready.method, SGD)
         training = dataclasses.replace(SGD, epochs=3, batch_examples=4)
         got = a_turn(ready, tmp_path, method, training, number=2, state=state)[0].adapter
         ways.append(max(float((product(got[m]) - product(handed[m])).norm()) for m in got))
@@ -163,21 +186,21 @@ def test_fedprox_goes_with_a_server_optimizer(folder, tmp_path):
         federation={"rounds": 2},
         evaluation={"seen_clients": 0},
     )
-    assert isinstance(ready.method, Proximal) and isinstance(
-        ready.method.method, WithServerOptimizer
+    assert isinstance(ready.method, WithFedProx) and isinstance(
+        ready.method.inner, WithServerOptimizer
     )
     assert "FedProx 0.5" in ready.method.title and "FedAvgM" in ready.method.title
     events = list(rounds.run(ready, tmp_path / "run"))
     assert [event["round"] for event in events if event["event"] == "round"] == [1, 2]
-    assert set(checkpoint.load(tmp_path / "run").state.adapters) == {"global", "momentum"}
+    assert set(adapters_of(checkpoint.load(tmp_path / "run").state)) == {"model", "momentum"}
 
 
 def test_fedprox_leaves_the_servers_half_alone():
     method = made("raflora")
     clients = clients_of(method)
-    got = played(FedProx(0.5).around(method, SGD), clients, 2, jolt)
-    want = played(method, clients, 2, jolt)
-    assert torch.equal(entries(got.adapters["global"]), entries(want.adapters["global"]))
+    got = played(FedProx(0.5).wrap(method, SGD), clients, 2)
+    want = played(method, clients, 2)
+    assert torch.equal(entries(got.model), entries(want.model))
 
 
 # --- SCAFFOLD ------------------------------------------------------------------------------
@@ -185,8 +208,8 @@ def test_fedprox_leaves_the_servers_half_alone():
 SAME = {"model.q": 3, "model.up": 2}
 
 
-def scaffold(name="fedit", training=SGD) -> Controlled:
-    return Scaffold().around(made(name), training)
+def scaffold(name="fedit", training=SGD) -> WithScaffold:
+    return Scaffold().wrap(made(name), training)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +247,7 @@ class Quadratic:
             loss = sum(self.loss(m, f) for m, f in now.items())
             extra = method.penalty(now, start)
             loss = loss if extra is None else loss + extra
-            parts = [x for f in raw.values() for x in ((f.B, f.A)[: len(start.halves)])]
+            parts = [x for f in raw.values() for x in ((f.B, f.A)[: len(start.factors)])]
             rate = self.training.rate(step, self.steps, number)
             for x, gradient in zip(parts, torch.autograd.grad(loss, parts), strict=True):
                 x.data -= rate * gradient
@@ -237,27 +260,26 @@ def federated(method, training, rounds, cohorts=None, steps=8, state=None):
     """SGD on each client's own quadratic loss; the state and what clients keep at the end."""
     clients = clients_of(method, [SAME] * 3)
     losses = [Quadratic.of(i, training, steps) for i in range(3)]
-    state, kept = state or started(method, clients), dict.fromkeys(c.id for c in clients)
+    state = state or first_state(method, clients)
+    kept = {c.id: {} for c in clients}
     for number in range(1, rounds + 1):
         here = [0, 1, 2] if cohorts is None else cohorts[number % len(cohorts)]
+        context = context_of(number, clients)
         uploads = []
         for index in here:
             each = clients[index]
-            start = opened(method, state, each, number, kept[each.id])
-            start = dataclasses.replace(
-                start, facts={**start.facts, "steps": steps, "round": number}
-            )
-            trained = losses[index].trained(method, start, number)
-            kept[each.id] = method.keeps(start, trained)
-            sent = method.shares(start, trained)
-            uploads.append(Upload(each.id, number, sent, each.examples))
-        state = method.aggregate(state, uploads)
+            start = opened(method, state, each, context, kept[each.id])
+            turn = Turn(start, losses[index].trained(method, start, number), steps, number)
+            kept[each.id] = method.private_from(turn)
+            sent, aux = method.upload_from(turn), method.aux_from(turn)
+            uploads.append(Upload(each.id, number, sent, each.examples, aux=aux))
+        state = aggregated(method, state, uploads, context)
     return state, kept, clients, losses
 
 
 def optimum(state, clients, losses, module):
     """The B of the least weighted loss, with A as it is."""
-    A = state.adapters["global"][module].A
+    A = state.model[module].A
     n = [c.examples for c in clients]
     G = [loss.bends[module] @ loss.bends[module].T for loss in losses]
     left = sum(k * loss.targets[module] @ g @ A.T for k, loss, g in zip(n, losses, G, strict=True))
@@ -274,8 +296,7 @@ def test_drift_is_corrected(schedule):
     for name, method in (("plain", made("ffalora")), ("scaffold", scaffold("ffalora", training))):
         state, _, clients, losses = federated(method, training, 100, steps=5)
         errors[name] = max(
-            relative_error(state.adapters["global"][m].B, optimum(state, clients, losses, m))
-            for m in SHAPES
+            relative_error(state.model[m].B, optimum(state, clients, losses, m)) for m in SHAPES
         )
     assert errors["plain"] > 0.05
     assert errors["scaffold"] < 1e-3
@@ -288,8 +309,8 @@ def test_drift_is_corrected_with_a_part_of_the_clients_in_each_round():
     plain, *_ = federated(made("ffalora"), training, 150, **how)
     for module in SHAPES:
         want = optimum(state, clients, losses, module)
-        assert relative_error(plain.adapters["global"][module].B, want) > 0.02
-        assert relative_error(state.adapters["global"][module].B, want) < 1e-3
+        assert relative_error(plain.model[module].B, want) > 0.02
+        assert relative_error(state.model[module].B, want) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffalora"])
@@ -300,13 +321,13 @@ def test_a_control_is_the_mean_gradient_in_the_effective_factors(name):
         # The same way: B moves by scale^2 times the rate.
         training = dataclasses.replace(SGD, alpha=alpha, learning_rate=1e-7)
         method = scaffold(name, training)
-        past = played(made(name), clients_of(method, [SAME] * 3), 1, jolt)
+        past = played(made(name), clients_of(method, [SAME] * 3), 1)
         state, kept, clients, losses = federated(method, training, 2, steps=3, state=past)
         for each, loss in zip(clients, losses, strict=True):
             for module in SHAPES:
-                f = leaves(state.adapters["global"][module])
+                f = leaves(state.model[module])
                 gradients = torch.autograd.grad(loss.loss(module, f), [f.B, f.A])
-                control = kept[each.id][f"control/{module}"]
+                control = kept[each.id][CONTROL][module]
                 assert relative_error(control.B, gradients[0]) < 1e-4
                 if name == "fedit":
                     assert relative_error(control.A, gradients[1]) < 1e-4
@@ -320,76 +341,79 @@ def test_a_control_is_the_mean_gradient_in_the_effective_factors(name):
 @pytest.mark.parametrize("cohorts", [None, [[0, 1], [1, 2], [2, 0]], [[1]]])
 def test_the_server_has_the_mean_of_the_controls_of_those_it_heard(cohorts):
     state, kept, clients, _ = federated(scaffold(), SGD, 4, cohorts, steps=2)
-    heard = [c for c in clients if kept[c.id] is not None]
-    assert state.facts[HEARD] == {c.id: c.examples for c in heard}
+    heard = [c for c in clients if kept[c.id]]
+    assert state.per_client[HEARD] == {c.id: c.examples for c in heard}
     total = sum(c.examples for c in heard)
     for module in SHAPES:
         for half in ("B", "A"):
             want = sum(
-                c.examples / total * getattr(kept[c.id][f"control/{module}"], half) for c in heard
+                c.examples / total * getattr(kept[c.id][CONTROL][module], half) for c in heard
             )
-            got = getattr(state.adapters[CONTROL][module], half)
+            got = getattr(state.memory[CONTROL][module], half)
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def test_uniform_methods_have_uniform_means():
-    method = Scaffold().around(made("fedit", weights="uniform"), SGD)
+    method = Scaffold().wrap(made("fedit", weights="uniform"), SGD)
     state, kept, clients, _ = federated(method, SGD, 2, steps=2)
     for module in SHAPES:
-        want = sum(kept[c.id][f"control/{module}"].B for c in clients) / 3
-        torch.testing.assert_close(state.adapters[CONTROL][module].B, want, rtol=1e-9, atol=1e-12)
+        want = sum(kept[c.id][CONTROL][module].B for c in clients) / 3
+        torch.testing.assert_close(state.memory[CONTROL][module].B, want, rtol=1e-9, atol=1e-12)
 
 
 def test_order_of_clients_is_irrelevant():
     one, other = (
         federated(scaffold(), SGD, 3, [order], steps=2)[0] for order in ([0, 1, 2], [2, 0, 1])
     )
-    for name in ("global", CONTROL):
-        got, want = (entries(state.adapters[name])[None] for state in (one, other))
+    for name in ("model", CONTROL):
+        got, want = (entries(adapters_of(state)[name])[None] for state in (one, other))
         assert relative_error(got, want) < 1e-9
 
 
 def test_nobody_is_corrected_in_the_first_turn_and_somebody_new_never():
     method = scaffold()
     state, kept, clients, _ = federated(method, SGD, 2, [[0, 1]], steps=2)
-    now = {m: leaves(f) for m, f in state.adapters["global"].items()}
-    new, known = (opened(method, state, clients[i], 3, kept[clients[i].id]) for i in (2, 0))
-    assert set(new.extra) == {CONTROL} and method.penalty(now, new) is None
-    assert set(known.extra) == {CONTROL, OWN}
+    now = {m: leaves(f) for m, f in state.model.items()}
+    context = context_of(3, clients)
+    new, known = (opened(method, state, clients[i], context, kept[clients[i].id]) for i in (2, 0))
+    assert set(new.aux) == {CONTROL} and method.penalty(now, new) is None
+    assert set(known.aux) == {CONTROL, OWN}
     gradient = torch.autograd.grad(method.penalty(now, known), now["model.q"].B)[0]
-    own = kept[clients[0].id]["control/model.q"].B
-    torch.testing.assert_close(gradient, state.adapters[CONTROL]["model.q"].B - own)
+    own = kept[clients[0].id][CONTROL]["model.q"].B
+    torch.testing.assert_close(gradient, state.memory[CONTROL]["model.q"].B - own)
 
 
 def test_the_first_round_is_the_methods():
     plain, controlled = (federated(m, SGD, 1, steps=2)[0] for m in (made("fedit"), scaffold()))
-    assert torch.equal(entries(plain.adapters["global"]), entries(controlled.adapters["global"]))
+    assert torch.equal(entries(plain.model), entries(controlled.model))
 
 
 def test_a_step_gains_the_correction(folder, tmp_path):
     """Through the real training: one step of SGD, with LoRA's scale 4 / 3."""
     ready = ready_for(folder, "fedit")
     training = dataclasses.replace(SGD, max_steps=1)
-    method = Scaffold().around(ready.method, training)
+    method = Scaffold().wrap(ready.method, training)
     upload, kept = a_turn(ready, tmp_path, method, training)
-    assert set(upload.adapter) == set(kept) | set(ready.base.shapes)
+    assert set(upload.aux) == set(kept) == {CONTROL}
+    assert set(upload.adapter) == set(kept[CONTROL]) == set(ready.base.shapes)
     other, _ = a_turn(ready, tmp_path, method, training, "client1")
-    state = method.aggregate(method.start(ready.fresh()), [upload, other])
+    state = method.start(ready.fresh(), ready.context(0))
+    state = aggregated(method, state, [upload, other], ready.context(1))
     # The same client, from the same state and on the same rows, with and without a control.
     corrected, _ = a_turn(ready, tmp_path, method, training, number=2, state=state)
-    kept = {m: Factors(f.B.clone(), f.A.clone()) for m, f in kept.items()}
+    kept = copied(kept[CONTROL])
     (tmp_path / "private-client4").rename(tmp_path / "away")
     plain, _ = a_turn(ready, tmp_path, method, training, number=2, state=state)
     scale = 4 / 3
     for module in ready.base.shapes:
-        c, own = state.adapters[CONTROL][module], kept[f"control/{module}"]
+        c, own = state.memory[CONTROL][module], kept[module]
         for half, gain in (("B", scale**2), ("A", 1.0)):
             moved = getattr(corrected.adapter[module], half) - getattr(plain.adapter[module], half)
             want = -0.1 * gain * (getattr(c, half) - getattr(own, half))
             torch.testing.assert_close(moved, want, rtol=1e-3, atol=1e-6)
         # The control is a gradient: the correction had no part in it.
-        f = plain.adapter[f"control/{module}"]
-        change = corrected.adapter[f"control/{module}"]
+        f = plain.aux[CONTROL][module]
+        change = corrected.aux[CONTROL][module]
         torch.testing.assert_close(change.B + own.B, f.B, rtol=1e-3, atol=1e-5)
 
 
@@ -406,38 +430,39 @@ def test_a_run_keeps_controls_on_both_sides_and_goes_on_with_them(folder, tmp_pa
     list(rounds.run(ready_for(folder, name, **how, federation={"rounds": 2}), tmp_path / "again"))
     list(rounds.run(whole, tmp_path / "again", resume=True))
     states = [checkpoint.load(tmp_path / each).state for each in ("whole", "again")]
-    for adapter in ("global", CONTROL):
-        assert torch.equal(*(entries(state.adapters[adapter]) for state in states))
-    heard, private = states[0].facts[HEARD], ClientStore(tmp_path / "whole" / "private")
+    for name in ("model", CONTROL):
+        assert torch.equal(*(entries(adapters_of(state)[name]) for state in states))
+    heard, private = states[0].per_client[HEARD], ClientStore(tmp_path / "whole" / "private")
     assert 4 <= len(heard) <= 6
     module = "model.layers.0.mlp.up_proj"
-    own = {id: private.kept(id, 99)[f"control/{module}"].B for id in heard}
+    own = {id: private.private(id, 99)[CONTROL][module].B for id in heard}
     want = sum(n * own[id] for id, n in heard.items()) / sum(heard.values())
-    got = states[0].adapters[CONTROL][module].B
+    got = states[0].memory[CONTROL][module].B
     assert float(want.norm()) > 0
     assert relative_error(got, want) < 1e-5
 
 
 def test_a_control_of_another_shape_is_refused(folder, tmp_path):
     ready = ready_for(folder, "fedit")
-    method = Scaffold().around(ready.method, SGD)
+    method = Scaffold().wrap(ready.method, SGD)
     upload, _ = a_turn(ready, tmp_path, method)
-    who, state = ready.clients["client4"], method.start(ready.fresh())
-    expected = method.expects(state, who, ready.base.shapes)
+    who, state = ready.clients["client4"], method.start(ready.fresh(), ready.context(0))
+    expected = method.upload_spec(state, who, ready.context(1))
     validate.upload(upload, who, 1, expected)
     module = next(iter(ready.base.shapes))
-    f = upload.adapter[f"control/{module}"]
+    f = upload.aux[CONTROL][module]
     for changed, message in (
         (Factors(f.B[1:], f.A), r"\(out, in\)"),
         (f.first(2), "rank 2"),
         (Factors(f.B * math.nan, f.A), "NaN"),
     ):
-        bad = Adapter({**upload.adapter, f"control/{module}": changed})
+        bad = {CONTROL: Adapter({**upload.aux[CONTROL], module: changed})}
         with pytest.raises(ValueError, match=message):
-            validate.upload(dataclasses.replace(upload, adapter=bad), who, 1, expected)
-    without = {m: f for m, f in upload.adapter.items() if m != f"control/{module}"}
-    with pytest.raises(ValueError, match="lacks"):
-        validate.upload(dataclasses.replace(upload, adapter=Adapter(without)), who, 1, expected)
+            validate.upload(dataclasses.replace(upload, aux=bad), who, 1, expected)
+    without = {CONTROL: upload.aux[CONTROL].only(set(ready.base.shapes) - {module})}
+    for aux, message in ((without, "lacks"), ({}, r"\[\] beside it, not \['control'\]")):
+        with pytest.raises(ValueError, match=message):
+            validate.upload(dataclasses.replace(upload, aux=aux), who, 1, expected)
 
 
 # --- what composes -------------------------------------------------------------------------
@@ -445,7 +470,7 @@ def test_a_control_of_another_shape_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in methods.names() if n not in ("fedit", "ffalora")])
 def test_methods_whose_factors_change_their_meaning_are_refused(name):
-    with pytest.raises(ValueError, match="do not keep their meaning") as caught:
+    with pytest.raises(ValueError, match="does not support common factors") as caught:
         scaffold(name)
     assert made(name).title in str(caught.value)
 
@@ -470,7 +495,9 @@ def test_unequal_ranks_are_refused_with_scaffold(folder):
         regularizer={"name": "scaffold"},
         training={"optimizer": "sgd"},
     )
-    with pytest.raises(ValueError, match="SCAFFOLD needs one rank for all clients"):
+    with pytest.raises(
+        ValueError, match="SCAFFOLD does not support mixed ranks: it needs one rank for all clients"
+    ):
         setup.prepare(how, models.corpus())
 
 
@@ -482,7 +509,7 @@ def test_scaffold_with_adamw_is_refused_at_start_up(folder):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"strength": 0.1}, "'name' is missing; it is one of fedprox, scaffold"),
+        ({"strength": 0.1}, r"regularizer\.name' is missing; it is one of fedprox, scaffold"),
         ({"name": "fedprx"}, "no regularizer 'fedprx'. Did you mean 'fedprox'"),
         ({"name": "fedprox", "strenght": 1.0}, "Did you mean 'strength'"),
         ({"name": "fedprox", "strength": -1.0}, "not negative, got -1.0"),
@@ -509,8 +536,10 @@ def test_without_a_section_the_method_is_as_it_is(folder):
 def test_a_wrapped_turn_is_the_methods_but_for_the_penalty():
     method = made("flexlora")
     clients = clients_of(method)
-    state = played(method, clients, 1, jolt)
+    state = played(method, clients, 1)
+    context, learn = context_of(2, clients), noise(method, 2)
     one, other = (
-        turn(m, state, clients[0], 2, jolt(2)) for m in (method, FedProx().around(method, SGD))
+        client_turn(m, state, clients[0], context, learn)
+        for m in (method, FedProx().wrap(method, SGD))
     )
     assert torch.equal(entries(one.upload.adapter), entries(other.upload.adapter))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexlora import peft_format
-from flexlora.federation import checkpoint, rounds, setup
+from flexlora.federation import checkpoint, collect, evaluations, rounds, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.simulated import SimulatedTransport
@@ -38,8 +38,8 @@ class Noted:
     turns: int | None = None
 
     @property
-    def together(self) -> int:
-        return self.inner.together
+    def clients_at_once(self) -> int:
+        return self.inner.clients_at_once
 
     def present(self, clients: Collection[str]) -> list[str]:
         return self.inner.present(clients)
@@ -99,16 +99,16 @@ def half_a_folder(whole, partial: Path, directory: Path) -> None:
 POINTS: dict[str, Callable[[], int | None]] = {
     "after-2-turns-of-round-2": lambda: 6,
     "before-any-turn": lambda: 1,
-    "half-an-upload": lambda: at_call(checkpoint, "write", 3 + 7 + 3, half_a_file),
+    "half-an-upload": lambda: at_call(collect, "write_atomically", 4 + 3, half_a_file),
     "half-a-line-of-the-journal": lambda: at_call(Record, "append", 2 + 4 + 2 + 3, half_a_line),
     "in-aggregate": lambda: at_call(FlexLoRA, "aggregate", 2, nothing),
     "after-aggregate": lambda: at_call(FlexLoRA, "aggregate", 2, all_of_it),
     "half-an-export": lambda: at_call(peft_format.writing, "_move", 2, half_a_folder),
     "before-the-checkpoint": lambda: at_call(checkpoint, "save", 3, nothing),
-    "half-a-checkpoint": lambda: at_call(checkpoint, "write", 3 + 7 + 4 + 1, half_a_file),
+    "half-a-checkpoint": lambda: at_call(checkpoint, "write_atomically", 3 + 3 + 1, half_a_file),
     "after-the-checkpoint": lambda: at_call(checkpoint, "save", 3, all_of_it),
-    "in-evaluation": lambda: at_call(rounds, "evaluate_each", 2, nothing),
-    "after-the-last-evaluation": lambda: at_call(rounds, "evaluate_each", 3, all_of_it),
+    "in-evaluation": lambda: at_call(evaluations, "evaluate_each", 2, nothing),
+    "after-the-last-evaluation": lambda: at_call(evaluations, "evaluate_each", 3, all_of_it),
 }
 
 
@@ -144,7 +144,7 @@ def go(ready: PreparedRun, folder: Path, point: str | None, resume: bool) -> Non
         turns = POINTS[point]()
     notes = folder.with_suffix(".resumed" if resume else ".notes")
     notes.touch()
-    federation = Noted(SimulatedTransport(ready.workplace, 2), notes, turns)
+    federation = Noted(SimulatedTransport(ready.runtime, 2), notes, turns)
     for _ in rounds.run(ready, folder, federation, resume=resume):
         pass
 

@@ -68,7 +68,7 @@ def test_an_upload_comes_back_from_its_file(tmp_path):
     path.write_bytes(wire.encode_upload(UPLOAD, torch.float32))
     got = wire.open_upload(path)
     assert (got.client, got.round, got.examples) == ("anna", 4, 17)
-    assert got.facts == UPLOAD.facts
+    assert got.metrics == UPLOAD.metrics
     assert_equal(got.adapter, ADAPTER)
     with pytest.raises(KeyError):
         got.adapter["model.k"]
@@ -76,7 +76,7 @@ def test_an_upload_comes_back_from_its_file(tmp_path):
 
 def test_equal_input_gives_equal_bytes_in_whatever_order():
     turned = Adapter(dict(reversed(list(ADAPTER.items()))))
-    facts = dict(reversed(list(UPLOAD.facts.items())))
+    facts = dict(reversed(list(UPLOAD.metrics.items())))
     other = Upload("anna", 4, turned, 17, facts)
     assert wire.encode_upload(UPLOAD, torch.float32) == wire.encode_upload(other, torch.float32)
 
@@ -119,8 +119,8 @@ def test_what_cannot_be_said_in_json_is_refused():
         (struct.pack("<Q", 2) + b"{}", "no flexlora header"),
         (struct.pack("<Q", 4) + b"\xff\xfe[]", "no flexlora header"),
         (struct.pack("<Q", 6) + b"[1, 2]", "no flexlora header"),
-        (raw({**HEADER, "format": 99}), "format 99; this version reads format 1"),
-        (raw("[]"), "reads format 1"),
+        (raw({**HEADER, "format": 99}), "format 99; this version reads format 2"),
+        (raw("[]"), "reads format 2"),
         (raw({**HEADER, "kind": "upload"}), "Expected a message of kind 'download', not 'upload'"),
         (raw("{"), "."),
         (raw("[" * 100_000), "."),
@@ -189,6 +189,84 @@ def test_damaged_bytes_are_refused_or_still_an_upload(tmp_path_factory, cut, pla
             continue
 
 
+def copied() -> Adapter:
+    """The same numbers in tensors of their own."""
+    return ADAPTER.to(torch.float64)
+
+
+def test_every_field_of_a_download_travels(tmp_path):
+    download = Download(
+        ADAPTER,
+        frozen=copied(),
+        base_updates={12: copied(), 3: copied().only(["model.q"])},
+        base_rounds=(1, 2),
+        factors="B",
+        learning_rate_factor=0.25,
+        component_ids={"model.q": (4, 0, 2), "model.up": (1, 3)},
+        ranks={"model.q": 3, "model.up": 0},
+        aux={"control": copied()},
+        ints={"period": -2},
+    )
+    data, path = wire.encode_download(download, torch.float32), tmp_path / "download"
+    path.write_bytes(data)
+    for got in (wire.decode_download(data), wire.open_download(path)):
+        assert_equal(got.adapter, ADAPTER)
+        assert_equal(got.frozen, ADAPTER)
+        assert list(got.base_updates) == [3, 12] and list(got.aux) == ["control"]
+        for adapter in (got.base_updates[12], got.aux["control"]):
+            assert_equal(adapter, ADAPTER)
+        assert_equal(got.base_updates[3], ADAPTER.only(["model.q"]))
+        for name in ("base_rounds", "factors", "learning_rate_factor", "ranks", "ints"):
+            assert getattr(got, name) == getattr(download, name)
+        assert got.component_ids == download.component_ids
+
+
+def test_a_download_may_be_ranks_only():
+    """Where the client makes its adapter itself."""
+    download = Download(Adapter({}), ranks={"model.q": 3})
+    got = wire.decode_download(wire.encode_download(download, torch.float32))
+    assert not got.adapter and got.ranks == {"model.q": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factors": "AB"}, "to train factors 'AB'"),
+        ({"learning_rate_factor": 0}, "at a rate of 0"),
+        ({"learning_rate_factor": "1"}, "at a rate of '1'"),
+        ({"base_rounds": [0]}, "are no rounds"),
+        ({"base_rounds": {}}, "are no rounds"),
+        ({"ranks": {"model.q": -1}}, "ranks are not a table of whole numbers"),
+        ({"ranks": [3]}, "ranks are not a table of whole numbers"),
+        ({"ints": {"period": 0.5}}, "ints are not a table of whole numbers"),
+        ({"ints": {"period": True}}, "ints are not a table of whole numbers"),
+    ],
+)
+def test_ill_typed_fields_of_a_download_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        wire.decode_download(raw({**HEADER, "kind": "download", **changes}))
+
+
+def test_sections_that_are_unknown_are_refused(tmp_path):
+    tensors = {"other/model.q.A": torch.ones(2, 7), "other/model.q.B": torch.ones(9, 2)}
+    with pytest.raises(ValueError, match="unknown section 'other'"):
+        wire.decode_download(raw({**HEADER, "kind": "download"}, tensors))
+    path = tmp_path / "upload"
+    path.write_bytes(raw(HEADER, tensors))
+    with pytest.raises(ValueError, match="unknown section 'other'"):
+        wire.open_upload(path)
+
+
+def test_adapters_beside_an_upload_travel(tmp_path):
+    path = tmp_path / "upload"
+    upload = Upload("anna", 4, ADAPTER, 17, aux={"control": copied().only(["model.q"])})
+    path.write_bytes(wire.encode_upload(upload, torch.float32))
+    got = wire.open_upload(path)
+    assert_equal(got.adapter, ADAPTER)
+    assert list(got.aux) == ["control"]
+    assert_equal(got.aux["control"], ADAPTER.only(["model.q"]))
+
+
 # --- without zeros -------------------------------------------------------------------------
 
 LIST = {"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 70]}}}
@@ -205,7 +283,7 @@ def holes(share: float, dtype=torch.float32, seed=1) -> Adapter:
             for x in (f.B, f.A)
         )
         modules[module] = type(f)(B.T.contiguous().T, A)
-    modules["model.half"] = modules["model.q"].half("B")
+    modules["model.half"] = modules["model.q"].restricted("B")
     return Adapter(modules)
 
 
@@ -218,11 +296,11 @@ def test_without_zeros_everything_comes_back_to_the_bit(tmp_path, dtype, share):
     path.write_bytes(wire.encode_upload(upload, dtype, sparse=True))
     assert_equal(wire.open_upload(path).adapter, adapter)
     down = wire.encode_download(
-        Download(adapter, extra={"beside": holes(share, dtype, 9)}, halves="B"), dtype, sparse=True
+        Download(adapter, aux={"beside": holes(share, dtype, 9)}, factors="B"), dtype, sparse=True
     )
     got = wire.decode_download(down)
     assert_equal(got.adapter, adapter)
-    assert_equal(got.extra["beside"], holes(share, dtype, 9))
+    assert_equal(got.aux["beside"], holes(share, dtype, 9))
     assert {f.B.dtype for f in got.adapter.values()} == {dtype}
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from flexlora.lowrank.factors import Adapter, Factors
-from flexlora.method.interface import Client, Expected, Upload
+from flexlora.method.interface import Client, ModuleSpec, Upload, UploadSpec
 from flexlora.wire import validate
 from support import factors as support_factors
 
 random_factors = functools.partial(support_factors.random_factors, dtype=torch.float32)
 SHAPES = {"model.q": (11, 7), "model.up": (13, 5)}
 CLIENT = Client("anna", {"model.q": 3, "model.up": 2}, "small", 17)
-EXPECTED = {m: Expected(SHAPES[m], 1, rank) for m, rank in CLIENT.ranks.items()}
+EXPECTED = UploadSpec({m: ModuleSpec(SHAPES[m], 1, rank) for m, rank in CLIENT.ranks.items()})
 GOOD = Upload(
     "anna",
     4,
@@ -105,34 +105,54 @@ def test_dtypes_in_which_nothing_is_trained_are_refused(dtype):
         check(adapter=with_module("model.q", odd))
 
 
-NUMBERED = {m: Expected(SHAPES[m], 1, rank, 5) for m, rank in CLIENT.ranks.items()}
-TERMS = {"model.q": (0, 4, 2), "model.up": (1, 3)}
+NUMBERED = UploadSpec({m: ModuleSpec(SHAPES[m], 1, rank, 5) for m, rank in CLIENT.ranks.items()})
+IDS = {"model.q": (0, 4, 2), "model.up": (1, 3)}
 
 
-def test_numbered_terms_pass():
-    numbered = dataclasses.replace(GOOD, terms=TERMS)
+def test_numbered_components_pass():
+    numbered = dataclasses.replace(GOOD, component_ids=IDS)
     validate.upload(numbered, CLIENT, 4, NUMBERED, 17)
 
 
 @pytest.mark.parametrize(
-    "terms",
+    "ids",
     [
         {},
         {"model.q": (0, 4, 2)},
-        {**TERMS, "lm_head": (1,)},
-        {**TERMS, "model.up": (1,)},
-        {**TERMS, "model.up": (1, 1)},
-        {**TERMS, "model.up": (1, 5)},
-        {**TERMS, "model.up": (-1, 2)},
-        {**TERMS, "model.up": (True, 2)},
-        {**TERMS, "model.up": (1.0, 2)},
+        {**IDS, "lm_head": (1,)},
+        {**IDS, "model.up": (1,)},
+        {**IDS, "model.up": (1, 1)},
+        {**IDS, "model.up": (1, 5)},
+        {**IDS, "model.up": (-1, 2)},
+        {**IDS, "model.up": (True, 2)},
+        {**IDS, "model.up": (1.0, 2)},
     ],
 )
-def test_terms_with_wrong_numbers_are_refused(terms):
+def test_components_that_the_server_does_not_know_are_refused(ids):
     with pytest.raises(ValueError, match="numbers"):
-        validate.upload(dataclasses.replace(GOOD, terms=terms), CLIENT, 4, NUMBERED, 17)
+        validate.upload(dataclasses.replace(GOOD, component_ids=ids), CLIENT, 4, NUMBERED, 17)
 
 
-def test_terms_that_were_not_requested_are_refused():
-    with pytest.raises(ValueError, match="numbers the terms of 2 modules, not of the 0"):
-        check(terms=TERMS)
+def test_components_that_nobody_asked_for_are_refused():
+    with pytest.raises(ValueError, match="numbers the components of 2 modules, not of the 0"):
+        check(component_ids=IDS)
+
+
+BESIDE = UploadSpec(EXPECTED.modules, {"control": EXPECTED.modules})
+
+
+def test_adapters_beside_an_upload_are_checked_as_it_is():
+    control = GOOD.adapter
+    beside = dataclasses.replace(GOOD, aux={"control": control})
+    validate.upload(beside, CLIENT, 4, BESIDE, 17)
+    for aux, message in (
+        ({}, r"has \[\] beside it, not \['control'\]"),
+        ({"control": control, "more": control}, r"\['control', 'more'\] beside it"),
+        ({"control": control.only(["model.q"])}, r"'control' lacks \['model.up'\]"),
+        ({"control": with_module("model.q", random_factors(7, 3, 11))}, r"'control': .*model\.q"),
+        ({"control": with_module("model.q", with_value(math.nan, "A"))}, "'control': .*NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            validate.upload(dataclasses.replace(GOOD, aux=aux), CLIENT, 4, BESIDE, 17)
+    with pytest.raises(ValueError, match=r"\['control'\] beside it, not \[\]"):
+        validate.upload(beside, CLIENT, 4, EXPECTED, 17)

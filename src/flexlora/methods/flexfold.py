@@ -56,14 +56,6 @@ class FlexFold(Method):
         down="R*(m+n)",
         server="one SVD of rank S + R",
     )
-    features = frozenset(
-        {
-            Feature.MIXED_RANKS,
-            Feature.PER_MODULE,
-            Feature.PRODUCT_STATE,
-            Feature.SAME_FOR_EQUAL_RANKS,
-        }
-    )
     needs = frozenset({Mean.PRODUCTS, Mean.PRODUCTS_BY_COMPONENT})
 
     fold: bool = True
@@ -77,6 +69,14 @@ class FlexFold(Method):
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
             raise ConfigError(f"energy is a share in (0, 1], got {self.energy}.")
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """With an energy below 1 the model is not any product: it is cut after its truncation."""
+        features = {Feature.MIXED_RANKS, Feature.PER_MODULE, Feature.SAME_FOR_EQUAL_RANKS}
+        if self.energy == 1:
+            features.add(Feature.PRODUCT_STATE)
+        return frozenset(features)
 
     @property
     def truncation(self) -> Truncation:

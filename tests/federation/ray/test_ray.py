@@ -10,15 +10,14 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.rounds import clients_of, jolt, started, turn
 
 from flexlora import methods, wire
 from flexlora.config.experiment import Experiment
@@ -27,13 +26,23 @@ from flexlora.federation.client_store import ClientStore
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.transport import Lost, Reply, WaitPolicy
+from flexlora.journal.events import LossKind
 from flexlora.journal.record import Record
+from flexlora.laws.rounds import (
+    client_turn,
+    clients_of,
+    cohort_of,
+    context_of,
+    first_state,
+    noise,
+)
 from flexlora.lowrank.factors import Adapter
-from flexlora.method.interface import Download, Method, State, Upload
+from flexlora.method.averager import Cohort
+from flexlora.method.interface import Download, Method, RoundContext, State
 from flexlora.method.wrapper import MethodWrapper
-from flexlora.seeds import rng
 from support import models
 from support.factors import random_adapter
+from support.states import assert_same_factors, assert_same_values
 
 ray = pytest.importorskip("ray", reason="Ray is not installed; it is in the extra 'ray'.")
 
@@ -68,10 +77,10 @@ def test_workers_fit_on_single_machines():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (lambda: shared(Machine(8, 0), None, None, on_gpu=False), "how many workers"),
+        (lambda: shared(Machine(8, 0), None, None, on_gpu=False), "number of workers is open"),
         (lambda: shared(Machine(8, 0), None, None, on_gpu=True), "no GPU"),
         (lambda: shared(Machine(8, 2), None, 3, on_gpu=True), "3 workers .* this machine has 2"),
-        (lambda: fitted([Machine(8, 0)], None, None, on_gpu=False), "how many workers"),
+        (lambda: fitted([Machine(8, 0)], None, None, on_gpu=False), "number of workers is open"),
         (lambda: fitted([Machine(8, 0)] * 2, 5, 3, on_gpu=False), "room for 2 workers of 5"),
         (lambda: fitted([Machine(8, 0)], None, None, on_gpu=True), "room for 0 .* and a GPU"),
     ],
@@ -222,15 +231,15 @@ class Merging:
         return turns
 
     def _turn(self, job: TurnRequest) -> bytes:
-        entries = job.opened().merge
+        entries = job.opened().base_updates
         for number, entry in entries.items():
             here = self.private.folder / f"{job.client} {number}"
             here.touch()
             until = time.monotonic() + 60
             while len(list(here.parent.glob(f"* {number}"))) < self.workers:
                 assert time.monotonic() < until
-            self.private.merge({number: entry})
-            found = self.private.merged(number + 1)
+            self.private.add_updates({number: entry})
+            found = self.private.updates_before(number + 1)
             assert len(found) == number
             assert all(
                 torch.equal(f.B, entries[round][m].B)
@@ -247,7 +256,7 @@ def test_workers_may_write_the_same_merged_entry_at_once(connected, tmp_path):
     private.folder.mkdir()
     shapes = {f"model.{n}": (64, 96) for n in range(20)}
     entries = {number: random_adapter(shapes, 8, number) for number in range(1, count + 1)}
-    download = Download(Adapter({}), merge=entries)
+    download = Download(Adapter({}), base_updates=entries)
     data = wire.encode_download(download, torch.float32)
     scratch = connected.scratch / "merging"
     crew = RayTransport(Merging(private, 2), 2, {"num_cpus": 0}, scratch=scratch)
@@ -265,17 +274,26 @@ def test_workers_may_write_the_same_merged_entry_at_once(connected, tmp_path):
 class Telling(MethodWrapper):
     """Says where each module was aggregated; ends a process other than ``own``, once or always."""
 
+    inner: Method
     own: int = 0
     died: Path | None = None
     always: bool = False
 
-    def aggregate(self, state: State, uploads: Sequence[Upload]) -> State:
+    @property
+    def wrapped(self) -> Method:
+        return self.inner
+
+    @property
+    def label(self) -> str:
+        return ""
+
+    def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         here = os.getpid()
         if self.died is not None and here != self.own and (self._first() or self.always):
             os._exit(1)
-        found = self.method.aggregate(state, uploads)
-        where = dict.fromkeys(state.adapters["global"], here)
-        return State(found.adapters, {**found.facts, "where": where})
+        after = self.inner.aggregate(state, cohort, context)
+        where = dict.fromkeys(state.model, here)
+        return replace(after, per_module={**after.per_module, "where": where})
 
     def _first(self) -> bool:
         """Whether nobody died before, told to one process alone."""
@@ -289,30 +307,37 @@ class Telling(MethodWrapper):
 WIDE = {f"model.{n}": (20 + n, 40 - n) for n in range(24)}
 
 
-def step_of(name: str, folder: Path) -> tuple[Method, State, list[Upload]]:
+def step_of(name: str, folder: Path) -> tuple[Method, State, Cohort, RoundContext]:
     """A server step over uploads on the disk."""
     method = methods.make(name)
     clients = clients_of(method, [dict.fromkeys(WIDE, rank) for rank in (2, 3, 4)])
-    state, uploads = started(method, clients, WIDE), []
+    state, uploads = first_state(method, clients, WIDE), []
+    context, learn = context_of(1, clients, WIDE), noise(method, 1)
     for client in clients:
         path = folder / client.id
-        upload = turn(method, state, client, 1, jolt(1), shapes=WIDE).upload
+        upload = client_turn(method, state, client, context, learn).upload
         path.write_bytes(wire.encode_upload(upload, torch.float32))
         uploads.append(wire.open_upload(path))
-    return method, state, uploads
+    return method, state, cohort_of(method, uploads, context), context
 
 
-def aggregated(crew: RayTransport, method: Method, state: State, uploads: list[Upload]) -> set[int]:
+def aggregated(
+    crew: RayTransport, method: Method, state: State, cohort: Cohort, context: RoundContext
+) -> set[int]:
     """Where a server step was made, once it is shown to be that of one process."""
     list(crew.exchange([], WaitPolicy()))  # until both workers are there
-    got, want = crew.aggregate(method, state, uploads), method.aggregate(state, uploads)
-    where = [dict(state.facts.pop("where")) for state in (got, want)]
+    got = crew.aggregate(method, state, cohort, context)
+    want = method.aggregate(state, cohort, context)
+    where = [dict(each.per_module["where"]) for each in (got, want)]
     assert where[0].keys() == where[1].keys() == set(WIDE)
-    assert got.facts == want.facts
-    for module, f in want.adapters["global"].items():
-        assert torch.equal(got.adapters["global"][module].B, f.B)
-        assert torch.equal(got.adapters["global"][module].A, f.A)
+    assert_same_values(*(_without_where(each) for each in (got, want)))
+    assert_same_factors(got.model, want.model)
     return set(where[0].values())
+
+
+def _without_where(state: State) -> State:
+    values = {name: each for name, each in state.per_module.items() if name != "where"}
+    return replace(state, per_module=values)
 
 
 @pytest.mark.slow
@@ -344,9 +369,9 @@ def test_a_worker_that_dies_in_a_server_step_costs_its_part(scripted, tmp_path, 
 def test_workers_that_do_not_see_the_uploads_are_not_asked(scripted, tmp_path, monkeypatch):
     method, *step = step_of("flexlora", tmp_path)
     made = Step.of(Telling(method), *step)
-    assert made.seen() and len(made.files) == 3
+    assert made.sees_the_same_files() and len(made.files) == 3
     (tmp_path / "c1").write_bytes(b"another file")
-    assert not made.seen()
+    assert not made.sees_the_same_files()
     monkeypatch.setattr(Step, "of", lambda *_: made)
     method, *step = step_of("flexlora", tmp_path)
     assert aggregated(scripted[0], Telling(method), *step) == {os.getpid()}
@@ -451,9 +476,9 @@ def test_who_is_late_is_lost_and_the_next_round_has_all_workers(scripted):
     found = list(crew.exchange([TurnRequest(name, 1, b"x") for name in names], WaitPolicy(1.0)))
     assert time.monotonic() - started < 60
     assert found == [
-        Lost("sleeps 600", "Its turn was not over after 1 s."),
-        Lost("sleeps 601", "Its turn was not over after 1 s."),
-        Lost("never begun", "Its turn had not begun after 1 s."),
+        Lost("sleeps 600", "Its local training was not over after 1 s.", LossKind.NO_ANSWER),
+        Lost("sleeps 601", "Its local training was not over after 1 s.", LossKind.NO_ANSWER),
+        Lost("never begun", "Its local training had not begun after 1 s.", LossKind.NOT_BEGUN),
     ]
     again = list(
         crew.exchange([TurnRequest(f"again {n}", 2, b"x") for n in range(4)], WaitPolicy(60))
@@ -493,8 +518,8 @@ def test_an_error_in_a_turn_is_raised_as_it_was(scripted):
 @pytest.mark.slow
 def test_a_fault_of_a_client_names_it(folder, connected):
     ready = setup.prepare(settings(folder))
-    state = ready.method.start(ready.fresh())
-    handed = ready.method.handout(state, ready.clients["client1"], lambda name: rng(0, name))
+    state = ready.method.start(ready.fresh(), ready.context(0))
+    handed = ready.method.handout(state, ready.clients["client1"], ready.context(1))
     job = TurnRequest("nobody", 1, wire.encode_download(handed, ready.wire_dtype))
     with (
         connected.federation(ready, folder / "fault") as federation,
