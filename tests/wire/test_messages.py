@@ -69,6 +69,7 @@ def test_an_upload_comes_back_from_its_file(tmp_path):
     got = wire.open_upload(path)
     assert (got.client, got.round, got.examples) == ("anna", 4, 17)
     assert got.metrics == UPLOAD.metrics
+    assert wire.stored_at(got.adapter) == path
     assert_equal(got.adapter, ADAPTER)
     with pytest.raises(KeyError):
         got.adapter["model.k"]

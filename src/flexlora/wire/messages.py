@@ -175,6 +175,8 @@ def _sections(adapter: Adapter) -> dict[str, Adapter]:
     for key in adapter:
         section, _, module = key.rpartition("/")
         names.setdefault(section, {})[module] = key
+    if names.keys() == {""}:
+        return {"": adapter}  # the file's own, so that ``stored_at`` tells where it lies
     return {section: Adapter(_Section(adapter, keys)) for section, keys in names.items()}
 
 

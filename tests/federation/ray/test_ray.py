@@ -463,7 +463,7 @@ def test_whoever_kills_every_worker_is_lost_and_nobody_else(scripted):
     }
     assert begun(notes, "dies 99") == ATTEMPTS
     lost = found["dies 99"]
-    assert isinstance(lost, Lost) and lost.reason.startswith("3 workers died in its turn")
+    assert isinstance(lost, Lost) and lost.reason.startswith("3 workers died while training it")
     assert lost.reason.endswith(".") and "\n" not in lost.reason
     assert found["beside"] == Reply("beside", b"x")
 
@@ -534,7 +534,7 @@ def test_a_worker_that_reads_other_data_is_refused(folder, connected):
     ready = setup.prepare(settings(folder), models.corpus(clients=5))
     with (
         connected.federation(ready, folder / "other") as federation,
-        pytest.raises(ValueError, match=r"A worker found 6 clients, .* but the run has 5 clients"),
+        pytest.raises(ValueError, match=r"A worker has 6 clients, .* but the run has 5 clients"),
     ):
         list(federation.exchange([], WaitPolicy()))
 
