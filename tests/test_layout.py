@@ -31,6 +31,7 @@ ENTRANCES = (
     "data.corpora.procedural",
     "data.corpora.table",
     "data.partition",
+    "deployment.certificates",
     "deployment.demo",
     "deployment.keys",
     "deployment.node.capacity",
@@ -41,12 +42,13 @@ ENTRANCES = (
     "federation.checkpoint",
     "federation.compare",
     "federation.compose",
+    "federation.prepared",
     "federation.ray",
     "federation.ray.cluster",
     "federation.rounds",
+    "federation.served",
     "federation.setup",
-    "lowrank.sums",
-    "method.averaging",
+    "method.averagers",
     "method.partial_step",
     "method.regularizers",
     "method.server_optimizers",
@@ -57,6 +59,8 @@ ENTRANCES = (
     "reporting.tracker",
     "reporting.trackers",
     "reporting.watch",
+    "storage.tensors",
+    "storage.untrusted",
     "wire.validate",
 )
 """Modules that other parts may import beside a package's ``__init__``.
@@ -75,16 +79,10 @@ HOMES = {
 METHODS_MAY_IMPORT = {"errors", "lowrank", "method", "methods", "seeds"}
 """Of the files of methods; their ``__init__`` finds them and may import what finds plug-ins."""
 
-LONG_FILES = {
-    "flexlora.deployment.flower.gate": 409,
-    "flexlora.deployment.keys": 401,
-    "flexlora.peft_format.reading": 403,
-    "flexlora.reporting.page": 580,
-    "flexlora.reporting.tables": 498,
-}
+LONG_FILES: dict[str, int] = {}
 """Files still over the limit. An entry is taken out when its file is within it; none is added."""
 
-LONG_FUNCTIONS = {"flexlora.cli.deploy.join": 65}
+LONG_FUNCTIONS: dict[str, int] = {}
 """The same for functions."""
 
 

@@ -117,7 +117,7 @@ def test_methods_is_a_table_of_80_columns(call):
     assert sorted(rows) == names()
     assert rows["flexlora"][1:] == ["yes", "yes", "arXiv", "2402.11505"]
     assert rows["fedit"][1:] == ["no", "no", "arXiv", "2305.05644"]
-    assert rows["raflora"][1:5] == ["yes", "term", "by", "term"]
+    assert rows["raflora"][1:5] == ["yes", "by", "component", "arXiv"]
 
 
 def test_one_method_is_described_with_its_options(call):

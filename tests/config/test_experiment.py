@@ -105,7 +105,7 @@ def test_the_changes_that_a_config_advertises_work(path):
     lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for line in lines:
         # As a shell passes them on: without the quotes.
-        changes = [c.replace('"', "") for c in re.findall(r"--set (\S+)", line)]
+        changes = [re.sub("[\"']", "", c) for c in re.findall(r"--set (\S+)", line)]
         if changes:
             load(path, changes)
 

@@ -109,13 +109,13 @@ def test_huge_numbers_are_numbers(said):
     ("changes", "message"),
     [
         ({"method": {"name": "flra"}}, "There is no method 'flra'. Did you mean 'flora'?"),
-        ({"method": {}}, "The method's 'name' is missing"),
+        ({"method": {}}, "'method.name' is missing"),
         ({"method": {"name": "../evil"}}, "There is no method '../evil'"),
         ({"method": {"name": "os"}}, "There is no method 'os'"),
         ({"method": {"name": "flora", "rank": 3}}, "The method 'flora' has no option 'rank'"),
         ({"method": {"name": "flora", "weights": 3}}, "option 'weights' is 3"),
         ({"server_optimizer": {"name": "fedavg"}}, "no server optimizer 'fedavg'"),
-        ({"server_optimizer": {}}, "'name' is missing"),
+        ({"server_optimizer": {}}, "'server_optimizer.name' is missing"),
         ({"regularizer": {"name": "none"}}, "There is no regularizer 'none'"),
     ],
 )

@@ -138,7 +138,7 @@ def actual() -> dict[str, dict[str, str]]:
             kind = kind or section.model_fields[name].annotation
             if isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, BaseModel)):
                 collect(kind, f"{place}.{name}".lstrip("."))
-            elif name not in ("method", "server_optimizer", "regularizer"):
+            elif name not in ("method", "server_optimizer", "regularizer", "averager"):
                 found.setdefault(place, {})[name] = shown(default)
 
     collect(Experiment, "")

@@ -184,7 +184,7 @@ def test_a_cell_that_fails_stops_no_other_and_is_tried_again(settings, tmp_path,
     def plan():
         return compare.plan(settings(), ["hetlora", "flexlora"], 1, target)
 
-    def broken(self, state, uploads):
+    def broken(self, state, cohort, context):
         raise ArithmeticError("The norm is not finite.")
 
     with monkeypatch.context() as patch:

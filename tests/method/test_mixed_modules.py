@@ -25,7 +25,7 @@ from flexlora.laws.rounds import (
 from flexlora.lowrank.factors import Adapter
 from flexlora.method import partial_step
 from flexlora.method.interface import Feature, FreshAdapters, RoundContext, Upload
-from flexlora.method.mixed_modules import mixed_modules
+from flexlora.method.mixed_modules import for_mixed_modules
 from flexlora.method.server_optimizer import MOMENTUM
 from flexlora.training.loop import ClientTask
 from flexlora.wire import adapters
@@ -52,7 +52,7 @@ APART = [name for name in methods.names() if Feature.PER_MODULE in methods.make(
 
 @pytest.fixture(params=APART)
 def method(request):
-    return mixed_modules(methods.make(request.param, {}))
+    return for_mixed_modules(methods.make(request.param, {}))
 
 
 def some(method):
@@ -147,7 +147,7 @@ def test_with_all_modules_for_all_it_is_the_method_itself(method):
 
 def test_updates_merged_for_good_are_of_all_modules():
     """In a simulation clients share what their base has merged; and each sees the whole model."""
-    method = mixed_modules(methods.make("flora", {}))
+    method = for_mixed_modules(methods.make("flora", {}))
     clients = some(method)
     state = begun(method, clients)
     stranger = dataclasses.replace(clients[0], id="new")
@@ -159,7 +159,7 @@ def test_updates_merged_for_good_are_of_all_modules():
 def test_a_momentum_begins_with_the_first_who_trains_the_module():
     section = {"name": "fedavgm", "momentum": 0.5}
     training = models.settings(models.Path("x")).training
-    method = mixed_modules(compose.composed({"name": "flexlora"}, section, None, training))
+    method = for_mixed_modules(compose.composed({"name": "flexlora"}, section, None, training))
     clients = some(method)
     largest = dict(zip(BOTH, (6, 4), strict=True))
     state = first_state(method, [dataclasses.replace(clients[0], ranks=largest)], BOTH)
@@ -173,7 +173,7 @@ def test_a_momentum_begins_with_the_first_who_trains_the_module():
 @pytest.mark.parametrize("name", sorted(set(methods.names()) - set(APART)))
 def test_a_method_that_decides_over_all_modules_is_refused(name):
     with pytest.raises(ConfigError, match="does not support aggregation by module"):
-        mixed_modules(methods.make(name, {}))
+        for_mixed_modules(methods.make(name, {}))
 
 
 @pytest.mark.parametrize("order", [(ATTENTION, FEED_FORWARD), (FEED_FORWARD, ATTENTION)])
@@ -194,7 +194,7 @@ def test_parts_of_a_step_may_have_no_trainer(method, order):
 
 def test_private_halves_of_a_module_begin_with_it():
     """A client that trained the attention alone, and now trains all."""
-    method = mixed_modules(methods.make("fedsalora", {}))
+    method = for_mixed_modules(methods.make("fedsalora", {}))
     clients = some(method)
     state = begun(method, clients)
     private = client_turn(method, state, clients[0], round_of(2, clients), noise(method, 2)).private

@@ -17,7 +17,7 @@ from flexlora.config import (
 )
 from flexlora.errors import ConfigError
 from flexlora.federation.population import Clients
-from flexlora.method import Feature, Method, mixed_modules, require
+from flexlora.method import Feature, Method, for_mixed_modules, require
 from flexlora.seeds import rng
 
 
@@ -65,7 +65,7 @@ def suited(method: Method, assignment: Assignment) -> Method:
             Feature.MIXED_RANKS,
             f"it needs one rank for all clients, but the clients have {histogram}; set ranks.rank",
         )
-    return mixed_modules(method) if len({kind.targets for kind in used}) > 1 else method
+    return for_mixed_modules(method) if len({kind.targets for kind in used}) > 1 else method
 
 
 def largest(modules: Sequence[str], kinds: Collection[Mapping[str, int]]) -> dict[str, int]:

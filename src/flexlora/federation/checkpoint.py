@@ -16,7 +16,7 @@ from flexlora import wire
 from flexlora.errors import ProtocolError
 from flexlora.lowrank import Adapter
 from flexlora.method import MergeLog, State
-from flexlora.storage.files import write_atomically
+from flexlora.storage import write_atomically
 
 POINTER = "checkpoint.json"
 FORMAT = 2

@@ -26,7 +26,7 @@ from flexlora.federation.transport import (
 from flexlora.journal import Event, LossKind, Record
 from flexlora.method import Feature, State, Upload
 from flexlora.seeds import rng
-from flexlora.storage.files import write_atomically
+from flexlora.storage import write_atomically
 from flexlora.wire import validate
 
 

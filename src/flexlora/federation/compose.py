@@ -17,8 +17,8 @@ from flexlora.method import (
     regularizers,
     require_means,
     server_optimizers,
+    with_server_optimizer,
 )
-from flexlora.method.server_optimizer import with_server_optimizer
 from flexlora.training import Training
 
 PLAIN = {"name": "plain"}

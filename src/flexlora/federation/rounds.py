@@ -28,7 +28,7 @@ from flexlora.federation.transport import Aggregating, Transport
 from flexlora.journal import Event, Record
 from flexlora.lowrank import Adapter, norm
 from flexlora.method import State, Upload
-from flexlora.storage.files import locked
+from flexlora.storage import locked
 from flexlora.training import clients_at_once
 
 

@@ -9,7 +9,7 @@ from flexlora.data import named
 from flexlora.federation import client_data, compose
 from flexlora.federation.population import Population
 from flexlora.federation.prepared import PreparedRun
-from flexlora.method import Feature, mixed_modules
+from flexlora.method import Feature, for_mixed_modules
 from flexlora.model import Base
 
 
@@ -29,7 +29,7 @@ def served(
         experiment=experiment,
         base=base,
         # Which clients will come with which modules is not known yet.
-        method=mixed_modules(method) if Feature.PER_MODULE in method.features else method,
+        method=for_mixed_modules(method) if Feature.PER_MODULE in method.features else method,
         averager=compose.averager_for(method, experiment),
         clients=clients,
         ranks=ranks,

@@ -42,11 +42,10 @@ def prepare(
         method = compose.composed_method(method, experiment)
     data = experiment.data
     cache = Path(data.cache) if data.cache else smollm2.cache() / "tokens"
-    corpus = (
-        client_data.read(experiment, cache)
-        if corpus is None
-        else client_data.chosen(corpus, experiment)
-    )
+    if corpus is None:
+        corpus = client_data.read(experiment, cache)
+    else:
+        corpus = client_data.chosen(corpus, experiment)
     unseen, corpus, rows = client_data.dealt(corpus, experiment)
     # Ranks and refusals come before the model: they are quick to check.
     assigned = assignment.assigned(experiment.ranks, list(rows), experiment.seed)

@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from flexlora.laws.laws import LAWS, Case, Law, Violation
+from flexlora.laws.case import Case, Violation
+from flexlora.laws.laws import LAWS, Law
 from flexlora.method import Method
 
 

@@ -37,7 +37,7 @@ from flexlora.method.interface import (
     at_ranks,
 )
 from flexlora.method.merge_log import MergeLog
-from flexlora.method.mixed_modules import MixedModules, mixed_modules
+from flexlora.method.mixed_modules import MixedModules, for_mixed_modules
 from flexlora.method.regularizer import Regularizer
 from flexlora.method.server_optimizer import (
     ServerOptimizer,
@@ -84,8 +84,8 @@ __all__ = [
     "factor_means",
     "factor_shape",
     "factor_spec",
+    "for_mixed_modules",
     "in_parallel",
-    "mixed_modules",
     "numbered_spec",
     "parameter_norm",
     "random_components",

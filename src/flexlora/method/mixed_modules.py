@@ -69,7 +69,7 @@ class MixedModules(MethodWrapper):
         return partial_step.joined(state, parts, context)
 
 
-def mixed_modules(method: Method) -> MixedModules:
+def for_mixed_modules(method: Method) -> MixedModules:
     """The method for clients that train different modules.
 
     Raises:

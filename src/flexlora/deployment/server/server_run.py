@@ -20,7 +20,7 @@ from flexlora.deployment.server.registry import ClientRegistry
 from flexlora.errors import ProtocolError
 from flexlora.federation import Transport, checkpoint, compose, rounds, served
 from flexlora.journal import Record
-from flexlora.method import Feature, mixed_modules, require
+from flexlora.method import Feature, for_mixed_modules, require
 from flexlora.storage import is_locked, locked, write_atomically
 
 PLAN = "serve.json"
@@ -94,7 +94,7 @@ def check(settings: Experiment) -> None:
             "name one",
         )
     if not limits.same_modules:
-        mixed_modules(method)  # which may refuse
+        for_mixed_modules(method)  # which may refuse
     evaluation = settings.evaluation
     evaluated = evaluation.seen_clients or evaluation.unseen_clients
     if evaluated and Feature.PERSONAL in method.features:

@@ -13,7 +13,7 @@ from flexlora.reporting.comparison import numbers, sections, texts
 from flexlora.reporting.comparison.sections import render
 from flexlora.reporting.comparison.values import Comparison, compared, groups_of
 from flexlora.reporting.comparison.verdict import verdict
-from flexlora.storage.files import write_atomically
+from flexlora.storage import write_atomically
 
 __all__ = ["Comparison", "compared", "printed", "render", "sections", "verdict", "write"]
 
