@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-flower test test-all test-numeric test-kills test-kills-short check bench docs clean
+.PHONY: help demo demo-flower test test-slow test-all test-numeric test-kills test-kills-short check bench docs clean
 
 help:  ## Say what the targets are
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -21,19 +21,23 @@ demo: $(READY)  ## Mixed ranks against rank 8 everywhere, offline, in a few minu
 demo-flower: $(READY)  ## Three real clients over Flower with TLS, against the simulation
 	$(BIN)/flexlora demo-flower
 
-test: $(READY)  ## The quick tests
-	$(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadfile
 
-test-all: $(READY)  ## All tests, the slow ones too, with the slowest named
-	$(BIN)/python -m pytest -m '' --durations=25
+test: $(READY)  ## The quick tests, on two cores
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-slow: $(READY)  ## The slow tests, one at a time: real processes, kills, Ray, planted faults
+	$(BIN)/python -m pytest -m slow --durations=25
+
+test-all: test test-slow  ## All tests
 
 NUMERIC := $(addprefix tests/,lowrank model training evaluation method methods peft_format wire) \
   tests/federation/test_client_turn.py
 
 test-numeric: $(READY)  ## The numeric tests with the sums of processors without AVX2 and without AVX-512
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(PARALLEL) $(NUMERIC)
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
-	  $(BIN)/python -m pytest $(NUMERIC)
+	  $(BIN)/python -m pytest $(PARALLEL) $(NUMERIC)
 
 test-kills: $(READY)  ## Real clients whose processes are killed, and the commands of docs/deploying.md
 	$(BIN)/python -m pytest -m '' tests/deployment/test_kills.py \
