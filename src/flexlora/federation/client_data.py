@@ -1,4 +1,4 @@
-"""Which rows are whose: the corpus that a config names, dealt to clients; who is asked what."""
+"""The rows of every client: a config's corpus, partitioned; and the questions of evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flexlora.seeds import rng
 
 
 def read(experiment: Experiment, cache: Path) -> Corpus:
-    """The rows of the clients that the config chooses, from the disk wherever they can be."""
+    """The rows of the clients that the config chooses, memory-mapped where possible."""
     data, seed = experiment.data, experiment.seed
     if data.format == "remote":
         raise DataError(
@@ -29,13 +29,13 @@ def read(experiment: Experiment, cache: Path) -> Corpus:
             "`flexlora serve`, or name a format that can be simulated."
         )
     if reader := corpora.installed(data.format):
-        return chosen(reader(data.path, data.columns, seed), experiment)
+        return limited(reader(data.path, data.columns, seed), experiment)
     if data.format == "procedural":
         families = data.families or procedural.FAMILIES
-        made = procedural.generate(families, examples=data.examples, seed=seed)
-        return chosen(made, experiment)
+        generated = procedural.generate(families, examples=data.examples, seed=seed)
+        return limited(generated, experiment)
     if data.format == "hub":
-        return chosen(hub.read(str(data.path), data.columns), experiment)
+        return limited(hub.read(str(data.path), data.columns), experiment)
     path = Path(str(data.path))
     # All that decides which rows are read, apart from the files.
     settings: dict[str, Any] = {"clients": data.clients and [data.clients, seed]}
@@ -48,25 +48,27 @@ def read(experiment: Experiment, cache: Path) -> Corpus:
         settings |= {"format": path.suffix, "columns": asdict(data.columns)}
         make = partial(table.read, path, data.columns)
     if not sources:
-        return chosen(make(), experiment)  # which says what is missing
-    return mapped.kept(cache, sources, settings, lambda: chosen(make(), experiment))
+        return limited(make(), experiment)  # which says what is missing
+    return mapped.kept(cache, sources, settings, lambda: limited(make(), experiment))
 
 
-def chosen(corpus: Corpus, experiment: Experiment) -> Corpus:
-    """The corpus of at most so many clients as the config asks for."""
+def limited(corpus: Corpus, experiment: Experiment) -> Corpus:
+    """The corpus of at most as many clients as ``data.clients`` says."""
     most = experiment.data.clients
     if most is None or "client" not in corpus.columns:
         return corpus
     codes, owners = corpus.codes("client")
     if most >= len(owners):
         return corpus
-    everybody = sorted(owners)
-    drawn = rng(experiment.seed, "clients").choice(len(everybody), most, replace=False)
-    kept = {everybody[i] for i in drawn}
-    return corpus.select(np.array([owner in kept for owner in owners])[codes])
+    names = sorted(owners)
+    drawn = rng(experiment.seed, "clients").choice(len(names), most, replace=False)
+    remaining = {names[i] for i in drawn}
+    return corpus.select(np.array([owner in remaining for owner in owners])[codes])
 
 
-def dealt(corpus: Corpus, experiment: Experiment) -> tuple[list[str], Corpus, partition.Partition]:
+def partitioned(
+    corpus: Corpus, experiment: Experiment
+) -> tuple[list[str], Corpus, partition.Partition]:
     """The clients held out, the corpus with clients and splits, and each client's rows."""
     data, seed = experiment.data, experiment.seed
     natural = "client" in corpus.columns
@@ -76,15 +78,15 @@ def dealt(corpus: Corpus, experiment: Experiment) -> tuple[list[str], Corpus, pa
             "data.unseen_clients do not apply; give data.columns.client or another partition."
         )
     unseen, inside = _held_out(corpus, experiment) if natural else ([], np.arange(len(corpus)))
-    dealt = _partition(corpus, inside, experiment).within(inside)
+    partitioned = _partition(corpus, inside, experiment).within(inside)
     if not natural:
         owner = np.empty(len(corpus), np.int32)
-        owner[dealt.rows] = np.repeat(np.arange(len(dealt)), dealt.sizes)
-        owners = pa.DictionaryArray.from_arrays(owner, pa.array(list(dealt), pa.string()))
+        owner[partitioned.rows] = np.repeat(np.arange(len(partitioned)), partitioned.sizes)
+        owners = pa.DictionaryArray.from_arrays(owner, pa.array(list(partitioned), pa.string()))
         corpus = corpus.with_column("client", owners)
     if "split" not in corpus.columns:
         corpus = split_rows(corpus, seed)
-    rows = dealt.where(_in_split(corpus, "train"))
+    rows = partitioned.where(_in_split(corpus, "train"))
     if not rows:
         raise DataError("No client has a training row; look at the data's split column.")
     return unseen, corpus, rows
@@ -98,38 +100,40 @@ def _in_split(corpus: Corpus, split: str) -> np.ndarray[Any, np.dtype[np.bool_]]
 def _held_out(corpus: Corpus, experiment: Experiment) -> tuple[list[str], np.ndarray]:
     """The clients that never train, and the rows of the others."""
     codes, owners = corpus.codes("client")
-    kept, unseen = sorted(owners), experiment.data.unseen_clients
-    if unseen >= len(kept):
-        raise DataError(f"data.unseen_clients is {unseen} of {len(kept)} clients; some must train.")
-    order = rng(experiment.seed, "unseen").permutation(len(kept))[:unseen]
-    names = [kept[i] for i in sorted(order)]
+    candidates, unseen = sorted(owners), experiment.data.unseen_clients
+    if unseen >= len(candidates):
+        raise DataError(
+            f"data.unseen_clients is {unseen} of {len(candidates)} clients; some must train."
+        )
+    order = rng(experiment.seed, "unseen").permutation(len(candidates))[:unseen]
+    names = [candidates[i] for i in sorted(order)]
     never = set(names)
     return names, np.flatnonzero(np.array([owner not in never for owner in owners])[codes])
 
 
 def _partition(corpus: Corpus, inside: np.ndarray, experiment: Experiment) -> partition.Partition:
     """Positions within ``inside`` by training client."""
-    how, draw = experiment.data.partition, rng(experiment.seed, "partition")
-    clients = how.clients or 1
-    if how.kind == "iid":
-        return partition.iid(len(inside), clients, draw)
-    if how.kind == "natural":
+    settings, generator = experiment.data.partition, rng(experiment.seed, "partition")
+    clients = settings.clients or 1
+    if settings.kind == "iid":
+        return partition.iid(len(inside), clients, generator)
+    if settings.kind == "natural":
         codes, owners = corpus.codes("client")
         return partition.by_code(codes[inside], owners)
     if "category" not in corpus.columns:
-        raise DataError(f"data.partition.kind {how.kind!r} needs data.columns.category.")
+        raise DataError(f"data.partition.kind {settings.kind!r} needs data.columns.category.")
     labels = corpus.keys("category")[inside]
-    if how.kind == "dirichlet":
-        return partition.dirichlet(labels, clients, how.alpha, draw)
-    if how.kind == "shards":
-        return partition.shards(labels, clients, how.shards_per_client, draw)
+    if settings.kind == "dirichlet":
+        return partition.dirichlet(labels, clients, settings.alpha, generator)
+    if settings.kind == "shards":
+        return partition.shards(labels, clients, settings.shards_per_client, generator)
     return partition.by_key(labels)
 
 
-def asked_of(experiment: Experiment, clients: Collection[str]) -> list[Question]:
-    """The server's own test rows: of clients that are here, and of others."""
-    data, how = experiment.data, experiment.evaluation
-    if data.path is None or not (how.seen_clients or how.unseen_clients):
+def server_questions(experiment: Experiment, clients: Collection[str]) -> list[Question]:
+    """The server's own test rows: of clients that take part, and of others."""
+    data, settings = experiment.data, experiment.evaluation
+    if data.path is None or not (settings.seen_clients or settings.unseen_clients):
         return []
     corpus = table.read(Path(data.path), data.columns)
     if "split" in corpus.columns:
@@ -138,37 +142,40 @@ def asked_of(experiment: Experiment, clients: Collection[str]) -> list[Question]
     if not owners:
         raise DataError(
             f"{data.path} has no test row with a client; the server's data needs the columns "
-            "data.columns.client and, where it also holds training rows, data.columns.split."
+            "data.columns.client and, where it also has training rows, data.columns.split."
         )
-    here, found = set(clients), []
-    for seen, count in ((True, how.seen_clients), (False, how.unseen_clients)):
-        group = [owner for owner in owners if (owner in here) is seen]
-        draw = rng(experiment.seed, "evaluated", "seen" if seen else "unseen")
-        chosen = {group[i] for i in draw.permutation(len(group))[:count]}
-        if chosen:
-            found += pick(corpus, chosen, seen, how.rows_per_client, experiment.seed)
-    return found
+    present = set(clients)
+    questions: list[Question] = []
+    for seen, count in ((True, settings.seen_clients), (False, settings.unseen_clients)):
+        group = [owner for owner in owners if (owner in present) is seen]
+        generator = rng(experiment.seed, "evaluated", "seen" if seen else "unseen")
+        drawn = {group[i] for i in generator.permutation(len(group))[:count]}
+        if drawn:
+            questions += pick(corpus, drawn, seen, settings.rows_per_client, experiment.seed)
+    return questions
 
 
 def questions(
     corpus: Corpus, rows: partition.Partition, unseen: list[str], experiment: Experiment
 ) -> list[Question]:
     """The test rows of some clients that train and of some that never do."""
-    how, seed = experiment.evaluation, experiment.seed
+    settings, seed = experiment.evaluation, experiment.seed
     codes, owners = corpus.codes("client")
     test = _in_split(corpus, "test")
     tested = {owners[code] for code in np.unique(codes[test])}
     trained = {owners[code] for code in np.unique(codes[rows.rows])}
     groups = [
-        (True, sorted(tested & trained), how.seen_clients),
-        (False, sorted(tested & set(unseen)), how.unseen_clients),
+        (True, sorted(tested & trained), settings.seen_clients),
+        (False, sorted(tested & set(unseen)), settings.unseen_clients),
     ]
-    found = []
+    questions: list[Question] = []
     for seen, clients, count in groups:
-        draw = rng(seed, "evaluated", "seen" if seen else "unseen")
-        chosen = {clients[i] for i in draw.permutation(len(clients))[:count]}
-        if chosen:
+        generator = rng(seed, "evaluated", "seen" if seen else "unseen")
+        drawn = {clients[i] for i in generator.permutation(len(clients))[:count]}
+        if drawn:
             # Of a large corpus only these few rows are looked at.
-            theirs = test & np.array([owner in chosen for owner in owners])[codes]
-            found += pick(corpus.select(theirs), chosen, seen, how.rows_per_client, seed)
-    return found
+            their_rows = test & np.array([owner in drawn for owner in owners])[codes]
+            questions += pick(
+                corpus.select(their_rows), drawn, seen, settings.rows_per_client, seed
+            )
+    return questions

@@ -35,6 +35,6 @@ def served(
         ranks=ranks,
         unseen=[],
         local=None,
-        questions=client_data.asked_of(experiment, clients),
+        questions=client_data.server_questions(experiment, clients),
         prompt=named(experiment.data.prompt, base.tokenizer),
     )

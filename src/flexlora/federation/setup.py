@@ -45,8 +45,8 @@ def prepare(
     if corpus is None:
         corpus = client_data.read(experiment, cache)
     else:
-        corpus = client_data.chosen(corpus, experiment)
-    unseen, corpus, rows = client_data.dealt(corpus, experiment)
+        corpus = client_data.limited(corpus, experiment)
+    unseen, corpus, rows = client_data.partitioned(corpus, experiment)
     # Ranks and refusals come before the model: they are quick to check.
     assigned = assignment.assigned(experiment.ranks, list(rows), experiment.seed)
     method = assignment.suited(method, assigned)
