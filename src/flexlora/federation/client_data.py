@@ -17,7 +17,14 @@ from flexlora.data.corpora import hub, mapped, natural_instructions, procedural,
 from flexlora.errors import DataError
 from flexlora.evaluation import Question, pick
 from flexlora.federation import corpora
+from flexlora.model import smollm2
 from flexlora.seeds import rng
+
+
+def cache_folder(experiment: Experiment) -> Path:
+    """Where converted corpora and tokens are kept from run to run: ``data.cache`` or the user's."""
+    cache = experiment.data.cache
+    return Path(cache) if cache else smollm2.cache() / "tokens"
 
 
 def read(experiment: Experiment, cache: Path) -> Corpus:

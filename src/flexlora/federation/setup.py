@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from flexlora.federation import assignment, client_data, compose
 from flexlora.federation.client_turn import ClientRuntime
 from flexlora.federation.prepared import PreparedRun, dtype
 from flexlora.method import Method
-from flexlora.model import Base, smollm2
+from flexlora.model import Base
 
 
 def prepare(
@@ -41,7 +40,7 @@ def prepare(
         experiment = experiment.model_copy(update={"method": _described(method)})
         method = compose.composed_method(method, experiment)
     data = experiment.data
-    cache = Path(data.cache) if data.cache else smollm2.cache() / "tokens"
+    cache = client_data.cache_folder(experiment)
     if corpus is None:
         corpus = client_data.read(experiment, cache)
     else:
