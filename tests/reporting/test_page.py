@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.config import dump
 from flexlora.federation import compose
 from flexlora.journal.record import JOURNAL, Event
-from flexlora.reporting import config_text, page, sections, tables
+from flexlora.reporting import page, sections, tables
 from support import models
 
 Make = Callable[..., list[Event]]
@@ -237,18 +238,18 @@ configs = st.recursive(
 @settings(deadline=None)
 @given(configs)
 def test_a_config_survives_toml(config: dict[str, Any]):
-    assert tomllib.loads(config_text.toml(config)) == config
+    assert tomllib.loads(dump(config)) == config
 
 
 def test_toml_leaves_out_what_has_no_value():
-    text = config_text.toml({"model": {"revision": None, "name": "a"}, "seed": 5})
+    text = dump({"model": {"revision": None, "name": "a"}, "seed": 5})
     assert tomllib.loads(text) == {"seed": 5, "model": {"name": "a"}}
 
 
 def test_a_column_that_the_data_lacks_stays_switched_off_in_the_config_to_save():
     """Left out, it would be read with its default, which is a name."""
     settings = models.settings(Path("runs"), data={"columns": {"category": "", "split": "part"}})
-    text = config_text.toml(settings.model_dump(mode="json"))
+    text = dump(settings.model_dump(mode="json"))
     columns = tomllib.loads(text)["data"]["columns"]
     assert (columns["category"], columns["split"]) == ("", "part")
     again = compose.parse(tomllib.loads(text), "config.toml")

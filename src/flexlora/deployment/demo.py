@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from flexlora import addresses, peft_format
-from flexlora.config import Experiment
+from flexlora.config import Experiment, dump
 from flexlora.data import Corpus
 from flexlora.data.corpora import procedural
 from flexlora.deployment import certificates, keys
@@ -108,8 +108,8 @@ def show(folder: Path, demo: DemoSettings | None = None) -> Comparison:
     folder.mkdir(parents=True)
     rows = procedural.generate(tuple(demo.ranks), examples=demo.rows, seed=5)
     files = _files(rows, folder / "data", demo)
-    text = settings({"format": "remote"}, demo).model_dump_json(exclude_none=True)
-    (folder / "demo.toml").write_text(_toml(json.loads(text)), encoding="utf-8")
+    text = dump(settings({"format": "remote"}, demo))
+    (folder / "demo.toml").write_text(text, encoding="utf-8")
     print(f"certificates and keys: one server, {len(files)} clients")
     certificates.make_server(folder / "keys", ["localhost"])
     started = time.monotonic()
@@ -226,13 +226,3 @@ def _files(rows: Corpus, folder: Path, demo: DemoSettings) -> dict[str, Path]:
         with files[row.pop("client")].open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     return files
-
-
-def _toml(content: dict[str, Any], place: str = "") -> str:
-    """Nested tables as TOML; JSON writes their values in the same way."""
-    inner = {key: value for key, value in content.items() if isinstance(value, dict)}
-    lines = [f"{key} = {json.dumps(v)}" for key, v in content.items() if key not in inner]
-    for key, value in inner.items():
-        name = f"{place}.{key}" if place else key
-        lines += [f"\n[{name}]", _toml(value, name)]
-    return "\n".join(lines)

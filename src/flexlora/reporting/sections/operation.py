@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from flexlora.journal import Event, number, size
 from flexlora.reporting import figures, tables
-from flexlora.reporting.config_text import toml
 from flexlora.reporting.document import (
     Code,
     Details,
@@ -58,6 +57,8 @@ def clients(events: Sequence[Event], facts: RunFacts) -> Section:
 
 def reproduce(facts: RunFacts) -> Section:
     """The config and the versions with which the run can be repeated."""
+    from flexlora.config import dump  # loads PyTorch, which a page otherwise does not need
+
     version = facts.version or "(version not recorded)"
     seed = (
         f" Its seed, {facts.seed}, determines all random draws." if facts.seed is not None else ""
@@ -69,7 +70,7 @@ def reproduce(facts: RunFacts) -> Section:
     )
     sentence = f"Save the config below as config.toml and {command} (flexlora {version}).{seed}"
     config: Part = (
-        Details("Config of the run", [Code(toml(facts.config))])
+        Details("Config of the run", [Code(dump(facts.config))])
         if facts.config
         else missing("The config was not recorded.")
     )
