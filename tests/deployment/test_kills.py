@@ -83,7 +83,7 @@ def network(site: Site) -> None:
 def state(site: Site) -> None:
     """A client loses what it kept to itself."""
     for path in site.state("client0").iterdir():
-        if path.name not in ("flower", "tokens"):
+        if path.is_dir() and path.name not in ("flower", "tokens"):
             shutil.rmtree(path)
 
 
