@@ -142,8 +142,6 @@ class Site:
             if self.processes["serve"].poll():
                 raise AssertionError(f"the server has ended: {what}\n{self.logs()}")
             if time.monotonic() - started > seconds:
-                for pid in self.pids("flexlora", "join"):
-                    subprocess.run(["py-spy", "dump", "--pid", str(pid)], check=False)
                 raise AssertionError(f"not within {seconds} s: {what}\n{self.logs()}")
             time.sleep(0.1)
         return time.monotonic() - started
