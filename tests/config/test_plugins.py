@@ -220,7 +220,7 @@ def test_a_file_without_a_usable_method_is_refused(text, message, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"There is no file .*nowhere\.py"):
+    with pytest.raises(ConfigError, match=r"There is no Python file .*nowhere\.py"):
         methods.make(str(tmp_path / "nowhere.py"))
     with pytest.raises(ConfigError, match="defines no plug-in"):
         (tmp_path / "empty.py").write_text("")

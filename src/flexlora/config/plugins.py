@@ -152,8 +152,10 @@ def _module_of(path: Path) -> ModuleType:
     name = f"flexlora_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    if not path.is_file():
-        raise ConfigError(f"There is no file {path}; name a Python file that defines the plug-in.")
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigError(
+            f"There is no Python file {path}; name a .py file that defines the plug-in."
+        )
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

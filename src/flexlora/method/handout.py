@@ -24,6 +24,12 @@ def truncated(state: State, client: Client, context: RoundContext) -> Download:
     return Download(at_ranks(state.model, client.ranks, context))
 
 
+def only_updates(state: State, client: Client) -> Download:
+    """The base updates that the client has not merged yet; of an adapter only its ranks."""
+    updates = state.merge_log.pending(client.id)
+    return Download(Adapter({}), base_updates=updates, ranks=client.ranks)
+
+
 def factor_shape(shape: tuple[int, int], factors: FactorNames) -> tuple[int, int]:
     """The shape (out, in) of an update of which only these factors travel."""
     return (shape[0] if "B" in factors else 0, shape[1] if "A" in factors else 0)

@@ -25,6 +25,7 @@ from flexlora.method import (
     RoundContext,
     State,
     Weights,
+    only_updates,
     total,
 )
 
@@ -52,8 +53,7 @@ class FLoRA(Method):
 
     def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """The stacks to merge; of the adapter only its ranks."""
-        updates = state.merge_log.pending(client.id)
-        return Download(Adapter({}), base_updates=updates, ranks=client.ranks)
+        return only_updates(state, client)
 
     def prepare(
         self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters

@@ -30,6 +30,7 @@ from flexlora.method import (
     Truncation,
     Weights,
     in_parallel,
+    only_updates,
     total,
 )
 
@@ -62,8 +63,7 @@ class FLoRIST(Method):
 
     def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """The updates to merge; of the adapter only its ranks."""
-        updates = state.merge_log.pending(client.id)
-        return Download(Adapter({}), base_updates=updates, ranks=client.ranks)
+        return only_updates(state, client)
 
     def prepare(
         self, download: Download, private: Mapping[str, Adapter], fresh: FreshAdapters
