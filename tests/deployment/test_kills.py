@@ -41,7 +41,9 @@ def supernode(site: Site) -> None:
 
 def client_process(site: Site) -> None:
     """The process that Flower started for a message."""
-    site.until(lambda: site.kill("flwr-clientapp", "--") > 0, 30, "a flwr-clientapp to kill")
+    # What the program `flwr-clientapp` of a node becomes.
+    module = "flexlora.deployment.flower.pull_backoff"
+    site.until(lambda: site.kill(module) > 0, 30, "a process of a client to kill")
 
 
 def gate(site: Site) -> None:
