@@ -4,7 +4,7 @@ import torch
 
 from flexlora import wire
 from flexlora.errors import ProtocolError
-from flexlora.lowrank.factors import Adapter
+from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.wire import adapters
 from support.factors import random_factors
 
@@ -54,3 +54,12 @@ def test_a_file_that_is_no_adapter_is_refused_by_name(tmp_path):
     path.write_bytes(b"noise")
     with pytest.raises(ValueError, match=r"noise\.safetensors is not a valid safetensors file"):
         wire.open_file(path)
+
+
+def test_factors_that_share_memory_are_stored_as_if_each_had_its_own():
+    up = ADAPTER["model.up"]
+    shared = Adapter({"a": up, "b": up, "c": up.first(1)})
+    own = Adapter({module: Factors(f.B.clone(), f.A.clone()) for module, f in shared.items()})
+    data = wire.encode(shared, {"kind": "state"}, torch.float32)
+    assert data == wire.encode(own, {"kind": "state"}, torch.float32)
+    assert torch.equal(wire.decode(data)[0]["c"].A, up.A[:1])

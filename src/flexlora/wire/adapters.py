@@ -49,7 +49,22 @@ def encode(
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True, allow_nan=False)
     facts = header.get("facts", {}).values()
     text += " " * sum(NUMBER_CHARACTERS - len(json.dumps(value)) for value in facts)
-    return safetensors.torch.save(tensors, metadata={"flexlora": text})
+    return safetensors.torch.save(_separate(tensors), metadata={"flexlora": text})
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with a copy of each that lies in the memory of an earlier one.
+
+    The safetensors library refuses tensors that overlap, such as an adapter that a method stores
+    in its state under two names.
+    """
+    memories: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in memories else tensor
+        memories.add(memory)
+    return separate
 
 
 def decode(data: bytes) -> tuple[Adapter, dict[str, Any]]:
