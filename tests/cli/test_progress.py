@@ -211,3 +211,9 @@ def test_a_truncated_adapter_is_called_by_its_type():
     lines = sentences({**EVALUATION, "adapter": "small"}, Tally(6))
     assert lines[0] == "evaluation of the global adapter truncated to type small after round 3:"
     assert sentences(BASE, Tally(6))[0] == "evaluation of the base model before training:"
+
+
+def test_the_notices_of_a_run_follow_its_start():
+    texts = sentences({**START, "notices": ["Layer 3 is not adapted."]}, Tally(3))
+    assert texts[1:] == ["note: Layer 3 is not adapted."]
+    assert len(sentences(START, Tally(3))) == 1

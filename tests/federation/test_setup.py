@@ -349,3 +349,9 @@ def test_a_client_more_costs_little(folder, tmp_path):
         bytes[clients] = np.array([preparing, held, in_round - held])
     more = (bytes[2000] - bytes[200]) / 1800
     assert (more < [650, 250, 40]).all(), more
+
+
+def test_the_notices_of_a_prepared_run_are_in_its_journal(ready, tmp_path):
+    noted = dataclasses.replace(ready(), notices=("Layer 3 is not adapted.",))
+    start = next(iter(run(noted, tmp_path / "run")))
+    assert start["notices"] == ["Layer 3 is not adapted."]

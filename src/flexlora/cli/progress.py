@@ -198,7 +198,7 @@ def sentences(event: Event, tally: Tally) -> list[str]:
     """
     match event["event"]:
         case "start":
-            return [_start(event)]
+            return [_start(event), *notices(event.get("notices", ()))]
         case "client":
             return [_client(event, tally)]
         case "lost":
@@ -212,6 +212,11 @@ def sentences(event: Event, tally: Tally) -> list[str]:
         case "evaluation":
             return _evaluation(event)
     return []
+
+
+def notices(texts: Iterable[str]) -> list[str]:
+    """The notices of a prepared run as lines of text."""
+    return [f"note: {text}" for text in texts]
 
 
 def _start(event: Event) -> str:

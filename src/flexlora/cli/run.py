@@ -129,6 +129,7 @@ def evaluate(
 ) -> None:
     """Evaluate an adapter, or the base model, on the test rows of a config."""
     from flexlora import peft_format
+    from flexlora.cli import progress
     from flexlora.evaluation import evaluate_each
     from flexlora.federation import compose, setup
     from flexlora.lowrank import Adapter
@@ -141,6 +142,8 @@ def evaluate(
             raise ConfigError(f"{out} is a folder; give --out the name of a file.")
         make_folder(out.resolve().parent, "--out")
     ready = setup.prepare(settings, train=False)
+    for line in progress.notices(ready.notices):
+        print(line, file=sys.stderr)
     (rows,) = evaluate_each(
         ready.base, [loaded], ready.questions, ready.prompt, settings.evaluation
     )

@@ -25,7 +25,8 @@ class PreparedRun:
 
     ``ranks`` is the largest rank of any client by module. ``local`` is where clients train in
     this process: None where they are real ones, of which more may join while the run goes on.
-    Nothing else changes.
+    Nothing else changes. ``notices`` are sentences that the user must read at the start: what is
+    configured and has no effect, or is done in another way than usual.
     """
 
     experiment: Experiment
@@ -38,6 +39,7 @@ class PreparedRun:
     local: ClientRuntime | None
     questions: Sequence[Question]
     prompt: Prompt
+    notices: tuple[str, ...] = ()
 
     @property
     def runtime(self) -> ClientRuntime:

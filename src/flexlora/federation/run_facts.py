@@ -40,6 +40,7 @@ def start_facts(prepared: PreparedRun, resume: bool) -> dict[str, Any]:
             name: sum(rank * sum(shapes[m]) for m, rank in ranks.items())
             for name, ranks in types.items()
         },
+        "notices": list(prepared.notices),
         "resumed": resume,
     }
 

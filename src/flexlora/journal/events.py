@@ -92,6 +92,7 @@ _TOTALS = {
 EVENTS: Mapping[str, EventType] = {
     "start": _type(
         "The run starts, or is resumed.",
+        {"notices": "[sentences for people: what is configured without effect, or done unusually]"},
         version="version of flexlora",
         config="all settings",
         hardware="processor, cores, device and threads, as text",
