@@ -240,3 +240,38 @@ def test_every_kind_has_its_own_group():
     assert all(isinstance(plugins, Plugins) for plugins in kinds)
     assert len({plugins.group for plugins in kinds}) == len(kinds)
     assert methods.PLUGINS.base is Method and averagers.PLUGINS.base is Averager
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("FlexLoRA", "flexlora"),
+        ("FLORA", "flora"),
+        ("FFA-LoRA", "ffalora"),
+        ("lora_a2", "loraa2"),
+        ("Full rank", "fullrank"),
+        ("hetlora", "hetlora"),
+        ("my/method.py", "my/method.py"),
+    ],
+)
+def test_a_method_is_found_in_any_spelling_of_its_name(written, name):
+    assert methods.resolve(written) == name
+
+
+@pytest.mark.parametrize(("written", "near"), [("FlexLora2", "flexlora"), ("Het-Lor", "hetlora")])
+def test_a_wrong_name_is_answered_with_the_nearest(written, near):
+    with pytest.raises(ConfigError, match=f"no method '{written}'. Did you mean '{near}'"):
+        methods.resolve(written)
+
+
+def test_a_server_s_method_is_never_a_file():
+    with pytest.raises(ConfigError, match="no method"):
+        methods.resolve("evil.py", files=False)
+
+
+def test_a_config_keeps_the_listed_name_of_every_plug_in(folder):
+    settings = models.settings(
+        folder, method={"name": "FlexLoRA"}, server_optimizer={"name": "FedAvgM"}
+    )
+    assert settings.method == {"name": "flexlora"}
+    assert settings.server_optimizer == {"name": "fedavgm"}

@@ -48,6 +48,7 @@ def _describe(name: str) -> None:
     from flexlora import methods
     from flexlora.method import Feature
 
+    name = methods.resolve(name)
     method = methods.make(name)
     options, kind = vars(method), type(method)
     print(f"{name}: {method.title} ({method.info.paper})\n")

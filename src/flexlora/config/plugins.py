@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import pkgutil
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,25 +49,38 @@ class Plugins(Generic[T]):
         """The names of those that ship with the library, sorted."""
         return sorted(info.name for info in pkgutil.iter_modules(self.folder.__path__))
 
-    def kind(self, name: str, files: bool = True) -> type[T]:
-        """The class of the plug-in called ``name``.
+    def resolve(self, name: str, files: bool = True) -> str:
+        """The name as ``names`` lists it: ``FlexLoRA`` is flexlora, ``LoRA-A2`` is loraa2.
 
-        Without ``files`` a path is no name: where another machine chooses the name, it must not
-        choose which file is run.
+        Case, hyphens, underscores and blanks do not count. The path of a Python file is returned
+        as it is; without ``files`` it is no name: where another machine chooses the name, it must
+        not choose which file is run.
 
         Raises:
-            ConfigError: there is no such plug-in, or it is none of this kind.
+            ConfigError: there is no such plug-in; names the nearest one, and all that there are.
         """
-        if files and name.endswith(".py"):
-            return self._in_module(_module_of(Path(name)), name)
-        if name in self.shipped():
-            return self._in_module(importlib.import_module(f"{self.folder.__name__}.{name}"), name)
-        if name in self._installed():
-            return self._loaded(self._installed()[name])
+        if (files and name.endswith(".py")) or name in self.names():
+            return name
+        spelled = {_letters(known): known for known in self.names()}
+        if _letters(name) in spelled:
+            return spelled[_letters(name)]
         raise ConfigError(
             f"There is no {self.label} {name!r}.{_nearest(name, self.names())} "
             f"There are: {', '.join(self.names())}."
         )
+
+    def kind(self, name: str, files: bool = True) -> type[T]:
+        """The class of the plug-in called ``name``, in any spelling that ``resolve`` accepts.
+
+        Raises:
+            ConfigError: there is no such plug-in, or it is none of this kind.
+        """
+        name = self.resolve(name, files)
+        if files and name.endswith(".py"):
+            return self._in_module(_module_of(Path(name)), name)
+        if name in self.shipped():
+            return self._in_module(importlib.import_module(f"{self.folder.__name__}.{name}"), name)
+        return self._loaded(self._installed()[name])
 
     def make(self, section: Mapping[str, Any], files: bool = True) -> T:
         """The plug-in that a config's section describes: its ``name`` and its options.
@@ -168,6 +182,11 @@ def _module_of(path: Path) -> ModuleType:
     return module
 
 
+def _letters(name: str) -> str:
+    """What of a name counts when it is looked up."""
+    return re.sub(r"[-_\s]", "", name.casefold())
+
+
 def _nearest(word: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(word.lower(), names, 1)
+    near = difflib.get_close_matches(_letters(word), names, 1)
     return f" Did you mean {near[0]!r}?" if near else ""

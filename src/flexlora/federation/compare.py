@@ -69,14 +69,12 @@ def chosen(names: str) -> list[str]:
     Raises:
         ConfigError: a method does not exist (the nearest is named), or none is named.
     """
-    if names.strip() == ALL:
+    if names.strip().lower() == ALL:
         return methods.names()
-    listed = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed:
         raise ConfigError(f"--methods names no method ({names!r}); give {ALL}, or a,b,c.")
-    for name in listed:
-        methods.kind(name)
-    return listed
+    return list(dict.fromkeys(map(methods.resolve, listed)))
 
 
 def plan(
@@ -219,7 +217,7 @@ def _options(
             raise ConfigError(
                 f"--option takes METHOD.KEY=VALUE, such as hetlora.keep=0.9, not {text!r}."
             )
-        methods.kind(name)
+        name = methods.resolve(name)
         if name not in sections:
             raise ConfigError(
                 f"--option {text!r} is for a method that is not compared; the methods are "

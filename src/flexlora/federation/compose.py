@@ -24,6 +24,14 @@ from flexlora.training import Training
 PLAIN = {"name": "plain"}
 """The averager of a config that names none."""
 
+SECTIONS: Mapping[str, Plugins[Any]] = {
+    "method": methods.PLUGINS,
+    "server_optimizer": server_optimizers.PLUGINS,
+    "regularizer": regularizers.PLUGINS,
+    "averager": averagers.PLUGINS,
+}
+"""The sections of a config that describe a plug-in."""
+
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Experiment:
     """The experiment in a TOML file, with its plug-ins checked; see ``config.load``.
@@ -52,13 +60,7 @@ def with_plugin(settings: Experiment, path: str | Path) -> Experiment:
         ConfigError: the file defines no plug-in, or its options do not fit.
     """
     path = Path(path).expanduser().resolve()
-    sections: dict[str, Plugins[Any]] = {
-        "method": methods.PLUGINS,
-        "server_optimizer": server_optimizers.PLUGINS,
-        "regularizer": regularizers.PLUGINS,
-        "averager": averagers.PLUGINS,
-    }
-    defined = [name for name, plugins in sections.items() if plugins.is_defined_in(path)]
+    defined = [name for name, plugins in SECTIONS.items() if plugins.is_defined_in(path)]
     if not defined:
         raise ConfigError(
             f"{path} defines no plug-in; it needs a class derived from flexlora.Method, "
@@ -133,17 +135,15 @@ def _named(section: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
 
 
 def _checked(experiment: Experiment, place: str) -> Experiment:
-    sections: tuple[tuple[Mapping[str, Any] | None, Plugins[Any]], ...] = (
-        (experiment.method, methods.PLUGINS),
-        (experiment.server_optimizer, server_optimizers.PLUGINS),
-        (experiment.regularizer, regularizers.PLUGINS),
-        (experiment.averager, averagers.PLUGINS),
-    )
+    """The experiment with the names of its plug-ins as they are listed, all of them tried."""
+    named: dict[str, dict[str, Any]] = {}
     try:
         corpora.check(experiment.data.format)
-        for section, plugins in sections:
+        for key, plugins in SECTIONS.items():
+            section = getattr(experiment, key)
             if section is not None:
                 plugins.make(section)
+                named[key] = {**section, "name": plugins.resolve(str(section["name"]))}
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
-    return experiment
+    return experiment.model_copy(update=named)

@@ -15,7 +15,7 @@ PLUGINS: Plugins[Method] = Plugins(
     "method",
     "flexlora.methods",
 )
-names, kind, shipped = PLUGINS.names, PLUGINS.kind, PLUGINS.shipped
+names, kind, shipped, resolve = PLUGINS.names, PLUGINS.kind, PLUGINS.shipped, PLUGINS.resolve
 
 
 def make(name: str, options: Mapping[str, Any] | None = None, files: bool = True) -> Method:
