@@ -4,7 +4,7 @@ Reads the journals of ``flexlora compare configs/compare.toml`` (24 clients of r
 Natural Instructions, ten rounds), and plots for the global adapter the share of its energy in
 the ranks that only the largest clients have, averaged over the modules.
 
-    flexlora compare configs/compare.toml --methods flexlora,flexfold,raflora --output runs/compare
+    flexlora compare configs/compare.toml --methods flexlora,flexfold,raflora --out runs/compare
     python benchmarks/collapse.py runs/compare
 """
 

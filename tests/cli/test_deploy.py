@@ -140,7 +140,7 @@ def test_serve_wants_a_config_or_a_run(refused, plan, tmp_path):
     assert "Give a CONFIG.toml, or --resume DIR." in refused("serve", "--insecure")
     said = refused("serve", "none.toml", "--insecure")
     assert "none.toml cannot be read" in said
-    for extra in ([plan], ["--folder", "x"], ["--clients", "2"], ["--set", "seed=1"]):
+    for extra in ([plan], ["--out", "x"], ["--clients", "2"], ["--set", "seed=1"]):
         said = refused("serve", *extra, "--resume", tmp_path, "--insecure")
         assert "--resume takes the folder of a run" in said
 
@@ -155,7 +155,7 @@ def test_there_must_be_a_served_run_to_resume(refused, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_begun_again(refused, plan, tmp_path, file):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / file).write_text("{}")
-    said = refused("serve", plan, "--insecure", "--folder", "run")
+    said = refused("serve", plan, "--insecure", "--out", "run")
     assert "run already holds a run; resume it with: flexlora serve --resume run" in said
     assert [path.name for path in (tmp_path / "run").iterdir()] == [file]
 
@@ -210,7 +210,7 @@ def test_a_run_is_laid_out_and_served(call, plan, served, held, tmp_path):
 
 
 def test_without_keys_names_are_not_bound_and_loopback_is_listened_on(call, plan, served, tmp_path):
-    call("serve", plan, "--insecure", "--folder", "run", "--clients", "5")
+    call("serve", plan, "--insecure", "--out", "run", "--clients", "5")
     laid = json.loads((tmp_path / "run" / server_run.PLAN).read_text())
     assert laid["clients"] == 5 and laid["bound"] is False
     assert (served[0][2].host, served[0][2].port) == ("127.0.0.1", deploy.PORT)
@@ -223,7 +223,7 @@ def test_nobody_is_no_number_of_clients(call, plan, served, clients):
 
 
 def test_a_run_begun_without_keys_is_not_gone_on_with_as_if_it_had_them(call, plan, served, held):
-    call("serve", plan, "--insecure", "--folder", "run")
+    call("serve", plan, "--insecure", "--out", "run")
     code, _, said = call("serve", "--resume", "run", "--keys", held)
     assert code == 2 and "--insecure" in said
 
@@ -238,7 +238,7 @@ def test_a_port_in_use_is_found_before_anything_is_written(refused, plan):
 
 def test_a_finished_run_is_not_served_again_and_stays_finished(call, plan, served, tmp_path):
     """With exit code 0: a service that restarts failed commands must not restart this one."""
-    call("serve", plan, "--insecure", "--folder", "run")
+    call("serve", plan, "--insecure", "--out", "run")
     Record(tmp_path / "run").append("finish", rounds=2, adapter="run/adapter")
     served.clear()
     code, out, _ = call("serve", "--resume", "run", "--insecure")

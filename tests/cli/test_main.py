@@ -46,6 +46,16 @@ def test_every_option_is_explained():
                 assert parameter.help, f"{name}: {parameter.name}"
 
 
+@pytest.mark.parametrize("option", ["--out", "--folder", "--output"])
+def test_former_names_of_an_option_are_accepted(call, option):
+    for command in ("run", "compare", "serve"):
+        result = call(
+            command, "missing.toml", option, "there", *["--insecure"] * (command[0] == "s")
+        )
+        assert "missing.toml cannot be read" in result.err
+    assert option == "--out" or option not in call("run", "--help").out
+
+
 def test_the_version(call):
     assert call("--version").out.strip() == f"flexlora {flexlora.__version__}"
 

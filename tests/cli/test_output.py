@@ -73,7 +73,7 @@ def test_the_report_is_named(run, folder):
 
 def test_lines_on_a_terminal_of_80_columns_break_between_words(folder):
     pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
-    words = ["-m", "flexlora", "run", "tiny.toml", "--folder", "terminal"]
+    words = ["-m", "flexlora", "run", "tiny.toml", "--out", "terminal"]
     environment = {"COLUMNS": "80", "LINES": "24", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
     ours, theirs = pty.openpty()
     with subprocess.Popen(

@@ -37,7 +37,7 @@ def test_the_program_starts(flexlora):
 
 
 def test_a_federation_runs_and_its_adapters_are_checked_and_merged(flexlora, folder):
-    result = flexlora("run", "tiny.toml", "--folder", "run")
+    result = flexlora("run", "tiny.toml", "--out", "run")
     assert result.code == 0, result.err
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1])["event"] == "finish"
@@ -53,5 +53,5 @@ def test_a_federation_runs_and_its_adapters_are_checked_and_merged(flexlora, fol
 def test_a_run_that_is_finished_is_not_begun_again(flexlora, folder):
     (folder / "old").mkdir()
     (folder / "old" / "checkpoint.json").write_text("{}")
-    result = flexlora("run", "tiny.toml", "--folder", "old")
+    result = flexlora("run", "tiny.toml", "--out", "old")
     assert result.code == 2 and "already holds a run" in result.err

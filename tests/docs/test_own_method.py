@@ -46,7 +46,7 @@ def test_a_run_uses_it_and_can_be_resumed(tmp_path):
     rows = [f"c{n % 3},the cat sees {n},a,one two" for n in range(12)]
     (tmp_path / "rows.csv").write_text("\n".join(["client,instruction,input,output", *rows]))
     (tmp_path / "config.toml").write_text(CONFIG.format(model=tmp_path / "model"))
-    words = ["-m", "flexlora", "run", "config.toml", "--plugin", EXAMPLE, "--folder", "run"]
+    words = ["-m", "flexlora", "run", "config.toml", "--plugin", EXAMPLE, "--out", "run"]
     options = {"FLEXLORA_CACHE": str(tmp_path / "cache")}
     result = python(*words, cwd=tmp_path, **options)
     assert result.code == 0, result.err

@@ -294,7 +294,7 @@ def call(folder, tmp_path, monkeypatch, capsys):
 
 def test_the_command_compares_and_says_where(call, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "names", lambda: ["fedit", "flexlora", "hetlora"])
-    code, said, _ = call("--methods", "all", "--seeds", "1", "--output", tmp_path / "c")
+    code, said, _ = call("--methods", "all", "--seeds", "1", "--out", tmp_path / "c")
     assert code == 0
     assert "★" in said and "fedit: refused: " in said
     assert "One seed does not show how much" in said
@@ -304,13 +304,13 @@ def test_the_command_compares_and_says_where(call, tmp_path, monkeypatch):
     for name in ("comparison.md", "comparison.html"):
         assert "refused" in (tmp_path / "c" / name).read_text()
     # A method that was asked for by its name is to run.
-    code, said, _ = call("--methods", "flexlora,fedit", "--seeds", "1", "--output", tmp_path / "c")
+    code, said, _ = call("--methods", "flexlora,fedit", "--seeds", "1", "--out", tmp_path / "c")
     assert code == 1 and "flexlora, seed" not in said
 
 
 def test_the_command_fails_if_a_cell_does(call, tmp_path, monkeypatch):
     monkeypatch.setattr(HetLoRA, "aggregate", lambda *given: 1 / 0)
-    words = ("--methods", "flexlora,hetlora", "--seeds", "1", "--output", tmp_path / "c")
+    words = ("--methods", "flexlora,hetlora", "--seeds", "1", "--out", tmp_path / "c")
     code, said, _ = call(*words)
     assert code == 1 and "seed 3 failed: ZeroDivisionError" in said
 
@@ -320,7 +320,7 @@ def test_a_command_that_is_stopped_writes_what_it_has(call, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(HetLoRA, "aggregate", stopped)
-    words = ("--methods", "flexlora,hetlora", "--seeds", "1", "--output", tmp_path / "c")
+    words = ("--methods", "flexlora,hetlora", "--seeds", "1", "--out", tmp_path / "c")
     code, said, error = call(*words)
     assert code == 130 and "resume with the same command" in error
     assert "hetlora: seed 3 not completed" in said
@@ -337,7 +337,7 @@ def test_a_command_that_is_stopped_writes_what_it_has(call, tmp_path, monkeypatc
     ],
 )
 def test_wrong_words_are_one_message(call, tmp_path, words, message):
-    code, _, said = call(*words, "--output", tmp_path / "c")
+    code, _, said = call(*words, "--out", tmp_path / "c")
     assert code == 2 and said.startswith("error: ") and message in said
     assert not (tmp_path / "c").exists()
 

@@ -111,7 +111,7 @@ class Site:
         what = (
             ["--resume", str(self.run)]
             if resume
-            else [str(self.folder / "plan.toml"), "--folder", str(self.run)]
+            else [str(self.folder / "plan.toml"), "--out", str(self.run)]
         )
         keys_ = ["--keys", str(self.folder / "keys")]
         self._start("serve", ["serve", *what, "--listen", self.address, *keys_])

@@ -30,7 +30,9 @@ ARMS = {
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The folder of the two runs; default: runs/demo-TIME."),
+        typer.Option(
+            "--out", metavar="DIR", help="The folder of the two runs; default: runs/demo-TIME."
+        ),
     ] = None,
 ) -> None:
     """Compare mixed ranks with rank 8 everywhere on a small model, offline."""

@@ -73,7 +73,9 @@ def make_keys(
 def serve(
     path: Annotated[Path | None, typer.Argument(metavar="CONFIG.toml")] = None,
     changes: Changes = None,
-    folder: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run.")
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Resume the interrupted run in DIR.")
     ] = None,
@@ -125,7 +127,7 @@ def _begin(folder: Path, settings: Experiment, clients: int | None, listening: L
     from flexlora.deployment.server import server_run
 
     _refuse_existing(folder)
-    refuse_file(folder, "--folder")
+    refuse_file(folder, "--out")
     if listening.keys is not None:
         from flexlora.deployment.certificates import ServerKeys
 
@@ -139,15 +141,17 @@ def _begin(folder: Path, settings: Experiment, clients: int | None, listening: L
 
 
 def show_demo(
-    folder: Annotated[Path | None, typer.Option(help="Folder for the two runs.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the two runs.")
+    ] = None,
 ) -> None:
     """Train with three real clients of ranks 4, 16 and 64, and compare with a simulation."""
     from flexlora.deployment import demo
 
     target = folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}"
     if target.is_dir():
-        raise ConfigError(f"{target} exists already; give --folder the name of a new folder.")
-    refuse_file(target, "--folder")
+        raise ConfigError(f"{target} exists already; give --out the name of a new folder.")
+    refuse_file(target, "--out")
     comparison = demo.show(target)
     for name, seconds in zip(("real", "simulated"), comparison.rounds_seconds, strict=True):
         print(f"{name} rounds, seconds: {', '.join(f'{s:.1f}' for s in seconds)}")
@@ -245,5 +249,5 @@ def _refuse_existing(folder: Path) -> None:
     if (folder / checkpoint.POINTER).exists() or (folder / server_run.PLAN).exists():
         raise ConfigError(
             f"{folder} already holds a run; resume it with: flexlora serve --resume {folder}, or "
-            "give another --folder."
+            "give another --out."
         )

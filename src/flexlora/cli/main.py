@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flexlora.cli import adapters, demo, deploy, laws, methods, run, watch
+from flexlora.cli import adapters, configs, demo, deploy, init, laws, methods, run, watch
 from flexlora.errors import FlexloraError
 
 BUG = (
@@ -20,6 +20,8 @@ BUG = (
 
 COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
     "Simulation": {
+        "init": init.init,
+        "configs": configs.list_configs,
         "run": run.run,
         "compare": run.compare,
         "eval": run.evaluate,
@@ -52,11 +54,17 @@ _REFUSED_BY_THE_SYSTEM = frozenset(
 )
 """Errors of files that the user can mend, wherever they are met: a full disk, no permission."""
 
+_FORMER_OPTIONS = {"folder": "out", "output": "out"}
+"""Former names of options, which are accepted still."""
+
 app = typer.Typer(
     help="Federated LoRA fine-tuning of language models across clients with different LoRA ranks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda word: _FORMER_OPTIONS.get(word, word),
+    },
 )
 
 for _group, _commands in COMMANDS.items():

@@ -31,7 +31,9 @@ def run(
     changes: Changes = None,
     folder: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The run's folder; default: run.folder or runs/CONFIG."),
+        typer.Option(
+            "--out", metavar="DIR", help="The run's folder; default: run.folder or runs/CONFIG."
+        ),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Resume an interrupted run.")
@@ -95,7 +97,9 @@ def compare(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="The comparison's folder; default: the run's with -compare."
+            "--out",
+            metavar="DIR",
+            help="The comparison's folder; default: the run's with -compare.",
         ),
     ] = None,
 ) -> None:
@@ -171,7 +175,7 @@ def run_and_report(
 
     settings = cluster.settings(settings) if cluster else settings
     if not resume:
-        make_folder(folder, "--folder")
+        make_folder(folder, "--out")
     # Refused before the data is read, if another version wrote it.
     point = checkpoint.load(folder) if resume else None
     console, followers = Console(), trackers.of(settings.run.trackers, folder)
@@ -260,7 +264,7 @@ def _refuse_existing(folder: Path) -> None:
     if (folder / checkpoint.POINTER).exists():
         raise ConfigError(
             f"{folder} already holds a run; resume it with: flexlora run --resume {folder}, or "
-            "give another --folder."
+            "give another --out."
         )
 
 

@@ -146,7 +146,7 @@ def _federation(folder: Path, files: dict[str, Path], demo: DemoSettings) -> lis
     client_address = f"localhost:{demo.client_port}" if demo.client_port else address
     server_keys = folder / "keys"
     (server_keys / NODES).mkdir(mode=0o700)
-    serve = ["serve", str(folder / "demo.toml"), "--folder", str(run)]
+    serve = ["serve", str(folder / "demo.toml"), "--out", str(run)]
     serve += ["--listen", address, "--keys", str(server_keys)]
     with _flexlora(serve, folder / "server.log") as server, ExitStack() as joins:
         _wait_for(address, server)

@@ -263,20 +263,20 @@ def _stored(folder: Path) -> Experiment:
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(
             f"{folder} is no cell of a comparison: its config.json cannot be read ({error}); "
-            "give another --output."
+            "give another --out."
         ) from error
     return compose.parse(content, str(path))
 
 
 def _refuse_something_else(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give --output a folder.")
+        raise ConfigError(f"{folder} is a file; give --out a folder.")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     # Unfinished files start with a dot.
     if others := sorted(name for name in names - {CELLS, *FILES} if not name.startswith(".")):
         raise ConfigError(
             f"{folder} holds something else than a comparison ({', '.join(others[:3])}); give "
-            "another --output."
+            "another --out."
         )
 
 
@@ -288,7 +288,7 @@ def _refuse_another_config(cell: Cell) -> None:
     if keys := list(_differing(stored, wanted)):
         raise ConfigError(
             f"{cell.folder} was run with another config (it differs in {', '.join(keys)}); "
-            "give the same config again, or another --output."
+            "give the same config again, or another --out."
         )
 
 

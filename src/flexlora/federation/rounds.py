@@ -95,7 +95,7 @@ def _begun(prepared: PreparedRun, folder: Path, transport: Transport | None) -> 
     if (folder / checkpoint.POINTER).exists():
         raise ProtocolError(
             f"{folder} already holds a run; resume it with: flexlora run --resume {folder}, or "
-            "give another --folder."
+            "give another --out."
         )
     at_once = transport.clients_at_once if transport else _clients_at_once(prepared)
     # No name for the first state: it would stay in memory as long as the run.

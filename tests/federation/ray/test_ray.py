@@ -566,7 +566,7 @@ def test_a_run_with_workers_goes_on_with_workers_to_the_same_adapter(folder, tmp
         run={"threads": None, "clients_at_once": 2},
     )
     left = set(Path("/tmp").glob("flexlora-ray-*"))
-    said = flexlora("run", config, "--folder", tmp_path / "there", "--workers", 2)
+    said = flexlora("run", config, "--out", tmp_path / "there", "--workers", 2)
     assert said == ""
     stored = tmp_path / "there" / "config.json"
     content = json.loads(stored.read_text())
@@ -577,6 +577,6 @@ def test_a_run_with_workers_goes_on_with_workers_to_the_same_adapter(folder, tmp
     assert set(Path("/tmp").glob("flexlora-ray-*")) <= left
     threads = f"run.threads={content['run']['threads']}"
     more = ("--set", "federation.rounds=2", "--set", threads)
-    flexlora("run", config, "--folder", tmp_path / "here", *more)
+    flexlora("run", config, "--out", tmp_path / "here", *more)
     ends = [list(Record(tmp_path / name).events()) for name in ("there", "here")]
     assert files(ends[0]) == files(ends[1])
