@@ -69,7 +69,8 @@ def test_paths_may_be_strings(tmp_path):
     assert len(table.read(str(rows), columns)) == 1
 
 
-def test_a_federation_runs_from_strings(tmp_path):
+def test_a_federation_runs_from_strings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # its tokens are kept in the working directory
     settings = flexlora.load(str(tiny_config.write(tmp_path)), ["federation.rounds=1"])
     settings = settings.model_copy(
         update={"model": dataclasses.replace(settings.model, name=str(tmp_path / "model"))}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexlora.cli.options import Changes, ConfigFile, make_folder, stored
+from flexlora.cli.options import Changes, ConfigFile, make_folder, refuse_file, stored
 from flexlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,40 +24,54 @@ STOPPED = 130
 """The exit code of a command that was interrupted, as shells have it."""
 
 
+OutFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="The run's folder; default: run.folder or runs/CONFIG."
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(metavar="[DIR]", help="Resume an interrupted run; default: the last in runs."),
+]
+Plugin = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.py", help="Use the method or other plug-in in this file."),
+]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Exact SVDs; the same as --set method.accuracy='exact'."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Train in N processes, started with Ray."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Train on a Ray cluster: HOST:PORT, ray://... or auto."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show clients, bytes, time and two prompts; train nothing."),
+]
+
+
 def run(
     path: Annotated[
         Path | None, typer.Argument(metavar="CONFIG.toml", help="The config file.")
     ] = None,
     changes: Changes = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="The run's folder; default: run.folder or runs/CONFIG."
-        ),
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Resume an interrupted run.")
-    ] = None,
-    plugin: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.py", help="Use the method or other plug-in in this file."),
-    ] = None,
-    exact: Annotated[
-        bool,
-        typer.Option("--exact", help="Exact SVDs; the same as --set method.accuracy='exact'."),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Train in N processes, started with Ray."),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="Train on a Ray cluster: HOST:PORT, ray://... or auto."
-        ),
-    ] = None,
+    folder: OutFolder = None,
+    dry: DryRun = False,
+    resume: Resume = None,
+    plugin: Plugin = None,
+    exact: Exact = False,
+    workers: Workers = None,
+    ray: RayAddress = None,
 ) -> None:
     """Simulate a federation, or resume an interrupted simulation."""
+    if dry and (resume is not None or workers is not None or ray is not None):
+        raise ConfigError("--dry-run trains nothing: leave out --resume, --workers and --ray.")
     if resume is not None:
         if path is not None or changes or folder is not None or exact or plugin:
             raise ConfigError(
@@ -77,6 +91,12 @@ def run(
         settings = compose.with_plugin(settings, plugin)
     target = folder or Path(settings.run.folder or f"runs/{path.stem}")
     _refuse_existing(target)
+    if dry:
+        from flexlora.cli.dry_run import dry_run
+
+        refuse_file(target, "--out")
+        dry_run(settings)
+        return
     with _cluster(settings, workers, ray) as cluster:
         run_and_report(settings, target, cluster=cluster)
 
@@ -170,6 +190,7 @@ def run_and_report(
 
     from flexlora.cli import progress
     from flexlora.federation import checkpoint, rounds, setup
+    from flexlora.federation.notes import notes
     from flexlora.reporting import page, tracker, trackers
     from flexlora.storage import write_atomically
 
@@ -181,6 +202,8 @@ def run_and_report(
     console, followers = Console(), trackers.of(settings.run.trackers, folder)
     console.print("reading the data and the model", style="dim")
     ready = setup.prepare(settings)
+    for note in notes(ready):
+        console.print(f"note: {note}", highlight=False, markup=False)
     if not resume:
         content = _with_threads(settings).model_dump_json(indent=1)
         write_atomically(folder / "config.json", content.encode())

@@ -70,6 +70,11 @@ class Training:
         power, alpha = powers[self.scaling], self.alpha
         return lambda rank: float(alpha / max(rank, 1) ** power)
 
+    def steps(self, examples: int) -> int:
+        """The optimizer steps of one client's local training on so many examples."""
+        planned = self.epochs * -(-examples // self.batch_examples)
+        return planned if self.max_steps is None else min(planned, self.max_steps)
+
     def rate(self, step: int, steps: int, round: int) -> float:
         """The learning rate of a step (from 0) of ``steps`` in a round (from 1)."""
         peak = self.learning_rate * self.round_decay ** (round - 1)
