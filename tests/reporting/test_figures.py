@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.journal import LossKind
 from flexlora.journal.record import Event
 from flexlora.reporting import canvas, figures, tables
 
@@ -14,20 +15,21 @@ Make = Callable[..., list[Event]]
 def every_figure(events: list[Event]) -> dict[str, go.Figure]:
     rows = tables.evaluation_table(events)
     metric = tables.METRICS[0]
-    types, traffic = tables.rank_type_table(events), tables.traffic_table(events)
+    first, last = tables.before_and_after(rows, "unseen")
+    assert last is not None
+    changes = tables.client_changes(first, last, metric)
     return {
         "training": figures.training_loss(tables.training_table(events)),
         "curve": figures.learning_curve(tables.trajectory(rows), metric),
-        "rank clients": figures.rank_clients(types),
-        "rank parameters": figures.rank_parameters(types),
+        "sorted clients": figures.sorted_clients(changes, metric),
+        "changes": figures.client_changes(changes, metric),
         "spectrum": figures.spectrum(tables.spectrum_table(events)[:6]),
         "energy": figures.energy(tables.energy_table(events)),
         "kept": figures.kept(tables.kept_table(events)),
-        "truncated": figures.truncated(tables.truncated_table(rows), metric),
         "categories": figures.categories(tables.category_table(events, "unseen"), metric),
-        "traffic": figures.traffic(traffic),
-        "traffic total": figures.traffic_total(traffic),
+        "traffic": figures.traffic(tables.traffic_table(events)),
         "times": figures.times(tables.time_table(events)),
+        "uploads": figures.uploads(tables.round_table(events)),
     }
 
 
@@ -85,11 +87,37 @@ def test_categories_keep_their_height_and_order():
     assert len(tall.layout.yaxis.ticktext) == 41
 
 
-def test_names_cut_alike_keep_bars_of_their_own():
-    rows = [tables.RankTypeRow(f"{'x' * 30}{n}{'y' * 30}", n, None) for n in (2, 3, 5)]
-    bars = figures.rank_clients(rows).data[0]
-    assert list(bars.y) == [2, 3, 5]
-    assert len(set(bars.x)) == 3
+def test_two_points_have_no_line_that_suggests_a_trend(make_journal: Make):
+    few, many = every_figure(make_journal(rounds=1)), every_figure(make_journal(rounds=2))
+    assert {trace.mode for trace in few["curve"].data} == {"markers"}
+    assert {trace.mode for trace in many["curve"].data} == {"lines+markers"}
+    assert {trace.mode for trace in few["training"].data} == {"markers"}
+
+
+def test_the_curve_of_few_clients_has_its_intervals(make_journal: Make):
+    rows = tables.trajectory(tables.evaluation_table(make_journal()))
+    for metric in tables.METRICS[:2]:
+        for trace in figures.learning_curve(rows, metric).data:
+            assert len(trace.error_y.array) == len(trace.y) == 7
+            assert min(*trace.error_y.array, *trace.error_y.arrayminus) > 0
+
+
+def test_counts_have_whole_numbers_on_their_axis(make_journal: Make):
+    drawn = every_figure(make_journal(clients=7))
+    assert (drawn["uploads"].layout.yaxis.tickformat, drawn["uploads"].layout.yaxis.dtick) == (
+        "d",
+        1,
+    )
+    assert drawn["training"].layout.xaxis.dtick == 1
+    assert drawn["spectrum"].layout.xaxis.tickformat == "d"
+
+
+def test_failed_clients_and_unused_uploads_stand_on_the_usable_ones():
+    counts = {LossKind.NO_ANSWER: 2, LossKind.CLIENT_ERROR: 1}
+    row = tables.RoundRow(1, 5, counts, 4, None, None, None, None, None)
+    figure = figures.uploads([row])
+    assert [trace.y for trace in figure.data] == [(5,), (3,), (4,)]
+    assert figure.layout.barmode == "stack" and figure.layout.yaxis.dtick is None
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""What remains of a run: an append-only journal of events; reports read nothing else."""
+"""What remains of a run: an append-only journal of events; reports read it."""
 
 from __future__ import annotations
 

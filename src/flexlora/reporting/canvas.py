@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 
 BLUE, ORANGE, GREY = "#4a7fc1", "#d2722a", "#8b929c"
 GROUPS = {"seen": BLUE, "unseen": ORANGE}
+SYMBOL_BY_GROUP = {"seen": "circle", "unseen": "diamond"}
 TYPES = (
     "#3f9c8c",
     "#a06cc4",
@@ -77,18 +78,26 @@ def blank(x_title: str, y_title: str, height: int = HEIGHT) -> go.Figure:
     return figure.update_yaxes(title_text=y_title)
 
 
-def named_x(figure: go.Figure, names: Sequence[str]) -> go.Figure:
-    """Label the positions 0, 1, 2, ...: names as positions would merge names that are cut alike."""
-    labels = [shown(name, 24) for name in names]
-    return figure.update_xaxes(tickvals=list(range(len(names))), ticktext=labels, showgrid=False)
-
-
 def by_round(rounds: set[int], y_title: str) -> go.Figure:
     """A blank figure whose horizontal axis is the round."""
     figure = blank("Round", y_title)
     few = len(rounds) <= 12 and max(rounds) - min(rounds) <= 12
     figure.update_xaxes(tickformat="d", unifiedhovertitle={"text": "Round %{x}"})
     return figure.update_xaxes(**({"dtick": 1} if few else {"nticks": 10}))
+
+
+def counted_y(figure: go.Figure, most: int) -> go.Figure:
+    """Whole numbers on the vertical axis, which counts something, at most this number."""
+    return figure.update_yaxes(tickformat="d", rangemode="tozero", **_whole_ticks(most))
+
+
+def counted_x(figure: go.Figure, most: int) -> go.Figure:
+    """Whole numbers on the horizontal axis, at most this number."""
+    return figure.update_xaxes(tickformat="d", **_whole_ticks(most))
+
+
+def _whole_ticks(most: int) -> dict[str, int]:
+    return {"dtick": 1} if most <= 10 else {"nticks": 8}
 
 
 def ramp(count: int) -> list[str]:

@@ -9,8 +9,22 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+from urllib.parse import quote
 
 import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class Link:
+    """Text that leads to a file, by its path relative to the document."""
+
+    text: str
+    path: str
+
+    @property
+    def href(self) -> str:
+        """The path as an address; it has no scheme, whatever its characters."""
+        return f"./{quote(self.path, errors='replace')}"
 
 
 @dataclass(frozen=True)
@@ -35,15 +49,26 @@ class Table:
     """A table of plain text; the columns ``words`` contain words, the others numbers.
 
     ``spans`` names groups of columns, each with its width, in a row above the head. If it is
-    ``marked``, its first row is emphasised.
+    ``marked``, its first row is emphasised. With ``order``, which has a value for each cell, a
+    click on a column's head sorts the rows by these values.
     """
 
     kind: ClassVar[str] = "table"
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Link]]
     words: Collection[int]
     spans: Sequence[tuple[str, int]] = ()
     marked: bool = False
+    order: Sequence[Sequence[float | str | None]] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Texts under labels, one below the other, such as a question and its answers."""
+
+    kind: ClassVar[str] = "sample"
+    title: str
+    texts: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +98,7 @@ class Details:
     parts: Sequence[Part]
 
 
-Part = Paragraph | Code | Table | Figures | Details
+Part = Paragraph | Code | Table | Sample | Figures | Details
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,11 @@ class Section:
         """What links to the section name."""
         return re.sub("[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all it says is what the journal does not contain."""
+        return all(isinstance(part, Paragraph) and part.missing for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Header:
@@ -97,7 +127,19 @@ class Header:
     subtitle: str
     outcome: str
     notes: Sequence[str]
-    facts: Sequence[tuple[str, str]]
+    facts: Sequence[tuple[str, str | Link]]
+
+
+def without_empty(sections: Sequence[Section]) -> tuple[list[Section], list[str]]:
+    """The sections that are not empty, and what the empty ones say."""
+    texts = [
+        part.text
+        for section in sections
+        if section.is_empty
+        for part in section.parts
+        if isinstance(part, Paragraph)
+    ]
+    return [section for section in sections if not section.is_empty], texts
 
 
 def missing(sentence: str) -> Paragraph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -10,16 +11,20 @@ from flexlora.journal import byte_unit
 from flexlora.reporting import canvas
 from flexlora.reporting.tables import (
     CategoryRow,
+    ClientChange,
     EnergyRow,
     EvaluationRow,
     KeptRow,
     Metric,
-    RankTypeRow,
+    RoundRow,
     SpectrumRow,
     TimeRow,
     TrafficRow,
     TrainingRow,
 )
+
+FEW_POINTS = 2
+"""Up to this number of points has no line between them."""
 
 
 def training_loss(rows: Sequence[TrainingRow]) -> go.Figure:
@@ -34,7 +39,7 @@ def training_loss(rows: Sequence[TrainingRow]) -> go.Figure:
             x=[r.round for r in chosen],
             y=[r.loss for r in chosen],
             name="all clients" if name is None else canvas.shown(name, 24),
-            mode="lines+markers",
+            mode=_mode(len(chosen)),
             line={"color": colour, "width": 3 if name is None else 1.3},
             marker={"size": 7 if name is None else 4},
             hovertemplate="%{y:.3f}",
@@ -52,40 +57,66 @@ def learning_curve(rows: Sequence[EvaluationRow], metric: Metric) -> go.Figure:
                 x=[r.round for r in chosen],
                 y=[r.score(metric) for r in chosen],
                 name=f"{group} clients",
-                mode="lines+markers",
+                mode=_mode(len(chosen)),
                 line={"color": colour, "width": 2.5},
-                marker={"size": 7, "symbol": "circle" if group == "seen" else "diamond"},
-                hovertemplate=f"%{{y:.{_digits(metric) + 1}f}}",
+                marker={"size": 7, "symbol": canvas.SYMBOL_BY_GROUP[group]},
+                error_y=_whiskers(chosen, metric, colour),
+                hovertemplate=f"%{{y:.{_digits(metric)}f}}",
+            )
+    return figure.update_yaxes(rangemode="tozero") if metric.unit == "%" else figure
+
+
+def sorted_clients(rows: Sequence[ClientChange], metric: Metric) -> go.Figure:
+    """The score of each client after training, the worst first; a line per group."""
+    figure = canvas.blank("Clients, the worst first (%)", f"{metric.title} ({metric.unit})")
+    for group, colour in canvas.GROUPS.items():
+        chosen = [r for r in rows if r.group == group]
+        chosen.sort(key=lambda r: metric.gain(0.0, r.after))
+        if chosen:
+            figure.add_scatter(
+                x=[100 * (place + 0.5) / len(chosen) for place in range(len(chosen))],
+                y=[r.after for r in chosen],
+                name=f"{group} clients",
+                mode=_mode(len(chosen)),
+                line={"color": colour, "width": 1},
+                marker={"size": 7, "symbol": canvas.SYMBOL_BY_GROUP[group]},
+                customdata=[_hover(r) for r in chosen],
+                hovertemplate=f"%{{customdata}}: %{{y:.{_digits(metric)}f}}<extra></extra>",
+            )
+    return figure.update_xaxes(range=[0, 100])
+
+
+def client_changes(rows: Sequence[ClientChange], metric: Metric) -> go.Figure:
+    """The score of each client after training against that before; a line where both are equal."""
+    unit = f"{metric.title}, {metric.unit}"
+    figure = canvas.blank(f"Before training ({unit})", f"After training ({unit})")
+    compared = [r for r in rows if r.before is not None]
+    values = [v for r in compared for v in (r.before, r.after) if v is not None]
+    ends = [min(values), max(values)]
+    figure.add_scatter(
+        x=ends,
+        y=ends,
+        name="no change",
+        mode="lines",
+        line={"color": canvas.GREY, "width": 1, "dash": "dash"},
+        hoverinfo="skip",
+    )
+    for group, colour in canvas.GROUPS.items():
+        chosen = [r for r in compared if r.group == group]
+        if chosen:
+            figure.add_scatter(
+                x=[r.before for r in chosen],
+                y=[r.after for r in chosen],
+                name=f"{group} clients",
+                mode="markers",
+                marker={"color": colour, "size": 8, "symbol": canvas.SYMBOL_BY_GROUP[group]},
+                customdata=[_hover(r) for r in chosen],
+                hovertemplate=(
+                    f"%{{customdata}}: %{{x:.{_digits(metric)}f}} → %{{y:.{_digits(metric)}f}}"
+                    "<extra></extra>"
+                ),
             )
     return figure
-
-
-def rank_clients(rows: Sequence[RankTypeRow]) -> go.Figure:
-    """How many clients train at each rank type."""
-    figure = canvas.blank("Rank type", "Clients", canvas.HEIGHT - 40)
-    figure.add_bar(
-        x=list(range(len(rows))),
-        y=[r.clients for r in rows],
-        text=[f"{r.clients:,}" for r in rows],
-        name="clients",
-        marker={"color": canvas.BLUE},
-    )
-    few = max((r.clients for r in rows), default=0) <= 10
-    figure.update_yaxes(tickformat="d", **({"dtick": 1} if few else {}))
-    return canvas.named_x(figure, [r.name for r in rows])
-
-
-def rank_parameters(rows: Sequence[RankTypeRow]) -> go.Figure:
-    """How many parameters a client of each rank type trains."""
-    figure = canvas.blank("Rank type", "Trainable parameters", canvas.HEIGHT - 40)
-    figure.add_bar(
-        x=list(range(len(rows))),
-        y=[r.trainable for r in rows],
-        text=[_short(r.trainable) for r in rows],
-        name="trainable parameters of one client",
-        marker={"color": canvas.ORANGE},
-    )
-    return canvas.named_x(figure, [r.name for r in rows]).update_yaxes(tickformat="~s")
 
 
 def spectrum(rows: Sequence[SpectrumRow]) -> go.Figure:
@@ -107,6 +138,7 @@ def spectrum(rows: Sequence[SpectrumRow]) -> go.Figure:
         )
     if len(rows) > 8:
         canvas.round_scale(figure, rounds)
+    canvas.counted_x(figure, max(len(row.values) for row in rows))
     return figure.update_yaxes(type="log", exponentformat="power", dtick=1, tickfont={"size": 10})
 
 
@@ -127,44 +159,28 @@ def energy(rows: Sequence[EnergyRow]) -> go.Figure:
 
 
 def kept(rows: Sequence[KeptRow]) -> go.Figure:
-    """The energy kept at each rank level: the mean over modules, with the extremes."""
+    """The energy kept at each rank level: the mean over modules, in a band of the extremes."""
     figure = canvas.blank("Truncated to rank", "Energy kept (%)")
-    figure.add_bar(
-        x=[str(r.rank) for r in rows],
-        y=[r.mean for r in rows],
-        text=[f"{r.mean:.1f}" for r in rows],
-        textposition="inside",
-        insidetextanchor="start",
-        name="mean over modules",
-        marker={"color": canvas.BLUE},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [r.highest - r.mean for r in rows],
-            "arrayminus": [r.mean - r.lowest for r in rows],
-            "color": canvas.GREY,
-        },
+    ranks = [r.rank for r in rows]
+    figure.add_scatter(
+        x=[*ranks, *reversed(ranks)],
+        y=[*(r.highest for r in rows), *(r.lowest for r in reversed(rows))],
+        name="from the lowest to the highest module",
+        fill="toself",
+        mode="none",
+        fillcolor=canvas.GREY,
+        opacity=0.25,
+        hoverinfo="skip",
     )
-    return figure.update_xaxes(type="category", showgrid=False).update_yaxes(range=[0, 105])
-
-
-def truncated(rows: Sequence[EvaluationRow], metric: Metric) -> go.Figure:
-    """One metric of the global adapter and of its truncations, seen against unseen."""
-    figure = canvas.blank("Adapter", f"{metric.title} ({metric.unit})")
-    names = list(dict.fromkeys(r.adapter for r in rows))
-    for group, colour in canvas.GROUPS.items():
-        chosen = [r for r in rows if r.group == group and r.score(metric) is not None]
-        if chosen:
-            scores = [r.score(metric) for r in chosen]
-            figure.add_bar(
-                x=[names.index(r.adapter) for r in chosen],
-                y=scores,
-                text=[f"{score:.{_digits(metric)}f}" for score in scores],
-                textangle=0,
-                name=f"{group} clients",
-                marker={"color": colour},
-            )
-    return canvas.named_x(figure, names)
+    figure.add_scatter(
+        x=ranks,
+        y=[r.mean for r in rows],
+        name="mean over modules",
+        mode="lines+markers",
+        line={"color": canvas.BLUE},
+        hovertemplate="rank %{x}: %{y:.1f} %<extra></extra>",
+    )
+    return canvas.counted_x(figure, max(ranks)).update_yaxes(rangemode="tozero")
 
 
 def categories(rows: Sequence[CategoryRow], metric: Metric) -> go.Figure:
@@ -226,24 +242,24 @@ def traffic(rows: Sequence[TrafficRow]) -> go.Figure:
     return figure
 
 
-def traffic_total(rows: Sequence[TrafficRow]) -> go.Figure:
-    """The bytes since the start, up and down."""
-    divisor, unit = byte_unit(max(rows[-1].total_up, rows[-1].total_down))
-    figure = canvas.by_round({r.round for r in rows}, f"Sent since the start ({unit})")
+def uploads(rows: Sequence[RoundRow]) -> go.Figure:
+    """The clients of each round, stacked: usable uploads, failed clients, uploads not needed."""
+    figure = canvas.by_round({r.round for r in rows}, "Clients")
     sides = (
-        ("up", canvas.BLUE, "solid", [r.total_up for r in rows]),
-        ("down", canvas.ORANGE, "dash", [r.total_down for r in rows]),
+        ("usable uploads", canvas.BLUE, [r.received or 0 for r in rows]),
+        ("failed", canvas.ORANGE, [sum(r.failed.values()) for r in rows]),
+        ("not needed", canvas.GREY, [r.not_needed for r in rows]),
     )
-    for name, colour, dash, values in sides:
-        figure.add_scatter(
+    for name, colour, values in sides:
+        figure.add_bar(
             x=[r.round for r in rows],
-            y=[value / divisor for value in values],
+            y=values,
             name=name,
-            mode="lines+markers",
-            line={"color": colour, "width": 2.5, "dash": dash},
-            hovertemplate="%{y:.4g} " + unit,
+            marker={"color": colour},
+            hovertemplate="%{y:,d}",
         )
-    return figure.update_yaxes(rangemode="tozero")
+    most = max(sum(counts) for counts in zip(*(values for *_, values in sides), strict=True))
+    return canvas.counted_y(figure, most).update_layout(barmode="stack")
 
 
 def times(rows: Sequence[TimeRow]) -> go.Figure:
@@ -268,10 +284,26 @@ def _digits(metric: Metric) -> int:
     return 1 if metric.unit == "%" else 2
 
 
-def _short(number: int | None) -> str:
-    if number is None:
-        return ""
-    for divisor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= divisor:
-            return f"{number / divisor:.3g} {unit}"
-    return str(number)
+def _whiskers(rows: Sequence[EvaluationRow], metric: Metric, colour: str) -> dict[str, Any] | None:
+    """The 95 % intervals of these rows; None if there are none."""
+    ends = [(r.score(metric) or 0.0, r.interval(metric)) for r in rows]
+    if all(interval is None for _, interval in ends):
+        return None
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [interval.high - score if interval else 0.0 for score, interval in ends],
+        "arrayminus": [score - interval.low if interval else 0.0 for score, interval in ends],
+        "color": colour,
+        "thickness": 1,
+        "width": 3,
+    }
+
+
+def _hover(row: ClientChange) -> str:
+    return f"{canvas.shown(row.client, 40)} ({row.examples:,} examples)"
+
+
+def _mode(points: int) -> str:
+    """Few points have no line, which would suggest a trend."""
+    return "lines+markers" if points > FEW_POINTS else "markers"

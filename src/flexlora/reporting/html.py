@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import plotly.io
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
-from flexlora.reporting.document import Figure, Header, Section, figures_in
+from flexlora.reporting.document import Figure, Header, Section, figures_in, without_empty
 
 POLICY = Markup(
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; form-action 'none'; base-uri 'none'"
 )
 """The Content-Security-Policy of a document: the browser may open no connection."""
+
+_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    # A list of our own: the default one has a button that uploads the figure.
+    "modeBarButtons": [["toImage", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+}
 
 
 def source(name: str) -> str:
@@ -34,20 +44,29 @@ def render(template: str, **values: Any) -> str:
 
 
 def render_document(title: str, header: Header, sections: Sequence[Section]) -> str:
-    """One self-contained page, offline; with figures about 5 MB, nearly all of it plotly's.
+    """One self-contained page, offline; with figures about 2 MB, nearly all of it plotly's.
 
-    Equal documents give equal text.
+    Empty sections are left out; what they say is one paragraph at the end. Equal documents give
+    equal text.
     """
     drawn = any(True for _ in figures_in(sections))
-    scripts = Markup(f"{get_plotlyjs()}\n{source('figures.js')}") if drawn else ""
+    filled, left_out = without_empty(sections)
     return render(
         "document.html",
         title=title,
         header=header,
-        sections=sections,
+        sections=filled,
+        left_out=left_out,
         policy=POLICY,
-        plotly=scripts,
+        plotly=Markup(_packed_plotly()) if drawn else "",
+        script=Markup(source("document.js")),
     )
+
+
+@cache
+def _packed_plotly() -> str:
+    """Plotly's JavaScript compressed, as text: less than half as long."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 @cache
@@ -60,24 +79,24 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["plot"] = _plot
+    environment.filters["plotted"] = _plotted
     return environment
 
 
-def _plot(figure: Figure) -> Markup:
-    """A figure under an id made of its content: plotly would draw one at random."""
-    content = f"{figure.caption}\0{figure.plot.to_json()}".encode(errors="replace")
-    drawn = plotly.io.to_html(
-        figure.plot,
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"figure-{hashlib.sha256(content).hexdigest()[:12]}",
-        config={
-            "displaylogo": False,
-            "responsive": True,
-            # A list of our own: the default one has a button that uploads the figure.
-            "modeBarButtons": [["toImage", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
-        },
-    )
+@dataclass(frozen=True)
+class _Plotted:
+    """A figure for the page: the name and the height in pixels of its element, and its JSON."""
+
+    name: str
+    height: int
+    json: Markup
+
+
+def _plotted(figure: Figure) -> _Plotted:
+    """A figure under a name made of its content, so that equal figures have equal names."""
+    content = figure.plot.to_plotly_json() | {"config": _CONFIG}
     # Plotly escapes what could end the script; names in it were escaped by ``canvas.shown``.
-    return Markup(drawn)
+    text = to_json_plotly(content)
+    named = f"{figure.title}\0{figure.caption}\0{text}".encode(errors="replace")
+    name = f"figure-{hashlib.sha256(named).hexdigest()[:12]}"
+    return _Plotted(name, figure.plot.layout.height, Markup(text))

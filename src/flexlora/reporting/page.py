@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run, written from its journal and nothing else."""
+"""One self-contained HTML page of a run, from its journal and the answers saved beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from flexlora.errors import ConfigError
 from flexlora.journal import JOURNAL, Event, Record
 from flexlora.reporting import html, sections, tables
+from flexlora.reporting.run_files import RunFiles, run_files
+from flexlora.storage import write_atomically
 
 PAGE = "report.html"
 
@@ -15,8 +17,8 @@ PAGE = "report.html"
 def write(run_folder: Path) -> Path:
     """Write ``report.html`` into the folder of a run, over an older one, and return its path.
 
-    The page takes about 5 MB, nearly all of it plotly's JavaScript. What the journal does not
-    contain, because the run was short or was stopped, the page says in words.
+    The page takes about 2 MB, nearly all of it plotly's JavaScript. What the journal does not
+    contain, because the run was short or was stopped, the page leaves out, and says so.
 
     Raises:
         ConfigError: the folder has no journal.
@@ -29,26 +31,31 @@ def write(run_folder: Path) -> Path:
             "folder of a run."
         )
     path = record.folder / PAGE
-    text = render(list(record.events()), record.folder.resolve().name)
+    events = list(record.events())
+    files = run_files(record.folder, tables.run_facts(events))
+    text = render(events, record.folder.resolve().name, files)
     # A name in the journal may contain half a surrogate pair, which has no bytes.
-    path.write_text(text, encoding="utf-8", errors="replace")
+    write_atomically(path, text.encode(errors="replace"))
     return path
 
 
-def render(events: Sequence[Event], name: str = "") -> str:
+def render(events: Sequence[Event], name: str = "", files: RunFiles | None = None) -> str:
     """The page of these events of the run called ``name``. Equal events give equal text."""
     facts = tables.run_facts(events)
     rows = tables.evaluation_table(events)
+    files = files or RunFiles()
     return html.render_document(
-        title=f"{name or facts.method or 'Federated'} run report",
-        header=sections.header(name, facts, events, rows),
+        title=sections.title(name),
+        header=sections.header(name, facts, events, rows, files),
         sections=[
             sections.scores(rows),
+            sections.client_scores(rows),
+            sections.samples(files.samples),
             sections.learning(events, rows),
             sections.ranks(events, rows),
             sections.spectrum(events),
             sections.categories(events, rows),
-            sections.cost(events),
+            sections.rounds(events),
             sections.clients(events, facts),
             sections.reproduce(facts),
         ],

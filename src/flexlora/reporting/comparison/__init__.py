@@ -21,7 +21,7 @@ __all__ = ["Comparison", "compared", "printed", "render", "sections", "verdict",
 def write(folder: Path, outcomes: Sequence[Outcome]) -> Comparison:
     """Write the comparison of these runs into its folder as Markdown, JSON and HTML.
 
-    The page takes about 5 MB, nearly all of it plotly's JavaScript; it needs no network.
+    The page takes about 2 MB, nearly all of it plotly's JavaScript; it needs no network.
     """
     comparison = compared(outcomes)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,37 +6,55 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from flexlora.journal import Event, LossKind, counted, duration, number
+from flexlora.journal import NOTHING, Event, LossKind, counted, duration, number
 from flexlora.reporting import tables
-from flexlora.reporting.document import Header
-from flexlora.reporting.tables import EvaluationRow, Metric, RankTypeRow, RunFacts
+from flexlora.reporting.document import Header, Link
+from flexlora.reporting.run_files import RunFiles
+from flexlora.reporting.tables import (
+    METRICS,
+    EvaluationRow,
+    Interval,
+    Metric,
+    RankTypeRow,
+    RunFacts,
+)
+
+INTERVALS = "Intervals are 95 %: bootstrapped over clients, for exact match Wilson's over examples."
+
+
+def title(name: str) -> str:
+    """The title of the report of the run called ``name``, which may be empty."""
+    return f"{name} — flexlora run report" if name else "flexlora run report"
 
 
 def header(
-    name: str, facts: RunFacts, events: Sequence[Event], rows: Sequence[EvaluationRow]
+    name: str,
+    facts: RunFacts,
+    events: Sequence[Event],
+    rows: Sequence[EvaluationRow],
+    files: RunFiles,
 ) -> Header:
     """The head of the report of the run called ``name``, which may be empty."""
     course = _course(facts, events)
     return Header(
-        title=f"Run report: {name}" if name else "Run report",
+        title=title(name),
         subtitle=_subtitle(facts),
         outcome=outcome(facts, events, rows),
-        notes=[" ".join(course)] if course else [],
-        facts=_facts(facts, tables.rank_type_table(events)),
+        notes=[*_other_scores(rows), *([" ".join(course)] if course else [])],
+        facts=_facts(facts, tables.rank_type_table(events), files),
     )
 
 
 def outcome(facts: RunFacts, events: Sequence[Event], rows: Sequence[EvaluationRow]) -> str:
-    """The main result in one or two sentences, with its numbers.
+    """The main result in one sentence, with its numbers.
 
-    Scores are those of the global adapter on unseen clients, or on seen ones if no others were
+    The score is that of the global adapter on unseen clients, or on seen ones if no others were
     evaluated; without any evaluation it is the training loss.
     """
     metric = tables.main_metric(rows)
-    group = "unseen" if any(r.group == "unseen" for r in tables.trajectory(rows)) else "seen"
-    first, last = tables.before_and_after(rows, group)
+    first, last = tables.before_and_after(rows, _main_group(rows))
     if metric and last and last.score(metric) is not None:
-        return " ".join([_gain(metric, first, last), *_loss(metric, first, last)])
+        return _gain(metric, first, last)
     losses = [
         r for r in tables.training_table(events) if r.rank_type is None and r.loss is not None
     ]
@@ -64,6 +82,35 @@ def rank_types(rows: Sequence[RankTypeRow]) -> str:
     return ", ".join(map(_rank_type, rows))
 
 
+def local_training(facts: RunFacts) -> str:
+    """What a client does in a round: steps or epochs, the batch and the optimizer."""
+    steps, epochs = facts.setting("training.max_steps"), facts.setting("training.epochs")
+    batch = facts.setting("training.batch_examples")
+    amount = ""
+    if isinstance(steps, int):
+        amount = counted(steps, "step")
+    elif isinstance(epochs, int):
+        amount = counted(epochs, "epoch")
+    size = f"batches of {counted(batch, 'example')}" if isinstance(batch, int) else ""
+    parts = (amount, size, facts.setting("training.optimizer"))
+    return ", ".join(str(part) for part in parts if part)
+
+
+def learning_rate(facts: RunFacts) -> str:
+    """The learning rate and its schedule."""
+    rate, schedule = facts.setting("training.learning_rate"), facts.setting("training.schedule")
+    if rate is None:
+        return ""
+    return f"{rate:g}, {schedule}" if schedule else f"{rate:g}"
+
+
+def started(facts: RunFacts) -> str:
+    """When the run was started, in UTC; empty if that was not recorded."""
+    if facts.started is None:
+        return ""
+    return f"{datetime.fromtimestamp(facts.started, UTC):%Y-%m-%d %H:%M} UTC"
+
+
 def flat(value: Any) -> str:
     """A nested value on one line of text."""
     if isinstance(value, Mapping):
@@ -73,9 +120,20 @@ def flat(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def between(interval: Interval | None, digits: int, sign: str = "") -> str:
+    """An interval as text, such as 8.1 to 13.6; a dash if there is none."""
+    if interval is None:
+        return NOTHING
+    return f"{interval.low:{sign}.{digits}f} to {interval.high:{sign}.{digits}f}"
+
+
 def _rank_type(row: RankTypeRow) -> str:
     ranks = f" of rank {' and '.join(map(str, row.ranks))}" if row.ranks else ""
     return f"{row.name} ({counted(row.clients, 'client')}{ranks})"
+
+
+def _main_group(rows: Sequence[EvaluationRow]) -> str:
+    return "unseen" if any(r.group == "unseen" for r in tables.trajectory(rows)) else "seen"
 
 
 def _gain(metric: Metric, first: EvaluationRow | None, last: EvaluationRow) -> str:
@@ -84,56 +142,96 @@ def _gain(metric: Metric, first: EvaluationRow | None, last: EvaluationRow) -> s
     clients = counted(last.clients, f"{last.group} client")
     on = f"{clients} ({counted(last.examples, 'example')})"
     unit = " %" if metric.unit == "%" else f" {metric.unit}"
-    if after is None or before is None:
+    if first is None or after is None or before is None:
         return (
-            f"{metric.title} on {on} is {number(after, 2)}{unit} after round {last.round}; "
-            "it was not measured before training."
+            f"{metric.title} on {on} is {number(after, 2)}{unit}{_in_interval(last, metric)} after "
+            f"round {last.round}; it was not measured before training."
         )
     points = "points" if metric.unit == "%" else metric.unit
     rounds = counted(last.round, "round")
     if after == before:
-        return f"{metric.title} on {on} stayed at {number(after, 2)}{unit} in {rounds}."
+        return (
+            f"{metric.title} on {on} stayed at {number(after, 2)}{unit}"
+            f"{_in_interval(last, metric)} in {rounds}."
+        )
     return (
         f"{metric.title} on {on} {'rose' if after > before else 'fell'} from "
-        f"{number(before, 2)} to {number(after, 2)}{unit} ({after - before:+.2f} {points}) in "
-        f"{rounds}."
+        f"{number(before, 2)} to {number(after, 2)}{unit} ({after - before:+.2f} {points}"
+        f"{_change(first, last, metric)}) in {rounds}."
     )
 
 
-def _loss(metric: Metric, first: EvaluationRow | None, last: EvaluationRow) -> list[str]:
-    """The change of the loss beside that of another metric, if it was measured."""
-    if metric.key == "loss" or first is None or first.loss is None or last.loss is None:
+def _in_interval(row: EvaluationRow, metric: Metric) -> str:
+    interval = row.interval(metric)
+    return f" (95 % interval {between(interval, 2)})" if interval else ""
+
+
+def _change(first: EvaluationRow, last: EvaluationRow, metric: Metric) -> str:
+    interval = last.change(first, metric)
+    if interval is None:
+        return ""
+    doubt = ", which contains no change" if interval.has_zero else ""
+    return f"; 95 % interval {between(interval, 2, '+')}{doubt}"
+
+
+def _other_scores(rows: Sequence[EvaluationRow]) -> list[str]:
+    """The metrics beside the main one, and how the intervals were made."""
+    main = tables.main_metric(rows)
+    first, last = tables.before_and_after(rows, _main_group(rows))
+    if last is None or main is None:
         return []
-    return [f"The loss went from {first.loss:.3f} to {last.loss:.3f} nats per token."]
+    sentences = []
+    for metric in METRICS:
+        after, before = last.score(metric), first.score(metric) if first else None
+        if metric is main or after is None:
+            continue
+        unit, digits = (" %", 2) if metric.unit == "%" else (f" {metric.unit}", 3)
+        interval = between(last.interval(metric), digits)
+        start = "is" if before is None else f"went from {before:.{digits}f} to"
+        start = "stayed at" if before == after else start
+        told = f" (95 % interval {interval})" if interval != NOTHING else ""
+        sentences.append(f"{metric.title} {start} {after:.{digits}f}{unit}{told}.")
+    return [" ".join([*sentences, INTERVALS])]
 
 
 def _subtitle(facts: RunFacts) -> str:
     trained = " on ".join(text for text in (facts.method, facts.base_model) if text)
-    if facts.started is None:
-        return trained
-    started = f"started {datetime.fromtimestamp(facts.started, UTC):%Y-%m-%d %H:%M} UTC"
-    return f"{trained}, {started}" if trained else started
+    start = started(facts)
+    begun = f"started {start}" if start else ""
+    took = duration(facts.seconds, digits=1) if facts.seconds is not None else ""
+    return ", ".join(part for part in (trained, begun, f"took {took}" if took else "") if part)
 
 
-def _facts(facts: RunFacts, types: Sequence[RankTypeRow]) -> list[tuple[str, str]]:
+def _facts(
+    facts: RunFacts, types: Sequence[RankTypeRow], files: RunFiles
+) -> list[tuple[str, str | Link]]:
     planned = "" if facts.rounds_planned is None else f" of {facts.rounds_planned:,}"
+    adapter = facts.adapter or "not written: the run is not complete"
     values: dict[str, Any] = {
         "Method": facts.method,
         "Base model": facts.base_model,
         "Rank types": rank_types(types),
         "Clients": client_count(facts),
         "Rounds completed": f"{facts.rounds_done:,}{planned}",
+        "Local training per round": local_training(facts),
+        "Learning rate": learning_rate(facts),
         "Adapted modules": facts.modules,
         "Seed": facts.seed,
         "flexlora": facts.version,
         "Hardware": flat(facts.hardware),
-        "Time": None if facts.seconds is None else duration(facts.seconds, digits=1),
-        "Global adapter": facts.adapter or "not written: the run is not complete",
+        "Global adapter": Link(files.adapter, files.adapter) if files.adapter else adapter,
+        "Config": Link(files.config, files.config) if files.config else None,
     }
+    optional = ("Config", "Local training per round", "Learning rate")
     return [
-        (label, "not recorded" if value in (None, "") else str(value))
+        (label, value if isinstance(value, Link) else _recorded(value))
         for label, value in values.items()
+        if value not in (None, "") or label not in optional
     ]
+
+
+def _recorded(value: Any) -> str:
+    return "not recorded" if value in (None, "") else str(value)
 
 
 def _course(facts: RunFacts, events: Sequence[Event]) -> list[str]:

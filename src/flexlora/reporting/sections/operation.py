@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexlora.journal import Event, number, size
+from flexlora.journal import Event, byte_unit, duration, number, size
 from flexlora.reporting import figures, tables
 from flexlora.reporting.document import (
     Code,
@@ -17,26 +17,30 @@ from flexlora.reporting.document import (
     grid,
     missing,
 )
-from flexlora.reporting.tables import ClientRow, RunFacts
+from flexlora.reporting.names import shortened
+from flexlora.reporting.tables import ClientRow, RoundRow, RunFacts
+
+LONGEST_TABLE = 12
+FEW_ROUNDS = 2
+"""Up to this number of rounds nothing is drawn: the numbers stand in the table."""
 
 
-def cost(events: Sequence[Event]) -> Section:
-    """Bytes and seconds by round."""
-    traffic, times = tables.traffic_table(events), tables.time_table(events)
-    drawn, parts = [], list[Part]()
-    if traffic:
-        caption = "Bytes from the clients (up) and to the clients (down), of all clients together."
-        drawn.append(Figure("Traffic by round", figures.traffic(traffic), caption))
-        plot = figures.traffic_total(traffic)
-        drawn.append(Figure("Traffic since the start", plot, "The same, summed over rounds."))
-    else:
-        parts.append(missing("No completed round counted its bytes."))
-    if times:
-        caption = "Wall-clock time of a round, split into training with exchange and aggregation."
-        drawn.append(Figure("Time by round", figures.times(times), caption))
-    else:
-        parts.append(missing("No completed round measured its time."))
-    return Section("Cost", [*parts, *grid(drawn)])
+def rounds(events: Sequence[Event]) -> Section:
+    """Uploads, bytes and seconds by round."""
+    rows = tables.round_table(events)
+    if not rows:
+        return Section("Rounds", [missing("No round was completed.")])
+    note = Paragraph(
+        "Uploads are usable ones; failed clients returned none, and “not needed” are those that "
+        "came after the round had enough. Up is from the clients to the server, down the other "
+        "way, both of all clients together. Time is wall-clock time, of which aggregation."
+    )
+    parts: list[Part] = [note, _round_table(rows[:LONGEST_TABLE])]
+    if len(rows) > LONGEST_TABLE:
+        short = _round_table([*rows[:3], *rows[-3:]])
+        every = Details(f"All {len(rows):,} rounds", [_round_table(rows)])
+        parts = [note, Paragraph("First and last three rounds:"), short, every]
+    return Section("Rounds", [*parts, *grid(_drawn(events, rows))])
 
 
 def clients(events: Sequence[Event], facts: RunFacts) -> Section:
@@ -45,13 +49,15 @@ def clients(events: Sequence[Event], facts: RunFacts) -> Section:
     if not rows:
         return Section("Clients", [missing("No client has completed a round.")])
     head = ["Client", "Rank type", "Rounds", "Failed", "Examples", "Up", "Down", "Last loss"]
+    head.append("Last failure")
     of = f"{len(rows):,}" + (f" of {facts.clients:,}" if facts.clients else "")
     note = Paragraph(
-        "Rounds are those with a usable upload; failed are those without one, with the last "
-        "reason. Examples and bytes are summed over the rounds; the last loss is the mean training "
-        "loss of the client's last round, in nats per token."
+        "Rounds are those with a usable upload; failed are those without one. Examples and bytes "
+        "are summed over the rounds; the last loss is the mean training loss of the client's last "
+        "round, in nats per token. A click on a column's head sorts by it."
     )
-    table = Table(head, [_client_cells(row) for row in rows], {0, 1, 3})
+    cells, order = [_client_cells(row) for row in rows], [_client_order(row) for row in rows]
+    table = Table(head, cells, {0, 1, 8}, order=order)
     return Section("Clients", [note, Details(f"{of} clients took part", [table])])
 
 
@@ -59,24 +65,81 @@ def reproduce(facts: RunFacts) -> Section:
     """The config and the versions with which the run can be repeated."""
     from flexlora.config import dump  # loads PyTorch, which a page otherwise does not need
 
-    version = facts.version or "(version not recorded)"
+    if not facts.config:
+        return Section("Reproduce", [missing("The config was not recorded.")])
+    versions = ", ".join(f"{name} {value}" for name, value in facts.versions.items())
     seed = (
         f" Its seed, {facts.seed}, determines all random draws." if facts.seed is not None else ""
     )
-    command = (
-        "start the server with flexlora serve config.toml, and each client with flexlora join"
-        if facts.real
-        else "run it with flexlora run config.toml"
-    )
-    sentence = f"Save the config below as config.toml and {command} (flexlora {version}).{seed}"
-    config: Part = (
-        Details("Config of the run", [Code(dump(facts.config))])
-        if facts.config
-        else missing("The config was not recorded.")
-    )
-    versions = ", ".join(f"{name} {value}" for name, value in facts.versions.items())
-    text = f"Versions: {versions or 'not recorded'}."
-    return Section("Reproduce", [Paragraph(sentence), config, Paragraph(text)])
+    commands = ["flexlora run config.toml"]
+    which = "it"
+    if facts.real:
+        which = "the server, and at each client join with its own rows"
+        commands = [
+            "flexlora serve config.toml --keys KEYS",
+            "flexlora join SERVER:8090 --keys KEYS --data ROWS",
+        ]
+    text = f"Save this config as config.toml and start {which} (flexlora {facts.version})."
+    parts: list[Part] = [
+        Paragraph(f"{text}{seed}"),
+        Code("\n".join(commands)),
+        Details("config.toml", [Code(dump(facts.config))]),
+    ]
+    if facts.real:
+        parts.append(
+            Paragraph(
+                "KEYS is the folder of the machine's own keys, made with flexlora keys, SERVER the "
+                "server's host name, ROWS the client's file. The clients' rows are not part of "
+                "this config."
+            )
+        )
+    return Section("Reproduce", [*parts, Paragraph(f"Versions: {versions or 'not recorded'}.")])
+
+
+def _round_table(rows: Sequence[RoundRow]) -> Table:
+    failures = any(row.failed or row.not_needed for row in rows)
+    head = ["Round", "Uploads", *(["Failed", "Not needed"] if failures else []), "Training loss"]
+    head += ["Up", "Down", "Time", "Aggregation"]
+    cells = []
+    for row in rows:
+        kinds = ", ".join(f"{kind.text}: {n:,}" for kind, n in row.failed.items())
+        lost = [f"{sum(row.failed.values()):,}" + (f" ({kinds})" if kinds else "")]
+        lost.append(f"{row.not_needed:,}")
+        cells.append(
+            [
+                f"{row.round:,}",
+                number(row.received, 0),
+                *(lost if failures else []),
+                number(row.loss, 3),
+                *(_size(count) for count in (row.bytes_up, row.bytes_down)),
+                duration(row.seconds, 2),
+                duration(row.aggregation, 2),
+            ]
+        )
+    return Table(head, cells, {2} if failures else ())
+
+
+def _size(count: int | None) -> str:
+    return number(None, 0) if count is None else size(count)
+
+
+def _drawn(events: Sequence[Event], rows: Sequence[RoundRow]) -> list[Figure]:
+    if len(rows) <= FEW_ROUNDS:
+        return []
+    drawn = []
+    traffic, times = tables.traffic_table(events), tables.time_table(events)
+    if traffic:
+        divisor, unit = byte_unit(max(traffic[-1].total_up, traffic[-1].total_down))
+        up, down = (n / divisor for n in (traffic[-1].total_up, traffic[-1].total_down))
+        caption = f"Of all clients together; in all rounds {up:,.1f} {unit} up and {down:,.1f} "
+        drawn.append(Figure("Bytes by round", figures.traffic(traffic), f"{caption}{unit} down."))
+    if times:
+        caption = "Wall-clock time of a round, split into training with exchange and aggregation."
+        drawn.append(Figure("Time by round", figures.times(times), caption))
+    if any(row.failed or row.not_needed for row in rows):
+        caption = "Usable uploads, failed clients, and uploads that came when there were enough."
+        drawn.append(Figure("Uploads by round", figures.uploads(rows), caption))
+    return drawn
 
 
 def _client_cells(row: ClientRow) -> list[str]:
@@ -84,9 +147,24 @@ def _client_cells(row: ClientRow) -> list[str]:
         row.client,
         ", ".join(row.rank_types) or "–",
         f"{row.rounds:,}",
-        f"{row.lost:,} ({row.last_reason})" if row.lost else "0",
+        f"{row.lost:,}",
         f"{row.examples:,}",
         size(row.bytes_up),
         size(row.bytes_down),
         number(row.last_loss, 2),
+        shortened(row.last_reason, 160) if row.last_reason else "–",
+    ]
+
+
+def _client_order(row: ClientRow) -> list[float | str | None]:
+    return [
+        row.client,
+        ", ".join(row.rank_types),
+        row.rounds,
+        row.lost,
+        row.examples,
+        row.bytes_up,
+        row.bytes_down,
+        row.last_loss,
+        row.last_reason,
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from flexlora.journal import Event, counted, number
 from flexlora.reporting import figures, tables
@@ -16,47 +16,45 @@ from flexlora.reporting.document import (
     grid,
     missing,
 )
-from flexlora.reporting.tables import CategoryRow, EvaluationRow
+from flexlora.reporting.sections.header import INTERVALS, between
+from flexlora.reporting.tables import CategoryRow, EvaluationRow, Metric
 
-LONGEST_TABLE = 20
+LONGEST_TABLE = 16
+FEW_CATEGORIES = 5
+"""Up to this number of categories a table says all, and nothing is drawn."""
+
 MOST_CATEGORIES = 60
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def scores(rows: Sequence[EvaluationRow]) -> Section:
     """The scores of all evaluations; of many, the first and the last round are shown first."""
     if not rows:
         return Section("Scores", [missing("No evaluation was recorded, so there are no scores.")])
-    by_adapter: dict[tuple[int, str], dict[str, EvaluationRow]] = {}
-    for row in rows:
-        by_adapter.setdefault((row.round, row.adapter), {})[row.group] = row
-    groups = [g for g in ("seen", "unseen") if any(r.group == g for r in rows)]
-    lines = {key: _score_cells(key, by_adapter[key], groups) for key in by_adapter}
     parts: list[Part] = [
         Paragraph(
             "Rouge-L and exact match in percent, loss in nats per token. Means are weighted by "
             "examples, the loss by tokens. Unseen clients are held out of training. Round 0 is "
-            "before training."
+            f"before training. {INTERVALS}"
         )
     ]
-    parts += [missing(f"No {g} clients were evaluated.") for g in {"seen", "unseen"} - set(groups)]
-    head = ["Round", "Adapter", *("Examples", *(m.title for m in tables.METRICS)) * len(groups)]
-    spans = [("", 2), *((f"{group.capitalize()} clients", 4) for group in groups)]
-    complete = Table(head, list(lines.values()), {1}, spans)
-    if len(lines) <= LONGEST_TABLE:
-        return Section("Scores", [*parts, complete])
-    ends = (rows[0].round, rows[-1].round)
-    short = Table(head, [cells for key, cells in lines.items() if key[0] in ends], {1}, spans)
-    every = Details(f"All {len(lines)} evaluations", [complete])
-    return Section("Scores", [*parts, Paragraph("First and last round:"), short, every])
+    for group in ("unseen", "seen"):
+        chosen = [row for row in rows if row.group == group]
+        parts += _scores_of(chosen) if chosen else [missing(f"No {group} clients were evaluated.")]
+    return Section("Scores", parts)
 
 
 def categories(events: Sequence[Event], rows: Sequence[EvaluationRow]) -> Section:
-    """The scores by category before and after training."""
+    """The scores by category before and after training, drawn if there are many."""
     metric = tables.main_metric(rows)
     drawn, listed, notes = [], list[Part](), list[Part]()
     for group in ("unseen", "seen"):
         table = tables.category_table(events, group)
         if not table or metric is None:
+            continue
+        title = f"{metric.title} by category, {group} clients"
+        if len(table) <= FEW_CATEGORIES:
+            listed += [Paragraph(f"{title} ({metric.unit}):"), _category_table(table)]
             continue
         most = MOST_CATEGORIES // 2
         chosen = table if len(table) <= MOST_CATEGORIES else table[:most] + table[-most:]
@@ -67,36 +65,59 @@ def categories(events: Sequence[Event], rows: Sequence[EvaluationRow]) -> Sectio
                     "smallest gain are drawn; the tables contain all."
                 )
             ]
-        drawn.append(
-            Figure(
-                f"{metric.title} by category, {group} clients",
-                figures.categories(chosen, metric),
-                f"{metric.title} by category on {group} clients, the greatest gain first.",
-            )
-        )
-        listed.append(_category_details(table, group))
-    if not drawn:
+        plot = figures.categories(chosen, metric)
+        drawn.append(Figure(title, plot, "The greatest gain first."))
+        summary = f"{counted(len(table), 'category', 'categories')} of {group} clients as a table"
+        listed.append(Details(summary, [_category_table(table)]))
+    if not drawn and not listed:
         sentence = "There are no scores by category from before and after training."
         return Section("Categories", [missing(sentence)])
     return Section("Categories", [*notes, *grid(drawn), *listed])
 
 
-def _score_cells(
-    key: tuple[int, str], by_group: Mapping[str, EvaluationRow], groups: Sequence[str]
-) -> list[str]:
-    cells = [f"{key[0]:,}", key[1]]
-    for group in groups:
-        row = by_group.get(group)
-        cells.append(f"{row.examples:,}" if row else "–")
-        cells += [number(row.score(m) if row else None, 2) for m in tables.METRICS]
-    return cells
+def _scores_of(rows: Sequence[EvaluationRow]) -> list[Part]:
+    """The scores of one group of clients as a table, which is shortened if it is long."""
+    sizes = {(row.clients, row.examples) for row in rows}
+    group = f"{rows[0].group.capitalize()} clients"
+    if len(sizes) == 1:
+        group += f" ({rows[0].clients:,}, n = {counted(rows[0].examples, 'example')})"
+    columns = ["Clients", "Examples"] if len(sizes) > 1 else []
+    head = ["Round", "Adapter", *columns, *(m.title for m in tables.METRICS)]
+
+    def table(chosen: Sequence[EvaluationRow]) -> Table:
+        return Table(head, [_score_cells(row, bool(columns)) for row in chosen], {1})
+
+    if len(rows) <= LONGEST_TABLE:
+        return [Paragraph(f"{group}:"), table(rows)]
+    ends = [row for row in rows if row.round in (rows[0].round, rows[-1].round)]
+    every = Details(f"All {len(rows)} evaluations on {rows[0].group} clients", [table(rows)])
+    return [Paragraph(f"{group}, first and last round:"), table(ends), every]
 
 
-def _category_details(table: Sequence[CategoryRow], group: str) -> Details:
+def _score_cells(row: EvaluationRow, with_sizes: bool) -> list[str]:
+    sizes = [f"{row.clients:,}", f"{row.examples:,}"] if with_sizes else []
+    scores = [_with_interval(row, m) for m in tables.METRICS]
+    return [f"{row.round:,}", row.adapter, *sizes, *scores]
+
+
+def _with_interval(row: EvaluationRow, metric: Metric) -> str:
+    score, interval = number(row.score(metric), 2), row.interval(metric)
+    digits = 1 if metric.unit == "%" else 2
+    if interval is None:
+        return score
+    # Unbroken, so that on a narrow page the interval stands on a line of its own.
+    return f"{score} ({between(interval, digits)})".replace(" ", _NO_BREAK).replace(
+        _NO_BREAK, " ", 1
+    )
+
+
+def _category_table(table: Sequence[CategoryRow]) -> Table:
     head = ["Category", "Examples", "Before", "After", "Gain"]
     cells = [
         [r.category, f"{r.examples:,}", number(r.before, 2), number(r.after, 2), f"{r.gain:+.2f}"]
         for r in table
     ]
-    summary = f"{counted(len(table), 'category', 'categories')} of {group} clients as a table"
-    return Details(summary, [Table(head, cells, {0})])
+    order: list[list[float | str | None]] = [
+        [r.category, r.examples, r.before, r.after, r.gain] for r in table
+    ]
+    return Table(head, cells, {0}, order=order)

@@ -4,14 +4,30 @@ Every mean is formed from totals: these are added first and divided once. What t
 does not contain is None in a row, or no row; nothing is filled in.
 """
 
+from flexlora.reporting.tables.answers import (
+    ANSWERS,
+    SampleRow,
+    chosen_samples,
+    read_answers,
+    sample_table,
+)
+from flexlora.reporting.tables.client_scores import (
+    ClientChange,
+    ClientSpread,
+    client_changes,
+    client_spread,
+    distinguishing_metric,
+)
 from flexlora.reporting.tables.facts import RankTypeRow, RunFacts, rank_type_table, run_facts
 from flexlora.reporting.tables.rounds import (
     ClientRow,
+    RoundRow,
     TimeRow,
     TrafficRow,
     TrainingRow,
     client_table,
     loss_counts,
+    round_table,
     time_table,
     traffic_table,
     training_table,
@@ -19,6 +35,7 @@ from flexlora.reporting.tables.rounds import (
 from flexlora.reporting.tables.scores import (
     METRICS,
     CategoryRow,
+    ClientScore,
     EvaluationRow,
     Metric,
     before_and_after,
@@ -36,31 +53,46 @@ from flexlora.reporting.tables.spectra import (
     kept_table,
     spectrum_table,
 )
+from flexlora.reporting.tables.uncertainty import Interval
 
 __all__ = [
+    "ANSWERS",
     "METRICS",
     "CategoryRow",
+    "ClientChange",
     "ClientRow",
+    "ClientScore",
+    "ClientSpread",
     "EnergyRow",
     "EvaluationRow",
+    "Interval",
     "KeptRow",
     "Metric",
     "RankTypeRow",
+    "RoundRow",
     "RunFacts",
+    "SampleRow",
     "SpectrumRow",
     "TimeRow",
     "TrafficRow",
     "TrainingRow",
     "before_and_after",
     "category_table",
+    "chosen_samples",
+    "client_changes",
+    "client_spread",
     "client_table",
+    "distinguishing_metric",
     "energy_table",
     "evaluation_table",
     "kept_table",
     "loss_counts",
     "main_metric",
     "rank_type_table",
+    "read_answers",
+    "round_table",
     "run_facts",
+    "sample_table",
     "spectrum_table",
     "time_table",
     "traffic_table",

@@ -40,6 +40,10 @@ class RunFacts:
     seconds: float | None
     adapter: str | None
 
+    def setting(self, path: str) -> Any:
+        """The plain value of the config at a dotted path, None if there is none."""
+        return _setting(self.config, path)
+
 
 @dataclass(frozen=True)
 class RankTypeRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexlora.journal import Event, LossKind, loss_kind
@@ -38,6 +38,25 @@ class TimeRow:
     round: int
     training: float
     aggregation: float
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One completed round: its uploads, and what it cost; None is what was not counted.
+
+    ``failed`` are clients without a usable upload, by kind; ``not_needed`` uploads came when the
+    round had enough.
+    """
+
+    round: int
+    received: int | None
+    failed: Mapping[LossKind, int]
+    not_needed: int
+    loss: float | None
+    bytes_up: int | None
+    bytes_down: int | None
+    seconds: float | None
+    aggregation: float | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,27 @@ def time_table(events: Iterable[Event]) -> list[TimeRow]:
         TimeRow(number, event["seconds"] - event["aggregate_seconds"], event["aggregate_seconds"])
         for number, event in rounds(events).items()
         if event.get("seconds") is not None and event.get("aggregate_seconds") is not None
+    ]
+
+
+def round_table(events: Sequence[Event]) -> list[RoundRow]:
+    """What each completed round received, lost and cost."""
+    losses: dict[int, Counter[LossKind]] = defaultdict(Counter)
+    for event in of_type(events, "lost"):
+        losses[event["round"]][loss_kind(event)] += 1
+    return [
+        RoundRow(
+            round=number,
+            received=event.get("received"),
+            failed={k: n for k, n in losses[number].items() if k is not LossKind.NOT_NEEDED},
+            not_needed=losses[number][LossKind.NOT_NEEDED],
+            loss=mean_loss([event]),
+            bytes_up=event.get("bytes_up"),
+            bytes_down=event.get("bytes_down"),
+            seconds=event.get("seconds"),
+            aggregation=event.get("aggregate_seconds"),
+        )
+        for number, event in rounds(events).items()
     ]
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexlora.journal import Event, mean_scores
+from flexlora.reporting.names import natural
 from flexlora.reporting.tables.selection import last_of, total
+from flexlora.reporting.tables.uncertainty import Interval, bootstrapped, wilson
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ METRICS = (
 
 
 @dataclass(frozen=True)
+class ClientScore:
+    """One client's part of an evaluation: the sums of its rows, by field of the journal."""
+
+    client: str
+    examples: int
+    sums: Mapping[str, float]
+
+    def score(self, metric: Metric) -> float | None:
+        """The client's mean, in the metric's unit; None if it was not measured."""
+        return _score([self.sums], metric)
+
+
+@dataclass(frozen=True)
 class EvaluationRow:
     """One adapter's scores at one round on the ``seen`` or the ``unseen`` clients."""
 
@@ -50,11 +65,28 @@ class EvaluationRow:
     rouge_l: float | None
     exact_match: float | None
     loss: float | None
+    by_client: tuple[ClientScore, ...] = ()
 
     def score(self, metric: Metric) -> float | None:
         """The value of one metric, or None if it was not measured."""
         value: float | None = getattr(self, metric.key)
         return value
+
+    def interval(self, metric: Metric) -> Interval | None:
+        """The 95 % interval of the metric; None if there are too few clients for one."""
+        score = self.score(metric)
+        if metric.key == "exact_match":
+            return wilson(score / 100, self.examples) if score is not None else None
+        sums = [_ratio(c, metric) for c in self.by_client if c.score(metric) is not None]
+        return bootstrapped(sums)
+
+    def change(self, before: EvaluationRow, metric: Metric) -> Interval | None:
+        """The 95 % interval of the change since ``before``, over the clients that both have."""
+        earlier = {c.client: c for c in before.by_client if c.score(metric) is not None}
+        both = [c for c in self.by_client if c.client in earlier and c.score(metric) is not None]
+        return bootstrapped(
+            [_ratio(c, metric) for c in both], [_ratio(earlier[c.client], metric) for c in both]
+        )
 
 
 @dataclass(frozen=True)
@@ -89,9 +121,10 @@ def evaluation_table(events: Iterable[Event]) -> list[EvaluationRow]:
                         round=event["round"],
                         adapter=str(event.get("adapter", "global")),
                         group=group,
-                        clients=len(clients),
+                        clients=len({str(c.get("client")) for c in clients}),
                         examples=total(clients, "examples"),
                         **{m.key: _score(clients, m) for m in METRICS},
+                        by_client=_by_client(clients),
                     )
                 )
     return rows
@@ -171,6 +204,32 @@ def _evaluations(events: Iterable[Event]) -> list[Event]:
 def _group(evaluation: Event, group: str) -> list[dict[str, Any]]:
     seen = group == "seen"
     return [c for c in evaluation.get("clients") or [] if bool(c.get("seen", True)) == seen]
+
+
+def _by_client(rows: Iterable[Mapping[str, Any]]) -> tuple[ClientScore, ...]:
+    """The rows summed by client, in natural order of the names."""
+    by_client: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_client[str(row.get("client"))].append(row)
+    fields = [field for metric in METRICS for field in (metric.total, metric.count)]
+    return tuple(
+        ClientScore(
+            client,
+            total(by_client[client], "examples"),
+            {
+                field: total(by_client[client], field)
+                for field in fields
+                if any(row.get(field) is not None for row in by_client[client])
+            },
+        )
+        for client in sorted(by_client, key=natural)
+    )
+
+
+def _ratio(client: ClientScore, metric: Metric) -> tuple[float, float]:
+    """A sum and its count, whose quotient is in the metric's unit."""
+    scale = 100 if metric.unit == "%" else 1
+    return scale * client.sums[metric.total], client.sums[metric.count]
 
 
 def _by_category(clients: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flexlora.journal import Event
@@ -41,6 +41,6 @@ def mean_loss(events: Sequence[Event]) -> float | None:
     return sum(e["loss_total"] for e in complete) / tokens if tokens else None
 
 
-def total(events: Iterable[Event], key: str) -> Any:
+def total(events: Iterable[Mapping[str, Any]], key: str) -> Any:
     """The sum of a field, which may be missing."""
     return sum(event.get(key) or 0 for event in events)
