@@ -42,6 +42,7 @@ ENTRANCES = (
     "federation.checkpoint",
     "federation.compare",
     "federation.compose",
+    "federation.evaluations",
     "federation.notes",
     "federation.prepared",
     "federation.ray",

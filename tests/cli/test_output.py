@@ -1,5 +1,6 @@
 """What commands print: readable on 80 columns, and nothing of other libraries."""
 
+import json
 import os
 import re
 import subprocess
@@ -52,6 +53,13 @@ def test_scores_fit_80_columns(run, folder):
     assert quiet(result) and all(len(line) <= 80 for line in lines)
     assert lines[0].split() == ["clients", "rows", "Rouge-L", "exact", "match", "loss"]
     assert re.match(r" seen clients +2 +2 ", lines[1])
+
+
+def test_eval_writes_every_answer(run, folder):
+    flexlora(folder, "eval", "tiny.toml", "--adapter", ADAPTER, "--answers", "new/answers.jsonl")
+    lines = (folder / "new" / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert {"prompt", "reference", "answer", "rouge_l"} < set(json.loads(lines[0]))
 
 
 def test_a_comparison_fits_80_columns(folder):

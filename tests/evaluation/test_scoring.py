@@ -13,7 +13,16 @@ from flexlora.data.prompt import plain
 from flexlora.data.tokens import encode
 from flexlora.evaluation import generation, held_out_loss, vllm_engine
 from flexlora.evaluation.rouge import rouge_l
-from flexlora.evaluation.scoring import Evaluation, Question, Score, evaluate_each, pick
+from flexlora.evaluation.scoring import (
+    Evaluation,
+    Question,
+    Score,
+    evaluate_each,
+    evaluate_with_answers,
+    pick,
+    sample,
+)
+from flexlora.journal.meter import Meter
 from flexlora.journal.record import Record, mean_scores
 from support import models
 from support.factors import random_factors
@@ -230,3 +239,41 @@ def test_clients_and_numbers_that_cannot_be_are_refused():
         Evaluation(max_prompt_tokens=1)
     with pytest.raises(ValueError, match=r"engine is 'vlm'; give one of own, vllm\."):
         Evaluation(engine="vlm")
+
+
+def test_answers_belong_to_their_questions_and_add_up_to_the_rows(base, questions):
+    adapters = [{}, updates(base, 2)]
+    results = evaluate_with_answers(base, adapters, questions, plain, SETTINGS)
+    assert [r.rows for r in results] == evaluate_each(base, adapters, questions, plain, SETTINGS)
+    for result in results:
+        assert [answer.question for answer in result.answers] == questions
+        for answer in result.answers:
+            example = answer.question.example
+            assert answer.prompt == plain(example)[0]
+            assert answer.score.rouge_l == rouge_l(example.output, answer.text)
+        total = sum(answer.score.rouge_l for answer in result.answers)
+        assert total == pytest.approx(sum(row["rouge_l"] for row in result.rows))
+    assert results[0].answers[0].score.exact_match == 1  # its output is the base's answer
+    texts = [[answer.text for answer in result.answers] for result in results]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("batch_tokens", [40, 1000])
+def test_finished_answers_are_counted(base, questions, batch_tokens):
+    meter = Meter()
+    meter.begin("evaluating", 2 * len(questions), "answers")
+    settings = replace(SETTINGS, batch_tokens=batch_tokens)
+    evaluate_with_answers(base, [{}, updates(base, 2)], questions, plain, settings, meter)
+    assert meter.done == meter.total
+
+
+def test_a_sample_has_as_many_clients_as_possible(questions):
+    def clients(count):
+        return [(questions[i].client, i) for i in sample(questions, count)]
+
+    # anna has the rows 0, 2, 5 and 6, carl 3, both seen; bo has 1 and 4 and is not.
+    assert clients(2) == [("anna", 0), ("bo", 1)]
+    assert clients(3) == [("anna", 0), ("bo", 1), ("carl", 3)]
+    assert clients(5) == [("anna", 0), ("bo", 1), ("anna", 2), ("carl", 3), ("bo", 4)]
+    assert len(clients(99)) == len(questions)
+    assert clients(0) == []

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flexlora.journal.answers import ANSWERS
 from flexlora.journal.record import Record
 from flexlora.peft_format import WEIGHTS
 from support import kills
+from support.commands import SOURCE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -20,7 +22,8 @@ EVERYWHERE = [str(number) for number in range(1, 220, 7)]
 
 def run(folder: Path, points: list[str]) -> dict[str, list[str]]:
     tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(tests), "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join((str(tests), str(SOURCE)))
+    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, str(tests / "support" / "kills.py"), str(folder), *points],
         env=environment,
@@ -67,6 +70,7 @@ def assert_as_if_nothing_had_happened(folder: Path, point: str) -> None:
     name = f"rounds/00003/adapter/{WEIGHTS}"
     assert (folder / point / name).read_bytes() == (whole / name).read_bytes()
     assert untimed(folder / point) == untimed(whole)
+    assert (folder / point / ANSWERS).read_bytes() == (whole / ANSWERS).read_bytes()
 
 
 def ends(folder: Path) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import LateReply, Lost, Reply, WaitPolicy
+from flexlora.journal.answers import FIELDS, SampleAnswers
 from flexlora.journal.events import LossKind
 from flexlora.journal.record import Record
 from flexlora.laws.dense import product, relative_error, weighted_sum
@@ -131,6 +132,26 @@ def test_unseen_clients_are_evaluated_and_never_train(done):
         assert sum(seen.values()) == 2
 
 
+def test_sample_answers_of_every_evaluation_are_written(done):
+    answers = list(SampleAnswers(done.folder).all())
+    assert {frozenset(answer) for answer in answers} == {frozenset(FIELDS)}
+    evaluations = [(event["round"], event["adapter"]) for event in done.of("evaluation")]
+    assert list(dict.fromkeys((a["round"], a["adapter"]) for a in answers)) == evaluations
+    for event in done.of("evaluation"):
+        place = (event["round"], event["adapter"])
+        lines = [a for a in answers if (a["round"], a["adapter"]) == place]
+        assert [a["client"] for a in lines] == [row["client"] for row in event["clients"]]
+        assert [a["rouge_l"] for a in lines] == [row["rouge_l"] for row in event["clients"]]
+        assert {a["population"] for a in lines} == {"seen", "unseen"}
+        assert all(a["reference"].split()[0] in a["prompt"] for a in lines)
+
+
+def test_no_answers_are_kept_where_none_are_asked_for(folder):
+    run = go(folder, "unkept", federation={"rounds": 1}, evaluation={"answers": 0})
+    assert run.of("evaluation")
+    assert not SampleAnswers(run.folder).path.exists()
+
+
 def test_bytes_counted_are_bytes_sent(done):
     sent = {(job.client, job.round): len(job.download) for job in done.watched.jobs}
     replies = zip(done.watched.jobs, done.watched.replies, strict=True)
@@ -197,6 +218,7 @@ def test_the_adapter_loads_in_peft_and_is_the_servers(folder, done):
 def test_only_the_last_checkpoint_and_every_adapter_are_kept(done):
     assert sorted(path.name for path in done.folder.iterdir()) == [
         ".lock",
+        "answers.jsonl",
         "checkpoint.json",
         "metrics.jsonl",
         "rounds",

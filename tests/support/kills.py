@@ -20,6 +20,7 @@ from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import LateReply, Lost, Reply, Transport, WaitPolicy
+from flexlora.journal.answers import SampleAnswers
 from flexlora.journal.record import Record
 from flexlora.methods.flexlora import FlexLoRA
 from support import models
@@ -95,6 +96,8 @@ def half_a_folder(whole, partial: Path, directory: Path) -> None:
     (partial / "README.md").unlink()
 
 
+EVALUATE = "evaluate_with_answers"
+
 # Rounds of four clients: round 2 has the turns, uploads and client events 5 to 8.
 POINTS: dict[str, Callable[[], int | None]] = {
     "after-2-turns-of-round-2": lambda: 6,
@@ -107,8 +110,9 @@ POINTS: dict[str, Callable[[], int | None]] = {
     "before-the-checkpoint": lambda: at_call(checkpoint, "save", 3, nothing),
     "half-a-checkpoint": lambda: at_call(checkpoint, "write_atomically", 3 + 3 + 1, half_a_file),
     "after-the-checkpoint": lambda: at_call(checkpoint, "save", 3, all_of_it),
-    "in-evaluation": lambda: at_call(evaluations, "evaluate_each", 2, nothing),
-    "after-the-last-evaluation": lambda: at_call(evaluations, "evaluate_each", 3, all_of_it),
+    "in-evaluation": lambda: at_call(evaluations, EVALUATE, 2, nothing),
+    "after-the-last-evaluation": lambda: at_call(evaluations, EVALUATE, 3, all_of_it),
+    "between-answers-and-scores": lambda: at_call(SampleAnswers, "append", 3, all_of_it),
 }
 
 

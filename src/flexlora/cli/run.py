@@ -150,30 +150,35 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the scores to a JSON file.")
     ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every answer to a JSON Lines file.")
+    ] = None,
 ) -> None:
     """Evaluate an adapter, or the base model, on the test rows of a config."""
     from flexlora import peft_format
     from flexlora.cli import progress
-    from flexlora.evaluation import evaluate_each
-    from flexlora.federation import compose, setup
+    from flexlora.evaluation import evaluate_with_answers
+    from flexlora.federation import compose, evaluations, setup
     from flexlora.lowrank import Adapter
     from flexlora.storage import write_atomically
 
     settings = compose.load(path, changes or ())
     loaded = peft_format.read(adapter).adapter if adapter else Adapter({})
-    if out:
-        if out.is_dir():
-            raise ConfigError(f"{out} is a folder; give --out the name of a file.")
-        make_folder(out.resolve().parent, "--out")
+    for file, option in ((out, "--out"), (answers, "--answers")):
+        if file is not None:
+            _prepare_file(file, option)
     ready = setup.prepare(settings, train=False)
     for line in progress.notices(ready.notices):
         print(line, file=sys.stderr)
-    (rows,) = evaluate_each(
+    (result,) = evaluate_with_answers(
         ready.base, [loaded], ready.questions, ready.prompt, settings.evaluation
     )
     if out:
-        write_atomically(out, json.dumps(rows, indent=1).encode())
-    _print_scores(rows)
+        write_atomically(out, json.dumps(result.rows, indent=1).encode())
+    if answers:
+        lines = [json.dumps(evaluations.line(answer)) + "\n" for answer in result.answers]
+        write_atomically(answers, "".join(lines).encode())
+    _print_scores(result.rows)
 
 
 def run_and_report(
@@ -279,6 +284,13 @@ def _with_threads(settings: Experiment) -> Experiment:
 
     threads = settings.run.model_copy(update={"threads": torch.get_num_threads()})
     return settings.model_copy(update={"run": threads})
+
+
+def _prepare_file(file: Path, option: str) -> None:
+    """Make the folder of a file that an option names."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; give {option} the name of a file.")
+    make_folder(file.resolve().parent, option)
 
 
 def _refuse_existing(folder: Path) -> None:

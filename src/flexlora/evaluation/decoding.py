@@ -17,6 +17,7 @@ from flexlora.data import Int32s
 from flexlora.errors import ConfigError
 from flexlora.evaluation.kv_cache import AttentionPass, DecodeStep, Prefill, SequenceGroup
 from flexlora.evaluation.prefix_tree import Path, PrefixNode, groups, tree
+from flexlora.journal import Meter
 from flexlora.model import Base
 
 ATTENTION: Final = "flexlora_decoding"
@@ -30,6 +31,7 @@ def decode(
     stops: Sequence[int],
     batch_tokens: int,
     adapters: int = 1,
+    meter: Meter | None = None,
 ) -> list[list[list[int]]]:
     """The ids that follow each prompt, ``answers[adapter][prompt]``, the stop token included.
 
@@ -37,7 +39,8 @@ def decode(
     answers every prompt. The prompts are read as a prefix tree in one row, so that shared
     tokens are computed once; after that every sequence is one row of the batch. Finished
     sequences leave the batch, and the next prompts use their room. ``batch_tokens`` bounds the
-    tokens in the key-value caches of all adapters, with room for the answers.
+    tokens in the key-value caches of all adapters, with room for the answers. ``meter`` counts
+    finished answers.
 
     Raises:
         ConfigError: the model's attention is not supported; see ``_attend``.
@@ -58,7 +61,10 @@ def decode(
                 advanced = active
                 _step(base, active, adapters)
             for group in advanced:
+                unfinished = len(group.unfinished)
                 group.finish_ended(stops, max_new_tokens)
+                if meter is not None:
+                    meter.advance(unfinished - len(group.unfinished))
             for group in (group for group in advanced if not group.unfinished):
                 for prompt, answer in zip(group.prompts, group.answers, strict=True):
                     answers[group.adapter][prompt] = answer

@@ -11,6 +11,7 @@ import transformers
 from flexlora.data import Example, Int32s, Prompt, encode, shorten
 from flexlora.errors import ConfigError
 from flexlora.evaluation import decoding, padded
+from flexlora.journal import Meter
 from flexlora.model import Base
 from flexlora.model.layers import attention
 
@@ -40,13 +41,14 @@ def answers_of_each(
     prompts: Sequence[Int32s],
     max_new_tokens: int,
     batch_tokens: int,
+    meter: Meter | None = None,
 ) -> list[list[str]]:
     """The answers of each of the attached adapters to each prompt, as text.
 
     ``base`` has ``adapters`` adapters attached (1 also stands for none). Greedy decoding with a
     key-value cache: no sampling, no penalties, one beam. An answer ends before the first end
     token (of the tokenizer or of the model), or after ``max_new_tokens``. The text is decoded
-    without special tokens and stripped.
+    without special tokens and stripped. ``meter`` counts finished answers.
 
     The shared first tokens of prompts are computed once (``decoding``); a model loaded with
     another attention than the default uses transformers' ``generate`` in padded batches
@@ -65,7 +67,7 @@ def answers_of_each(
     ends, config = stops(base), cast(Any, base.model.config)
     is_default = config._attn_implementation == attention.NAME
     decode = decoding.decode if is_default else padded.decode
-    ids_by_adapter = decode(base, prompts, max_new_tokens, ends, batch_tokens, adapters)
+    ids_by_adapter = decode(base, prompts, max_new_tokens, ends, batch_tokens, adapters, meter)
     return [[text(base.tokenizer, ids, ends) for ids in answers] for answers in ids_by_adapter]
 
 

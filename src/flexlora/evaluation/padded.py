@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from flexlora.data import Int32s
+from flexlora.journal import Meter
 from flexlora.model import Base
 
 
@@ -22,6 +23,7 @@ def decode(
     stops: Sequence[int],
     batch_tokens: int,
     adapters: int = 1,
+    meter: Meter | None = None,
 ) -> list[list[list[int]]]:
     """The same as ``decoding.decode``, for models that use another attention than the default.
 
@@ -37,6 +39,8 @@ def decode(
             for adapter, batch_answers in enumerate(new.view(adapters, len(rows), -1).tolist()):
                 for row, ids in zip(rows, batch_answers, strict=True):
                     answers[adapter][row] = ids
+            if meter is not None:
+                meter.advance(adapters * len(rows))
     return answers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
@@ -14,6 +15,7 @@ from flexlora.data import Corpus, Example, Int32s, Prompt, by_key, encode
 from flexlora.errors import ConfigError
 from flexlora.evaluation import generation, held_out_loss, vllm_engine
 from flexlora.evaluation.rouge import rouge_l
+from flexlora.journal import Meter
 from flexlora.lowrank import Factors
 from flexlora.model import Base
 from flexlora.seeds import rng
@@ -37,6 +39,7 @@ class Evaluation:
     ``max_prompt_tokens`` loses tokens from its middle. The loss is computed on rows of at most
     ``max_prompt_tokens + max_new_tokens``. Answers come from the library's ``own`` engine or
     from ``vllm``, which loads the base model a second time; the loss always from our own.
+    Of every evaluation the answers to ``answers`` questions are kept, for people to read.
 
     Raises:
         ConfigError: a number is too small, or there is no such engine.
@@ -54,10 +57,11 @@ class Evaluation:
     max_prompt_tokens: int = 896
     batch_tokens: int = 8192
     engine: Literal["own", "vllm"] = "own"
+    answers: int = 20
 
     def __post_init__(self) -> None:
         least = {"every": 0, "seen_clients": 0, "unseen_clients": 0, "rows_per_client": 1}
-        least |= {"max_new_tokens": 1, "max_prompt_tokens": 2, "batch_tokens": 1}
+        least |= {"answers": 0, "max_new_tokens": 1, "max_prompt_tokens": 2, "batch_tokens": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value < bound:
@@ -95,6 +99,24 @@ class Score:
     def __add__(self, other: Score) -> Score:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Score(*(a + b for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of one adapter to a question, with its scores, and the ``prompt`` as a text."""
+
+    question: Question
+    prompt: str
+    text: str
+    score: Score
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation of one adapter: ``rows`` for the journal, and the answer to each question."""
+
+    rows: list[dict[str, Any]]
+    answers: list[Answer]
 
 
 def pick(
@@ -139,6 +161,23 @@ def pick(
     return questions
 
 
+def sample(questions: Sequence[Question], count: int) -> list[int]:
+    """The indices, ascending, of at most ``count`` questions whose answers are kept.
+
+    The first row of as many clients as possible, then the second; the seen and the unseen clients
+    in turn.
+    """
+    rows: Counter[str] = Counter()
+    clients: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    places = []
+    for index, question in enumerate(questions):
+        of_group = clients[question.seen]
+        client = of_group.setdefault(question.client, len(of_group))
+        places.append((rows[question.client], client, not question.seen, index))
+        rows[question.client] += 1
+    return sorted(index for *_, index in sorted(places)[:count])
+
+
 def evaluate_each(
     base: Base,
     adapters: Sequence[Mapping[str, Factors]],
@@ -146,13 +185,26 @@ def evaluate_each(
     prompt: Prompt,
     settings: Evaluation,
 ) -> list[list[dict[str, Any]]]:
-    """The scores of the model with each adapter, as rows of the journal.
+    """The scores alone of ``evaluate_with_answers``: its rows, by adapter."""
+    results = evaluate_with_answers(base, adapters, questions, prompt, settings)
+    return [result.rows for result in results]
+
+
+def evaluate_with_answers(
+    base: Base,
+    adapters: Sequence[Mapping[str, Factors]],
+    questions: Sequence[Question],
+    prompt: Prompt,
+    settings: Evaluation,
+    meter: Meter | None = None,
+) -> list[Evaluated]:
+    """The scores of the model with each adapter as rows of the journal, and its answers.
 
     There is a row for each client (for each of its categories, if it has several), in order of
     first appearance: ``client``, ``category``, ``seen`` and the fields of ``Score``. Answers are
     generated from the prompts; the loss is that of the reference outputs. An adapter without
     modules stands for the base model. All adapters generate answers together, in every batch;
-    the loss is computed adapter by adapter.
+    the loss is computed adapter by adapter. ``meter`` counts finished answers, of all adapters.
 
     Raises:
         ConfigError: a loss is not finite, prompts and answers exceed the model's context, or
@@ -160,13 +212,17 @@ def evaluate_each(
         AdapterError: an adapter does not fit the model.
     """
     prompts = _prompt_ids(base, questions, prompt, settings)
-    answers = _answers(base, adapters, prompts, settings)
-    rows = []
-    for adapter, adapter_answers in zip(adapters, answers, strict=True):
+    texts = _answers(base, adapters, prompts, settings, meter)
+    results = []
+    for adapter, adapter_texts in zip(adapters, texts, strict=True):
         with base.attached(adapter):
-            scores = _scores(base, questions, adapter_answers, prompt, settings)
-        rows.append(_rows(questions, scores))
-    return rows
+            scores = _scores(base, questions, adapter_texts, prompt, settings)
+        answers = [
+            Answer(question, prompt(question.example)[0], text, score)
+            for question, text, score in zip(questions, adapter_texts, scores, strict=True)
+        ]
+        results.append(Evaluated(_rows(questions, scores), answers))
+    return results
 
 
 def _prompt_ids(
@@ -182,13 +238,14 @@ def _answers(
     adapters: Sequence[Mapping[str, Factors]],
     prompts: Sequence[Int32s],
     settings: Evaluation,
+    meter: Meter | None,
 ) -> list[list[str]]:
     """The answers of each adapter to each prompt."""
-    new = settings.max_new_tokens
+    new, room = settings.max_new_tokens, settings.batch_tokens
     if settings.engine == "vllm":
         return vllm_engine.answers_of_each(base, adapters, prompts, new)
     with base.attached(*adapters):
-        return generation.answers_of_each(base, len(adapters), prompts, new, settings.batch_tokens)
+        return generation.answers_of_each(base, len(adapters), prompts, new, room, meter)
 
 
 def _scores(

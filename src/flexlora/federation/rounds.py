@@ -20,12 +20,12 @@ from flexlora.federation import checkpoint
 from flexlora.federation.checkpoint import Checkpoint
 from flexlora.federation.client_store import PRIVATE, ClientStore
 from flexlora.federation.collect import Collector, client_facts
-from flexlora.federation.evaluations import evaluations, of_base
+from flexlora.federation.evaluations import Evaluations
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.run_facts import spectrum, start_facts
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Aggregating, Transport
-from flexlora.journal import Event, Record
+from flexlora.journal import Event, Meter, Record, SampleAnswers
 from flexlora.lowrank import Adapter, norm
 from flexlora.method import State, Upload
 from flexlora.storage import locked
@@ -37,12 +37,14 @@ def run(
     folder: str | Path,
     transport: Transport | None = None,
     resume: bool = False,
+    meter: Meter | None = None,
 ) -> Iterator[Event]:
     """Run the federation in ``folder``, yielding every event as it enters the journal.
 
     A run can be stopped anywhere, also by a kill, and goes on with ``resume`` from its last
     checkpoint and the uploads received since; the adapters are then the same to the bit.
-    Without a ``transport`` all clients are simulated in this process.
+    Without a ``transport`` all clients are simulated in this process. ``meter`` tells how far an
+    evaluation is, from which nothing is yielded until its end.
 
     Raises:
         ProtocolError: there is nothing to resume or it was another experiment, the folder holds
@@ -53,7 +55,7 @@ def run(
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        yield from _run(prepared, folder, transport, resume)
+        yield from _run(prepared, folder, transport, resume, meter or Meter())
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,15 @@ class _Run:
     transport: Transport
     record: Record
     folder: Path
+    evaluations: Evaluations
 
 
 def _run(
-    prepared: PreparedRun, folder: Path, transport: Transport | None, resume: bool
+    prepared: PreparedRun,
+    folder: Path,
+    transport: Transport | None,
+    resume: bool,
+    meter: Meter,
 ) -> Iterator[Event]:
     started = time.perf_counter()
     record = Record(folder)
@@ -77,9 +84,10 @@ def _run(
         transport = SimulatedTransport(with_store.runtime, point.clients_at_once)
     facts = start_facts(prepared, resume)
     yield record.append("start", **facts, clients_at_once=transport.clients_at_once)
+    evaluations = Evaluations(prepared, record, meter)
     if point.round == 0 and prepared.experiment.evaluation.base:
-        yield from of_base(record, prepared)
-    whole = _Run(prepared, transport, record, folder)
+        yield from evaluations.of_base()
+    whole = _Run(prepared, transport, record, folder, evaluations)
     for number in range(point.round + 1, prepared.experiment.federation.rounds + 1):
         point = yield from _round(whole, number, point)
     yield record.append(
@@ -119,6 +127,7 @@ def _resumed(prepared: PreparedRun, record: Record) -> Checkpoint:
         )
     _remove_leftovers(record.folder, point)
     record.rewind(point.journal_bytes)
+    SampleAnswers(record.folder).rewind(point.round)
     return point
 
 
@@ -147,7 +156,7 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
         update_norm=math.sqrt(math.fsum(norm(f) ** 2 for f in adapter.values())),
     )
     yield record.append("spectrum", round=number, **spectrum(prepared, adapter, state))
-    yield from evaluations(record, prepared, number, adapter, state)
+    yield from run.evaluations.after(number, adapter, state)
     point = checkpoint.save(
         run.folder, number, record.bytes, state, point.identity, point.clients_at_once
     )

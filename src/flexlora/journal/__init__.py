@@ -1,11 +1,14 @@
 """What a run writes down: an append-only journal of events, and how it is read."""
 
+from flexlora.journal.answers import ANSWERS, SampleAnswers
 from flexlora.journal.events import EVENTS, JOURNAL, Event, EventType, LossKind, loss_kind
+from flexlora.journal.meter import Meter
 from flexlora.journal.reader import Journal, events_after
 from flexlora.journal.record import Record, mean_scores
 from flexlora.journal.units import NOTHING, age, byte_unit, counted, duration, number, size
 
 __all__ = [
+    "ANSWERS",
     "EVENTS",
     "JOURNAL",
     "NOTHING",
@@ -13,7 +16,9 @@ __all__ = [
     "EventType",
     "Journal",
     "LossKind",
+    "Meter",
     "Record",
+    "SampleAnswers",
     "age",
     "byte_unit",
     "counted",
