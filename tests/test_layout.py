@@ -75,7 +75,7 @@ optional dependency.
 HOMES = {
     "flwr": ("deployment.flower",),
     "ray": ("federation.ray",),
-    "transformers": ("model", "evaluation", "data"),
+    "transformers": ("model", "evaluation", "data", "peft_format.base_model"),
 }
 """Which parts may import a large dependency, by its name."""
 

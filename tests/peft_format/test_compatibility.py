@@ -32,9 +32,9 @@ def store(folder, ranks, tensors=None, **config):
         "peft_type": "LORA",
         "r": 2,
         "lora_alpha": 6,
-        "target_modules": ["q_proj", "v_proj"],
         "base_model_name_or_path": "some/base",
     }
+    plain["target_modules"] = sorted({module.rpartition(".")[2] for module in ranks})
     (folder / CONFIG).write_text(json.dumps(plain | config))
     save_file(values | (tensors or {}), folder / WEIGHTS)
     return folder
@@ -136,8 +136,8 @@ def test_the_reason_gives_the_figures(tmp_path):
     ("rank", "outcome", "text"),
     [
         (16, "reads", ""),
-        (17, "reads", "if started with --max-lora-rank 32"),
-        (257, "reads", "if started with --max-lora-rank 320"),
+        (17, "reads", "if it is started with --max-lora-rank 32"),
+        (257, "reads", "if it is started with --max-lora-rank 320"),
         (513, "refuses", "rank 513 is above its largest, 512"),
     ],
 )
@@ -211,7 +211,13 @@ def test_warns_of_patterns_that_overlap(tmp_path):
             {"init_lora_weights": "lora_ga"},
             dict.fromkeys((VLLM, NEWER, "llama.cpp", "TensorRT-LLM"), "misreads"),
         ),
-        ({"use_novelty": True}, {}),
+        ({"use_novelty": True, "peft_version": "0.99.0"}, {}),
+        ({"alora_invocation_tokens": [1, 2]}, {"PEFT": "reads"}),
+        ({"target_parameters": ["experts.up"]}, {"PEFT": "reads"}),
+        (
+            {"trainable_token_indices": [1]},
+            {"PEFT": "reads", "vLLM": "refuses", "llama.cpp": "refuses"},
+        ),
     ],
 )
 def test_reports_what_is_more_than_b_times_a(tmp_path, settings, expected):
@@ -248,7 +254,7 @@ def test_lines(tmp_path):
 
 def test_a_condition_follows_the_ok(tmp_path):
     report = check(str(store(tmp_path, {Q0: 17}, r=17)))
-    assert f"{NEWER}: OK if started with --max-lora-rank 32" in report.lines()
+    assert f"{NEWER}: OK if it is started with --max-lora-rank 32" in report.lines()
 
 
 def test_lines_carry_no_control_characters(tmp_path):

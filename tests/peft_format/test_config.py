@@ -1,4 +1,5 @@
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -10,27 +11,32 @@ from flexlora.peft_format import (
     read,
     write,
 )
-from support.peft_folders import Q0, Q1, outcome, store
+from support.peft_folders import Q0, Q1, V0, key, outcome, store, tensors_of
 
 CONFIGS = [
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     ({"peft_type": "absent"}, "peft_type is None"),
-    ({"r": "absent"}, "'r' is missing"),
     ({"r": 0}, "'r' is 0: input should be greater than 0"),
     ({"r": -3}, "'r' is -3"),
-    ({"r": 2.0}, "'r' is 2.0"),
+    ({"r": 2.5}, "'r' is 2.5"),
     ({"r": True}, "'r' is True"),
-    ({"r": "2"}, "'r' is '2'"),
-    ({"lora_alpha": "absent"}, "'lora_alpha' is missing"),
-    ({"lora_alpha": "16"}, "'lora_alpha' is '16'"),
+    ({"r": "two"}, "'r' is 'two'"),
+    ({"r": None}, "'r' is None"),
+    ({"lora_alpha": "2e3"}, "'lora_alpha' is '2e3'"),
     ({"lora_alpha": True}, "'lora_alpha' is True"),
     ({"lora_alpha": 10**400}, "'lora_alpha' is 1000"),
     ({"use_rslora": "yes"}, "'use_rslora' is 'yes'"),
     ({"base_model_name_or_path": 7}, "'base_model_name_or_path' is 7"),
     ({"rank_pattern": {"q_proj": 2.5}}, "'rank_pattern.q_proj' is 2.5"),
-    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives 'q_proj' the rank 0"),
+    ({"rank_pattern": {"q_proj": 0}}, "has rank 2, but .* says 0"),
+    ({"rank_pattern": {"q_proj": -1}}, "has rank 2, but .* says -1"),
+    ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
+    ({"target_modules": [1]}, "target_modules is"),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "does not choose"),
+    ({"target_modules": ["q_proj"], "layers_to_transform": 0}, f"adapts '{Q1}', which target_mod"),
+    ({"target_modules": ".*v_proj"}, f"adapts '{Q0}', which target_modules"),
     ({"rank_pattern": ["q_proj"]}, "'rank_pattern' is"),
-    ({"alpha_pattern": {"q_proj": "4"}}, "'alpha_pattern.q_proj' is '4'"),
+    ({"alpha_pattern": {"q_proj": "four"}}, "'alpha_pattern.q_proj' is 'four'"),
     ({"rank_pattern": {"q_(proj": 2}}, r"rank_pattern: 'q_\(proj' is not a regular expression"),
     ({"alpha_pattern": {"[z-a]": 2}}, "alpha_pattern: .* is not a regular expression"),
     ({"alpha_pattern": {"(a+)+b": 2}}, r"alpha_pattern: '\(a\+\)\+b' repeats a group"),
@@ -78,7 +84,12 @@ VARIANTS = [
     ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'"),
     ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'.*train a LoRA with"),
     ({"init_lora_weights": 1}, "init_lora_weights is 1"),
-    ({"use_novelty": True}, "'use_novelty' is True, an unknown setting"),
+    ({"enable_lora": [True, False, True]}, "enable_lora is"),
+    ({"use_mora": True}, "use_mora is True"),
+    (
+        {"use_novelty": True, "peft_version": "0.99.1.dev0"},
+        r"'use_novelty' is True, a setting of PEFT '0\.99\.1\.dev0', which is newer",
+    ),
 ]
 
 
@@ -99,7 +110,17 @@ HARMLESS = [
     {"target_modules": "all-linear"},
     {"target_modules": [Q0, Q1]},
     {"target_modules": None},
-    {"use_novelty": None, "novelties": []},
+    {"use_novelty": None, "novelties": [], "peft_version": "0.99.0"},
+    {"use_novelty": True, "peft_version": "0.21.7"},
+    {"lora_dtype": "float16", "lorap_emb_lr": 1e-6, "trained_with": {"name": "x"}},
+    {"enable_lora": None, "merge_weights": False},
+    {"r": "2", "lora_alpha": " 6.0"},
+    {"r": 2.0, "lora_alpha": 6, "alpha_pattern": {"q_proj": "6"}},
+    {"r": 8, "rank_pattern": {"q_proj": "2"}},
+    {"target_modules": ".*_proj"},
+    {"target_modules": r"(?!.*vision).*q_proj"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]},
+    {"exclude_modules": ["lm_head"], "layers_pattern": "layers"},
     {"lora_alpha": 6.0, "rank_pattern": None, "alpha_pattern": None},
 ]
 
@@ -148,8 +169,48 @@ def test_mutated_configurations_are_refused_or_read_but_never_crash(tmp_path):
     assert refused > 150
 
 
-def test_the_last_adapter_of_a_run_folder_is_suggested(tmp_path, adapter):
+def test_a_missing_rank_and_alpha_are_those_of_peft(tmp_path):
+    config = peft.LoraConfig()
+    assert (config.r, config.lora_alpha) == (8, 8)
+    stored = read(store(tmp_path, tensors_of({Q0: 8}), r="absent", lora_alpha="absent"))
+    assert stored.layers[Q0].scale == 1
+    assert stored.notes == (
+        "adapter_config.json does not give r and lora_alpha; PEFT's default, 8, counts.",
+    )
+
+
+def test_what_is_ignored_is_said(tmp_path):
+    extra = {f"extra_{number}": 1 for number in range(7)}
+    (note,) = read(store(tmp_path, **extra)).notes
+    assert "does not know and ignores: 'extra_0'" in note and "and 2 more" in note
+
+
+def test_a_module_of_rank_0_has_no_update(tmp_path):
+    tensors = tensors_of({Q0: 2}) | {
+        key(V0, "A"): torch.zeros(0, 7),
+        key(V0, "B"): torch.zeros(11, 0),
+    }
+    folder = store(
+        tmp_path, tensors, rank_pattern={"v_proj": 0}, target_modules=["q_proj", "v_proj"]
+    )
+    stored = read(folder)
+    assert set(stored.adapter) == {Q0}
+    assert "rank_pattern gives 1 modules the rank 0" in stored.notes[0]
+    tensors = {name: tensors[name] for name in (key(V0, "A"), key(V0, "B"))}
+    with pytest.raises(AdapterError, match="no factors of a rank above 0"):
+        read(store(tmp_path, tensors, rank_pattern={"v_proj": 0}, target_modules=["v_proj"]))
+
+
+def test_a_byte_order_mark_is_not_part_of_the_configuration(tmp_path):
+    path = store(tmp_path) / CONFIG
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(tmp_path).ranks == {Q0: 2, Q1: 2}
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(AdapterError, match=r"Git LFS pointer.*git lfs pull"):
+        read(tmp_path)
+
+
+def test_of_a_run_the_adapter_of_the_last_round_is_read(tmp_path, adapter):
     for number in (1, 2, 10):
         write(adapter, tmp_path / "rounds" / f"{number:05d}" / "adapter")
-    with pytest.raises(AdapterError, match=r"perhaps .*rounds.00010.adapter\."):
-        read(tmp_path)
+    assert read(tmp_path).directory == tmp_path / "rounds" / "00010" / "adapter"

@@ -11,6 +11,7 @@ from flexlora.peft_format import (
     CONFIG,
     Unsupported,
     read,
+    targets,
     write,
 )
 from support.peft_folders import HIDDEN, WIDE, factors
@@ -60,8 +61,10 @@ def test_peft_finds_no_tensor_missing_in_a_whole_adapter(tmp_path):
         f"model.layers.{layer}.mlp.down_proj": factors(HIDDEN, WIDE, 2 + layer, layer)
         for layer in range(2)
     }
-    write(whole, tmp_path / "out")
-    model = peft.PeftModel.from_pretrained(llama(), tmp_path / "out")
+    base = llama()
+    paths = [path for path, _ in base.named_modules()]
+    write(whole, tmp_path / "out", target_modules=targets(whole, paths))
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out")
     assert model.peft_config["default"].target_modules == {"down_proj"}
     assert sum(".lora_A." in name for name in model.state_dict()) == 2
 

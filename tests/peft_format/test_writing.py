@@ -15,7 +15,6 @@ from flexlora.peft_format import (
     VLLM_RANKS,
     WEIGHTS,
     read,
-    targets,
     write,
 )
 from support.peft_folders import D1, Q0, Q1, V0, factors, store, tensors_of
@@ -154,16 +153,6 @@ def test_one_tensor_may_serve_two_modules(tmp_path):
 def test_rank_zero_is_written_as_an_update_of_zero(tmp_path):
     write({Q0: Factors(torch.zeros(11, 0), torch.zeros(0, 7))}, tmp_path / "out")
     assert read(tmp_path / "out").ranks == {Q0: 1}
-
-
-def test_targets_are_last_names_only_if_no_layer_is_left_out():
-    layers = [f"h.{layer}.{name}" for layer in range(3) for name in ("attn.q", "mlp.up")]
-    assert targets(layers) == ["q", "up"]
-    assert targets([*layers, "lm_head"]) == ["lm_head", "q", "up"]
-    assert targets(layers[:-1]) == sorted(layers[:-1])
-    assert targets(["h.1.attn.q"]) == ["h.1.attn.q"]
-    assert targets(["h.0.attn.q"]) == ["q"]
-    assert targets(["q"]) == ["q"]
 
 
 @settings(deadline=None, max_examples=25)

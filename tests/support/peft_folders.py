@@ -40,7 +40,7 @@ def tensors_of(ranks):
 
 def store(folder, tensors=None, **config):
     """An adapter directory made without PEFT and without `write`."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
     merged = {name: value for name, value in (plain | config).items() if value != "absent"}
     (folder / CONFIG).write_text(json.dumps(merged))

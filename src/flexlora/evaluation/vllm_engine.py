@@ -83,7 +83,14 @@ def _requests(base: Base, adapters: Sequence[Mapping[str, Factors]], folder: Pat
             yield None
             continue
         name, path = f"adapter{number}", folder / f"adapter{number}"
-        peft_format.write(adapter, path, base_model=base.published)
+        targets = peft_format.targets(adapter, base.paths)
+        peft_format.write(
+            adapter,
+            path,
+            base_model=base.published,
+            task_type="CAUSAL_LM",
+            target_modules=targets,
+        )
         yield vllm.LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
 
 

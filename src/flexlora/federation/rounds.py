@@ -224,4 +224,11 @@ def adapter_folder(folder: Path, number: int) -> Path:
 
 def _export(prepared: PreparedRun, adapter: Adapter, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    peft_format.write(adapter, target, base_model=prepared.base.published, replace=True)
+    peft_format.write(
+        adapter,
+        target,
+        base_model=prepared.base.published,
+        task_type="CAUSAL_LM",
+        target_modules=peft_format.targets(adapter, prepared.base.paths),
+        replace=True,
+    )

@@ -38,6 +38,8 @@ class Base:
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        # Before layers are replaced: PEFT chooses among the modules of the original model.
+        self.paths = tuple(path for path, _ in model.named_modules())
         self._layout = Layout()
         self._layers = replacement.wrap_linear_layers(model, targets, self._layout)
         replacement.replace_norms_and_mlps(model)

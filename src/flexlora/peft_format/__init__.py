@@ -1,13 +1,14 @@
 """Reading, writing, checking and merging the directories in which PEFT stores LoRA adapters."""
 
 from flexlora.peft_format.compatibility import check
-from flexlora.peft_format.config import CONFIG, Unsupported, read_config
+from flexlora.peft_format.config import Unsupported, read_config
+from flexlora.peft_format.layouts import CONFIG, WEIGHTS, locate
 from flexlora.peft_format.merging import MergedModule, MergeResult, merge, parse_rank
 from flexlora.peft_format.patterns import matched
 from flexlora.peft_format.reading import Layer, PeftAdapter, StoredFactors, read
 from flexlora.peft_format.report import Report, Verdict
-from flexlora.peft_format.weights import WEIGHTS
-from flexlora.peft_format.writing import CARD, VLLM_RANKS, targets, write
+from flexlora.peft_format.targets import targets
+from flexlora.peft_format.writing import CARD, VLLM_RANKS, write
 
 __all__ = [
     "CARD",
@@ -23,6 +24,7 @@ __all__ = [
     "Unsupported",
     "Verdict",
     "check",
+    "locate",
     "matched",
     "merge",
     "parse_rank",

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.lowrank import Factors
+from flexlora.peft_format import loading
+from flexlora.peft_format.base_model import base_modules
 from flexlora.peft_format.config import Unsupported, read_config
-from flexlora.peft_format.consumers import Description, variant_verdicts, verdicts
-from flexlora.peft_format.reading import PeftAdapter, read
+from flexlora.peft_format.consumers import variant_verdicts, verdicts
+from flexlora.peft_format.layouts import WEIGHTS, locate
+from flexlora.peft_format.patterns import matched
+from flexlora.peft_format.reading import PeftAdapter, open_adapter
 from flexlora.peft_format.report import Report
-from flexlora.peft_format.weights import WEIGHTS
 
 LARGE_RMS = 0.1
 """The root mean square from which an update counts as very large.
@@ -25,37 +28,41 @@ this limit dominates them.
 """
 
 
-def check(directory: str | os.PathLike[str]) -> Report:
+def check(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Report:
     """Read an adapter, one module in memory at a time, and report which programs misread it.
+
+    ``directory`` may be the folder of a run; its last round's adapter is checked. With ``base``, a
+    folder with the base model's ``config.json``, the report says exactly which tensors PEFT would
+    drop and which modules it would add; no weights of it are read.
 
     Raises:
         AdapterError: the directory does not contain a valid LoRA adapter: something is missing,
             malformed, inconsistent, NaN or infinite. An adapter that is valid, but more than
             ``B @ A``, is reported with its ``refusal``.
     """
-    directory = Path(directory)
+    directory = locate(Path(directory))
     config = read_config(directory)
     try:
-        stored = read(directory)
+        stored = open_adapter(directory)
     except Unsupported as error:
         return _unsupported(directory, config, str(error))
-    adapter = Description(directory, config, stored.layers)
+    model = None if base is None else base_modules(base, stored.layers, stored.task_type)
     values = [_summary(module, factors) for module, factors in stored.adapter.items()]
     largest = max(values, key=lambda value: value.norm)
     return Report(
         directory=directory,
         base_model=stored.base_model,
         task_type=stored.task_type,
-        bytes=(directory / WEIGHTS).stat().st_size,
+        bytes=stored.weights.bytes,
         modules=len(stored.layers),
         parameters=sum(layer.parameters for layer in stored.layers.values()),
         ranks=Counter(stored.ranks.values()),
         scales=tuple(sorted({layer.scale for layer in stored.layers.values()})),
         dtypes=_dtypes(stored),
         largest=(largest.module, largest.norm),
-        verdicts=verdicts(adapter),
-        warnings=(*_value_warnings(values), *_alpha_warnings(adapter)),
-        notes=tuple(_notes(values)),
+        verdicts=verdicts(stored, loading.verdict(stored, model)),
+        warnings=(*_value_warnings(values), *_alpha_warnings(stored), *loading.warnings(stored)),
+        notes=(*stored.notes, *loading.notes(stored, model), *_notes(values)),
     )
 
 
@@ -110,11 +117,13 @@ def _value_warnings(values: Sequence[_Summary]) -> list[str]:
     return warnings
 
 
-def _alpha_warnings(adapter: Description) -> list[str]:
+def _alpha_warnings(adapter: PeftAdapter) -> list[str]:
     warnings = []
     if any(layer.alpha <= 0 for layer in adapter.layers.values()):
         warnings.append("lora_alpha is zero or negative for some modules; probably a mistake.")
-    ambiguous = adapter.ambiguous()
+    patterns = adapter.settings.alpha_pattern or {}
+    values = matched(patterns, list(adapter.layers), "alpha_pattern")
+    ambiguous = [module for module, alphas in values.items() if len(set(alphas)) > 1]
     if ambiguous:
         warnings.append(
             f"several alpha_pattern entries match {len(ambiguous)} modules, such as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.errors import AdapterError
+from flexlora.peft_format.layouts import CONFIG, is_mlx, mlx, refuse_other_formats
 from flexlora.storage.untrusted import parse_json, short
 
-CONFIG = "adapter_config.json"
+KNOWN_PEFT = (0, 21)
+"""The newest version of PEFT whose settings are known here."""
 
 _LARGEST_CONFIG = 16 << 20
 """In bytes."""
@@ -32,8 +35,12 @@ _VARIANTS = {
     "monteclora_config": "MonteCLoRA stores a sampler beside the factors",
     "velora_config": "VeLoRA stores projections beside the factors",
     "megatron_config": "Megatron shards the layers",
+    "enable_lora": "only some parts of a fused layer were adapted",
+    "use_mora": "MoRA uses a square matrix in place of B @ A",
+    "lora_nums": "HydraLoRA routes between several B",
+    "use_moslora": "MoSLoRA puts a mixing matrix between B and A",
 }
-"""Settings that make an adapter more than ``B @ A``, and why."""
+"""Settings that make an adapter more than ``B @ A``, and why; the last are of other programs."""
 
 _HARMLESS = frozenset(
     {
@@ -65,14 +72,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
-    r: int = Field(gt=0)
-    lora_alpha: float
+    r: int = Field(default=8, gt=0)
+    lora_alpha: float = 8
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     base_model_name_or_path: str | None = None
     task_type: str | None = None
-    target_modules: list[str] | str | None = None
+    revision: str | None = None
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -84,20 +91,17 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     directory = Path(directory)
     path = directory / CONFIG
-    if not directory.is_dir():
-        problem = "is a file" if directory.exists() else "does not exist"
-        raise AdapterError(f"{directory} {problem}; give the folder that contains {CONFIG}.")
-    if not path.is_file():
-        raise AdapterError(
-            f"{path} is missing; give the adapter's own folder, {_suggestion(directory)}."
-        )
+    refuse_other_formats(directory)
     if path.stat().st_size > _LARGEST_CONFIG:
         raise AdapterError(
             f"{path} has {path.stat().st_size} bytes, more than the {_LARGEST_CONFIG} allowed; "
             f"save the adapter again with PEFT."
         )
     try:
-        config = parse_json(path.read_bytes())
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if data.startswith(b"version https://"):
+            raise AdapterError("it is a Git LFS pointer; fetch the file with `git lfs pull`")
+        config = parse_json(data)
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(
             f"{path} is not valid JSON ({short(error)}); save the adapter again with PEFT."
@@ -106,22 +110,14 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterError(
             f"{path} does not contain a JSON object; save the adapter again with PEFT."
         )
+    if is_mlx(config):
+        raise AdapterError(mlx(directory))
     if config.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: peft_type is {short(config.get('peft_type'))}, and only 'LORA' is "
             f"read; convert the adapter to LoRA with PEFT or train a LoRA."
         )
     return config
-
-
-def _suggestion(directory: Path) -> str:
-    """The likeliest folder of an adapter below ``directory``: the last one of a run, if any."""
-    adapters = sorted(
-        path.parent
-        for pattern in (f"*/{CONFIG}", f"rounds/*/adapter/{CONFIG}")
-        for path in directory.glob(pattern)
-    )
-    return f"perhaps {adapters[-1]}" if adapters else f"one that contains {CONFIG}"
 
 
 def refuse_variants(config: Mapping[str, Any], path: Path) -> None:
@@ -152,33 +148,94 @@ def refuse_variants(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: init_lora_weights is {short(init)}, which may change the base model's "
             f"weights, so that the factors do not fit the original; {remedy}."
         )
-    for name, value in config.items():
-        if value and name not in _HARMLESS:
-            raise Unsupported(
-                f"{path}: {short(name)} is {short(value)}, an unknown setting that may "
-                f"change how the factors are applied; delete it if it does not."
-            )
+    unknown = _unknown(config)
+    if unknown and _is_newer(config.get("peft_version")):
+        raise Unsupported(
+            f"{path}: {short(unknown[0])} is {short(config[unknown[0]])}, a setting of PEFT "
+            f"{short(config['peft_version'])}, which is newer than the {KNOWN_PEFT[0]}."
+            f"{KNOWN_PEFT[1]} known here, and it may change how the factors are applied; delete it "
+            f"if it does not."
+        )
 
 
 def settings_of(config: Mapping[str, Any], path: Path) -> Settings:
     """The settings that decide how the factors are applied.
 
+    What is missing has PEFT's default. Numbers may be written as text or as 8.0, which PEFT itself
+    refuses: see ``config_notes``.
+
     Raises:
-        AdapterError: a setting is missing or has a value of the wrong type; names the key.
+        AdapterError: a setting has a value of the wrong type; names the key.
     """
     try:
-        settings = Settings.model_validate(dict(config))
+        return Settings.model_validate(_with_numbers(config))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        value = "missing" if first["type"] == "missing" else short(first["input"])
         raise AdapterError(
-            f"{path}: {short(key)} is {value}: {first['msg'].lower()}; correct it or save "
-            f"the adapter again with PEFT."
+            f"{path}: {short(key)} is {short(first['input'])}: {first['msg'].lower()}; correct it "
+            f"or save the adapter again with PEFT."
         ) from error
-    for pattern, rank in (settings.rank_pattern or {}).items():
-        if rank <= 0:
-            raise AdapterError(
-                f"{path}: rank_pattern gives {short(pattern)} the rank {rank}; give it 1 or more."
-            )
-    return settings
+
+
+def config_notes(config: Mapping[str, Any]) -> list[str]:
+    """Sentences about settings that are unknown or left out."""
+    notes = []
+    unknown = _unknown(config)
+    if unknown:
+        names = ", ".join(short(name) for name in unknown[:5])
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        notes.append(
+            f"adapter_config.json has settings that PEFT does not know and ignores: {names}{more}; "
+            f"they are ignored here too."
+        )
+    missing = [name for name in ("r", "lora_alpha") if name not in config]
+    if missing:
+        notes.append(
+            f"adapter_config.json does not give {' and '.join(missing)}; PEFT's default, 8, counts."
+        )
+    return notes
+
+
+def not_numbers(config: Mapping[str, Any]) -> list[str]:
+    """The settings that are numbers written as text or as 8.0, which PEFT does not take."""
+    better = _with_numbers(config)
+    return [name for name in config if better[name] is not config[name]]
+
+
+def _unknown(config: Mapping[str, Any]) -> list[str]:
+    return [
+        name
+        for name, value in config.items()
+        if value and name not in _HARMLESS and name not in _VARIANTS
+    ]
+
+
+def _is_newer(version: object) -> bool:
+    """Whether a version of PEFT is newer than the one known here."""
+    match = re.match(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
+    return match is not None and (int(match[1]), int(match[2])) > KNOWN_PEFT
+
+
+def _with_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the numbers that are written as text, or 8.0, as numbers."""
+    better = dict(config)
+    for name, kind in (("r", int), ("lora_alpha", float)):
+        if name in better:
+            better[name] = _number(better[name], kind)
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        values = better.get(name)
+        if isinstance(values, dict):
+            numbers = {key: _number(value, kind) for key, value in values.items()}
+            if any(numbers[key] is not values[key] for key in values):
+                better[name] = numbers
+    return better
+
+
+def _number(value: Any, kind: type[int] | type[float]) -> Any:
+    """A number that is written as text or, for a whole number, with a fraction of zero."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", value.strip()):
+        value = float(value) if "." in value or kind is float else int(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

@@ -7,43 +7,56 @@ The rules follow the sources of PEFT 0.21.2, vLLM 0.30.0 and later, llama.cpp's
 from __future__ import annotations
 
 import math
+import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexlora.peft_format.patterns import matched
-from flexlora.peft_format.reading import Layer
+from flexlora.peft_format.config import Settings
+from flexlora.peft_format.reading import Layer, PeftAdapter
 from flexlora.peft_format.report import Verdict
 from flexlora.peft_format.writing import VLLM_RANKS
 
 _VLLM_DEFAULT_RANK = 16
 _SCALE_TOLERANCE = 1e-6
+_MERGED = "merge it into its base model with PEFT and serve the merged model"
 
 
 @dataclass(frozen=True)
 class Description:
-    """An adapter without its values: its folder, raw configuration and layers."""
+    """An adapter without its values.
 
-    directory: Path
-    config: Mapping[str, Any]
-    layers: Mapping[str, Layer]
+    ``loading`` is what PEFT makes of it, before any other program.
+    """
+
+    adapter: PeftAdapter
+    loading: Verdict
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers by module."""
+        return self.adapter.layers
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that decide how the factors are applied."""
+        return self.adapter.settings
 
     @property
     def rank(self) -> int:
         """The largest rank of a module."""
         return max(layer.rank for layer in self.layers.values())
 
+    @property
+    def heads(self) -> list[str]:
+        """The adapted modules that lie in no layer, such as ``lm_head`` and ``embed_tokens``."""
+        return [module for module in self.layers if not re.search(r"\.\d+\.", module)]
+
     def rewrite(self, rank: str = "max") -> str:
         """The command that writes the adapter in the form that every program reads alike."""
-        return f"flexlora merge {shlex.quote(str(self.directory))} --rank {rank} --out NEW"
-
-    def ambiguous(self) -> list[str]:
-        """The modules to which ``alpha_pattern`` gives more than one value."""
-        patterns = self.config.get("alpha_pattern") or {}
-        values = matched(patterns, list(self.layers), "alpha_pattern")
-        return [module for module, alphas in values.items() if len(set(alphas)) > 1]
+        return rewrite(self.adapter.directory, rank)
 
     def misscaled(self, scale: Callable[[Layer], float]) -> str:
         """The modules that get a wrong scale by this rule, with the worst case; else empty."""
@@ -61,20 +74,45 @@ class Description:
         )
 
 
-def verdicts(adapter: Description) -> tuple[Verdict, ...]:
-    """What each program makes of a plain ``B @ A`` adapter."""
+def verdicts(adapter: PeftAdapter, loading: Verdict) -> tuple[Verdict, ...]:
+    """What each program makes of a plain ``B @ A`` adapter; ``loading`` is PEFT's verdict."""
+    description = Description(adapter, loading)
+    others = _unreadable(adapter)
     return (
-        Verdict("PEFT", "reads"),
-        _vllm_old(adapter),
-        _vllm_new(adapter),
-        _llama_cpp(adapter),
-        _tensorrt_llm(adapter),
+        loading,
+        *(
+            others
+            or (
+                _vllm_old(description),
+                _vllm_new(description),
+                _llama_cpp(description),
+                _tensorrt_llm(description),
+            )
+        ),
     )
+
+
+def rewrite(directory: Path, rank: str = "max") -> str:
+    """The command that writes an adapter in the form that every program reads alike."""
+    return f"flexlora merge {shlex.quote(str(directory))} --rank {rank} --out NEW"
+
+
+def _unreadable(adapter: PeftAdapter) -> tuple[Verdict, ...]:
+    """What the others say to files that PEFT's ``save_pretrained`` never writes."""
+    if adapter.weights.sharded:
+        why = "it looks for one adapter_model.safetensors, and this adapter is in shards"
+        programs = ["vLLM", "llama.cpp", "TensorRT-LLM"]
+    elif adapter.weights.names.adapter:
+        why = "it does not know tensors whose names contain the adapter's name"
+        programs = ["vLLM", "llama.cpp"]
+    else:
+        return ()
+    remedy = rewrite(adapter.directory)
+    return tuple(Verdict(program, "refuses", why, remedy) for program in programs)
 
 
 def variant_verdicts(config: Mapping[str, Any]) -> tuple[Verdict, ...]:
     """What the programs make of the commoner variants; empty for other variants."""
-    plain = "merge it into its base model with PEFT and serve the merged model"
     init = str(config.get("init_lora_weights", True)).lower()
     if config.get("use_dora"):
         vllm = llama_cpp = "it does not support DoRA"
@@ -83,14 +121,18 @@ def variant_verdicts(config: Mapping[str, Any]) -> tuple[Verdict, ...]:
         llama_cpp = "besides the factors it takes no whole tensors except norms"
     elif config.get("bias", "none") != "none" or config.get("lora_bias"):
         vllm = llama_cpp = "it does not support trained biases"
+    elif config.get("trainable_token_indices"):
+        vllm = llama_cpp = "it does not know the tensors of trainable_token_indices"
     elif init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         return _changed_base(init)
+    elif any(config.get(name) for name in ("alora_invocation_tokens", "target_parameters")):
+        return (Verdict("PEFT", "reads"),)
     else:
         return ()
     return (
         Verdict("PEFT", "reads"),
-        Verdict("vLLM", "refuses", vllm, plain),
-        Verdict("llama.cpp", "refuses", llama_cpp, plain),
+        Verdict("vLLM", "refuses", vllm, _MERGED),
+        Verdict("llama.cpp", "refuses", llama_cpp, _MERGED),
     )
 
 
@@ -104,16 +146,24 @@ def _vllm_rank(adapter: Description, consumer: str) -> Verdict:
         )
     if adapter.rank > _VLLM_DEFAULT_RANK:
         needed = next(rank for rank in VLLM_RANKS if rank >= adapter.rank)
-        return Verdict(consumer, "reads", f"if started with --max-lora-rank {needed}")
-    return Verdict(consumer, "reads")
+        conditions = [f"it is started with --max-lora-rank {needed}"]
+    else:
+        conditions = []
+    if adapter.heads:
+        conditions.append(f"its model class supports LoRA on {' and '.join(adapter.heads)}")
+    return Verdict(consumer, "reads", _if(conditions))
+
+
+def _if(conditions: Sequence[str]) -> str:
+    return f"if {' and '.join(conditions)}" if conditions else ""
 
 
 def _vllm_old(adapter: Description) -> Verdict:
     """One scale, from the global r and lora_alpha, for all modules (vllm#59799)."""
     consumer = "vLLM up to 0.30.0"
     verdict = _vllm_rank(adapter, consumer)
-    rank, alpha = adapter.config["r"], adapter.config["lora_alpha"]
-    scale = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    rank, alpha = adapter.settings.r, adapter.settings.lora_alpha
+    scale = alpha / (math.sqrt(rank) if adapter.settings.use_rslora else rank)
     wrong = adapter.misscaled(lambda layer: scale)
     if wrong and verdict.outcome == "reads":
         why = f"it ignores rank_pattern and alpha_pattern; {wrong}"
@@ -128,27 +178,37 @@ def _vllm_new(adapter: Description) -> Verdict:
 def _llama_cpp(adapter: Description) -> Verdict:
     """One alpha, each tensor's own rank, and no rsLoRA; an alpha of 0 counts as no scale."""
     consumer = "llama.cpp"
-    alpha = adapter.config["lora_alpha"]
+    alpha = adapter.settings.lora_alpha
     wrong = adapter.misscaled(lambda layer: alpha / layer.rank if alpha else 1.0)
     if wrong:
         why = f"it supports neither alpha_pattern nor use_rslora; {wrong}"
         return Verdict(consumer, "misreads", why, adapter.rewrite())
-    if not adapter.config.get("base_model_name_or_path"):
+    if not adapter.settings.base_model_name_or_path:
         return Verdict(consumer, "reads", "if convert_lora_to_gguf.py is given --base")
     return Verdict(consumer, "reads")
 
 
 def _tensorrt_llm(adapter: Description) -> Verdict:
-    """One alpha, each tensor's own rank, and rsLoRA."""
+    """One alpha, each tensor's own rank, and rsLoRA; nothing outside of the layers.
+
+    It looks up ``target_modules`` by last names.
+    """
     consumer = "TensorRT-LLM"
-    alpha, rslora = adapter.config["lora_alpha"], adapter.config.get("use_rslora")
+    alpha, rslora = adapter.settings.lora_alpha, adapter.settings.use_rslora
     wrong = adapter.misscaled(
         lambda layer: alpha / (math.sqrt(layer.rank) if rslora else layer.rank)
     )
     if wrong:
         why = f"it ignores alpha_pattern; {wrong}"
         return Verdict(consumer, "misreads", why, adapter.rewrite())
-    return Verdict(consumer, "reads", f"if max_lora_rank is at least {adapter.rank}")
+    if adapter.heads:
+        why = f"it leaves out modules outside of the layers: {', '.join(adapter.heads)}"
+        return Verdict(consumer, "misreads", why, _MERGED)
+    conditions = [f"max_lora_rank is at least {adapter.rank}"]
+    names = adapter.adapter.targets.modules
+    if isinstance(names, str) or any("." in name for name in names or ()):
+        conditions.append("it is given lora_target_modules")
+    return Verdict(consumer, "reads", _if(conditions))
 
 
 def _changed_base(init: str) -> tuple[Verdict, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,30 @@ from typing import Literal
 import torch
 
 from flexlora.errors import AdapterError
-from flexlora.lowrank import Adapter, Factors, LowRankSum, normalized
+from flexlora.lowrank import Adapter, Factors, LowRankSum
 from flexlora.peft_format import reading, writing
-from flexlora.peft_format.reading import PeftAdapter
-from flexlora.peft_format.weights import WEIGHTS
+from flexlora.peft_format.agreement import Agreement, agreement
+from flexlora.peft_format.layouts import WEIGHTS, natural
+from flexlora.peft_format.paths import same_layers
+from flexlora.peft_format.reading import Layer, PeftAdapter
+from flexlora.peft_format.targets import common_targets
 
 ROUNDING = 1e-10
 """Singular values below this share of the largest are rounding errors, not content."""
 
+CANCELLED = 1e-7
+"""The same, as a share of the terms, where terms are subtracted: the precision of float32."""
+
 StrPath = str | os.PathLike[str]
 Rank = int | float | Literal["max"]
 """A rank, a share of the energy from 0 to 1 (both excluded), or ``max`` for no loss."""
+
+Absent = Literal["zero", "skip"]
+"""How an adapter counts for a module that it lacks.
+
+``zero``: as an update of zero, so that the result is the mean of the adapted models. ``skip``: not
+at all, so that each module is the mean over the adapters that have it, as in a federation.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class MergedModule:
     ``summed_rank`` is the sum of the inputs' ranks, ``rank`` that of the result before padding.
     ``energy`` is the share of the squared singular values that ``rank`` keeps, and
     ``squared_norm`` their sum, before truncation. ``absent_from`` are the adapters without
-    this module, whose update of it counts as zero.
+    this module.
     """
 
     module: str
@@ -49,7 +62,7 @@ class MergeResult:
 
     ``rank`` is that of the written file, in which all modules are padded to one rank, and
     ``bytes`` its size. ``notes`` are sentences about what a reader may not expect: modules that
-    only some of the adapters have, and a rank that was not needed.
+    only some of the adapters have, paths that were changed, what was left out.
     """
 
     directory: Path
@@ -72,6 +85,21 @@ class MergeResult:
         return len(self.modules)
 
 
+@dataclass(frozen=True)
+class _Input:
+    """One adapter of a merge: its weight, and its modules by their path in the result."""
+
+    adapter: PeftAdapter
+    weight: float
+    stored: Mapping[str, str]
+
+    def layer(self, path: str) -> Layer:
+        return self.adapter.layers[self.stored[path]]
+
+    def factors(self, path: str) -> Factors:
+        return self.adapter.adapter[self.stored[path]]
+
+
 def merge(
     adapters: Sequence[StrPath],
     out: StrPath,
@@ -80,46 +108,73 @@ def merge(
     base: str | None = None,
     dtype: torch.dtype = torch.float32,
     replace: bool = False,
+    *,
+    absent: Absent = "zero",
+    sum_weights: bool = False,
+    revision: str | None = None,
+    task_type: str | None = None,
 ) -> MergeResult:
     """Write the weighted mean of adapters' products ``B @ A`` to the folder ``out``.
 
-    ``weights`` are relative: they are divided by their sum, and are equal by default. ``rank``
-    is a rank, a share below 1 of the energy (the sum of the squared singular values) that
-    every module must keep, or ``max`` for no loss. A module that an adapter lacks counts as an
-    update of zero with that adapter's weight. ``base`` names the base model of the result and
-    allows adapters whose configurations name different ones. ``replace`` replaces an adapter
-    in ``out``. The base model is never loaded; one module of all adapters is in memory at a
-    time, besides the result. Nothing is written if anything fails.
+    ``adapters`` are PEFT adapters, or runs, of which the last round's adapter counts. ``weights``
+    are relative: they are divided by their sum, and are equal by default. With ``sum_weights`` they
+    are not divided and may be negative: the result is the weighted sum. ``rank`` is a rank, a
+    share below 1 of the energy (the sum of the squared singular values) that every module must
+    keep, or ``max`` for no loss. ``absent`` is how an adapter counts for a module that it lacks.
+    ``base``, ``revision`` and ``task_type`` of the result are those that the adapters agree on, and
+    must be given if they differ. ``dtype`` is that of the written file. ``replace`` replaces an
+    adapter in ``out``. The base model is never loaded; one module of all adapters is in memory at
+    a time, besides the result. Nothing is written if anything fails.
 
     Raises:
-        AdapterError: an adapter cannot be read, shapes or base models differ, a weight or the
-            rank is invalid, or ``out`` is in use.
+        AdapterError: an adapter cannot be read, shapes, base models, revisions or task types
+            differ, a weight or the rank is invalid, or ``out`` is in use.
     """
     directories = _directories(adapters)
     writing.check_target(Path(out).resolve(), replace)
-    inputs = [reading.read(directory) for directory in directories]
-    shares = normalized(_checked_weights(weights, len(inputs)))
+    read = [reading.read(directory) for directory in directories]
+    checked = _checked_weights(weights, len(read), sum_weights)
     _check_rank(rank)
-    base_model = base or _common_base(inputs)
-    merged: dict[str, Factors] = {}
-    modules = []
-    for module in sorted({module for each in inputs for module in each.adapter}, key=_natural):
-        terms = [
-            (share, each.adapter[module])
-            for share, each in zip(shares, inputs, strict=True)
-            if module in each.adapter
-        ]
-        _check_shapes(module, [factors for _, factors in terms])
-        absent = tuple(each.directory for each in inputs if module not in each.adapter)
-        merged[module], facts = _merged(module, LowRankSum.of(terms), rank, absent)
-        modules.append(facts)
-    writing.write(Adapter(merged), out, base_model=base_model, dtype=dtype, replace=replace)
+    if absent not in ("zero", "skip"):
+        raise AdapterError(f"absent is {absent!r}; give 'zero' or 'skip'.")
+    agreed = agreement(read, base, revision, task_type)
+    stored, path_notes = same_layers([each.layers for each in read], [*map(str, directories)])
+    inputs = [_Input(*parts) for parts in zip(read, checked, stored, strict=True)]
+    total = None if sum_weights else sum(checked)
+    merged, modules = _modules(inputs, rank, total, absent)
+    _write(merged, inputs, agreed, Path(out), dtype, replace)
     return MergeResult(
         directory=Path(out),
         modules=tuple(modules),
         rank=max(module.rank for module in modules),
         bytes=(Path(out) / WEIGHTS).stat().st_size,
-        notes=tuple(_notes(modules, len(inputs), rank)),
+        notes=(
+            *(note for each in read for note in _of(each, len(read))),
+            *agreed.notes,
+            *path_notes,
+            *_notes(modules, len(read), rank, absent),
+        ),
+    )
+
+
+def _write(
+    merged: Mapping[str, Factors],
+    inputs: Sequence[_Input],
+    agreed: Agreement,
+    out: Path,
+    dtype: torch.dtype,
+    replace: bool,
+) -> None:
+    writing.write(
+        Adapter(merged),
+        out,
+        base_model=agreed.base_model,
+        dtype=dtype,
+        task_type=agreed.task_type,
+        target_modules=common_targets([(each.adapter.targets, each.stored) for each in inputs]),
+        embeddings={p for each in inputs for p in each.stored if each.layer(p).embedding},
+        settings=agreed.settings,
+        replace=replace,
     )
 
 
@@ -141,41 +196,75 @@ def parse_rank(text: str) -> Rank:
     return rank
 
 
+def _modules(
+    inputs: Sequence[_Input], rank: Rank, total: float | None, absent: Absent
+) -> tuple[dict[str, Factors], list[MergedModule]]:
+    """The merged modules, in the order of their numbers.
+
+    Weights are divided by ``total`` (or, with ``skip``, by the sum of those that count), unless it
+    is None.
+    """
+    merged, facts = {}, []
+    for path in sorted({path for each in inputs for path in each.stored}, key=natural):
+        sources = [each for each in inputs if path in each.stored]
+        _check_layers(path, sources)
+        divisor = sum(each.weight for each in sources) if absent == "skip" else total
+        terms = [
+            (each.weight if total is None else each.weight / (divisor or 1.0), each.factors(path))
+            for each in sources
+        ]
+        lacking = tuple(each.adapter.directory for each in inputs if path not in each.stored)
+        merged[path], fact = _merged(path, LowRankSum.of(terms), rank, lacking)
+        facts.append(fact)
+    return merged, facts
+
+
 def _merged(
     module: str, total: LowRankSum, rank: Rank, absent_from: tuple[Path, ...]
 ) -> tuple[Factors, MergedModule]:
     svd = total.svd(rank if isinstance(rank, int) else None)
-    content = int((ROUNDING * svd.S.max() < svd.S).sum()) if len(svd.S) else 0
+    # Terms that cancel leave rounding errors of their own size.
+    size = max(abs(weight) * float(f.B.norm() * f.A.norm()) for weight, f in total.terms)
+    cancelled = CANCELLED * size if any(weight < 0 for weight, _ in total.terms) else 0.0
+    largest = float(svd.S.max()) if len(svd.S) else 0.0
+    content = int((max(ROUNDING * largest, cancelled) < svd.S).sum())
     wanted = svd.rank_for(rank) if isinstance(rank, float) else rank
     final = max(content if wanted == "max" else min(int(wanted), content), 1)
     squared_norm = float(svd.S.double().square().sum()) + svd.beyond
     facts = MergedModule(module, total.rank, final, svd.energy(final), squared_norm, absent_from)
-    return svd.factors(final).to(torch.float32), facts
+    factors = svd.factors(final).to(torch.float32)
+    return (factors if content else Factors(0 * factors.B, 0 * factors.A)), facts
 
 
-def _notes(modules: Sequence[MergedModule], adapters: int, rank: Rank) -> Iterator[str]:
+def _of(adapter: PeftAdapter, count: int) -> list[str]:
+    """The notes of one of ``count`` adapters, with its folder."""
+    return [f"{adapter.directory}: {note}" if count > 1 else note for note in adapter.notes]
+
+
+def _notes(
+    modules: Sequence[MergedModule], adapters: int, rank: Rank, absent: Absent
+) -> Iterator[str]:
     """Sentences about modules that only some adapters have, and about an unneeded rank."""
     partial = [module for module in modules if module.absent_from]
     if partial:
         first = partial[0]
+        rule = (
+            "An adapter without a module counts there as an update of zero, with its full weight "
+            "(--absent skip takes the mean over the adapters that have the module)."
+            if absent == "zero"
+            else "Each of these is the mean over the adapters that have it (--absent skip)."
+        )
+        nothing = " No module is in all of them." if len(partial) == len(modules) else ""
         yield (
             f"{len(partial)} of {len(modules)} modules are missing from some of the {adapters} "
             f"adapters, such as {first.module}, which is in {adapters - len(first.absent_from)} "
-            f"of them. An adapter without a module counts there as an update of zero, with its "
-            f"full weight."
+            f"of them.{nothing} {rule}"
         )
     largest = max(module.rank for module in modules)
     if isinstance(rank, int) and largest < rank:
         yield (
             f"The result has rank {largest}, below the {rank} given, because no module needs more."
         )
-
-
-def _natural(module: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", module)
-    ]
 
 
 def _directories(adapters: Sequence[StrPath]) -> list[Path]:
@@ -186,17 +275,21 @@ def _directories(adapters: Sequence[StrPath]) -> list[Path]:
     return [Path(adapter) for adapter in adapters]
 
 
-def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def _checked_weights(weights: Sequence[float] | None, count: int, summed: bool) -> list[float]:
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
         raise AdapterError(f"Give a weight for each of {count} adapters, not {len(weights)}.")
     for weight in weights:
-        if not 0 < weight < float("inf"):
-            raise AdapterError(
-                f"Weights must be positive and finite, got {weight}; leave out an adapter "
-                f"that should not count."
-            )
+        if math.isfinite(weight) and (weight > 0 or (summed and weight < 0)):
+            continue
+        raise AdapterError(
+            f"Weights must be finite and not zero, got {weight}; leave out an adapter that should "
+            f"not count."
+            if summed
+            else f"Weights must be positive and finite, got {weight}; leave out an adapter that "
+            f"should not count, or add and subtract with --sum (from Python: sum_weights=True)."
+        )
     return list(weights)
 
 
@@ -209,21 +302,14 @@ def _check_rank(rank: int | float | str) -> None:
         )
 
 
-def _common_base(adapters: Sequence[PeftAdapter]) -> str | None:
-    folders: Mapping[str, Path] = {a.base_model: a.directory for a in adapters if a.base_model}
-    if len(folders) > 1:
-        names = ", ".join(f"{directory}: {base!r}" for base, directory in folders.items())
-        raise AdapterError(
-            f"The adapters name different base models ({names}); if they are the same model, "
-            "give its name with --base."
+def _check_layers(path: str, sources: Sequence[_Input]) -> None:
+    layers = [each.layer(path) for each in sources]
+    if len({(layer.shape, layer.embedding) for layer in layers}) > 1:
+        shapes = ", ".join(
+            f"{each.adapter.directory}: {layer.shape}{' of an embedding' * layer.embedding}"
+            for each, layer in zip(sources, layers, strict=True)
         )
-    return next(iter(folders), None)
-
-
-def _check_shapes(module: str, factors: Sequence[Factors]) -> None:
-    shapes = {f.shape for f in factors}
-    if len(shapes) > 1:
         raise AdapterError(
-            f"Module {module!r} differs in shape (out, in) between the adapters: "
-            f"{sorted(shapes)}; merge only adapters of the same base model."
+            f"Module {path!r} differs in shape (out, in) between the adapters ({shapes}); merge "
+            f"only adapters of the same base model."
         )

@@ -1,4 +1,4 @@
-"""PEFT's ``rank_pattern`` and ``alpha_pattern``: untrusted regular expressions, bounded."""
+"""PEFT's regular expressions for modules: untrusted, so that their cost is bounded."""
 
 from __future__ import annotations
 
@@ -37,22 +37,43 @@ def matched(
     Raises:
         AdapterError: a pattern is invalid, or might take too long; the text begins with ``place``.
     """
-    compiled = [(_compiled(pattern, place), value) for pattern, value in patterns.items()]
-    longest = max((len(module) for module in modules), default=0)
+    compiled = [
+        (_compiled(pattern, rf"(.*\.)?({pattern})$", place), value)
+        for pattern, value in patterns.items()
+    ]
     dots = max((module.count(".") for module in modules), default=0)
-    steps = sum(_STEPS_PER_MATCH + (dots + 2) * _ways(pattern, longest) for pattern in patterns)
-    if steps * len(modules) > _PATTERN_STEPS:
-        raise AdapterError(
-            f"{place} could take too long to match its {len(patterns)} patterns with "
-            f"{len(modules)} modules; write the modules' names, with fewer * + ? and |."
-        )
+    _refuse_many_steps(list(patterns), modules, dots + 2, place)
     return {
         module: [value for expression, value in compiled if expression.match(module)]
         for module in modules
     }
 
 
-def _compiled(pattern: str, place: str) -> re.Pattern[str]:
+def whole_matches(pattern: str, modules: Sequence[str], place: str) -> set[str]:
+    """The modules whose whole path the pattern matches, as in PEFT's ``target_modules``.
+
+    Raises:
+        AdapterError: as for ``matched``.
+    """
+    expression = _compiled(pattern, pattern, place)
+    _refuse_many_steps([pattern], modules, 1, place)
+    return {module for module in modules if expression.fullmatch(module)}
+
+
+def _refuse_many_steps(
+    patterns: Sequence[str], modules: Sequence[str], starts: int, place: str
+) -> None:
+    """Refuse patterns that could take too long; each is tried from ``starts`` positions."""
+    longest = max((len(module) for module in modules), default=0)
+    steps = sum(_STEPS_PER_MATCH + starts * _ways(pattern, longest) for pattern in patterns)
+    if steps * len(modules) > _PATTERN_STEPS:
+        raise AdapterError(
+            f"{place} could take too long to match its {len(patterns)} patterns with "
+            f"{len(modules)} modules; write the modules' names, with fewer * + ? and |."
+        )
+
+
+def _compiled(pattern: str, expression: str, place: str) -> re.Pattern[str]:
     if len(pattern) > _PATTERN_CHARACTERS:
         raise AdapterError(
             f"{place} has a pattern of {len(pattern)} characters, {short(pattern)}; at most "
@@ -60,7 +81,7 @@ def _compiled(pattern: str, place: str) -> re.Pattern[str]:
         )
     _refuse_constructs(pattern, place)
     try:
-        return re.compile(rf"(.*\.)?({pattern})$")
+        return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise AdapterError(
             f"{place}: {short(pattern)} is not a regular expression ({short(error)}); correct it."

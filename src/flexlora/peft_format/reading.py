@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ import torch
 from flexlora.errors import AdapterError
 from flexlora.lowrank import Adapter, Factors
 from flexlora.peft_format.config import (
-    CONFIG,
     Settings,
+    config_notes,
     read_config,
     refuse_variants,
     settings_of,
 )
+from flexlora.peft_format.layouts import CONFIG, locate
 from flexlora.peft_format.patterns import matched
-from flexlora.peft_format.weights import WEIGHTS, factor_pairs, open_weights
-from flexlora.storage.tensors import StoredTensor, TensorFile
+from flexlora.peft_format.targets import Targets
+from flexlora.peft_format.weights import Pair, Weights, factor_pairs, open_weights
+from flexlora.storage.tensors import StoredTensor
 from flexlora.storage.untrusted import short
 
 
@@ -31,13 +33,21 @@ from flexlora.storage.untrusted import short
 class Layer:
     """The adapter of one module as header and configuration describe it, without its values.
 
-    ``scale`` is alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+    ``scale`` is alpha / rank, or alpha / sqrt(rank) for rsLoRA. ``pair`` are the names of the
+    factors. Of an embedding, whose weight is (vocabulary, width), the update ``B @ A`` is the
+    transpose: (width, vocabulary).
     """
 
     A: StoredTensor
     B: StoredTensor
     alpha: float
     scale: float
+    pair: Pair
+
+    @property
+    def embedding(self) -> bool:
+        """Whether the module is an embedding."""
+        return self.pair.embedding
 
     @property
     def rank(self) -> int:
@@ -66,18 +76,13 @@ class StoredFactors(Mapping[str, Factors]):
         AdapterError: on look-up, a value is NaN or infinite, or the file has changed.
     """
 
-    file: TensorFile
+    weights: Weights
     layers: Mapping[str, Layer]
     dtype: torch.dtype | None
 
     def __getitem__(self, module: str) -> Factors:
-        layer, path = self.layers[module], self.file.path
-        try:
-            A, B = self.file.read(layer.A.name, layer.B.name)
-        except OSError as error:
-            raise AdapterError(
-                f"{path} can no longer be read ({error.strerror}); restore the file."
-            ) from error
+        layer, path = self.layers[module], self.weights.path
+        A, B = self.weights.read(layer.pair.A, layer.pair.B)
         for tensor, values in ((layer.A, A), (layer.B, B)):
             if not values.isfinite().all():
                 raise AdapterError(
@@ -110,15 +115,30 @@ class PeftAdapter:
     """A LoRA adapter as read from ``directory``; its ``adapter`` has the scale folded in.
 
     ``layers`` describes each module without its values; ``config`` is the raw
-    ``adapter_config.json``.
+    ``adapter_config.json``. ``copies`` are the names, by module, of base weights that PEFT saved
+    beside the factors and that are left out. ``notes`` are sentences about what was left out or
+    read leniently.
     """
 
     directory: Path
     adapter: Adapter
     layers: Mapping[str, Layer]
-    base_model: str | None
-    task_type: str | None
+    settings: Settings
     config: dict[str, Any]
+    weights: Weights
+    targets: Targets
+    copies: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def base_model(self) -> str | None:
+        """The name or folder of the base model, if the configuration gives one."""
+        return self.settings.base_model_name_or_path
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of the task, such as ``CAUSAL_LM``, if the configuration gives one."""
+        return self.settings.task_type
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -143,63 +163,99 @@ def read(
     stored if it is None, so that merging many adapters needs one module of each in memory.
     Costs one pass over the header. Nothing is ever unpickled.
 
+    ``directory`` may be the folder of a run; its last round's adapter is read.
+
     Raises:
         Unsupported: the adapter is not a plain ``B @ A`` for each module (DoRA, biases,
             retrained modules, initialisations that change the base model, ...).
-        AdapterError: anything is missing, malformed or inconsistent.
+        AdapterError: anything is missing, malformed or inconsistent, or PEFT would leave a module
+            out because ``target_modules`` does not choose it.
     """
-    directory = Path(directory)
+    adapter = open_adapter(directory, dtype)
+    chosen = adapter.targets.chosen(adapter.layers)
+    for module in adapter.layers:
+        if chosen is not None and module not in chosen:
+            raise AdapterError(
+                f"{adapter.weights.path} adapts {module!r}, which target_modules in "
+                f"{adapter.directory / CONFIG} does not choose, so that PEFT would leave it out; "
+                f"add it there or remove its tensors."
+            )
+    return adapter
+
+
+def open_adapter(
+    directory: str | os.PathLike[str], dtype: torch.dtype | None = torch.float32
+) -> PeftAdapter:
+    """Open an adapter as ``read`` does, whatever ``target_modules`` chooses.
+
+    Raises:
+        Unsupported: as in ``read``.
+        AdapterError: as in ``read``, except for ``target_modules``.
+    """
+    directory = locate(Path(directory))
+    path = directory / CONFIG
     config = read_config(directory)
-    refuse_variants(config, directory / CONFIG)
-    settings = settings_of(config, directory / CONFIG)
-    file = open_weights(directory)
-    layers = _layers(factor_pairs(file), settings, directory)
+    refuse_variants(config, path)
+    settings, targets = settings_of(config, path), Targets.of(config, str(path))
+    weights = open_weights(directory)
+    pairs, copies = factor_pairs(weights)
+    layers = _layers(pairs, settings, weights, path)
+    unused = [module for module in pairs if module not in layers]
     return PeftAdapter(
         directory=directory,
-        adapter=Adapter(StoredFactors(file, layers, dtype)),
+        adapter=Adapter(StoredFactors(weights, layers, dtype)),
         layers=layers,
-        base_model=settings.base_model_name_or_path,
-        task_type=settings.task_type,
+        settings=settings,
         config=config,
+        weights=weights,
+        targets=targets,
+        copies=copies,
+        notes=(*config_notes(config), *weights.names.notes, *_notes(copies, unused)),
     )
 
 
+def _notes(copies: Mapping[str, str], unused: list[str]) -> Iterator[str]:
+    if copies:
+        yield (
+            f"The base model's own weights of {', '.join(copies)}, which PEFT saved beside the "
+            f"factors, are not part of the update and are left out."
+        )
+    if unused:
+        yield (
+            f"rank_pattern gives {len(unused)} modules the rank 0, such as {unused[0]}; they have "
+            f"no update and are left out."
+        )
+
+
 def _layers(
-    pairs: Mapping[str, tuple[StoredTensor, StoredTensor]], settings: Settings, directory: Path
+    pairs: Mapping[str, Pair], settings: Settings, weights: Weights, path: Path
 ) -> dict[str, Layer]:
-    path = directory / CONFIG
+    """The layers by module, without those of rank 0."""
     modules = list(pairs)
-    _refuse_untargeted(modules, settings.target_modules, directory)
     ranks = matched(settings.rank_pattern or {}, modules, f"{path}: rank_pattern")
     alphas = matched(settings.alpha_pattern or {}, modules, f"{path}: alpha_pattern")
     layers = {}
-    for module, (A, B) in pairs.items():
+    for module, pair in pairs.items():
+        A, B = weights.tensors[pair.A], weights.tensors[pair.B]
         rank = next(iter(ranks[module]), settings.r)
         if A.shape[0] != rank:
             raise AdapterError(
-                f"{directory / WEIGHTS}: {short(A.name)} has rank {A.shape[0]}, but {path} "
-                f"says {rank} (r and rank_pattern); correct the one that is wrong."
+                f"{weights.path}: {short(pair.A)} has rank {A.shape[0]}, but {path} says {rank} "
+                f"(r and rank_pattern); correct the one that is wrong."
+            )
+        if rank == 0:
+            continue
+        if rank < 0 or 0 in (B.shape[0], A.shape[1]):
+            raise AdapterError(
+                f"{weights.path}: the factors of {module!r} have the shapes {list(B.shape)} and "
+                f"{list(A.shape)}, which are empty; save the adapter again with PEFT."
             )
         alpha = next(iter(alphas[module]), settings.lora_alpha)
         scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
-        layers[module] = Layer(A, B, alpha, scale)
+        layers[module] = Layer(A, B, alpha, scale, pair)
+    if not layers:
+        raise AdapterError(
+            f"{weights.path} has no factors of a rank above 0; save the trained adapter again with "
+            f"PEFT."
+        )
     return layers
-
-
-def _refuse_untargeted(
-    modules: Sequence[str], targets: list[str] | str | None, directory: Path
-) -> None:
-    """Refuse modules that PEFT would leave out, as ``target_modules`` does not name them."""
-    # The program that trained the adapter evaluated a regular expression, and the tensors
-    # show what it matched. A list is cheap to check.
-    if not isinstance(targets, list):
-        return
-    names = set(targets)
-    for module in modules:
-        parts = module.split(".")
-        if not any(".".join(parts[start:]) in names for start in range(len(parts))):
-            raise AdapterError(
-                f"{directory / WEIGHTS} adapts {module!r}, which target_modules in "
-                f"{directory / CONFIG} does not name, so that PEFT would leave it out; add it "
-                f"there or remove its tensors."
-            )

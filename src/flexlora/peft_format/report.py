@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flexlora.storage.untrusted import printable
 
@@ -64,6 +65,11 @@ class Report:
     def alike(self) -> bool:
         """Whether every program interprets the adapter as PEFT does."""
         return not self.refusal and all(v.outcome == "reads" for v in self.verdicts)
+
+    def json(self) -> dict[str, Any]:
+        """The report as values that JSON has; ``alike`` decides the exit code."""
+        content = dataclasses.asdict(self)
+        return {**content, "directory": str(self.directory), "alike": self.alike}
 
     def lines(self) -> list[str]:
         """The report as text, one fact per line."""

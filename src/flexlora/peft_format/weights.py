@@ -1,175 +1,246 @@
-"""The file ``adapter_model.safetensors``: finding it, and pairing its tensors by module."""
+"""An adapter's tensors: finding their files, and pairing them by module."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from flexlora.errors import AdapterError
 from flexlora.peft_format.config import Unsupported
+from flexlora.peft_format.layouts import (
+    INDEX,
+    SHARD,
+    WEIGHTS,
+    other_start,
+    refuse_missing_weights,
+)
+from flexlora.peft_format.names import (
+    BASE_COPY,
+    FACTOR,
+    PLAIN,
+    PREFIX,
+    Names,
+    check_module_name,
+    peft_names,
+    unexpected,
+)
 from flexlora.storage.tensors import FLOAT_DTYPES, StoredTensor, TensorFile, open_tensors
-from flexlora.storage.untrusted import short
-
-WEIGHTS = "adapter_model.safetensors"
-
-PREFIX = "base_model.model."
-"""What PEFT puts before the path of every module."""
-
-MODULE = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
-
-MODULE_CHARACTERS = 512
-
-_TENSOR = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+from flexlora.storage.untrusted import parse_json, short
 
 _LARGEST_HEADER = 32 << 20
 
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
-
-_CONVERT = (
-    "convert it with PEFT on a machine that you trust, "
-    "save_pretrained(..., safe_serialization=True)"
-)
-
-_PLAIN = "merge it into its base model with PEFT, or train a plain LoRA"
+_LARGEST_INDEX = 32 << 20
 
 
-def open_weights(directory: Path) -> TensorFile:
-    """Open an adapter's tensors after a check of their header; nothing is ever unpickled.
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one adapter by the names that PEFT writes, in one file or several shards.
+
+    ``path`` is the file that messages name: the file, or the index of the shards.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    files: Mapping[str, TensorFile]
+    names: Names
+
+    @property
+    def sharded(self) -> bool:
+        """Whether there are several files, which PEFT does not load."""
+        return self.path.name != WEIGHTS
+
+    @property
+    def bytes(self) -> int:
+        """The size of the files."""
+        return sum(path.stat().st_size for path in {file.path for file in self.files.values()})
+
+    def read(self, *names: str) -> list[Tensor]:
+        """Read the named tensors, in this order.
+
+        Raises:
+            AdapterError: a file cannot be read any more, or has changed.
+        """
+        try:
+            return [self.files[name].read(self.tensors[name].name)[0] for name in names]
+        except OSError as error:
+            raise AdapterError(
+                f"{self.path} can no longer be read ({error.strerror}); restore the file."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one module: ``A`` (rank, in) and ``B`` (out, rank), by PEFT's names.
+
+    Of an embedding, which PEFT applies as ``(B @ A).T``, ``in`` is the vocabulary and ``out`` the
+    width.
+    """
+
+    A: str
+    B: str
+    embedding: bool
+
+
+def open_weights(directory: Path) -> Weights:
+    """Open an adapter's tensors after a check of their headers; nothing is ever unpickled.
 
     Raises:
-        AdapterError: the file is missing, of another format, damaged or empty, or its dtypes
+        AdapterError: a file is missing, of another format, damaged or empty, or its dtypes
             are not floats.
     """
-    path = directory / WEIGHTS
-    if not path.is_file():
-        _refuse_missing(directory)
-    _refuse_other_formats(path)
-    file = open_tensors(path, FLOAT_DTYPES, _LARGEST_HEADER, refuse_changes=True)
-    if not file.tensors:
+    path, shards = _files(directory)
+    files = [_open(shard) for shard in shards]
+    owners = {name: file for file in files for name in file.tensors}
+    count = sum(len(file.tensors) for file in files)
+    if count > len(owners):
+        raise AdapterError(f"{path}: a tensor is in two of the shards; save the adapter again.")
+    if not owners:
         raise AdapterError(f"{path} contains no tensors; save the trained adapter again with PEFT.")
-    return file
+    names = peft_names(list(owners), path)
+    return Weights(
+        path=path,
+        tensors={name: owners[old].tensors[old] for name, old in names.stored.items()},
+        files={name: owners[old] for name, old in names.stored.items()},
+        names=names,
+    )
 
 
-def factor_pairs(file: TensorFile) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """``A`` (rank, in) and ``B`` (out, rank) of each module, sorted by the modules' names.
+def factor_pairs(weights: Weights) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The factors of each module, and the names of copies of base weights, by module.
+
+    Both are sorted by the modules' names.
 
     Raises:
         Unsupported: a tensor belongs to an adapter that is more than ``B @ A``.
         AdapterError: a tensor has another name or shape, or is missing, or ranks differ.
     """
-    for tensor in file.tensors.values():
-        _check_tensor(tensor, file.path)
-    pairs = {}
-    modules = {name[len(PREFIX) : -len(".lora_A.weight")] for name in file.tensors}
-    for module in sorted(modules):
-        A, B = _pair(module, file.tensors, file.path)
-        if A.shape[0] != B.shape[1]:
-            raise AdapterError(
-                f"{file.path}: {short(A.name)} is {A.shape} (rank, in) and {short(B.name)} is "
-                f"{B.shape} (out, rank): their ranks differ; save the adapter again with PEFT."
-            )
-        pairs[module] = A, B
-    return pairs
+    modules: dict[str, bool] = {}
+    copies: dict[str, str] = {}
+    for name, tensor in weights.tensors.items():
+        match = FACTOR.fullmatch(name)
+        if match:
+            _check_tensor(name, match["module"], tensor, weights.path)
+            modules[match["module"]] = bool(match["embedding"])
+        elif name.startswith(PREFIX) and name.endswith(BASE_COPY):
+            copies[name[len(PREFIX) : -len(BASE_COPY)]] = name
+        else:
+            raise unexpected(name, weights.path)
+    pairs = {module: _pair(module, modules[module], weights) for module in sorted(modules)}
+    for module, name in copies.items():
+        _check_copy(module, name, pairs, weights)
+    return pairs, dict(sorted(copies.items()))
 
 
-def check_module_name(module: str, place: str = "") -> None:
-    """Refuse a name that is not a module path, such as ``model.layers.0.self_attn.q_proj``.
-
-    Raises:
-        AdapterError: with ``place`` before the name.
-    """
-    if len(module) > MODULE_CHARACTERS or not MODULE.fullmatch(module):
+def _files(directory: Path) -> tuple[Path, list[Path]]:
+    """The file that messages name, and the files with the tensors."""
+    path, index = directory / WEIGHTS, directory / INDEX
+    if path.is_file():
+        return path, [path]
+    present = sorted(each for each in directory.iterdir() if SHARD.fullmatch(each.name))
+    if not present:
+        refuse_missing_weights(directory)
+    match = SHARD.fullmatch(present[0].name)
+    count = int(match[2]) if match else 0
+    expected = [f"adapter_model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    if index.is_file():
+        expected = sorted(_indexed(index))
+    missing = [name for name in expected if not (directory / name).is_file()]
+    if missing or {each.name for each in present} - {*expected}:
+        wrong = missing or sorted({each.name for each in present} - {*expected})
         raise AdapterError(
-            f"{place}{short(module)} is not a module path; use letters, digits, _ and -, joined "
-            f"by dots, at most {MODULE_CHARACTERS} characters."
+            f"{directory}: the shard {short(wrong[0])} {'is missing' if missing else 'is extra'}, "
+            f"and {len(expected)} belong to the adapter; copy all of one adapter's shards."
         )
+    return (index if index.is_file() else present[0]), [directory / name for name in expected]
 
 
-def _pair(
-    module: str, tensors: Mapping[str, StoredTensor], path: Path
-) -> tuple[StoredTensor, StoredTensor]:
-    A, B = (f"{PREFIX}{module}.lora_{factor}.weight" for factor in "AB")
+def _indexed(index: Path) -> set[str]:
+    """The shards that an index names; none may lie outside of its folder."""
+    try:
+        if index.stat().st_size > _LARGEST_INDEX:
+            raise AdapterError(f"it has more than the {_LARGEST_INDEX} bytes allowed")
+        names = set(parse_json(index.read_bytes())["weight_map"].values())
+        if not all(SHARD.fullmatch(name) for name in names):
+            raise AdapterError("it names files that are not shards of an adapter")
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            f"{index} is not a valid index of shards ({short(error)}); save the adapter again."
+        ) from error
+    return names
+
+
+def _open(path: Path) -> TensorFile:
+    other = other_start(path)
+    if other:
+        raise AdapterError(f"{path} is not a valid safetensors file: {other}.")
+    return open_tensors(path, FLOAT_DTYPES, _LARGEST_HEADER, refuse_changes=True)
+
+
+def _pair(module: str, embedding: bool, weights: Weights) -> Pair:
+    end = "lora_embedding_{}" if embedding else "lora_{}.weight"
+    A, B = (f"{PREFIX}{module}.{end.format(factor)}" for factor in "AB")
     for name, other in ((A, B), (B, A)):
-        if name not in tensors:
+        if name not in weights.tensors:
             raise AdapterError(
-                f"{path}: {short(other)} is present but {short(name)} is missing; save the "
+                f"{weights.path}: {short(other)} is present but {short(name)} is missing; save the "
                 f"adapter again with PEFT."
             )
-    return tensors[A], tensors[B]
-
-
-def _check_tensor(tensor: StoredTensor, path: Path) -> None:
-    match = _TENSOR.fullmatch(tensor.name)
-    if not match:
-        raise _unexpected(tensor.name, path)
-    check_module_name(match["module"], f"{path}: {short(tensor.name)}: ")
-    if len(tensor.shape) != 2 or 0 in tensor.shape:
+    ranks = weights.tensors[A].shape[0], weights.tensors[B].shape[1]
+    if ranks[0] != ranks[1]:
         raise AdapterError(
-            f"{path}: {short(tensor.name)} has the shape {short(list(tensor.shape))}, and only "
-            f"matrices that are not empty are read; save a linear layer's adapter, with "
-            f"gathered weights."
+            f"{weights.path}: {short(A)} is {weights.tensors[A].shape} (rank, in) and {short(B)} "
+            f"is {weights.tensors[B].shape} (out, rank): their ranks differ; save the adapter "
+            f"again with PEFT."
         )
+    return Pair(A, B, embedding)
 
 
-def _unexpected(name: str, path: Path) -> AdapterError:
-    """Why a tensor that is not a factor of a linear layer is refused."""
-    other_adapter = re.search(r"\.lora_[AB]\.([^.]+)\.weight$", name)
-    if "lora_magnitude_vector" in name:
-        return Unsupported(f"{path}: {short(name)} belongs to DoRA, not to B @ A; {_PLAIN}.")
-    if "lora_embedding_" in name:
-        return Unsupported(f"{path}: {short(name)} adapts an embedding, not a matrix; {_PLAIN}.")
-    if name.endswith(".bias"):
-        return Unsupported(f"{path}: {short(name)} is a trained bias, not B @ A; {_PLAIN}.")
-    if name.startswith(PREFIX) and other_adapter:
-        return AdapterError(
-            f"{path}: {short(name)} carries the adapter name {short(other_adapter[1])}, as in "
-            f"memory; save it with PEFT's save_pretrained, which leaves the name out."
+def _check_tensor(name: str, module: str, tensor: StoredTensor, path: Path) -> None:
+    check_module_name(module, f"{path}: {short(name)}: ")
+    shape = short(list(tensor.shape))
+    if ".base_layer" in f".{module}":
+        raise Unsupported(
+            f"{path}: {short(name)} is a LoRA of fused expert weights (target_parameters), which "
+            f"B @ A of one matrix cannot express; {PLAIN}."
         )
-    if name.startswith(PREFIX) and ".lora_" not in name:
-        return Unsupported(
-            f"{path}: {short(name)} is a whole tensor (modules_to_save, or a resized "
-            f"embedding), not B @ A; {_PLAIN}."
+    if len(tensor.shape) == 4:
+        raise Unsupported(
+            f"{path}: {short(name)} has the shape {shape}: it is a LoRA of a convolution (Conv2d), "
+            f"not of a matrix; {PLAIN}."
         )
-    return AdapterError(
-        f"{path}: {short(name)} is not of the form {PREFIX}MODULE.lora_A.weight (or lora_B) "
-        f"that PEFT writes; save the adapter with PEFT."
-    )
-
-
-def _refuse_missing(directory: Path) -> None:
-    pickles = [name for name in _PICKLES if (directory / name).exists()]
-    if pickles:
+    if tensor.shape == (0,):
         raise AdapterError(
-            f"{directory / pickles[0]} is a pickle, which can run any program when loaded, "
-            f"and is not read; {_CONVERT}."
+            f"{path}: {short(name)} has the shape {shape}: DeepSpeed ZeRO-3 had spread the weights "
+            f"over its processes when they were saved; set "
+            f"stage3_gather_16bit_weights_on_model_save to true and save the adapter again."
         )
-    raise AdapterError(f"{directory / WEIGHTS} is missing; save the adapter again with PEFT.")
+    if len(tensor.shape) != 2:
+        raise Unsupported(
+            f"{path}: {short(name)} has the shape {shape}, and only factors of matrices are read; "
+            f"{PLAIN}."
+        )
 
 
-def _refuse_other_formats(path: Path) -> None:
-    """Refuse what is not safetensors by its first bytes, with the remedy for its format."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as error:
-        raise AdapterError(
-            f"{path} cannot be read ({error.strerror}); check its permissions and the disk."
-        ) from error
-    if len(start) < 16 or start[8:9] != b"{":
-        raise AdapterError(f"{path} is not a valid safetensors file: {_format(start)}.")
+def _check_copy(module: str, name: str, pairs: Mapping[str, Pair], weights: Weights) -> None:
+    """Refuse a copy of a base weight that does not fit the factors beside it."""
+    if module not in pairs:
+        raise unexpected(name, weights.path)
+    pair, shape = pairs[module], weights.tensors[name].shape
+    out, width = weights.tensors[pair.B].shape[0], weights.tensors[pair.A].shape[1]
+    expected = (width, out) if pair.embedding else (out, width)
+    if shape != expected:
+        raise Unsupported(
+            f"{weights.path}: {short(name)} has the shape {short(list(shape))}, and the factors "
+            f"beside it are for {short(list(expected))}: the vocabulary was resized, which B @ A "
+            f"cannot express; {PLAIN}."
+        )
 
 
-def _format(start: bytes) -> str:
-    """What a file that begins with these bytes is, and what to do about it."""
-    if start.startswith(b"PK\x03\x04"):
-        return f"it is a zip, as PyTorch's pickles are, and is not read; {_CONVERT}"
-    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
-        return f"it is a pickle, and is not read; {_CONVERT}"
-    if start.startswith(b"version https://"):
-        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    if start.startswith(b"GGUF"):
-        return "it is a GGUF file; give the PEFT adapter from which it was made"
-    if len(start) < 16:
-        return f"it was cut off at {len(start)} bytes; copy it again"
-    return "it has another format; save the adapter again with PEFT"
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two copies of a weight are equal in the precision of the coarser one."""
+    dtypes = sorted((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.equal(one.to(dtypes[0]), other.to(dtypes[0]))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from flexlora.errors import AdapterError
 from flexlora.lowrank import Factors
-from flexlora.peft_format.config import CONFIG
-from flexlora.peft_format.weights import PREFIX, WEIGHTS, check_module_name
+from flexlora.peft_format.layouts import CONFIG, WEIGHTS
+from flexlora.peft_format.names import PREFIX, check_module_name
 from flexlora.storage.untrusted import short
 
 CARD = "README.md"
@@ -35,7 +34,10 @@ def write(
     base_model: str | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    task_type: str | None = "CAUSAL_LM",
+    task_type: str | None = None,
+    target_modules: Sequence[str] | None = None,
+    embeddings: Collection[str] = (),
+    settings: Mapping[str, Any] | None = None,
     rank: int | Literal["max", "vllm"] = "max",
     metadata: Mapping[str, Any] | None = None,
     replace: bool = False,
@@ -48,8 +50,9 @@ def write(
     or not at all. ``metadata`` must be valid JSON and goes into the model card. Needs memory
     for the padded copy.
 
-    ``target_modules`` are last names (``q_proj``), or whole paths if a last name would also
-    choose a layer that the adapter leaves out.
+    ``target_modules`` are the modules' whole paths, unless others are given: see ``targets`` and
+    ``common_targets``. ``embeddings`` are the modules that are embeddings, whose update ``B @ A``
+    is (width, vocabulary). ``settings`` are further entries of ``adapter_config.json``.
 
     Raises:
         AdapterError: the adapter is empty, not finite or of a higher rank than ``rank``; a
@@ -58,8 +61,9 @@ def write(
     """
     directory = Path(directory).resolve()
     check_target(directory, replace)
-    tensors, common = _padded(adapter, rank, dtype)
-    config = _config(list(adapter), common, base_model, task_type)
+    tensors, common = _padded(adapter, rank, dtype, embeddings)
+    config = _config(common, base_model, task_type) | dict(settings or {})
+    config["target_modules"] = sorted(target_modules or adapter)
     card = _card(base_model, task_type, metadata or {})
     partial = directory.parent / f".{directory.name}.{secrets.token_hex(8)}.partial"
     partial.mkdir(parents=True)
@@ -106,7 +110,10 @@ def check_target(directory: Path, replace: bool) -> None:
 
 
 def _padded(
-    adapter: Mapping[str, Factors], rank: int | str, dtype: torch.dtype
+    adapter: Mapping[str, Factors],
+    rank: int | str,
+    dtype: torch.dtype,
+    embeddings: Collection[str],
 ) -> tuple[dict[str, Tensor], int]:
     if not adapter:
         raise AdapterError("The adapter has no modules; give one with at least one module.")
@@ -128,7 +135,8 @@ def _padded(
         for name, factor in (("A", padded.A), ("B", padded.B)):
             # A copy, because safetensors refuses tensors that share memory.
             copy = factor.detach().clone(memory_format=torch.contiguous_format)
-            tensors[f"{PREFIX}{module}.lora_{name}.weight"] = copy
+            end = f"lora_embedding_{name}" if module in embeddings else f"lora_{name}.weight"
+            tensors[f"{PREFIX}{module}.{end}"] = copy
     return tensors, common
 
 
@@ -153,9 +161,7 @@ def _common_rank(largest: int, rank: int | str) -> int:
     return rank
 
 
-def _config(
-    modules: Sequence[str], rank: int, base_model: str | None, task_type: str | None
-) -> dict[str, Any]:
+def _config(rank: int, base_model: str | None, task_type: str | None) -> dict[str, Any]:
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
@@ -173,29 +179,10 @@ def _config(
         "r": rank,
         "rank_pattern": {},
         "revision": None,
-        "target_modules": targets(modules),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
     }
-
-
-def targets(modules: Sequence[str]) -> list[str]:
-    """PEFT's ``target_modules`` for these modules: last names, or else whole paths.
-
-    Last names suffice if the layers numbered 0 to n all have the same modules. The base model
-    may have other layers with the same last name; PEFT gives these an update of zero.
-    """
-    layers: dict[str, set[int]] = {}
-    for module in modules:
-        layer = re.search(r"(?<=\.)\d+(?=\.)", module)
-        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", module, count=1)
-        layers.setdefault(kind, set()).update([int(layer[0])] if layer else [])
-    numbered = [numbers for numbers in layers.values() if numbers]
-    every = set(range(max(map(len, numbered), default=0)))
-    if all(numbers == every for numbers in numbered):
-        return sorted({module.rpartition(".")[2] for module in modules})
-    return sorted(modules)
 
 
 def _card(base_model: str | None, task_type: str | None, metadata: Mapping[str, Any]) -> str:

@@ -1,0 +1,359 @@
+"""PEFT as the oracle of merging: its own deltas in float64, weighted."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from flexlora.errors import AdapterError
+from flexlora.peft_format import CONFIG, WEIGHTS, check, merge
+from support.peft_oracle import (
+    deltas,
+    difference,
+    gpt2,
+    llama,
+    loaded,
+    rewrite,
+    t5,
+    trained,
+    weighted,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+ROUNDING = 1e-6
+"""Files are in float32."""
+
+
+def config_of(folder):
+    return json.loads((folder / CONFIG).read_text())
+
+
+CASES = {
+    "linear": (llama, {"target_modules": ["q_proj", "v_proj"]}),
+    "head": (llama, {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding": (llama, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "first layers": (
+        lambda: llama(layers=4),
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]},
+    ),
+    "regular expression": (llama, {"target_modules": r".*layers\.1\..*(q|up)_proj"}),
+    "exclusion": (
+        llama,
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["layers.1.mlp.down_proj"]},
+    ),
+    "all linear layers": (llama, {"target_modules": "all-linear", "use_rslora": True}),
+    "Conv1D": (gpt2, {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    "T5": (t5, {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}),
+    "patterns": (
+        llama,
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {r"layers\.1\..*q_proj": 5},
+            "alpha_pattern": {"up_proj": 11},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "copies"), [*((case, False) for case in CASES), ("head", True), ("embedding", True)]
+)
+def test_the_mean_is_that_of_pefts_deltas(tmp_path, case, copies):
+    """And PEFT loads the result with no module added and none left without values."""
+    make, settings = CASES[case]
+    base = make()
+    one = trained(base, tmp_path / "one", 1, copies, r=2, lora_alpha=6, **settings)
+    two = trained(base, tmp_path / "two", 2, copies, r=3, lora_alpha=5, **settings)
+    merge([one, two], tmp_path / "out", weights=[3, 1])
+    expected = weighted((0.75, deltas(base, one)), (0.25, deltas(base, two)))
+    assert difference(deltas(base, tmp_path / "out"), expected) < ROUNDING
+    config = config_of(tmp_path / "out")
+    assert config["task_type"] == settings.get("task_type")
+    assert config["fan_in_fan_out"] == settings.get("fan_in_fan_out", False)
+    for option in ({}, {"low_cpu_mem_usage": True}):
+        model, missing = loaded(base, tmp_path / "out", **option)
+        assert not missing
+        assert not any(value.is_meta for value in model.parameters())
+
+
+def test_short_names_are_kept_where_every_adapter_trained_all_that_they_choose(tmp_path):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    two = trained(base, tmp_path / "two", 2, r=3, target_modules=["self_attn.v_proj"])
+    merge([one, two], tmp_path / "out")
+    assert config_of(tmp_path / "out")["target_modules"] == ["q_proj", "self_attn.v_proj"]
+    _, missing = loaded(base, tmp_path / "out")
+    assert not missing
+
+
+def test_names_without_tensors_are_not_written(tmp_path):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    rewrite(one, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    merge([one], tmp_path / "out")
+    assert config_of(tmp_path / "out")["target_modules"] == ["q_proj"]
+
+
+WRAPPED = {
+    "in memory": lambda name: (
+        name.replace(".weight", ".default.weight")
+        .replace("embedding_A", "embedding_A.default")
+        .replace("embedding_B", "embedding_B.default")
+    ),
+    "another adapter's name": lambda name: (
+        name.replace(".weight", ".lab.weight")
+        .replace("embedding_A", "embedding_A.lab")
+        .replace("embedding_B", "embedding_B.lab")
+    ),
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "torch.compile of the base": lambda name: name.replace("model.model", "model._orig_mod.model"),
+    "FSDP": lambda name: name.replace("model.model", "model._fsdp_wrapped_module.model").replace(
+        "self_attn", "_fsdp_wrapped_module._checkpoint_wrapped_module.self_attn"
+    ),
+    "DDP": lambda name: f"module.{name}",
+    "DeepSpeed inside": lambda name: name.replace("base_model.model.", "base_model.model.module."),
+    "no prefix": lambda name: name.removeprefix("base_model.model."),
+    "prefix twice": lambda name: f"base_model.model.{name}",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_what_wrappers_add_to_names_is_left_out_and_said(tmp_path, wrapper):
+    base = llama()
+    targets = ["q_proj", "embed_tokens"]
+    one = trained(base, tmp_path / "one", 1, r=2, lora_alpha=6, target_modules=targets)
+    expected = deltas(base, one)
+    assert len(expected) == 3
+    rewrite(one, WRAPPED[wrapper])
+    result = merge([one], tmp_path / "out")
+    assert difference(deltas(base, tmp_path / "out"), expected) < ROUNDING
+    assert len(result.notes) >= 1
+    # Whether PEFT itself reads the file is what it does, and what check says.
+    lost = difference(deltas(base, one), expected) > 0.5
+    assert check(one).verdicts[0].outcome == ("misreads" if lost else "reads")
+    assert check(tmp_path / "out").verdicts[0].outcome == "reads"
+    assert lost == (wrapper != "in memory")
+
+
+def test_adapters_of_several_names_are_refused(tmp_path):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    rewrite(one, lambda name: name.replace(".weight", f".{'ab'['layers.1' in name]}.weight"))
+    with pytest.raises(AdapterError, match=r"several adapters \('a', 'b'\).*selected_adapters"):
+        merge([one], tmp_path / "out")
+
+
+def test_names_that_become_the_same_are_refused(tmp_path):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    values = load_file(one / WEIGHTS)
+    name = next(iter(values))
+    save_file(values | {f"_orig_mod.{name}": values[name] + 1}, one / WEIGHTS)
+    with pytest.raises(AdapterError, match="without what wrappers add"):
+        merge([one], tmp_path / "out")
+
+
+def test_shards_are_read_as_one_file(tmp_path):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj", "down_proj"])
+    expected = deltas(base, one)
+    values = load_file(one / WEIGHTS)
+    names = sorted(values)
+    shards = {f"adapter_model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for shard, inside in shards.items():
+        save_file({name: values[name] for name in inside}, one / shard)
+    (one / WEIGHTS).unlink()
+    index = {"metadata": {}, "weight_map": {n: s for s, inside in shards.items() for n in inside}}
+    (one / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    report = check(one)
+    assert [v.outcome for v in report.verdicts] == ["refuses"] * 4
+    merge([one], tmp_path / "out")
+    assert difference(deltas(base, tmp_path / "out"), expected) < ROUNDING
+    (one / f"{WEIGHTS}.index.json").unlink()
+    merge([one], tmp_path / "out", replace=True)
+    assert difference(deltas(base, tmp_path / "out"), expected) < ROUNDING
+    (one / "adapter_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"00002-of-00002\.safetensors' is missing"):
+        merge([one], tmp_path / "out", replace=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"weight_map": {"a": "../../x.safetensors"}}', '{"weight_map": {"a": 3}}']
+)
+def test_an_index_of_shards_is_not_trusted(tmp_path, text):
+    one = trained(llama(), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    (one / WEIGHTS).rename(one / "adapter_model-00001-of-00001.safetensors")
+    (one / f"{WEIGHTS}.index.json").write_text(text)
+    with pytest.raises(AdapterError, match="is not a valid index of shards"):
+        merge([one], tmp_path / "out")
+
+
+def test_copies_of_base_weights_must_agree(tmp_path):
+    settings = {"r": 2, "target_modules": ["lm_head"], "copies": True}
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, **settings)
+    two = trained(base.bfloat16(), tmp_path / "two", 2, **settings)
+    result = merge([one, two], tmp_path / "out")  # the same base model in another precision
+    assert "which PEFT saved beside the factors" in result.notes[0]
+    assert not any("base_layer" in name for name in load_file(tmp_path / "out" / WEIGHTS))
+    with torch.no_grad():
+        base.lm_head.weight[3, 2] += 1
+    other = trained(base, tmp_path / "other", 3, **settings)
+    with pytest.raises(AdapterError, match=r"different base weights of 'lm_head'"):
+        merge([one, other], tmp_path / "out", replace=True)
+    values = load_file(one / WEIGHTS)
+    name = "base_model.model.lm_head.base_layer.weight"
+    save_file(values | {name: torch.cat([values[name]] * 2)}, one / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"the vocabulary was resized"):
+        merge([one], tmp_path / "out", replace=True)
+
+
+PATHS = ["model.language_model.", "language_model.model.", "", "model.text_model."]
+
+
+@pytest.mark.parametrize("start", PATHS)
+def test_the_same_layers_under_other_paths_are_one(tmp_path, start):
+    base = llama()
+    settings = {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 5}
+    one = trained(base, tmp_path / "one", 1, r=2, **settings)
+    two = trained(base, tmp_path / "two", 2, r=3, **settings)
+    expected = weighted((0.5, deltas(base, one)), (0.5, deltas(base, two)))
+    rewrite(two, lambda name: name.replace("base_model.model.model.", f"base_model.model.{start}"))
+    result = merge([one, two], tmp_path / "out")
+    assert difference(deltas(base, tmp_path / "out"), expected) < ROUNDING
+    assert not any(facts.absent_from for facts in result)
+    (note,) = result.notes
+    assert f"4 of 4 modules of {two} are the same layers under other paths" in note
+    names = {facts.module for facts in merge([two, one], tmp_path / "other")}
+    assert all(name.startswith(f"{start}layers.") for name in names)
+
+
+def test_a_vision_tower_is_not_the_language_model(tmp_path):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    two = trained(base, tmp_path / "two", 2, r=2, target_modules=["q_proj"])
+    rewrite(two, lambda name: name.replace("model.model.layers", "model.vision_tower.layers"))
+    result = merge([one, two], tmp_path / "out")
+    assert len(result) == 4
+    assert "No module is in all of them." in result.notes[0]
+
+
+@pytest.mark.parametrize(("absent", "share"), [("zero", 0.25), ("skip", 1.0)])
+def test_a_module_that_one_adapter_lacks_counts_by_the_rule(tmp_path, absent, share):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    two = trained(base, tmp_path / "two", 2, r=3, target_modules=["q_proj", "up_proj"])
+    result = merge([one, two], tmp_path / "out", weights=[3, 1], absent=absent)
+    first, second = deltas(base, one), deltas(base, two)
+    q = {name: value for name, value in second.items() if "q_proj" in name}
+    up = {name: value for name, value in second.items() if "up_proj" in name}
+    expected = weighted((0.75, first), (0.25, q), (share, up))
+    assert difference(deltas(base, tmp_path / "out"), expected) < ROUNDING
+    assert f"--absent {'skip' if absent == 'zero' else absent}" in result.notes[0]
+    with pytest.raises(AdapterError, match="absent is 'mean'"):
+        merge([one, two], tmp_path / "other", absent="mean")
+
+
+def test_weights_can_be_summed_and_undone(tmp_path):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    two = trained(base, tmp_path / "two", 2, r=3, target_modules=["q_proj"])
+    with pytest.raises(AdapterError, match=r"positive and finite, got -0.5.*--sum"):
+        merge([one, two], tmp_path / "sum", weights=[2, -0.5])
+    merge([one, two], tmp_path / "sum", weights=[2, -0.5], sum_weights=True)
+    expected = weighted((2, deltas(base, one)), (-0.5, deltas(base, two)))
+    assert difference(deltas(base, tmp_path / "sum"), expected) < ROUNDING
+    merge([tmp_path / "sum", two], tmp_path / "back", weights=[0.5, 0.25], sum_weights=True)
+    assert difference(deltas(base, tmp_path / "back"), deltas(base, one)) < 10 * ROUNDING
+    result = merge([one, one], tmp_path / "none", weights=[1, -1], sum_weights=True)
+    assert [facts.rank for facts in result] == [1, 1]
+    assert all(not delta.any() for delta in deltas(base, tmp_path / "none").values())
+    with pytest.raises(AdapterError, match="finite and not zero, got 0"):
+        merge([one, two], tmp_path / "other", weights=[1, 0], sum_weights=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_precision_of_the_file(tmp_path, dtype):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    merge([one], tmp_path / "out", dtype=dtype)
+    assert {value.dtype for value in load_file(tmp_path / "out" / WEIGHTS).values()} == {dtype}
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert difference(deltas(base, tmp_path / "out"), deltas(base, one)) < tolerance
+
+
+def test_the_class_that_automodels_load_is_kept_if_transformers_has_it(tmp_path):
+    one = trained(llama(), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    two = trained(llama(), tmp_path / "two", 2, r=2, target_modules=["q_proj"])
+    merge([one, two], tmp_path / "out")
+    mapping = config_of(one)["auto_mapping"]
+    assert mapping["base_model_class"] == "LlamaForCausalLM"
+    assert config_of(tmp_path / "out")["auto_mapping"] == mapping
+    for folder in (one, two):
+        rewrite(folder, auto_mapping={"base_model_class": "X", "parent_library": "other.code"})
+    merge([one, two], tmp_path / "out", replace=True)
+    assert config_of(tmp_path / "out")["auto_mapping"] is None
+    assert transformers.LlamaForCausalLM.__name__ == mapping["base_model_class"]
+
+
+DIFFER = [
+    ({"task_type": "CAUSAL_LM"}, {"task_type": "SEQ_CLS"}, "task_type", "--task-type"),
+    ({"revision": "v1"}, {"revision": "v2"}, "revision", "--revision"),
+    ({"revision": "v1"}, {"revision": None}, "revision", "--revision"),
+    (
+        {"base_model_name_or_path": "a/b"},
+        {"base_model_name_or_path": "a/c"},
+        "base",
+        "--base",
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "name", "option"), DIFFER)
+def test_what_differs_is_asked_for(tmp_path, first, second, name, option):
+    one = trained(llama(), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    two = trained(llama(), tmp_path / "two", 2, r=2, target_modules=["q_proj"])
+    rewrite(one, **first)
+    rewrite(two, **second)
+    with pytest.raises(AdapterError, match=rf"{option}\.") as caught:
+        merge([one, two], tmp_path / "out")
+    assert str(one) in str(caught.value) and str(two) in str(caught.value)
+    merge([one, two], tmp_path / "out", **{name: "given"})
+    assert "given" in config_of(tmp_path / "out").values()
+
+
+def test_what_is_the_same_is_kept_and_what_some_leave_out_is_said(tmp_path):
+    one = trained(llama(), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    two = trained(llama(), tmp_path / "two", 2, r=2, target_modules=["q_proj"])
+    rewrite(one, revision="v1", task_type="CAUSAL_LM", base_model_name_or_path="a/b")
+    rewrite(two, revision="v1", task_type=None, base_model_name_or_path=None)
+    result = merge([one, two], tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert (config["revision"], config["task_type"]) == ("v1", "CAUSAL_LM")
+    assert config["base_model_name_or_path"] == "a/b"
+    assert result.notes == (
+        f"1 of 2 adapters name no base model, such as {two}; the result has the one of the others, "
+        f"'a/b'.",
+        f"1 of 2 adapters name no task type, such as {two}; the result has the one of the others, "
+        f"'CAUSAL_LM'.",
+    )
+
+
+def test_a_linear_layer_is_not_an_embedding(tmp_path):
+    base = llama()
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=["embed_tokens"])
+    two = trained(base, tmp_path / "two", 2, r=2, target_modules=["lm_head"])
+    names = {"lm_head.lora_A.weight": "A", "lm_head.lora_B.weight": "B"}
+    values = load_file(two / WEIGHTS)
+    A, B = (values[f"base_model.model.{name}"] for name in names)
+    start = "base_model.model.model.embed_tokens.lora_"
+    # A linear layer of the embedding's own shape (out, in) = (12, 37).
+    save_file(
+        {f"{start}A.weight": B.T.contiguous(), f"{start}B.weight": A.T.contiguous()}, two / WEIGHTS
+    )
+    rewrite(two, target_modules=["embed_tokens"])
+    with pytest.raises(AdapterError, match=r"\(12, 37\) of an embedding"):
+        merge([one, two], tmp_path / "out")
