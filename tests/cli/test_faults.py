@@ -54,7 +54,7 @@ FAULTS = [
     ("check", ["file"], "file is a file"),
     ("check", ["folder"], "adapter_config.json is missing"),
     ("methods", ["flexlore"], "Did you mean 'flexlora'?"),
-    ("methods", ["FlexLoRA"], "There is no method 'FlexLoRA'"),
+    ("methods", ["FlexLoRE"], "Did you mean 'flexlora'?"),
     ("methods", [""], "There is no method ''"),
     ("report", ["nowhere"], "no metrics.jsonl in nowhere"),
     ("report", ["folder"], "no metrics.jsonl in folder"),

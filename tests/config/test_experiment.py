@@ -186,10 +186,9 @@ def test_a_missing_section_or_key_is_named(read):
     assert "'federation' is missing" in refused(read, text=TEXT.split("[federation]")[0])
 
 
-def test_a_method_without_a_name_is_told_so(read):
-    message = refused(read, text=TEXT.replace('name = "flexlora"', 'split = "left"'))
-    assert "method.name" in message
-    assert "None" not in message
+def test_options_of_a_method_without_a_name_are_those_of_the_default(read):
+    settings = read(text=TEXT.replace('name = "flexlora"', 'split = "left"'))
+    assert settings.method == {"name": "flexlora", "split": "left"}
 
 
 # --- ill-typed and out of range ------------------------------------------------------------

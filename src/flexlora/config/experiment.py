@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flexlora.config import ranks
+from flexlora.config import faults, ranks
+from flexlora.config.faults import Places
 from flexlora.data.corpora.table import Columns
 from flexlora.errors import ConfigError
 from flexlora.evaluation import Evaluation
 from flexlora.model import Source
 from flexlora.training import Training
-
-Lines = Mapping[tuple[str, ...], int]
-"""The line of each key of a file, by the parts of the dotted key."""
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -138,21 +133,25 @@ class Experiment(BaseModel):
         return {key: value for key, value in self.method.items() if key != "name"}
 
 
-def parse(content: Mapping[str, Any], place: str | Path, lines: Lines | None = None) -> Experiment:
+def parse(
+    content: Mapping[str, Any], place: str | Path, places: Places | None = None
+) -> Experiment:
     """The experiment that nested tables describe; ``place`` is their source, for errors.
 
+    ``places`` says of single keys where they were given.
+
     Raises:
-        ConfigError: a key is unknown or has a wrong type; names all such keys, with their lines.
+        ConfigError: a key is unknown or has a wrong type; names all such keys and their places.
     """
     if not isinstance(content, Mapping):
         raise ConfigError(
             f"A config is given as nested tables, not as {content!r:.60}, a "
             f"{type(content).__name__}; to read a file call load(path)."
         )
-    experiment = _validated(Experiment, content, place, lines or {})
+    experiment = _validated(Experiment, content, place, places or {})
     _check_distribution(experiment.ranks, place)
-    if faults := _faults(experiment):
-        raise ConfigError(f"{place}: {'; '.join(faults)}.")
+    if contradictions := _contradictions(experiment):
+        raise ConfigError(f"{place}: {'; '.join(contradictions)}.")
     return experiment
 
 
@@ -165,22 +164,26 @@ def parse_ranks(content: Mapping[str, Any], place: str | Path) -> Ranks:
     content = {key: value for key, value in content.items() if value != ""}
     settings = _validated(Ranks, content, place, {})
     _check_distribution(settings, place)
-    if faults := _rank_faults(settings):
-        raise ConfigError(f"{place}: {'; '.join(faults)}.")
+    if contradictions := _rank_contradictions(settings):
+        raise ConfigError(f"{place}: {'; '.join(contradictions)}.")
     return settings
 
 
 def _validated(
-    section: type[Section], content: Mapping[str, Any], place: str | Path, lines: Lines
+    section: type[Section], content: Mapping[str, Any], place: str | Path, places: Places
 ) -> Section:
     """A section from its table; the error has one line for each fault."""
     content = _without_empty_names(content)
+    method = content.get("method")
+    if isinstance(method, Mapping):
+        content["method"] = {"name": "flexlora", **method}
     try:
         # As JSON, in which lists may become tuples although types are strict.
         return section.model_validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
-        faults = [_sentence(section, fault, place, lines) for fault in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(faults))) from error
+        raise ConfigError(
+            "\n".join(faults.sentences(section, error, str(place), places))
+        ) from error
 
 
 def _without_empty_names(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,30 +202,30 @@ def _without_empty_names(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "data": {**data, "columns": named}}  # type: ignore[dict-item]
 
 
-def _faults(experiment: Experiment) -> list[str]:
+def _contradictions(experiment: Experiment) -> list[str]:
     """Contradictions between fields, and fields that others require."""
     federation, data = experiment.federation, experiment.data
-    faults = []
+    found = []
     if (federation.cohort is None) == (federation.fraction is None):
-        faults.append("give either federation.cohort or federation.fraction")
+        found.append("give either federation.cohort or federation.fraction")
     if federation.cohort is not None and federation.quorum > federation.cohort:
-        faults.append(
+        found.append(
             f"federation.quorum {federation.quorum} is more than federation.cohort "
             f"{federation.cohort}, the uploads of a round; lower federation.quorum"
         )
     if data.format in ("table", "natural-instructions", "hub") and data.path is None:
-        faults.append(f"data.format {data.format!r} needs data.path")
+        found.append(f"data.format {data.format!r} needs data.path")
     if data.partition.kind in ("iid", "dirichlet", "shards") and data.partition.clients is None:
-        faults.append(f"data.partition.kind {data.partition.kind!r} needs data.partition.clients")
-    return faults + _rank_faults(experiment.ranks)
+        found.append(f"data.partition.kind {data.partition.kind!r} needs data.partition.clients")
+    return found + _rank_contradictions(experiment.ranks)
 
 
-def _rank_faults(settings: Ranks) -> list[str]:
+def _rank_contradictions(settings: Ranks) -> list[str]:
     """Contradictions between the keys of ``ranks``, and keys that are missing."""
-    faults = []
+    found = []
     if settings.rank is not None and (settings.types or settings.clients):
-        faults.append("ranks.rank is for all clients; leave out ranks.types and ranks.clients")
-    faults += [
+        found.append("ranks.rank is for all clients; leave out ranks.types and ranks.clients")
+    found += [
         f"ranks.types.{name} trains neither attention nor feed_forward; one must be at least 1"
         for name, rank_type in (settings.types or {}).items()
         if rank_type.attention == rank_type.feed_forward == 0
@@ -230,11 +233,11 @@ def _rank_faults(settings: Ranks) -> list[str]:
     choices = ("rank", "distribution", "table")
     given = [name for name in choices if getattr(settings, name) is not None]
     if len(given) > 1 or (not given and not settings.clients):
-        faults.append(
+        found.append(
             f"give one of ranks.rank, ranks.distribution and ranks.table, or ranks.clients "
             f"(given: {', '.join(given) or 'none'})"
         )
-    return faults
+    return found
 
 
 def _check_distribution(settings: Ranks, place: str | Path) -> None:
@@ -243,44 +246,3 @@ def _check_distribution(settings: Ranks, place: str | Path) -> None:
             ranks.distribution(settings.distribution)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
-
-
-def _sentence(section: type[BaseModel], fault: Any, place: str | Path, lines: Lines) -> str:
-    """One of pydantic's errors as a sentence with its line and the nearest valid key."""
-    path = tuple(str(part) for part in fault["loc"])
-    key = ".".join(path)
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    where = f"{place}, line {line}" if line else place
-    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        valid = _keys(section, path[:-1])
-        near = difflib.get_close_matches(path[-1], valid, 1, 0.5)
-        hint = f" Did you mean {'.'.join((*path[:-1], near[0]))!r}?" if near else ""
-        return f"{where}: unknown key {key!r}.{hint} Valid keys: {', '.join(valid)}."
-    if fault["type"] in ("missing", "missing_argument"):
-        return f"{where}: {key!r} is missing."
-    return f"{where}: {key!r} is {fault['input']!r}; {_lower(fault['msg'])}."
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:].rstrip(".")
-
-
-def _keys(root: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The valid keys of the section at ``path`` below ``root``."""
-    section: Any = root
-    for part in path:
-        if get_origin(section) is dict:
-            section = get_args(section)[1]
-            continue
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            annotation: Any = section.model_fields[part].annotation
-        elif is_dataclass(section):
-            annotation = next((f.type for f in fields(section) if f.name == part), None)
-        else:
-            return []
-        if get_origin(annotation) in (types.UnionType, Union):
-            annotation = next(a for a in get_args(annotation) if a is not types.NoneType)
-        section = annotation
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return list(section.model_fields)
-    return [f.name for f in fields(section)] if is_dataclass(section) else []

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from flexlora.config import faults
 from flexlora.errors import ConfigError
 
 T = TypeVar("T")
@@ -111,11 +112,8 @@ class Plugins(Generic[T]):
         try:
             return TypeAdapter(cls).validate_json(json.dumps(options), strict=True)
         except ValidationError as error:
-            fault = error.errors()[0]
-            option = ".".join(str(part) for part in fault["loc"]) or "options"
             raise ConfigError(
-                f"The {self.label} {name!r}, option {option!r} is {fault['input']!r}: "
-                f"{fault['msg']}."
+                f"The {self.label} {name!r}, {faults.of_option(cls, error)}"
             ) from error
 
     def is_defined_in(self, path: Path) -> bool:

@@ -34,10 +34,11 @@ def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"The config {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    places = {key: f"{path}, line {line}" for key, line in _lines(text).items()}
     for change in changes:
-        _apply(content, change)
+        places[_apply(content, change)] = f"--set {change}"
     _make_paths_absolute(content, path.parent)
-    return parse(content, path, _lines(text))
+    return parse(content, path, places)
 
 
 def rank_table(path: Path | str, clients: Mapping[str, str]) -> Ranks:
@@ -133,8 +134,8 @@ def _split_key(dotted: str) -> tuple[str, ...]:
     return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
-def _apply(content: dict[str, Any], change: str) -> None:
-    """Apply one change ``a.b=value`` in place; the value is TOML, or else a string."""
+def _apply(content: dict[str, Any], change: str) -> tuple[str, ...]:
+    """Apply one change ``a.b=value`` in place; returns its key. The value is TOML, or a string."""
     dotted, equals, text = change.partition("=")
     keys = _split_key(dotted)
     if not equals or not all(keys):
@@ -149,6 +150,7 @@ def _apply(content: dict[str, Any], change: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"--set {change!r}: {key!r} is a value, not a section.")
     table[keys[-1]] = value
+    return keys
 
 
 def _make_paths_absolute(content: dict[str, Any], folder: Path) -> None:
