@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from flexlora.cli import adapters, configs, demo, deploy, init, laws, methods, run, watch
+from flexlora.cli.options import with_last_run
 from flexlora.errors import FlexloraError
 
 BUG = (
@@ -99,7 +100,7 @@ def main() -> None:
     of flexlora: its traceback, a line that says so, and exit code 1.
     """
     try:
-        app()
+        app(with_last_run(sys.argv[1:]))
     except FlexloraError as error:
         _fail(str(error))
     except Exception as error:

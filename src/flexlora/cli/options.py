@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +22,64 @@ Changes = Annotated[
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The config file.")]
 
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")]
+RunFolder = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DIR]", help="The folder of a run; default: the last in runs.", show_default=False
+    ),
+]
+
+RUNS = Path("runs")
+"""Where runs are written, unless they are told otherwise."""
+
+_MARKS = ("metrics.jsonl", "config.json", "checkpoint.json")
+"""Files of which a run's folder has at least one."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return any((folder / name).is_file() for name in _MARKS)
+
+
+def last_run(use: str) -> Path:
+    """The most recently changed run under ``runs``; says on stderr which one it is, and for what.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = {path.parent for name in _MARKS for path in RUNS.rglob(name) if path.is_file()}
+    if not found:
+        raise ConfigError(
+            f"There is no run in {RUNS.resolve()}; give the folder of a run to {use}."
+        )
+    newest = max(found, key=_changed)
+    print(f"{use}: {newest}, the last run", file=sys.stderr)
+    return newest
+
+
+def with_last_run(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the last run behind a ``run --resume`` that names none."""
+    place = words.index("--resume") + 1 if words[:1] == ["run"] and "--resume" in words else 0
+    if not place or (place < len(words) and not words[place].startswith("-")):
+        return list(words)
+    return [*words[:place], str(last_run("resume")), *words[place:]]
+
+
+def _changed(folder: Path) -> float:
+    return max((folder / name).stat().st_mtime for name in _MARKS if (folder / name).is_file())
+
+
+def run_folder(folder: Path | None, use: str) -> Path:
+    """The folder of a run: the one that was given, or that of the last run.
+
+    Raises:
+        ConfigError: it holds no run.
+    """
+    if folder is None:
+        return last_run(use)
+    if not is_run(folder):
+        raise ConfigError(f"There is no run in {folder}: it has none of {', '.join(_MARKS)}.")
+    return folder
 
 
 def refuse_file(folder: Path, option: str) -> None:
@@ -47,8 +106,30 @@ def make_folder(folder: Path, option: str) -> None:
         ) from error
 
 
-def stored(folder: Path) -> Experiment:
-    """The experiment that the run in ``folder`` was started with.
+def last_adapter(folder: Path) -> Path:
+    """The adapter of the last round that the run in ``folder`` has finished.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    adapters = sorted(folder.glob("rounds/*/adapter/adapter_config.json"))
+    if not adapters:
+        raise ConfigError(
+            f"The run in {folder} has no adapter: no round of it has finished. Resume it with: "
+            f"flexlora run --resume {folder}"
+        )
+    return adapters[-1].parent
+
+
+def finished_rounds(folder: Path) -> int:
+    """How many rounds the run in ``folder`` has finished with; 0 if it has not finished."""
+    from flexlora.journal import Record
+
+    return max((event["rounds"] for event in Record(folder).events("finish")), default=0)
+
+
+def stored(folder: Path, changes: Sequence[str] = ()) -> Experiment:
+    """The experiment that the run in ``folder`` was started with, and ``changes`` to it.
 
     Raises:
         ConfigError: the folder holds no run, or its config cannot be read.
@@ -64,4 +145,4 @@ def stored(folder: Path) -> Experiment:
         raise ConfigError(
             f"{path} is not valid JSON ({error}); restore the file, or start a new run."
         ) from error
-    return compose.parse(content, str(path))
+    return compose.parse(content, str(path), changes)

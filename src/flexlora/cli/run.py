@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -11,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexlora.cli.options import Changes, ConfigFile, make_folder, refuse_file, stored
+from flexlora.cli.options import (
+    Changes,
+    ConfigFile,
+    finished_rounds,
+    last_adapter,
+    make_folder,
+    refuse_file,
+    run_folder,
+    stored,
+)
 from flexlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,13 +83,16 @@ def run(
     if dry and (resume is not None or workers is not None or ray is not None):
         raise ConfigError("--dry-run trains nothing: leave out --resume, --workers and --ray.")
     if resume is not None:
-        if path is not None or changes or folder is not None or exact or plugin:
+        if path is not None or folder is not None or exact or plugin:
             raise ConfigError(
-                "--resume takes the folder of a run, --workers and --ray, and nothing else."
+                "--resume takes the folder of a run, --set, --workers and --ray, and nothing else."
             )
-        settings = stored(resume)
-        with _cluster(settings, workers, ray) as cluster:
-            run_and_report(settings, resume, resume=True, cluster=cluster)
+        for change in changes or ():
+            _refuse_when_resumed(change)
+        settings = stored(resume, changes or ())
+        if not _has_finished(settings, resume):
+            with _cluster(settings, workers, ray) as cluster:
+                run_and_report(settings, resume, resume=True, cluster=cluster)
         return
     if path is None:
         raise ConfigError("Give a CONFIG.toml, or --resume DIR.")
@@ -141,10 +154,20 @@ def compare(
 
 
 def evaluate(
-    path: ConfigFile,
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG.toml|DIR",
+            help="The config file, or a run's folder for its config and last adapter; default: "
+            "the last run.",
+            show_default=False,
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A PEFT adapter; default: the base model."),
+        typer.Option(
+            metavar="DIR", help="A PEFT adapter; default: the run's, or else the base model."
+        ),
     ] = None,
     changes: Changes = None,
     out: Annotated[
@@ -154,7 +177,10 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Write every answer to a JSON Lines file.")
     ] = None,
 ) -> None:
-    """Evaluate an adapter, or the base model, on the test rows of a config."""
+    """Evaluate an adapter, or the base model, on the test rows of a config.
+
+    flexlora eval RUN_DIR evaluates the last adapter of a run.
+    """
     from flexlora import peft_format
     from flexlora.cli import progress
     from flexlora.evaluation import evaluate_with_answers
@@ -162,7 +188,13 @@ def evaluate(
     from flexlora.lowrank import Adapter
     from flexlora.storage import write_atomically
 
-    settings = compose.load(path, changes or ())
+    if path is None or path.is_dir():
+        folder = run_folder(path, "eval")
+        settings = stored(folder, changes or ())
+        adapter = adapter or last_adapter(folder)
+        print(f"adapter: {adapter}")
+    else:
+        settings = compose.load(path, changes or ())
     loaded = peft_format.read(adapter).adapter if adapter else Adapter({})
     for file, option in ((out, "--out"), (answers, "--answers")):
         if file is not None:
@@ -209,9 +241,8 @@ def run_and_report(
     ready = setup.prepare(settings)
     for note in notes(ready):
         console.print(f"note: {note}", highlight=False, markup=False)
-    if not resume:
-        content = _with_threads(settings).model_dump_json(indent=1)
-        write_atomically(folder / "config.json", content.encode())
+    content = (settings if resume else _with_threads(settings)).model_dump_json(indent=1)
+    write_atomically(folder / "config.json", content.encode())
     done, at_once = (point.round, point.clients_at_once) if point else (0, None)
     turns = (settings.federation.rounds - done) * min(ready.cohort_size, len(ready.clients))
     transport = cluster.federation(ready, folder, at_once) if cluster else nullcontext()
@@ -291,6 +322,28 @@ def _prepare_file(file: Path, option: str) -> None:
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; give {option} the name of a file.")
     make_folder(file.resolve().parent, option)
+
+
+def _refuse_when_resumed(change: str) -> None:
+    if not re.match(r"(run\.|federation\.rounds *=)", change.strip()):
+        raise ConfigError(
+            f"--set {change}: of a run that is resumed only federation.rounds and the section run "
+            "may change; start a new run for another value."
+        )
+
+
+def _has_finished(settings: Experiment, folder: Path) -> bool:
+    """Whether a run to resume has done all its rounds; then says so, and how to add more."""
+    done, wanted = finished_rounds(folder), settings.federation.rounds
+    if done > wanted:
+        raise ConfigError(
+            f"federation.rounds is {wanted}, but the run in {folder} has finished {done} rounds; "
+            "give a larger number."
+        )
+    if done == wanted:
+        print(f"The run in {folder} has finished all {done} rounds. For more:")
+        print(f"flexlora run --resume {folder} --set federation.rounds={2 * done}")
+    return done == wanted
 
 
 def _refuse_existing(folder: Path) -> None:

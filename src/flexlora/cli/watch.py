@@ -6,19 +6,19 @@ from typing import Annotated
 
 import typer
 
-from flexlora.cli.options import RunFolder
-from flexlora.errors import ConfigError
+from flexlora.cli.options import RunFolder, run_folder
 
 
-def report(folder: RunFolder) -> None:
+def report(folder: RunFolder = None) -> None:
     """Regenerate report.html from a run's metrics.jsonl."""
+    folder = run_folder(folder, "report")
     from flexlora.reporting import page
 
     print(page.write(folder))
 
 
 def watch(
-    folder: RunFolder,
+    folder: RunFolder = None,
     listen: Annotated[
         str,
         typer.Option(
@@ -28,9 +28,7 @@ def watch(
     ] = "127.0.0.1:8800",
 ) -> None:
     """Serve a read-only status page of a run, while it runs or afterwards."""
-    from flexlora.journal import JOURNAL
+    folder = run_folder(folder, "watch")
     from flexlora.reporting import watch as status_page
 
-    if not any((folder / name).exists() for name in (JOURNAL, "config.json")):
-        raise ConfigError(f"There is no run in {folder}: it has no {JOURNAL} and no config.json.")
     status_page.serve(folder, *status_page.address(listen))

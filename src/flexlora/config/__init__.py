@@ -3,7 +3,7 @@
 from flexlora.config.experiment import Experiment, Ranks, parse
 from flexlora.config.plugins import Plugins
 from flexlora.config.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution, several
-from flexlora.config.toml import dump, load, rank_table
+from flexlora.config.toml import apply_changes, dump, load, rank_table
 
 __all__ = [
     "PAPER_TYPES",
@@ -12,6 +12,7 @@ __all__ = [
     "Plugins",
     "RankType",
     "Ranks",
+    "apply_changes",
     "assign",
     "distribution",
     "dump",

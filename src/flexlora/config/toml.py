@@ -35,10 +35,18 @@ def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     places = {key: f"{path}, line {line}" for key, line in _lines(text).items()}
-    for change in changes:
-        places[_apply(content, change)] = f"--set {change}"
+    places |= apply_changes(content, changes)
     _make_paths_absolute(content, path.parent)
     return parse(content, path, places)
+
+
+def apply_changes(content: dict[str, Any], changes: Sequence[str]) -> dict[tuple[str, ...], str]:
+    """Apply ``a.b=value`` changes to nested tables in place; the changed keys and their places.
+
+    Raises:
+        ConfigError: a change has no such form, or a key of it is a value and no section.
+    """
+    return {_apply(content, change): f"--set {change}" for change in changes}
 
 
 def rank_table(path: Path | str, clients: Mapping[str, str]) -> Ranks:

@@ -213,7 +213,6 @@ def _options(
     for text in texts:
         dotted, equals, value = text.partition("=")
         name, _, key = (part.strip() for part in dotted.partition("."))
-        name = methods.named(name)
         if not equals or not name or not key or key == "name":
             raise ConfigError(
                 f"--option takes METHOD.KEY=VALUE, such as hetlora.keep=0.9, not {text!r}."

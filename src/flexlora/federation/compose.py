@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,19 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Experiment:
     return _checked(config.load(Path(path), changes), str(path))
 
 
-def parse(content: Mapping[str, Any], place: str) -> Experiment:
+def parse(content: Mapping[str, Any], place: str, changes: Sequence[str] = ()) -> Experiment:
     """The experiment that a nested table describes, with its plug-ins checked.
+
+    ``changes`` are texts ``a.b=value`` that are applied before.
 
     Raises:
         ConfigError: a key, or the name or an option of a plug-in, is wrong.
     """
-    return _checked(config.parse(content, place), place)
+    if not changes:
+        return _checked(config.parse(content, place), place)
+    changed: dict[str, Any] = copy.deepcopy(dict(content))
+    places = config.apply_changes(changed, changes)
+    return _checked(config.parse(changed, place, places), place)
 
 
 def with_plugin(settings: Experiment, path: str | Path) -> Experiment:
