@@ -15,9 +15,11 @@ from flexlora.reporting.document import (
     Figure,
     Figures,
     Header,
+    Link,
     Paragraph,
     Section,
     Table,
+    order_of,
 )
 
 FOLDER = Path(reporting.__file__).parent
@@ -53,3 +55,27 @@ def test_every_part_of_a_document_is_escaped():
 def test_a_missing_value_is_an_error_and_not_a_gap():
     with pytest.raises(UndefinedError, match="header"):
         html.render("document.html", title="", sections=[], policy="", plotly="")
+
+
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [
+        (("1,234", "-3.5", "+0.25 ± 0.01", "7 of 9"), (1234, -3.5, 0.25, 7)),
+        (("17 B", "1.5 KiB", "3.00 GiB"), (17, 1536, 3 * 2**30)),
+        (("7.25 s", "1 min 05 s", "2 h 01 min"), (7.25, 65, 7260)),
+        (("9.90 (2.8 to 17.6)", "0.00 %"), (9.9, 0)),
+    ],
+)
+def test_cells_are_sorted_by_the_value_that_they_show(texts, values):
+    assert tuple(float(order_of(text)) for text in texts) == values
+
+
+def test_words_are_sorted_as_words_and_nothing_last():
+    assert order_of("client-9") == "client-9"
+    assert order_of(Link("–", "x")) == order_of("") == ""
+
+
+def test_a_link_never_leaves_the_folder_of_its_page():
+    for path in ("javascript:alert(1)", "//evil.example/x", "a b/é#?%", "\ud800"):
+        href = Link("x", path).href
+        assert href.startswith("./") and not set(' #?<>"') & set(href)

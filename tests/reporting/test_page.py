@@ -363,7 +363,7 @@ def test_the_worst_client_is_named_with_its_number_of_examples(make_journal: Mak
     assert "The worst unseen client is st-mary: Rouge-L 1.00 % (n = 10 examples)" in said
     assert re.search(r"\d+ of 40 clients? (is|are) worse than before training \(.*st-mary", said)
     html = page.render(events)
-    assert '<td data-order="1.0">1.00</td>' in html and 'class="sortable"' in html
+    assert '<td data-order="1">1.00</td>' in html and 'class="sortable"' in html
 
 
 def answer(round_: int, adapter: str, text: str, rouge: float, i: int = 0) -> dict[str, Any]:

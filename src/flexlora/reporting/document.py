@@ -13,6 +13,12 @@ from urllib.parse import quote
 
 import plotly.graph_objects as go
 
+from flexlora.journal import NOTHING
+
+_TIMES = {"s": 1, "min": 60, "h": 3600}
+_FACTORS = _TIMES | {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_QUANTITY = re.compile(r"\s*([+-]?[0-9][0-9,]*(?:\.[0-9]+)?)(?: ?([A-Za-z%]+))?(?![\w.-])")
+
 
 @dataclass(frozen=True)
 class Link:
@@ -29,11 +35,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """One paragraph; ``missing`` ones say that the journal does not contain something."""
+    """One paragraph; ``missing`` ones say that the journal does not contain something.
+
+    What needs a mouse, such as a double click, is said with ``pointer``: where there is none, it
+    is not shown.
+    """
 
     kind: ClassVar[str] = "paragraph"
     text: str
     missing: bool = False
+    pointer: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,7 @@ class Table:
     """A table of plain text; the columns ``words`` contain words, the others numbers.
 
     ``spans`` names groups of columns, each with its width, in a row above the head. If it is
-    ``marked``, its first row is emphasised. With ``order``, which has a value for each cell, a
-    click on a column's head sorts the rows by these values.
+    ``marked``, its first row is emphasised. A click on a column's head sorts a ``sortable`` one.
     """
 
     kind: ClassVar[str] = "table"
@@ -59,7 +69,24 @@ class Table:
     words: Collection[int]
     spans: Sequence[tuple[str, int]] = ()
     marked: bool = False
-    order: Sequence[Sequence[float | str | None]] = ()
+    sortable: bool = False
+
+
+def order_of(cell: str | Link) -> str:
+    """What a cell is sorted by: of a number with a unit, such as 1.5 KiB or 1 min 05 s, its value.
+
+    Empty for a cell that says nothing, and the text itself if it is no number.
+    """
+    text = cell if isinstance(cell, str) else cell.text
+    if text.strip() in ("", NOTHING):
+        return ""
+    first = _QUANTITY.match(text)
+    if first is None:
+        return text
+    value = float(first[1].replace(",", "")) * _FACTORS.get(first[2], 1)
+    if first[2] in _TIMES and (second := _QUANTITY.match(text, first.end())):
+        value += float(second[1]) * _FACTORS.get(second[2], 0)
+    return f"{value:.12g}"
 
 
 @dataclass(frozen=True)

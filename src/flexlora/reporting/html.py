@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
-from flexlora.reporting.document import Figure, Header, Section, figures_in, without_empty
+from flexlora.reporting.document import Figure, Header, Section, figures_in, order_of, without_empty
 
 POLICY = Markup(
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -80,6 +80,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["plotted"] = _plotted
+    environment.filters["order"] = order_of
     return environment
 
 

@@ -49,7 +49,7 @@ def render(events: Sequence[Event], name: str = "", files: RunFiles | None = Non
         header=sections.header(name, facts, events, rows, files),
         sections=[
             sections.scores(rows),
-            sections.client_scores(rows),
+            sections.fairness(rows),
             sections.samples(files.samples),
             sections.learning(events, rows),
             sections.ranks(events, rows),

@@ -1,6 +1,6 @@
 """The sections of a run's report, one function each, from its journal."""
 
-from flexlora.reporting.sections.fairness import client_scores, samples
+from flexlora.reporting.sections.fairness import fairness, samples
 from flexlora.reporting.sections.header import (
     client_count,
     flat,
@@ -19,8 +19,8 @@ from flexlora.reporting.sections.training import learning, ranks, spectrum
 __all__ = [
     "categories",
     "client_count",
-    "client_scores",
     "clients",
+    "fairness",
     "flat",
     "header",
     "learning",

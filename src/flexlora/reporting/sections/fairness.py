@@ -30,7 +30,7 @@ LONGEST_TEXT = 1500
 _MOST_NAMED = 5
 
 
-def client_scores(rows: Sequence[EvaluationRow]) -> Section:
+def fairness(rows: Sequence[EvaluationRow]) -> Section:
     """The distribution of scores over clients before and after training, and the worst client."""
     title = "Scores by client"
     metric = tables.distinguishing_metric(rows)
@@ -142,11 +142,7 @@ def _listing(changes: Sequence[ClientChange]) -> Table:
         ]
         for c, change in zip(changes, differences, strict=True)
     ]
-    order = [
-        [c.client, c.group, c.examples, c.before, c.after, change]
-        for c, change in zip(changes, differences, strict=True)
-    ]
-    return Table(head, rows, {0, 1}, order=order)
+    return Table(head, rows, {0, 1}, sortable=True)
 
 
 def _sample(row: SampleRow) -> Sample:

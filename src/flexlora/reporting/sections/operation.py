@@ -56,8 +56,7 @@ def clients(events: Sequence[Event], facts: RunFacts) -> Section:
         "are summed over the rounds; the last loss is the mean training loss of the client's last "
         "round, in nats per token. A click on a column's head sorts by it."
     )
-    cells, order = [_client_cells(row) for row in rows], [_client_order(row) for row in rows]
-    table = Table(head, cells, {0, 1, 8}, order=order)
+    table = Table(head, [_client_cells(row) for row in rows], {0, 1, 8}, sortable=True)
     return Section("Clients", [note, Details(f"{of} clients took part", [table])])
 
 
@@ -153,18 +152,4 @@ def _client_cells(row: ClientRow) -> list[str]:
         size(row.bytes_down),
         number(row.last_loss, 2),
         shortened(row.last_reason, 160) if row.last_reason else "–",
-    ]
-
-
-def _client_order(row: ClientRow) -> list[float | str | None]:
-    return [
-        row.client,
-        ", ".join(row.rank_types),
-        row.rounds,
-        row.lost,
-        row.examples,
-        row.bytes_up,
-        row.bytes_down,
-        row.last_loss,
-        row.last_reason,
     ]

@@ -117,7 +117,4 @@ def _category_table(table: Sequence[CategoryRow]) -> Table:
         [r.category, f"{r.examples:,}", number(r.before, 2), number(r.after, 2), f"{r.gain:+.2f}"]
         for r in table
     ]
-    order: list[list[float | str | None]] = [
-        [r.category, r.examples, r.before, r.after, r.gain] for r in table
-    ]
-    return Table(head, cells, {0}, order=order)
+    return Table(head, cells, {0}, sortable=True)
