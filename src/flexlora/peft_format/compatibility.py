@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.lowrank import Factors
-from flexlora.peft_format import loading
 from flexlora.peft_format.base_model import base_modules
 from flexlora.peft_format.config import Unsupported, read_config
 from flexlora.peft_format.consumers import variant_verdicts, verdicts
 from flexlora.peft_format.layouts import WEIGHTS, locate
+from flexlora.peft_format.loading import loading, notes, warnings
 from flexlora.peft_format.patterns import matched
 from flexlora.peft_format.reading import PeftAdapter, open_adapter
 from flexlora.peft_format.report import Report
@@ -47,6 +47,7 @@ def check(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None
     except Unsupported as error:
         return _unsupported(directory, config, str(error))
     model = None if base is None else base_modules(base, stored.layers, stored.task_type)
+    loaded = loading(stored, model)
     values = [_summary(module, factors) for module, factors in stored.adapter.items()]
     largest = max(values, key=lambda value: value.norm)
     return Report(
@@ -60,9 +61,11 @@ def check(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None
         scales=tuple(sorted({layer.scale for layer in stored.layers.values()})),
         dtypes=_dtypes(stored),
         largest=(largest.module, largest.norm),
-        verdicts=verdicts(stored, loading.verdict(stored, model)),
-        warnings=(*_value_warnings(values), *_alpha_warnings(stored), *loading.warnings(stored)),
-        notes=(*stored.notes, *loading.notes(stored, model), *_notes(values)),
+        verdicts=verdicts(stored, loaded.verdict),
+        dropped=loaded.dropped,
+        added=loaded.added,
+        warnings=(*_value_warnings(values), *_alpha_warnings(stored), *warnings(stored)),
+        notes=(*stored.notes, *notes(stored, model), *_padding(values)),
     )
 
 
@@ -133,7 +136,7 @@ def _alpha_warnings(adapter: PeftAdapter) -> list[str]:
     return warnings
 
 
-def _notes(values: Sequence[_Summary]) -> list[str]:
+def _padding(values: Sequence[_Summary]) -> list[str]:
     padding = sum(value.padding for value in values)
     if not padding:
         return []

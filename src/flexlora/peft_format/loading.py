@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from flexlora.peft_format.base_model import BaseModules
 from flexlora.peft_format.config import not_numbers
@@ -16,9 +17,22 @@ from flexlora.storage.untrusted import short
 _FRESH = (
     "PEFT adds new adapters there: of zero, or without values if loaded with low_cpu_mem_usage=True"
 )
+_TARGETS = "add them to target_modules, or remove their tensors"
 
 
-def verdict(adapter: PeftAdapter, base: BaseModules | None = None) -> Verdict:
+@dataclass(frozen=True)
+class Loading:
+    """PEFT's verdict, and by module what it drops and what it adds.
+
+    ``added`` are names in ``target_modules`` if the base model is not known, and otherwise modules.
+    """
+
+    verdict: Verdict
+    dropped: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+
+def loading(adapter: PeftAdapter, base: BaseModules | None = None) -> Loading:
     """Whether PEFT applies exactly the tensors of this adapter.
 
     Without ``base``, the modules of the base model, only what the files themselves show is known.
@@ -26,62 +40,48 @@ def verdict(adapter: PeftAdapter, base: BaseModules | None = None) -> Verdict:
     command = rewrite(adapter.directory)
     refusal = _refusal(adapter)
     if refusal:
-        return Verdict("PEFT", "refuses", refusal, command)
-    if adapter.weights.names.dropped:
-        return Verdict("PEFT", "misreads", adapter.weights.names.dropped, command)
+        return Loading(Verdict("PEFT", "refuses", refusal, command))
     if base is not None:
         return _with_base(adapter, base)
-    chosen = adapter.targets.chosen(adapter.layers)
-    dropped = [m for m in adapter.layers if chosen is not None and m not in chosen]
-    if dropped:
-        return Verdict(
-            "PEFT",
-            "misreads",
-            f"it drops the tensors of {_list(dropped, len(adapter.layers))}, which target_modules "
-            f"does not choose",
-            "add them to target_modules, or remove their tensors",
-        )
-    absent = adapter.targets.absent(adapter.layers)
-    if absent:
-        return Verdict(
-            "PEFT",
-            "misreads",
-            f"target_modules names {', '.join(absent)}, and there are no tensors of them; if the "
-            f"base model has them, {_FRESH}",
-            command,
-        )
-    return Verdict("PEFT", "reads")
+    if adapter.weights.names.dropped:
+        why = adapter.weights.names.dropped
+        return Loading(Verdict("PEFT", "misreads", why, command), tuple(adapter.layers))
+    return _by_files(adapter)
 
 
 def warnings(adapter: PeftAdapter) -> list[str]:
-    """Settings that have no effect on any module of the adapter."""
+    """Sentences about settings that have no effect on any module of the adapter."""
     found = []
+    # Modules of rank 0 have no layer, but their patterns have an effect.
+    modules = list(adapter.pairs)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = {pattern: pattern for pattern in getattr(adapter.settings, name) or {}}
-        matches = matched(patterns, list(adapter.layers), name)
-        used = {pattern for each in matches.values() for pattern in each}
+        used = {pattern for each in matched(patterns, modules, name).values() for pattern in each}
         unused = [short(pattern) for pattern in patterns if pattern not in used]
         if unused:
-            found.append(f"{name} has entries that match no module: {', '.join(unused)}.")
-    layers = adapter.targets.absent_layers(adapter.layers)
+            found.append(
+                f"{name} has entries that match no module of the adapter, and so no effect: "
+                f"{', '.join(unused)}."
+            )
+    layers = adapter.targets.absent_layers(modules)
     if layers:
         numbers = ", ".join(map(str, layers))
-        found.append(f"layers_to_transform names layers without tensors: {numbers}.")
+        found.append(f"layers_to_transform names layers of which there are no tensors: {numbers}.")
     return found
 
 
 def notes(adapter: PeftAdapter, base: BaseModules | None) -> list[str]:
-    """What could not be judged."""
+    """Sentences about what could not be judged."""
     found = []
     if base is None and adapter.targets.chosen(adapter.layers) is None:
         found.append(
-            "Which modules target_modules chooses depends on the base model; give its folder with "
-            "--base to check that."
+            "Which modules target_modules chooses cannot be said from the files alone; give the "
+            "folder of the base model with --base to see what PEFT would drop or add."
         )
     if base is not None and _fused(adapter, base):
         found.append(
-            f"The base model has the experts of {len(_fused(adapter, base))} modules fused; PEFT "
-            f"converts their tensors, which is not checked here."
+            f"The base model has the experts of {len(_fused(adapter, base))} modules in fused "
+            f"tensors; PEFT converts the adapter's tensors, which is not checked here."
         )
     return found
 
@@ -94,66 +94,92 @@ def _refusal(adapter: PeftAdapter) -> str:
         return f"it takes only numbers for {', '.join(texts)}"
     if 0 in (adapter.settings.rank_pattern or {}).values():
         return "it takes no rank of 0, which rank_pattern gives"
+    restricted = adapter.config.get("layers_to_transform") is not None
+    if restricted and isinstance(adapter.targets.modules, str):
+        return "it takes no layers_to_transform where target_modules is a regular expression"
+    if adapter.targets.layers_pattern and not restricted:
+        return "it takes no layers_pattern without layers_to_transform"
     return ""
 
 
-def _with_base(adapter: PeftAdapter, base: BaseModules) -> Verdict:
-    """The verdict for a base model whose modules are known."""
-    command = rewrite(adapter.directory)
-    fused = _fused(adapter, base)
-    modules = [module for module in adapter.layers if module not in fused]
-    missing = [module for module in modules if module not in base.shapes]
-    if missing:
-        return Verdict(
-            "PEFT",
-            "misreads",
-            f"it drops the tensors of {_list(missing, len(adapter.layers))}, which the base model "
-            f"does not have{_other_paths(missing, base)}",
-        )
-    wrong = [
-        module
-        for module in modules
-        if base.shapes[module] not in (None, adapter.layers[module].shape)
-    ]
-    if wrong:
-        return Verdict(
-            "PEFT",
-            "refuses",
-            f"the factors of {wrong[0]} are for the shape {adapter.layers[wrong[0]].shape} (out, "
-            f"in), and the base model has {base.shapes[wrong[0]]}",
-            "give the base model that the adapter was trained on",
-        )
-    chosen = base.chosen(adapter.targets)
-    if chosen is None:
-        return Verdict("PEFT", "reads", "as far as target_modules can be evaluated")
-    dropped = [module for module in modules if module not in chosen]
+def _by_files(adapter: PeftAdapter) -> Loading:
+    """What the files alone show."""
+    chosen = adapter.targets.chosen(adapter.layers)
+    dropped = [m for m in adapter.layers if chosen is not None and m not in chosen]
     if dropped:
-        return Verdict(
-            "PEFT",
-            "misreads",
-            f"it drops the tensors of {_list(dropped, len(adapter.layers))}, which target_modules "
-            f"does not choose",
-            "add them to target_modules, or remove their tensors",
+        return _untargeted(dropped, len(adapter.layers))
+    absent = adapter.targets.absent(adapter.layers)
+    if not absent:
+        return Loading(Verdict("PEFT", "reads"))
+    why = (
+        f"target_modules names {_list(absent)}, and there are no tensors of them; if the base "
+        f"model has them, {_FRESH}"
+    )
+    verdict = Verdict("PEFT", "misreads", why, rewrite(adapter.directory))
+    return Loading(verdict, added=tuple(absent))
+
+
+def _with_base(adapter: PeftAdapter, base: BaseModules) -> Loading:
+    """What PEFT does with a base model whose modules are known."""
+    fused = _fused(adapter, base)
+    layers = {module: layer for module, layer in adapter.layers.items() if module not in fused}
+    chosen = base.chosen(adapter.targets)
+    present = {module for module in layers if module in base.shapes}
+    refusal = _refused_modules(adapter, base, present, chosen)
+    if refusal:
+        return Loading(refusal)
+    applied = set() if adapter.weights.names.dropped else present & (chosen or present)
+    dropped = tuple(module for module in layers if module not in applied)
+    added = tuple(sorted((chosen or applied) - applied))
+    command = rewrite(adapter.directory)
+    if adapter.weights.names.dropped:
+        verdict = Verdict("PEFT", "misreads", adapter.weights.names.dropped, command)
+    elif len(present) < len(layers):
+        missing = [module for module in layers if module not in present]
+        why = (
+            f"it drops the tensors of {_list(missing, len(adapter.layers))}, which the base model "
+            f"does not have{_other_paths(missing, base)}"
         )
-    added = sorted(chosen - set(modules))
-    unsupported = [module for module in added if base.shapes[module] is None]
-    if unsupported:
-        return Verdict(
-            "PEFT",
-            "refuses",
-            f"target_modules also chooses {unsupported[0]}, whose class "
-            f"{base.classes[unsupported[0]]} it cannot adapt",
-            command,
+        verdict = Verdict("PEFT", "misreads", why)
+    elif dropped:
+        verdict = _untargeted(dropped, len(adapter.layers)).verdict
+    elif added:
+        why = (
+            f"target_modules also chooses {_list(added, len(chosen or ()))}, of which there are no "
+            f"tensors; {_FRESH}"
         )
-    if added:
-        return Verdict(
-            "PEFT",
-            "misreads",
-            f"target_modules also chooses {_list(added, len(chosen))}, of which there are no "
-            f"tensors; {_FRESH}",
-            command,
-        )
-    return Verdict("PEFT", "reads")
+        verdict = Verdict("PEFT", "misreads", why, command)
+    else:
+        why = "" if chosen is not None else "as far as its regular expressions are evaluated here"
+        verdict = Verdict("PEFT", "reads", why)
+    return Loading(verdict, dropped, added)
+
+
+def _refused_modules(
+    adapter: PeftAdapter,
+    base: BaseModules,
+    present: Collection[str],
+    chosen: Collection[str] | None,
+) -> Verdict | None:
+    """PEFT's refusal of factors of another shape, or of a chosen module that it cannot adapt."""
+    for module in present:
+        if base.shapes[module] not in (None, adapter.layers[module].shape):
+            why = (
+                f"the factors of {module} are for the shape {adapter.layers[module].shape} (out, "
+                f"in), and the base model has {base.shapes[module]}"
+            )
+            remedy = "give the base model that the adapter was trained on"
+            return Verdict("PEFT", "refuses", why, remedy)
+    for module in sorted(chosen or ()):
+        if base.shapes[module] is None:
+            why = f"target_modules chooses {module}, whose class {base.classes[module]} it "
+            return Verdict("PEFT", "refuses", f"{why}cannot adapt", rewrite(adapter.directory))
+    return None
+
+
+def _untargeted(modules: Sequence[str], count: int) -> Loading:
+    why = f"it drops the tensors of {_list(modules, count)}, which target_modules does not choose"
+    return Loading(Verdict("PEFT", "misreads", why, _TARGETS), tuple(modules))
 
 
 def _fused(adapter: PeftAdapter, base: BaseModules) -> set[str]:
@@ -164,13 +190,14 @@ def _fused(adapter: PeftAdapter, base: BaseModules) -> set[str]:
 
 
 def _other_paths(missing: Sequence[str], base: BaseModules) -> str:
-    """The paths of the same layers in the base model, if it has them."""
-    by_key: Mapping[str, str] = {common(module): module for module in base.shapes}
+    """The path of the same layer in the base model, if it has it."""
+    by_key = {common(module): module for module in base.shapes}
     other = by_key.get(common(missing[0]))
     return f" (it has {other} in place of {missing[0]})" if other else ""
 
 
-def _list(modules: Sequence[str], count: int) -> str:
+def _list(modules: Sequence[str], count: int = 0) -> str:
     if len(modules) <= 3:
         return ", ".join(modules)
-    return f"{len(modules)} of {count} modules, such as {modules[0]}"
+    of = f" of {count} modules" if count else " modules"
+    return f"{len(modules)}{of}, such as {modules[0]}"

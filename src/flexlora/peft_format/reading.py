@@ -115,7 +115,8 @@ class PeftAdapter:
     """A LoRA adapter as read from ``directory``; its ``adapter`` has the scale folded in.
 
     ``layers`` describes each module without its values; ``config`` is the raw
-    ``adapter_config.json``. ``copies`` are the names, by module, of base weights that PEFT saved
+    ``adapter_config.json``. ``pairs`` are the names of all factors, those of rank 0 included, and
+    ``copies`` are the names, by module, of base weights that PEFT saved
     beside the factors and that are left out. ``notes`` are sentences about what was left out or
     read leniently.
     """
@@ -127,6 +128,7 @@ class PeftAdapter:
     config: dict[str, Any]
     weights: Weights
     targets: Targets
+    pairs: Mapping[str, Pair]
     copies: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
@@ -209,6 +211,7 @@ def open_adapter(
         config=config,
         weights=weights,
         targets=targets,
+        pairs=pairs,
         copies=copies,
         notes=(*config_notes(config), *weights.names.notes, *_notes(copies, unused)),
     )

@@ -41,7 +41,9 @@ class Report:
 
     ``ranks`` maps a rank to its number of modules; ``scales`` are the distinct factors
     (alpha / rank, or alpha / sqrt(rank) for rsLoRA) before ``B @ A``; ``largest`` is the
-    module whose update has the largest Frobenius norm. ``warnings`` are probable mistakes,
+    module whose update has the largest Frobenius norm. ``dropped`` are the modules whose tensors
+    PEFT would not apply, and ``added`` those that it would adapt without tensors (their names in
+    ``target_modules``, if the base model is not known). ``warnings`` are probable mistakes,
     ``notes`` are facts without a fault. If ``refusal`` is not empty, the adapter is more than
     ``B @ A`` and its values were not read: ``modules`` is 0.
     """
@@ -58,6 +60,8 @@ class Report:
     dtypes: tuple[str, ...] = ()
     largest: tuple[str, float] | None = None
     verdicts: tuple[Verdict, ...] = ()
+    dropped: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
