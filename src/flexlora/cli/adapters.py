@@ -36,7 +36,7 @@ class Precision(StrEnum):
 
 Adapters = Annotated[
     list[Path],
-    typer.Argument(metavar="DIR...", help="The PEFT adapters to merge; of a run, its last."),
+    typer.Argument(metavar="DIR...", help="PEFT adapters; of a run, its last round's."),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the merged adapter.")]
 Weights = Annotated[
@@ -155,8 +155,9 @@ def check(
 ) -> None:
     """Inspect a PEFT adapter, and list the programs that would misread it.
 
-    Exit codes: 0: every program reads it alike; 1: one would misread or refuse it, or it is more
-    than B @ A; 2: it is no adapter, or damaged.
+    Exit code 0: every program reads it alike.
+    Exit code 1: one would misread or refuse it, or it is more than B @ A.
+    Exit code 2: it is no adapter, or damaged.
     """
     from flexlora.peft_format import check as inspect
 

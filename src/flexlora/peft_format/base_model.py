@@ -65,15 +65,17 @@ def base_modules(
             f"{path} is missing; give --base a folder with the base model's config.json (of a "
             f"model of the hub: hf download NAME config.json --local-dir FOLDER)."
         )
+    names = _CLASSES.get(task_type or "", _CAUSAL)
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        classes = [getattr(transformers, name) for name in names]
+        models = [_modules(each, config) for each in classes if type(config) in each._model_mapping]
+    except Exception as error:
+        # The file is foreign, and each model class of transformers fails on it in its own way.
         raise AdapterError(
-            f"{path} is not the config of a model that transformers knows ({short(error)}); check "
-            f"without --base."
+            f"{path} is not the config of a model that transformers knows ({short(error)}); give "
+            f"another folder, or check without --base."
         ) from error
-    classes = [getattr(transformers, name) for name in _CLASSES.get(task_type or "", _CAUSAL)]
-    models = [_modules(each, config) for each in classes if type(config) in each._model_mapping]
     if not models:
         raise AdapterError(
             f"{path}: transformers has no model of the type {short(config.model_type)} for the "

@@ -72,7 +72,8 @@ class Report:
 
     def json(self) -> dict[str, Any]:
         """The report as values that JSON has; ``alike`` decides the exit code."""
-        content = dataclasses.asdict(self)
+        # A Counter cannot be copied by `asdict`.
+        content = dataclasses.asdict(dataclasses.replace(self, ranks=dict(self.ranks or {})))
         return {**content, "directory": str(self.directory), "alike": self.alike}
 
     def lines(self) -> list[str]:
