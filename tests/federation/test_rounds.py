@@ -213,6 +213,22 @@ def test_the_adapter_loads_in_peft_and_is_the_servers(folder, done):
         delta = merged.get_submodule(module).weight - before[f"{module}.weight"]
         assert relative_error(delta, product(factors)) < 1e-5
     assert torch.equal(merged.lm_head.weight, before["lm_head.weight"])
+    config = peft.PeftConfig.from_pretrained(done.adapter)
+    assert config.task_type == "CAUSAL_LM"
+    assert config.target_modules == {module.rpartition(".")[2] for module in adapter}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # in PEFT
+def test_an_adapter_of_some_layers_gives_peft_no_others(folder, done, tmp_path):
+    """As in a federation whose clients all leave out a kind of layers, or layers of their own."""
+    state = checkpoint.load(done.folder).state
+    adapter = done.ready.method.global_adapter(state, done.ready.context(3))
+    some = adapter.only([module for module in adapter if "layers.1" not in module])
+    rounds._export(done.ready, some, tmp_path / "adapter")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", low_cpu_mem_usage=True)
+    assert sum(".lora_A." in name for name, _ in adapted.named_parameters()) == len(some) == 7
+    assert not any(parameter.is_meta for parameter in adapted.parameters())
 
 
 def test_only_the_last_checkpoint_and_every_adapter_are_kept(done):
