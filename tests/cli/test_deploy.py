@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs flexlora[flower]")
 
 from flexlora.cli import deploy, main
-from flexlora.data.corpora.table import Columns
+from flexlora.data import Columns
 from flexlora.deployment import certificates, keys
 from flexlora.deployment.node import join as joining
 from flexlora.deployment.node.capacity import Capacity
@@ -295,14 +295,14 @@ def test_columns_are_names_of_a_corpus_with_those_of_the_file(refused, rows, col
 
 def test_columns_without_an_output_are_refused(refused, rows):
     words = ["join", "127.0.0.1:8090", "--data", rows, "--insecure", "--name", "ash"]
-    assert "Columns need an 'output'" in refused(*words, "--columns", "instruction=input")
+    assert 'sets both to ""' in refused(*words, "--columns", "output=,messages=")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--data", "none.jsonl"], "There is no file 'none.jsonl'"),
-        (["--data", "plan.toml"], "Cannot tell the format of 'plan.toml'"),
+        (["--data", "plan.toml"], "'plan.toml', line 2, is not JSON"),
         pytest.param(
             ["--data", "rows.jsonl", "--columns", "output=answer"],
             "has no column 'answer'",

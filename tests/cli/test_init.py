@@ -39,7 +39,7 @@ def test_the_columns_of_a_file_become_a_config(call, tmp_path):
     assert settings.data.columns.client == "hospital"
     assert settings.data.columns.instruction == "question"
     assert settings.data.columns.output == "answer"
-    assert settings.data.columns.input is settings.data.columns.split is None
+    assert settings.data.columns.input is settings.data.columns.split == ""
     assert settings.data.unseen_clients == 1 and settings.federation.cohort == 4
 
 
@@ -74,7 +74,7 @@ def test_another_client_column_can_be_named(call, tmp_path):
     call("init", "qa.jsonl", "--client-column", "answer")
     assert compose.load(tmp_path / "qa.toml").data.columns.client == "answer"
     call("init", "qa.jsonl", "--client-column", "", "--out", "none.toml")
-    assert compose.load(tmp_path / "none.toml").data.columns.client is None
+    assert compose.load(tmp_path / "none.toml").data.columns.client == ""
 
 
 def test_a_missing_model_is_said(call, monkeypatch, tmp_path):

@@ -73,15 +73,23 @@ def test_what_does_not_stand_there_has_its_default(read):
     experiment = read()
     assert experiment.training.batch_examples == 16
     assert experiment.training.alpha == 16.0
-    assert experiment.data.columns.client == "client"
+    assert experiment.data.columns.client is None
     assert experiment.federation.wire_dtype == "float32"
     assert experiment.options() == {}
 
 
-def test_paths_are_relative_to_the_file(read, tmp_path):
+def test_paths_are_relative_to_the_file_and_those_of_changes_to_the_working_folder(
+    read, tmp_path, monkeypatch
+):
+    shell = tmp_path / "shell"
+    shell.mkdir()
+    monkeypatch.chdir(shell)
     assert read().data.path == str(tmp_path / "rows.jsonl")
+    assert read("data.path=../mine.csv").data.path == str(tmp_path / "mine.csv")
+    assert read('data={path="mine.csv"}').data.path == str(shell / "mine.csv")
+    assert read("data.prompt=chat").data.path == str(tmp_path / "rows.jsonl")
     assert read("ranks.table=../t.toml", text=TEXT.replace("rank = 8", "")).ranks.table == str(
-        tmp_path.parent / "t.toml"
+        tmp_path / "t.toml"
     )
 
 
@@ -287,7 +295,7 @@ def test_the_papers_distributions_can_be_named(read, name):
 
 def test_columns_named_with_nothing_are_not_there(read):
     experiment = read('data.columns.split=""', "data.columns.client=owner")
-    assert experiment.data.columns.split is None
+    assert experiment.data.columns.split == ""
     assert experiment.data.columns.client == "owner"
 
 

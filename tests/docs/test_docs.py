@@ -65,8 +65,7 @@ def test_paths_may_be_strings(tmp_path):
     assert module.rank == 5 and flexlora.check(out).modules == 1
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "input": "b", "output": "c"}\n', encoding="utf-8")
-    columns = table.Columns(client=None, category=None, split=None)
-    assert len(table.read(str(rows), columns)) == 1
+    assert len(table.read(str(rows))) == 1
 
 
 def test_a_federation_runs_from_strings(tmp_path, monkeypatch):

@@ -256,12 +256,16 @@ def test_fedit_takes_clients_of_one_rank(ready):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "no client column, so data.partition.kind 'natural'"),
+        ({}, r"no column 'client'.*\{ kind = \"iid\", clients = 4 \}\.$"),
         (
             {"unseen_clients": 2, "partition": {"kind": "iid", "clients": 3}},
-            "unseen_clients do not",
+            "so data.unseen_clients = 2 cannot choose among its clients; remove it",
         ),
-        ({"clients": 2, "partition": {"kind": "iid", "clients": 3}}, "data.clients"),
+        ({"clients": 2, "partition": {"kind": "iid", "clients": 3}}, "so data.clients = 2 cannot"),
+        (
+            {"clients": 2, "unseen_clients": 3, "partition": {"kind": "iid", "clients": 3}},
+            "data.unseen_clients = 3 and data.clients = 2 cannot.*remove them",
+        ),
     ],
 )
 def test_what_needs_clients_is_refused_without_them(ready, data, message):
@@ -272,7 +276,7 @@ def test_what_needs_clients_is_refused_without_them(ready, data, message):
 def test_a_partition_by_category_needs_categories(ready):
     whole = models.corpus()
     bare = Corpus(whole.table.drop_columns(["category"]))
-    with pytest.raises(ValueError, match=r"needs data\.columns\.category"):
+    with pytest.raises(ValueError, match=r"set data\.columns\.category"):
         ready(bare, data={"partition": {"kind": "category"}})
 
 

@@ -18,7 +18,7 @@ from flexlora.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flexlora.data.corpora.table import Columns
+    from flexlora.data import Columns
 
 MODEL = "smollm2-135m-instruct"
 """The model of a config whose writer named none: it is small, and comes from a wheel."""
@@ -31,7 +31,7 @@ def init(
         Path | None,
         typer.Argument(
             metavar="[FILE]",
-            help="Your rows: .parquet, .jsonl, .json or .csv. Without it: the quickstart.",
+            help="Your rows: Parquet, JSON, JSONL or CSV. Without it: the quickstart.",
             show_default=False,
         ),
     ] = None,
@@ -75,14 +75,17 @@ def _config(
 ) -> str:
     """The text of a config for the rows in ``file``; prints what was found in them."""
     from flexlora.cli import starter
+    from flexlora.data import inspect_table
     from flexlora.data.corpora import table
 
-    names = table.column_names(file)
-    columns = _suggested(names, file)
+    layout = inspect_table(file)
+    if layout.fault is not None:
+        raise DataError(layout.fault)
+    names, columns = layout.columns, layout.mapping
     if client_column is not None:
-        chosen = _column(client_column, names, file) if client_column else None
+        chosen = _column(client_column, names, file) if client_column else ""
         columns = replace(columns, client=chosen)
-    if columns.client is not None and clients is not None:
+    if columns.client and clients is not None:
         raise ConfigError(
             f"--clients {clients} divides rows among clients, but column {columns.client!r} of "
             f"{file} names them; leave out --clients, or give another --client-column."
@@ -97,33 +100,6 @@ def _config(
     return starter.text(file, target, model, columns, facts)
 
 
-_SYNONYMS = {
-    "instruction": ("instruction", "question", "prompt", "query", "problem"),
-    "input": ("input", "context"),
-    "output": ("output", "answer", "response", "completion", "target"),
-    "messages": ("messages", "conversations"),
-    "client": ("client", "client_id", "hospital", "site", "owner", "user"),
-    "category": ("category", "label", "task", "topic"),
-    "split": ("split",),
-}
-
-
-def _suggested(names: Sequence[str], file: Path) -> Columns:
-    from flexlora.data.corpora.table import Columns
-
-    by_lower = {name.lower(): name for name in names}
-    found = {
-        key: next((by_lower[word] for word in words if word in by_lower), None)
-        for key, words in _SYNONYMS.items()
-    }
-    if found["messages"] is None and found["output"] is None:
-        raise DataError(
-            f"{file} has no column that looks like the answer to learn; its columns are "
-            f"{', '.join(names)}. Rename it to output."
-        )
-    return Columns(**found)
-
-
 def _column(name: str, columns: Sequence[str], file: Path) -> str:
     if name not in columns:
         near = difflib.get_close_matches(name, columns, 1)
@@ -136,11 +112,11 @@ def _column(name: str, columns: Sequence[str], file: Path) -> str:
 
 
 def _mapped(columns: Columns) -> str:
-    return ", ".join(f"{name} = {source}" for name, source in columns.wanted().items())
+    return ", ".join(f"{name} = {source}" for name, source in columns.explicit().items())
 
 
 def _whose(columns: Columns) -> str:
-    if columns.client is None:
+    if not columns.client:
         return "made by dividing the rows at random (data.partition)"
     return f"named by the column {columns.client!r}"
 

@@ -15,14 +15,16 @@ import typer
 from flexlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexlora.data.corpora.table import Columns
+    from flexlora.data import Columns
     from flexlora.deployment.node.capacity import Modules
 
 
 Server = Annotated[
     str, typer.Argument(metavar="HOST:PORT", help="Address of the server, without https://.")
 ]
-Data = Annotated[Path, typer.Option(help="Your rows: .parquet, .jsonl, .json or .csv.")]
+Data = Annotated[
+    Path, typer.Option(help="Your rows: Parquet, JSON, JSON lines, CSV, or a folder of them.")
+]
 Rank = Annotated[
     str, typer.Option(metavar="auto|N", help="LoRA rank, or auto to benchmark this machine.")
 ]
@@ -141,10 +143,10 @@ def _modules(text: str) -> Modules:
 
 
 def _columns(text: str | None) -> Columns | None:
-    """The columns in a text ``corpus name=file's name,...``; others are absent."""
+    """The columns in a text ``corpus name=file's name,...``."""
     if text is None:
         return None
-    from flexlora.data.corpora.table import Columns
+    from flexlora.data import Columns
 
     names = [field.name for field in fields(Columns)]
     columns: dict[str, str | None] = dict.fromkeys(names)

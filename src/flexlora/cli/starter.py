@@ -11,8 +11,7 @@ import numpy as np
 import tomli_w
 
 if TYPE_CHECKING:
-    from flexlora.data import Corpus
-    from flexlora.data.corpora.table import Columns
+    from flexlora.data import Columns, Corpus
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 """Limits of tokens to choose from, for whole examples and for prompts."""
@@ -79,7 +78,7 @@ def facts_of(corpus: Corpus, clients: int | None) -> Facts:
 
 def text(file: Path, config: Path, model: str, columns: Columns, facts: Facts) -> str:
     """A commented config, valid as it stands, which trains in minutes on a small model."""
-    natural = columns.client is not None
+    natural = bool(columns.client)
     unseen = max(facts.clients // 10, 1) if natural and facts.clients >= 5 else 0
     training = facts.clients - unseen
     prompt, output = _tokens(facts.prompt) + _TEMPLATE_TOKENS, _tokens(facts.output)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.config import faults, ranks
 from flexlora.config.faults import Places
-from flexlora.data.corpora.table import Columns
+from flexlora.data import Columns
 from flexlora.errors import ConfigError
 from flexlora.evaluation import Evaluation
 from flexlora.model import Source
@@ -43,6 +43,7 @@ class DataSettings(BaseModel):
     format: str = "table"
     path: str | None = None
     columns: Columns = Columns()
+    encoding: str | None = None
     prompt: Literal["alpaca", "chat", "plain"] = "alpaca"
     max_tokens: int = Field(512, ge=8)
     clients: int | None = Field(None, ge=1)
@@ -173,7 +174,7 @@ def _validated(
     section: type[Section], content: Mapping[str, Any], place: str | Path, places: Places
 ) -> Section:
     """A section from its table; the error has one line for each fault."""
-    content = _without_empty_names(content)
+    content = _without_empty_ranks(content)
     method = content.get("method")
     if isinstance(method, Mapping):
         content["method"] = {"name": "flexlora", **method}
@@ -186,20 +187,12 @@ def _validated(
         ) from error
 
 
-def _without_empty_names(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with None for empty columns and without empty keys of ``ranks``.
-
-    TOML has no null, so ``""`` stands for a column or a rank distribution that is not there.
-    """
+def _without_empty_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content without empty keys of ``ranks``: TOML has no null, so ``""`` stands for it."""
     section = content.get("ranks")
     if isinstance(section, dict):
         content = {**content, "ranks": {k: v for k, v in section.items() if v != ""}}
-    data = content.get("data")
-    columns = data.get("columns") if isinstance(data, dict) else None
-    if not isinstance(columns, dict):
-        return dict(content)
-    named = {key: value if value != "" else None for key, value in columns.items()}
-    return {**content, "data": {**data, "columns": named}}  # type: ignore[dict-item]
+    return dict(content)
 
 
 def _contradictions(experiment: Experiment) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ _KEY = re.compile(r"""^\s*([A-Za-z0-9_\-."']+)\s*=""")
 def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
     """The experiment in a TOML file, with ``a.b=value`` changes applied.
 
-    ``data.path`` and ``ranks.table`` are relative to the file, other paths to the working folder.
+    In the file ``data.path`` and ``ranks.table`` are relative to the file, and in a change, as
+    all other paths, to the working folder.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or has a wrong type; names all
@@ -35,9 +36,9 @@ def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     places = {key: f"{path}, line {line}" for key, line in _lines(text).items()}
-    places |= apply_changes(content, changes)
-    _make_paths_absolute(content, path.parent)
-    return parse(content, path, places)
+    changed = apply_changes(content, changes)
+    _make_paths_absolute(content, path.parent, changed)
+    return parse(content, path, places | changed)
 
 
 def apply_changes(content: dict[str, Any], changes: Sequence[str]) -> dict[tuple[str, ...], str]:
@@ -81,23 +82,12 @@ def read_table(path: Path | str) -> dict[str, Any]:
 def dump(experiment: Experiment | Mapping[str, Any]) -> str:
     """A config as TOML text, from an experiment or from its JSON form, as a journal has it.
 
-    TOML has no null: keys without a value are left out, and a column that the data does not
-    have is written as ``""``. For an experiment with absolute paths, ``load`` of a file with
-    this text gives an equal experiment. Tables come after the plain keys.
+    TOML has no null: keys without a value are left out. For an experiment with absolute paths,
+    ``load`` of a file with this text gives an equal experiment. Tables come after the plain keys.
     """
     if isinstance(experiment, Experiment):
         experiment = experiment.model_dump(mode="json")
-    return tomli_w.dumps(_without_none(_with_absent_columns(experiment)))
-
-
-def _with_absent_columns(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with ``""`` for every column of ``data.columns`` that is None."""
-    data = content.get("data")
-    columns = data.get("columns") if isinstance(data, Mapping) else None
-    if not isinstance(data, Mapping) or not isinstance(columns, Mapping):
-        return dict(content)
-    named = {column: "" if source is None else source for column, source in columns.items()}
-    return {**content, "data": {**data, "columns": named}}
+    return tomli_w.dumps(_without_none(experiment))
 
 
 def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,12 +151,19 @@ def _apply(content: dict[str, Any], change: str) -> tuple[str, ...]:
     return keys
 
 
-def _make_paths_absolute(content: dict[str, Any], folder: Path) -> None:
-    """Resolve ``data.path`` and ``ranks.table`` against the config's folder, in place."""
+def _make_paths_absolute(
+    content: dict[str, Any], folder: Path, changed: Collection[tuple[str, ...]]
+) -> None:
+    """Resolve ``data.path`` and ``ranks.table`` in place.
+
+    They are relative to the config's folder, or to the working folder where a change set them.
+    """
     for section, key in (("data", "path"), ("ranks", "table")):
         table = content.get(section)
         if not isinstance(table, dict) or not isinstance(table.get(key), str):
             continue
         if section == "data" and table.get("format") == "hub":
             continue
-        table[key] = str((folder / table[key]).resolve())
+        is_changed = (section, key) in changed or (section,) in changed
+        base = Path.cwd() if is_changed else folder
+        table[key] = str((base / Path(table[key]).expanduser()).resolve())

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flexlora.data.conversation import Message, stored
 from flexlora.errors import DataError
 from flexlora.seeds import rng
 
@@ -22,9 +22,7 @@ TEXTS: Final = ("input", "output", "messages")
 _KEY_TYPE: Final = pa.dictionary(pa.int32(), pa.string())
 _TEXT_TYPE: Final = pa.large_string()
 
-Message = dict[str, str]
-"""One message of a conversation: its ``role`` and its ``content``."""
-
+Encoded: TypeAlias = pa.ChunkedArray | pa.Array
 Column: TypeAlias = pa.ChunkedArray | pa.Array | Sequence[str]
 Codes = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -34,13 +32,15 @@ class Example:
     """One row: an instruction, its input (may be empty) and the target output.
 
     A row of chat data has ``messages`` instead, the whole conversation; its last message is
-    the assistant's and also the ``output``, while instruction and input are empty.
+    the assistant's and also the ``output``, while instruction and input are empty. ``tools``
+    are the descriptions of functions that a conversation may call.
     """
 
     instruction: str
     input: str
     output: str
     messages: tuple[Message, ...] | None = None
+    tools: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,8 @@ class Corpus:
     ``Corpus.build`` or a reader of ``flexlora.data.corpora``.
 
     ``digests`` maps column names to hashes computed earlier, so that ``fingerprint`` need not
-    read these columns again; see ``flexlora.data.corpora.mapped``.
+    read these columns again; see ``flexlora.data.corpora.mapped``. ``notices`` are sentences for
+    the user on how the source was read, such as rows that were left out.
 
     Raises:
         DataError: the table does not have these columns and types.
@@ -62,6 +63,7 @@ class Corpus:
 
     table: pa.Table
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
+    notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = set(self.table.column_names)
@@ -166,14 +168,18 @@ class Corpus:
                 )
             chosen = np.flatnonzero(chosen)
         taken = self.table.take(pa.array(chosen.astype(np.int64)))
-        return Corpus(taken.unify_dictionaries().combine_chunks())
+        return Corpus(taken.unify_dictionaries().combine_chunks(), notices=self.notices)
 
     def with_column(self, column: str, values: Column) -> Corpus:
         """The corpus with this column added or replaced, such as the clients of a partition."""
         new = _encoded(column, values, "the corpus")
         columns = {name: self.table[name] for name in self.columns}
         digests = {name: digest for name, digest in self.digests.items() if name != column}
-        return Corpus(_table({**columns, column: new}, "the corpus"), digests)
+        return Corpus(_table({**columns, column: new}, "the corpus"), digests, self.notices)
+
+    def noting(self, notices: Iterable[str]) -> Corpus:
+        """The corpus with these notices in addition."""
+        return replace(self, notices=(*self.notices, *notices))
 
     def fingerprint(self) -> str:
         """A hash of the content: equal for equal rows in equal order, however they are stored.
@@ -198,6 +204,14 @@ class Corpus:
         else:
             _hash_text(digest, self.table[column].chunks)
         return digest.hexdigest()
+
+
+def concatenated(parts: Sequence[Corpus], notices: Iterable[str] = ()) -> Corpus:
+    """The rows of several corpora with the same columns, one after the other."""
+    every = (*notices, *(notice for part in parts for notice in part.notices))
+    tables = [part.table.select(parts[0].columns) for part in parts]
+    whole = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+    return Corpus(whole, notices=tuple(dict.fromkeys(every)))
 
 
 def split_rows(corpus: Corpus, seed: int) -> Corpus:
@@ -297,24 +311,24 @@ def _check_conversations(column: pa.ChunkedArray, place: str) -> None:
 def _fault(text: str) -> str | None:
     """What is wrong with a conversation in JSON, or None."""
     try:
-        messages = json.loads(text)
-    except json.JSONDecodeError as error:
-        return f"the text is not JSON ({error}); give a list of {{role, content}}"
-    if not isinstance(messages, list) or len(messages) < 2:
+        messages, _ = stored(text)
+    except (ValueError, KeyError, TypeError):
+        return "the text is not JSON; give a list of {role, content}"
+    if len(messages) < 2:
         return "a conversation is a list of at least two {role, content} messages"
     for message in messages:
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            return f"a message has exactly the keys 'role' and 'content', not {message!r}"
-        if not all(isinstance(value, str) for value in message.values()):
-            return f"role and content must be text, not {message!r}"
+        if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
+            return f"a message needs the keys 'role' and 'content', and is {message!r:.80}"
+        if not (isinstance(message["role"], str) and isinstance(message["content"], str)):
+            return f"role and content must be text, not {message!r:.80}"
     if messages[-1]["role"] != "assistant":
         return f"the last message must have the role 'assistant', not {messages[-1]['role']!r}"
     return None
 
 
 def _conversation(text: str) -> Example:
-    messages = json.loads(text)
-    return Example("", "", messages[-1]["content"], tuple(messages))
+    messages, tools = stored(text)
+    return Example("", "", messages[-1]["content"], messages, tools)
 
 
 def _hash_text(digest: hashlib.blake2b, chunks: Sequence[pa.LargeStringArray]) -> None:

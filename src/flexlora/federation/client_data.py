@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from flexlora.config import Experiment
-from flexlora.data import Corpus, partition, split_rows
+from flexlora.data import Corpus, partition, sources_of, split_rows
 from flexlora.data.corpora import hub, mapped, natural_instructions, procedural, table
 from flexlora.errors import DataError
 from flexlora.evaluation import Question, pick
@@ -51,12 +51,27 @@ def read(experiment: Experiment, cache: Path) -> Corpus:
         settings |= {"format": data.format, "share": data.share, "seed": seed}
         make = partial(natural_instructions.read, path, share=data.share, seed=seed)
     else:
-        sources = [path] if path.is_file() else []
-        settings |= {"format": path.suffix, "columns": asdict(data.columns)}
-        make = partial(table.read, path, data.columns)
+        files = sources_of(path, data.encoding)
+        sources = [source.path for source in files]
+        settings |= {
+            "format": [[source.format, dict(source.constants)] for source in files],
+            "columns": asdict(data.columns),
+            "encoding": data.encoding,
+            "needs": (needs := _needs(experiment)),
+            "place": str(path),
+        }
+        make = partial(table.read_sources, files, data.columns, place=f"'{path}'", needs=needs)
     if not sources:
         return limited(make(), experiment)  # which says what is missing
     return mapped.kept(cache, sources, settings, lambda: limited(make(), experiment))
+
+
+def _needs(experiment: Experiment) -> list[str]:
+    """The optional columns without which the rows cannot be assigned to clients."""
+    data = experiment.data
+    natural = data.partition.kind == "natural" or data.unseen_clients or data.clients
+    categories = data.partition.kind in ("dirichlet", "shards", "category")
+    return ["client"] * bool(natural) + ["category"] * categories
 
 
 def limited(corpus: Corpus, experiment: Experiment) -> Corpus:
@@ -77,13 +92,10 @@ def partitioned(
     corpus: Corpus, experiment: Experiment
 ) -> tuple[list[str], Corpus, partition.Partition]:
     """The clients held out, the corpus with clients and splits, and each client's rows."""
-    data, seed = experiment.data, experiment.seed
+    seed = experiment.seed
     natural = "client" in corpus.columns
-    if not natural and (data.partition.kind == "natural" or data.unseen_clients or data.clients):
-        raise DataError(
-            "The data has no client column, so data.partition.kind 'natural', data.clients and "
-            "data.unseen_clients do not apply; give data.columns.client or another partition."
-        )
+    if not natural:
+        _check_no_client_is_needed(experiment)
     unseen, inside = _held_out(corpus, experiment) if natural else ([], np.arange(len(corpus)))
     partitioned = _partition(corpus, inside, experiment).within(inside)
     if not natural:
@@ -97,6 +109,29 @@ def partitioned(
     if not rows:
         raise DataError("No client has a training row; look at the data's split column.")
     return unseen, corpus, rows
+
+
+def _check_no_client_is_needed(experiment: Experiment) -> None:
+    """Refuse settings that choose among the data's own clients.
+
+    Raises:
+        DataError: names those that the config sets.
+    """
+    data = experiment.data
+    chosen = {"data.unseen_clients": data.unseen_clients, "data.clients": data.clients}
+    given = [f"{key} = {value}" for key, value in chosen.items() if value]
+    if data.partition.kind == "natural":
+        raise DataError(
+            "The rows do not say which client they belong to: they have no column 'client'. Set "
+            "data.columns.client to the name of the column that says it, or assign the rows to "
+            'simulated clients: data.partition = { kind = "iid", clients = 4 }'
+            + (f", without {' and '.join(given)}." if given else ".")
+        )
+    if given:
+        raise DataError(
+            f"The data has no client column, so {' and '.join(given)} cannot choose among its "
+            f"clients; remove {'it' if len(given) == 1 else 'them'}, or set data.columns.client."
+        )
 
 
 def _in_split(corpus: Corpus, split: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -128,7 +163,11 @@ def _partition(corpus: Corpus, inside: np.ndarray, experiment: Experiment) -> pa
         codes, owners = corpus.codes("client")
         return partition.by_code(codes[inside], owners)
     if "category" not in corpus.columns:
-        raise DataError(f"data.partition.kind {settings.kind!r} needs data.columns.category.")
+        raise DataError(
+            f"data.partition.kind is {settings.kind!r}, which needs a category for every row, but "
+            "the data has no column 'category'; set data.columns.category to the name of one, or "
+            'data.partition.kind to "iid".'
+        )
     labels = corpus.keys("category")[inside]
     if settings.kind == "dirichlet":
         return partition.dirichlet(labels, clients, settings.alpha, generator)
@@ -142,7 +181,7 @@ def server_questions(experiment: Experiment, clients: Collection[str]) -> list[Q
     data, settings = experiment.data, experiment.evaluation
     if data.path is None or not (settings.seen_clients or settings.unseen_clients):
         return []
-    corpus = table.read(Path(data.path), data.columns)
+    corpus = table.read(data.path, data.columns, encoding=data.encoding)
     if "split" in corpus.columns:
         corpus = corpus.select(_in_split(corpus, "test"))
     owners = sorted(set(corpus.keys("client"))) if "client" in corpus.columns else []

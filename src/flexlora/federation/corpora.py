@@ -11,8 +11,7 @@ import difflib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
-from flexlora.data import Corpus
-from flexlora.data.corpora.table import Columns
+from flexlora.data import Columns, Corpus
 from flexlora.errors import ConfigError
 
 GROUP = "flexlora.corpora"

@@ -1,7 +1,7 @@
 import pytest
 
+from flexlora.data import Columns
 from flexlora.data.corpora import flower
-from flexlora.data.corpora.table import Columns
 
 from .test_hub import Rows
 
@@ -24,5 +24,5 @@ def test_a_partition_is_a_client():
 def test_faults_are_refused():
     with pytest.raises(ValueError, match="Cannot read 0 partitions"):
         flower.read(Federated(), 0, Columns())
-    with pytest.raises(ValueError, match="federated dataset has no column 'category'"):
-        flower.read(Federated(), 2, Columns(split=None))
+    with pytest.raises(ValueError, match="federated dataset has no column 'kind'"):
+        flower.read(Federated(), 2, Columns(category="kind"))

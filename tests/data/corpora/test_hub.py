@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
+from flexlora.data import Columns
 from flexlora.data.corpora import hub
-from flexlora.data.corpora.table import Columns
-from flexlora.errors import ConfigError
+from flexlora.errors import ConfigError, DataError
 
-COLUMNS = Columns(client="who", category=None, split=None)
+COLUMNS = Columns(client="who")
 
 
 class Rows:
@@ -69,7 +69,7 @@ def test_splits_may_be_chosen_and_renamed(installed):
     splits = {"train": "train", "dev": "validation"}
     corpus = hub.read("some/name", COLUMNS, splits=splits)
     assert corpus.keys("split").tolist() == ["train"] * 7 + ["validation"] * 3
-    with pytest.raises(ValueError, match="split 'dev' would become 'dev'"):
+    with pytest.raises(ValueError, match="'some/name' has the split 'extra', which is not one of"):
         hub.read("some/name", COLUMNS)
     with pytest.raises(ValueError, match="no split 'tset'; it has train, dev, extra"):
         hub.read("some/name", COLUMNS, splits={"tset": "test"})
@@ -77,8 +77,18 @@ def test_splits_may_be_chosen_and_renamed(installed):
 
 def test_a_missing_column_is_refused(installed):
     installed(train=Rows(0, 7))
-    with pytest.raises(ValueError, match="dataset 'some/name' has no column 'client'"):
-        hub.read("some/name", Columns(category=None, split=None))
+    with pytest.raises(ValueError, match="dataset 'some/name', split 'train' has no column 'whom'"):
+        hub.read("some/name", Columns(client="whom"))
+
+
+def test_a_dataset_that_cannot_be_loaded_is_one_sentence(monkeypatch):
+    def load_dataset(*args, **options):
+        raise FileNotFoundError("Couldn't find\nany data file")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match=r"'some/name' cannot be loaded.*find\); check") as refusal:
+        hub.read("some/name", COLUMNS)
+    assert "\n" not in str(refusal.value)
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):

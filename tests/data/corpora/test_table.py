@@ -7,8 +7,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from flexlora.data.corpora.table import Columns, read
+from flexlora.data import Columns
+from flexlora.data.corpora.table import read
 from flexlora.data.corpus import Example
+from flexlora.errors import DataError
 
 ROWS = [
     {
@@ -83,14 +85,7 @@ def test_clients_named_by_text_are_chosen_too(tmp_path, suffix):
 @SUFFIXES
 def test_columns_go_by_other_names_or_are_absent(tmp_path, suffix):
     rows = [{"question": f"q{row}", "answer": f"a{row}"} for row in range(5)]
-    columns = Columns(
-        instruction=None,
-        input="question",
-        output="answer",
-        client=None,
-        category=None,
-        split=None,
-    )
+    columns = Columns(instruction="", input="question", output="answer")
     corpus = read(write(tmp_path, suffix, rows), columns)
     assert corpus.columns == ("input", "output", "instruction")
     assert corpus.example(3) == Example("", "q3", "a3")
@@ -103,7 +98,7 @@ def test_columns_go_by_other_names_or_are_absent(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".parquet", ".json", ".jsonl"])
 def test_conversations_may_be_nested(tmp_path, suffix):
     rows = [{"client": "a", "turns": CHAT}, {"client": "b", "turns": [CHAT[0], *CHAT]}]
-    columns = Columns(messages="turns", category=None, split=None)
+    columns = Columns(messages="turns")
     corpus = read(write(tmp_path, suffix, rows), columns)
     assert corpus.example(0) == Example("", "", "Because.", tuple(CHAT))
     assert len(corpus.example(1).messages) == 3
@@ -111,47 +106,118 @@ def test_conversations_may_be_nested(tmp_path, suffix):
 
 @SUFFIXES
 def test_a_missing_column_is_named_with_the_nearest(tmp_path, suffix):
-    rows = [{("instructions" if k == "instruction" else k): v for k, v in ROWS[0].items()}]
     with pytest.raises(ValueError) as refusal:
-        read(write(tmp_path, suffix, rows))
+        read(write(tmp_path, suffix), Columns(client="clint", output="answer"))
     text = str(refusal.value)
     assert f"rows{suffix}" in text
-    assert "no column 'instruction'" in text
-    assert "instructions, input, output" in text
-    assert "Did you mean 'instructions'?" in text
+    assert "no column 'answer' (data.columns.output), 'clint' (data.columns.client)" in text
+    assert "client, category, split, instruction, input, output" in text
+    assert "Did you mean 'client'?" in text and 'or to ""' in text
 
 
-def test_faulty_values_are_refused_with_their_row(tmp_path):
-    null = [*ROWS[:4], {**ROWS[4], "output": None}]
-    with pytest.raises(ValueError, match=r"rows.parquet' is null in row 5"):
-        read(write(tmp_path, ".parquet", null))
-    with pytest.raises(ValueError, match=r"rows.jsonl', row 5, has null in .* 'output'"):
-        read(write(tmp_path, ".jsonl", null))
-    numbers = [*ROWS[:2], {**ROWS[2], "output": 7}]
-    with pytest.raises(ValueError, match=r"row 3, has 7, a int in .*the output must be text"):
-        read(write(tmp_path, ".json", numbers))
-    with pytest.raises(ValueError, match=r"'output' of .* has the type int64, but .*row is 7"):
-        read(write(tmp_path, ".parquet", [{**row, "output": 7} for row in ROWS]))
-    with pytest.raises(ValueError, match=r"has True, a bool"):
-        read(write(tmp_path, ".jsonl", [{**ROWS[0], "client": True}]))
-    with pytest.raises(ValueError, match="contains 'dev'; the splits are"):
-        read(write(tmp_path, ".csv", [{**ROWS[0], "split": "dev"}]))
+@pytest.mark.parametrize(
+    ("suffix", "place"), [(".parquet", "row 5"), (".json", "row 5"), (".jsonl", "line 5")]
+)
+def test_a_null_response_is_refused_with_its_row_and_the_number_of_such_rows(
+    tmp_path, suffix, place
+):
+    rows = [
+        {**row, "output": None} if row["input"] in ("input 4", "input 9") else row for row in ROWS
+    ]
+    with pytest.raises(DataError) as refusal:
+        read(write(tmp_path, suffix, rows))
+    assert f"rows{suffix}', {place}, has no output" in str(refusal.value)
+    assert "and in 1 more rows; fill in the output" in str(refusal.value)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".json", ".jsonl"])
+def test_a_null_input_or_instruction_is_empty_and_a_null_category_has_a_name(tmp_path, suffix):
+    rows = [{**ROWS[3], "input": None, "category": None}, {**ROWS[4], "instruction": None}]
+    corpus = read(write(tmp_path, suffix, rows))
+    assert [(e.instruction, e.input) for e in corpus.examples([0, 1])] == [
+        ("Do, «0»", ""),
+        ("", "input 4"),
+    ]
+    assert corpus.keys("category").tolist() == ["none", "names"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_key_that_some_records_do_not_have_is_empty_there(tmp_path, suffix):
+    rows = [{k: v for k, v in ROWS[0].items() if k != "input"}, ROWS[1]]
+    assert [e.input for e in read(write(tmp_path, suffix, rows)).examples([0, 1])] == [
+        "",
+        "input 1",
+    ]
+
+
+def test_numbers_are_text_as_they_are_written(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    values = ["46", "4.50", "1e-7", "true", '"x"', "12345678901234567890123"]
+    path.write_text("".join(f'{{"instruction": "a", "output": {v}}}\n' for v in values))
+    outputs = [example.output for example in read(path).examples(range(6))]
+    assert outputs == ["46", "4.50", "1e-7", "true", "x", "12345678901234567890123"]
+    write(tmp_path, ".parquet", [{**row, "output": 7} for row in ROWS])
+    assert read(tmp_path / "rows.parquet").example(2).output == "7"
+    write(tmp_path, ".parquet", [{**row, "output": 0.1, "client": 3.0} for row in ROWS])
+    corpus = read(tmp_path / "rows.parquet")
+    assert corpus.example(2).output == "0.1" and corpus.keys("client")[0] == "3"
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    lists = [*ROWS[:2], {**ROWS[2], "output": ["a", "b"]}]
+    with pytest.raises(DataError, match=r'row 3, has \["a", "b"\] in .*text and not a list'):
+        read(write(tmp_path, ".json", lists))
+    with pytest.raises(DataError, match="must be text and not a list"):
+        read(write(tmp_path, ".parquet", [{**row, "output": ["a"]} for row in ROWS]))
+    with pytest.raises(DataError, match="contains 'later'; the splits are"):
+        read(write(tmp_path, ".csv", [{**ROWS[0], "split": "later"}]))
+
+
+def test_usual_names_of_splits_are_understood(tmp_path):
+    rows = [{**ROWS[0], "split": name} for name in ("Train", "dev", "val", "test", "eval")]
+    splits = read(write(tmp_path, ".csv", rows)).keys("split").tolist()
+    assert splits == ["train", "validation", "validation", "test", "validation"]
+
+
+def test_rows_of_tables_by_polars_and_spark_are_read(tmp_path):
+    text = {"instruction": ["a", "b"], "output": ["c", "d"]}
+    moments = pa.array([0, 86_400_000_000], pa.timestamp("us", "UTC"))
+    for kind in (
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.dictionary(pa.int8(), pa.string()),
+    ):
+        table = pa.table({name: pa.array(v).cast(kind) for name, v in text.items()})
+        pa_file = tmp_path / "rows.parquet"
+        if kind == pa.string_view():
+            pa_file = tmp_path / "rows.arrow"
+            with pa.ipc.new_file(pa_file, table.schema) as file:
+                file.write_table(table)
+        else:
+            pq.write_table(table.append_column("client", moments), pa_file)
+            assert len(set(read(pa_file).keys("client"))) == 2
+        assert read(pa_file).example(1) == Example("b", "", "d")
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"suffix '.txt'; rename it to one of .parquet"):
-        read(tmp_path / "rows.txt")
-    with pytest.raises(ValueError, match="There is no file"):
+    with pytest.raises(DataError, match="There is no file"):
         read(tmp_path / "rows.csv")
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n{oops\n")
-    with pytest.raises(ValueError, match=r"Line 2 of .* is not JSON"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl', line 2, is not JSON at character 2"
+    ) as refusal:
         read(path)
+    assert "Expecting" not in str(refusal.value)
     path.write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"row 1, is .1.; it must be a JSON object"):
+    with pytest.raises(DataError, match=r"row 1, is 1; it must be a JSON object"):
         read(path)
-    with pytest.raises(ValueError, match="both are None"):
-        Columns(output=None)
+    path.write_text('{"instruction": "a", "output": "b", "output": "c"}\n')
+    with pytest.raises(DataError, match="has the key 'output' twice"):
+        read(path)
+    with pytest.raises(DataError, match='sets both to ""'):
+        Columns(output="", messages="")
 
 
 @needs_real

@@ -13,7 +13,7 @@ import torch
 
 from flexlora import model, wire
 from flexlora.config.experiment import Experiment
-from flexlora.data.corpora import table
+from flexlora.data import Columns
 from flexlora.data.corpus import Corpus
 from flexlora.deployment import run_spec
 from flexlora.deployment.node import node
@@ -540,10 +540,11 @@ def test_all_rows_of_a_file_without_owners_or_splits(tmp_path):
 
 
 def test_what_may_be_missing(tmp_path):
-    """A file of one column, in each format."""
-    write(tmp_path / "a.jsonl", [{"output": "red"}, {"output": "blue"}])
-    (tmp_path / "a.csv").write_text("output\nred\nblue\n")
-    (tmp_path / "a.json").write_text('[{"output": "red"}, {"output": "blue"}]')
+    """A file without inputs, in each format."""
+    write(tmp_path / "a.jsonl", [{"prompt": "", "output": "red"}, {"prompt": "", "output": "blue"}])
+    (tmp_path / "a.csv").write_text("prompt,output\n,red\n,blue\n")
+    rows = '[{"prompt": null, "output": "red"}, {"prompt": "", "output": "blue"}]'
+    (tmp_path / "a.json").write_text(rows)
     for suffix in ("jsonl", "csv", "json"):
         corpus = training_rows(NodeConfig("mine", tmp_path / f"a.{suffix}", tmp_path))
         assert texts(corpus, "output") == ["red", "blue"]
@@ -551,13 +552,13 @@ def test_what_may_be_missing(tmp_path):
 
 
 def test_an_output_may_not_be_missing(tmp_path):
-    with pytest.raises(ValueError, match="no column 'output'"):
-        rows_of(write(tmp_path / "a.jsonl", [{"instruction": "a", "answer": "b"}]))
+    with pytest.raises(ValueError, match=r"no column for the response.*join`, --columns"):
+        rows_of(write(tmp_path / "a.jsonl", [{"instruction": "a", "reply": "b"}]))
 
 
 def test_columns_may_have_other_names(tmp_path):
     data = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b", "input": "not this"}])
-    columns = table.Columns("question", None, "answer", None, None, None, None)
+    columns = Columns(instruction="question", input="", output="answer")
     corpus = training_rows(NodeConfig("mine", data, tmp_path, columns=columns))
     assert texts(corpus, "output") == ["b"] and texts(corpus, "input") == [""]
 
@@ -611,5 +612,5 @@ def test_a_file_that_is_not_there_is_said(tmp_path, name):
 
 def test_a_file_of_an_unknown_kind_is_said(tmp_path):
     (tmp_path / "a.txt").write_text("red")
-    with pytest.raises(ValueError, match="Cannot tell the format"):
+    with pytest.raises(ValueError, match="neither JSON nor a table"):
         rows_of(tmp_path / "a.txt")

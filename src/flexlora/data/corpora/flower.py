@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from flexlora.data.columns import Columns
 from flexlora.data.corpora.hub import arrow
-from flexlora.data.corpora.table import Columns, corpus_of
+from flexlora.data.corpora.table import of_table
 from flexlora.data.corpus import Corpus
 from flexlora.errors import DataError
 
@@ -35,9 +36,7 @@ def read(federated: Federated, partitions: int, columns: Columns) -> Corpus:
     tables = []
     for number in range(partitions):
         table = arrow(federated.load_partition(number))
-        named = replace(columns, client=None).wanted().values()
-        table = table.select([name for name in table.column_names if name in named])
         client = pa.repeat(str(number), table.num_rows)
         tables.append(table.append_column("_client", client))
-    whole = pa.concat_tables(tables, promote_options="default")
-    return corpus_of(whole, replace(columns, client="_client"), "The federated dataset")
+    whole = pa.concat_tables(tables, promote_options="permissive")
+    return of_table(whole, replace(columns, client="_client"), "The federated dataset")

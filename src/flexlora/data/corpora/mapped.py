@@ -15,10 +15,11 @@ import pyarrow as pa
 from flexlora.data.corpus import Corpus
 from flexlora.errors import DataError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Incremented when the content of such a file, or the way a source is read, changes."""
 
 _DIGESTS: Final = b"flexlora.digests"
+_NOTICES: Final = b"flexlora.notices"
 
 
 def kept(
@@ -45,7 +46,9 @@ def kept(
 def write(corpus: Corpus, path: Path) -> None:
     """Write a corpus with its digests to a temporary file and rename it to ``path``."""
     digests = {name: corpus.digest(name) for name in corpus.columns}
-    table = corpus.table.replace_schema_metadata({_DIGESTS: json.dumps(digests)})
+    table = corpus.table.replace_schema_metadata(
+        {_DIGESTS: json.dumps(digests), _NOTICES: json.dumps(corpus.notices)}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
     try:
@@ -69,7 +72,8 @@ def read(path: Path) -> Corpus:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
         digests = json.loads(table.schema.metadata[_DIGESTS])
-        corpus = Corpus(table.replace_schema_metadata(), digests)
+        notices = tuple(json.loads(table.schema.metadata[_NOTICES]))
+        corpus = Corpus(table.replace_schema_metadata(), digests, notices)
         if set(digests) != set(corpus.columns):
             raise DataError(f"it has digests of {', '.join(digests)} and other columns")
         return corpus

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from flexlora.config import RankType
-from flexlora.data import Corpus, TokenStore
+from flexlora.data import Columns, Corpus, TokenStore
 from flexlora.data.corpora import table
 from flexlora.deployment import run_spec
 from flexlora.deployment.node.capacity import Capacity, Proposal
 from flexlora.deployment.node.worker_socket import Response
 from flexlora.deployment.run_spec import RunSpec
-from flexlora.errors import FlexloraError, ProtocolError
+from flexlora.errors import DataError, FlexloraError, ProtocolError
 from flexlora.federation import ClientRuntime, ClientStore, LostBase, TurnRequest, turn
 from flexlora.method import Download, Feature
 from flexlora.model import Base, smollm2
@@ -41,7 +41,7 @@ class NodeConfig:
     data: Path
     state: Path
     capacity: Capacity = field(default_factory=Capacity)
-    columns: table.Columns | None = None
+    columns: Columns | None = None
     rows_of: str | None = None
     model: str | None = None
     device: str = "cpu"
@@ -216,7 +216,11 @@ def training_rows(config: NodeConfig) -> Corpus:
     Raises:
         ProtocolError: there is none, or the file has rows of several clients.
     """
-    corpus = table.read(config.data, config.columns or _standard_columns(config.data))
+    try:
+        corpus = table.read(config.data, config.columns)
+    except DataError as error:
+        option = " With `flexlora join`, --columns instruction=NAME,output=NAME names columns."
+        raise DataError(f"{error}{option if 'data.columns' in str(error) else ''}") from error
     if "client" in corpus.columns:
         codes, clients = corpus.codes("client")
         if config.rows_of is not None:
@@ -241,10 +245,3 @@ def training_rows(config: NodeConfig) -> Corpus:
             f"{config.data} has no training rows; check the values of its split column for 'train'."
         )
     return corpus
-
-
-def _standard_columns(data: Path) -> table.Columns:
-    """The standard columns, without the optional ones that the data does not have."""
-    names = set(table.column_names(data))
-    optional = ("instruction", "input", "client", "category", "split")
-    return table.Columns(**{name: name if name in names else None for name in optional})
