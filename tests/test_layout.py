@@ -43,7 +43,6 @@ ENTRANCES = (
     "federation.compare",
     "federation.compose",
     "federation.evaluations",
-    "federation.notes",
     "federation.prepared",
     "federation.ray",
     "federation.ray.cluster",

@@ -108,10 +108,11 @@ def test_it_goes_with_no_option_that_trains(call, config):
     ("change", "note"),
     [
         ("federation.cohort=40", "federation.cohort is 40, but only 6 clients train"),
-        ("evaluation.seen_clients=0", "nothing is evaluated"),
+        ("evaluation.seen_clients=0", "Nothing is evaluated"),
     ],
 )
 def test_what_the_data_changes_is_said_by_both(call, config, change, note):
     for words in (["--dry-run"], []):
-        assert f"note: {note}" in call("run", config, "--set", change, *words).out
+        out = call("run", config, "--set", change, *words).out
+        assert f"note: {note}" in " ".join(out.split())
     assert "note:" not in call("run", config, "--dry-run").out

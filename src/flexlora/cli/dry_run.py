@@ -23,7 +23,8 @@ START, END = ">>>", "<<<"
 
 def dry_run(settings: Experiment) -> None:
     """Prepare a run as it would be, and print what it would do; nothing is written."""
-    from flexlora.federation import notes, rehearsal, setup
+    from flexlora.cli import progress
+    from flexlora.federation import rehearsal, setup
 
     console = Console()
     console.print("reading the data and the model", style="dim")
@@ -33,8 +34,8 @@ def dry_run(settings: Experiment) -> None:
     for line in _facts(prepared, measured):
         _print(console, line)
     console.print(_table(measured))
-    for note in notes.notes(prepared):
-        _print(console, f"note: {note}")
+    for note in progress.notices(prepared.notices):
+        _print(console, note)
     for client, tokens in rehearsal.sample_tokens(prepared, 2):
         _print_prompt(console, prepared, client, tokens)
     console.print("\nThis was a dry run: nothing was trained, and no run folder was made.")

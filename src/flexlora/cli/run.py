@@ -227,7 +227,6 @@ def run_and_report(
 
     from flexlora.cli import progress
     from flexlora.federation import checkpoint, rounds, setup
-    from flexlora.federation.notes import notes
     from flexlora.reporting import page, tracker, trackers
     from flexlora.storage import write_atomically
 
@@ -239,8 +238,6 @@ def run_and_report(
     console, followers = Console(), trackers.of(settings.run.trackers, folder)
     console.print("reading the data and the model", style="dim")
     ready = setup.prepare(settings)
-    for note in notes(ready):
-        console.print(f"note: {note}", highlight=False, markup=False)
     content = (settings if resume else _with_threads(settings)).model_dump_json(indent=1)
     write_atomically(folder / "config.json", content.encode())
     done, at_once = (point.round, point.clients_at_once) if point else (0, None)

@@ -1,35 +1,47 @@
-"""What a config asks for and a run does otherwise, as sentences for its beginning."""
+"""What a config asks for and a run does otherwise, because of its data."""
 
 from __future__ import annotations
 
+from flexlora.config import Experiment
 from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import counted
 
 
-def notes(prepared: PreparedRun) -> list[str]:
-    """A sentence for each setting that the data changes: the size of a cohort, the evaluation."""
-    federation = prepared.experiment.federation
-    clients, found = len(prepared.clients), []
-    if federation.cohort is not None and federation.cohort > clients:
-        found.append(
-            f"federation.cohort is {federation.cohort}, but only {counted(clients, 'client')} "
-            f"train: every round uses all of them"
-        )
-    if federation.fraction is not None and federation.fraction * clients < 1:
-        found.append(
-            f"federation.fraction is {federation.fraction:g} of {counted(clients, 'client')}, "
-            f"less than one client: every round uses one"
-        )
-    if not prepared.questions:
-        found.append(f"nothing is evaluated: {_why_no_questions(prepared)}")
-    return found
-
-
-def _why_no_questions(prepared: PreparedRun) -> str:
-    settings = prepared.experiment.evaluation
-    if not settings.seen_clients and not settings.unseen_clients:
-        return "evaluation.seen_clients and evaluation.unseen_clients are 0"
+def of(prepared: PreparedRun) -> tuple[str, ...]:
+    """Sentences on the settings that the clients and the test rows change."""
+    experiment = prepared.experiment
     return (
-        "no evaluated client has a test row. Without a split column only clients of at least five "
-        "rows have one; a split column needs rows that it calls test"
+        *prepared.notices,
+        *_of_cohort(experiment, len(prepared.clients)),
+        *_of_questions(experiment, len(prepared.questions)),
     )
+
+
+def _of_cohort(experiment: Experiment, clients: int) -> list[str]:
+    federation, count = experiment.federation, counted(clients, "client")
+    if federation.cohort is not None and federation.cohort > clients:
+        trains = "trains" if clients == 1 else "train"
+        return [
+            f"federation.cohort is {federation.cohort}, but only {count} {trains}: "
+            "every round uses all of them."
+        ]
+    if federation.fraction is not None and federation.fraction * clients < 1:
+        return [
+            f"federation.fraction is {federation.fraction:g}, of {count} less than one: every "
+            "round uses one client."
+        ]
+    return []
+
+
+def _of_questions(experiment: Experiment, questions: int) -> list[str]:
+    settings = experiment.evaluation
+    if questions:
+        return []
+    if not settings.seen_clients and not settings.unseen_clients:
+        reason = "evaluation.seen_clients and evaluation.unseen_clients are 0."
+    else:
+        reason = (
+            "no evaluated client has a test row. Without a split column clients of at least five "
+            "rows have one; with a split column those rows whose split is test."
+        )
+    return [f"Nothing is evaluated: {reason}"]

@@ -9,7 +9,7 @@ import torch
 
 from flexlora.config import Experiment
 from flexlora.data import Corpus, TokenStore, named
-from flexlora.federation import assignment, client_data, compose
+from flexlora.federation import assignment, client_data, compose, notes
 from flexlora.federation.client_turn import ClientRuntime
 from flexlora.federation.prepared import PreparedRun, dtype
 from flexlora.method import Method
@@ -26,8 +26,7 @@ def prepare(
     """Read the data, load the model and assign the ranks; any fault of the config appears here.
 
     ``corpus`` replaces the one that the config names, ``base`` is the config's model if it is
-    loaded already, ``method`` replaces the config's method. Without ``train`` nothing is
-    tokenised for training.
+    loaded already, ``method`` replaces the config's. Without ``train`` no rows are tokenised.
 
     Raises:
         ConfigError: the model or the combination of choices cannot be used.
@@ -64,7 +63,7 @@ def prepare(
         wire_dtype=dtype(experiment.federation.wire_dtype),
         seed=experiment.seed,
     )
-    return PreparedRun(
+    prepared = PreparedRun(
         experiment=experiment,
         base=base,
         method=method,
@@ -76,6 +75,7 @@ def prepare(
         questions=client_data.questions(corpus, rows, unseen, experiment),
         prompt=named(data.prompt, base.tokenizer),
     )
+    return dataclasses.replace(prepared, notices=notes.of(prepared)) if train else prepared
 
 
 def _described(method: Method) -> dict[str, Any]:
