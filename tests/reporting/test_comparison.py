@@ -3,16 +3,22 @@
 import html
 import json
 import re
+import tomllib
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from flexlora import methods
+from flexlora.federation import compose
 from flexlora.federation.compare import Cell, Outcome
 from flexlora.journal.record import Record
 from flexlora.reporting import comparison
-from flexlora.reporting.comparison import curves, texts, values
+from flexlora.reporting.comparison import curves, numbers, texts, values
 from flexlora.reporting.comparison.values import Spread
+from flexlora.reporting.method_style import LIBRARY, method_style
+from flexlora.reporting.tables import ClientScore
 from support import models
 
 METHODS = methods.names()
@@ -273,7 +279,7 @@ def test_the_markdown_has_every_method_and_says_who_refused(three):
     assert "| (before training) | 3 of 3 | 3.250 ± 0.250 | – | 10.0 ± 0.0 |" in text
     assert "| flexlora | 2, 2, 2 | 2.000 ± 0.250 | 22.0 ± 0.0 |" in text
     assert "| flexlora | 1.750 ± 0.250 | 6.0 KiB | 3.0 KiB | 0.75 ± 0.00 | 0 |" in text
-    assert "| arXiv 2305.05644 | inexact | no | one |" in text
+    assert "| arXiv 2305.05644 | no | no | one |" in text
     assert "| flexlora | 62.50 ± 0.00 | 21.50 ± 0.00 | 17.50 ± 0.00 |" in text
     for line in (line for line in text.splitlines() if line.startswith("|")):
         assert len(re.findall(r"(?<!\\)\|", line)) >= 3
@@ -286,9 +292,8 @@ def test_the_tables_are_whole(three):
             assert sum(width for _, width in listing.spans) == len(listing.head)
 
 
-def test_the_json_holds_every_number(three, tmp_path):
-    comparison.write(tmp_path, three)
-    found = json.loads((tmp_path / "comparison.json").read_text())
+def test_the_json_holds_every_number(three):
+    found = json.loads(json.dumps(numbers.content(values.compared(three), three), allow_nan=False))
     assert found["best"] == "flexlora" and found["seeds"] == [3, 4, 5]
     best, second, _, refused = found["methods"]
     assert best["last"]["unseen"]["loss"] == {
@@ -312,10 +317,24 @@ def test_the_json_holds_every_number(three, tmp_path):
 
 
 def test_the_page_is_whole_and_opens_no_connection(three, tmp_path):
+    for one in three[1:]:
+        if one.state == "finished":
+            (one.cell.folder / "report.html").touch()
     comparison.write(tmp_path, three)
+    assert "flexlora run report" in (three[0].cell.folder / "report.html").read_text()
     page = (tmp_path / "comparison.html").read_text()
-    # Loss and Rouge-L at a glance and by round, training loss and energy by round.
-    assert page.count("<figure>") == 6
+    titles = re.findall("<figure[^>]*><h3>(.*?)</h3>", page)
+    assert titles == [
+        "Loss on unseen clients",
+        "Behind flexlora in loss on unseen clients",
+        "Rouge-L on unseen clients",
+        "Loss on unseen clients against all bytes",
+        "Loss on unseen clients against the bytes sent so far",
+        "Training loss by round",
+        "Loss on unseen clients by round",
+        "Rouge-L on unseen clients by round",
+        "Energy in the highest block of ranks in use",
+    ]
     assert page.count('<script id="plotly"') == 1
     assert not re.search(r"<(link|iframe|img|object|form|base)\b|<script[^>]* src", page)
     assert "default-src 'none'" in page
@@ -323,7 +342,14 @@ def test_the_page_is_whole_and_opens_no_connection(three, tmp_path):
     for text in ("4 methods compared", "tiny/base", "small (8 clients of rank 2)", "refused: "):
         assert text in said
     assert all(sentence in said for sentence in comparison.verdict(values.compared(three)))
-    assert comparison.render(values.compared(three)) == page
+    links = re.findall('href="(./[^"]*)"', page)
+    assert links[:2] == ["./comparison.md", "./comparison.json"] and len(links) == 2 + 9
+    assert all((tmp_path / link).is_file() for link in links)
+    assert said.startswith(f"{tmp_path.name} — flexlora comparison")
+    again = comparison.render(
+        values.compared(three), tmp_path.name, comparison.reports(tmp_path, three)
+    )
+    assert again == page
 
 
 def test_what_a_cell_said_is_no_markup(outcome):
@@ -339,7 +365,7 @@ def test_what_a_cell_said_is_no_markup(outcome):
 
 
 def test_many_methods_are_told_apart(outcome):
-    names = [f"{name}{copy}" for copy in ("", "b", "c") for name in METHODS][:25]
+    names = METHODS[:25]
     many = values.Comparison(
         rows=tuple(
             values.Row(
@@ -412,3 +438,114 @@ def test_captions_of_one_seed_speak_of_no_band(outcome):
     one = values.compared([outcome("flexlora", 3, [2.0]), outcome("flora", 3, [2.1])])
     said = words(comparison.render(one))
     assert "of one seed" in said and "band" not in said and "thin" not in said
+
+
+def test_a_method_looks_the_same_wherever_it_stands(three, outcome):
+    """Its colour, dash and marker depend on its name alone, and those of all methods differ."""
+    whole = values.compared(three)
+    alone = values.compared([o for o in three if o.cell.method in ("flora", "hetlora")])
+    places = [[row.method for row in found.rows].index("flora") for found in (whole, alone)]
+    assert places[0] != places[1]
+
+    def looks(found):
+        series, rank = values.curve("unseen", "loss"), found.loss
+        line = curves.by_round(found, series, "y", 3).data
+        looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in line
+                 if t.legendgroup == "flora" and t.showlegend is not False}  # fmt: skip
+        means = curves.ranking(found, rank, "x", 3).data[1].marker
+        place = [row.method for row in found.rows if row.spread(rank)].index("flora")
+        points = curves.quality_by_bytes(found, "y", 3).data
+        own = {(t.marker.color, t.marker.symbol) for t in points if t.legendgroup == "flora"}
+        return looks, (means.color[place], means.symbol[place]), own
+
+    assert looks(whole) == looks(alone)
+    styles = [method_style(name) for name in METHODS]
+    assert len(set(styles)) == len(METHODS)
+    assert {name for row in LIBRARY for name in row} == set(METHODS)
+    assert method_style("my_own") == method_style("my_own")
+    assert method_style("my_own").dash not in {style.dash for style in styles}
+
+
+def test_quality_stands_against_all_bytes_sent(three):
+    found = values.compared(three)
+    assert {values.sent(run) for row in found.rows for run in row.runs} == {3 * 3072}
+    ends = curves.quality_by_bytes(found, "Loss", 3)
+    assert ends.layout.xaxis.title.text == "Bytes up and down, all rounds (KiB)"
+    (best,) = (t for t in ends.data if t.name == "flexlora")
+    assert (best.x[0], best.y[0]) == (9, pytest.approx(2.25))
+    (seeds,) = (t for t in ends.data if t.name == "flexlora, one seed")
+    assert list(seeds.y) == pytest.approx([2.0, 2.25, 2.5])
+    course = curves.by_bytes(found, values.curve("unseen", "loss"), "Loss", 3)
+    (best,) = (t for t in course.data if t.name == "flexlora")
+    # The base model has cost nothing.
+    assert list(best.x) == [0, 3, 6, 9] and best.y[0] == pytest.approx(3.25)
+
+
+def test_differences_are_drawn_by_seed_with_their_interval(outcome):
+    found = [outcome("flexlora", s, [2.0 + s / 100]) for s in (3, 4, 5)]
+    gaps = {3: 0.5, 4: 0.75, 5: 0.625}
+    found += [outcome("flora", s, [2.0 + s / 100 + gap]) for s, gap in gaps.items()]
+    figure = curves.differences(values.compared(found), "Behind")
+    seeds, means = figure.data
+    assert sorted(seeds.x) == pytest.approx(sorted(gaps.values()))
+    assert means.x[0] == pytest.approx(0.625)
+    # Student's t with two degrees of freedom, over a standard deviation of 1/8.
+    assert means.error_x.array[0] == pytest.approx(4.303 * 0.125 / 3**0.5)
+    low, high = figure.layout.xaxis.range
+    assert low < 0 < 0.75 < high
+    assert list(figure.layout.yaxis.ticktext) == ["flora"]
+
+
+def test_a_value_that_all_methods_share_is_said_and_not_drawn(outcome):
+    found = [outcome(name, s, [2.0 + s / 10 + len(name)], rouge=-1.0)
+             for name in ("flexlora", "flora") for s in (3, 4)]  # fmt: skip
+    page = comparison.render(values.compared(found))
+    assert "Rouge-L on unseen clients is 0.0 % for all methods and seeds; not drawn." in words(page)
+    assert "<h3>Rouge-L on unseen clients</h3>" not in page
+
+
+def test_the_worst_client_and_who_got_worse_stand_by_method(outcome):
+    found = values.compared([outcome("flexlora", 3, [2.5], base=3.0), outcome("flora", 3, [3.5])])
+    for row in found.rows:
+        for run in row.runs:
+            for rows in run.scores.values():
+                for number, one in rows.items():
+                    rows[number] = replace(one, by_client=_two_clients(one))
+    said = words(comparison.render(found))
+    assert "Method Worst client Worst tenth Mean over clients Std. deviation Worse off (%)" in said
+    assert "flexlora 3.000 3.000 2.500 0.707 0.0" in said
+    assert "flora 4.000 4.000 3.500 0.707 100.0" in said
+    assert "Loss of the worst unseen client" in said
+
+
+def _two_clients(row):
+    sums = [(row.loss - 0.5, "a"), (row.loss + 0.5, "b")]
+    return tuple(
+        ClientScore(name, 3, {"loss_total": 7 * loss, "loss_tokens": 7}) for loss, name in sums
+    )
+
+
+def test_the_comparison_can_be_repeated_from_its_page(outcome):
+    settings = models.settings(Path("runs"), data={"columns": {"category": ""}}, seed=3)
+    found = values.compared([outcome("flora", 3, [2.5]), outcome("flexlora", 3, [2.0])])
+    recorded = settings.model_dump(mode="json")
+    options = {"flexlora": {"accuracy": "exact"}, "flora": {}}
+
+    def configured(row):
+        config = recorded | {"method": {"name": row.method, **options[row.method]}}
+        runs = [replace(run, facts=replace(run.facts, config=config)) for run in row.runs]
+        return replace(row, runs=tuple(runs))
+
+    page = comparison.render(replace(found, rows=tuple(map(configured, found.rows))))
+    command, config = map(html.unescape, re.findall("<pre>(.*?)</pre>", page, re.DOTALL))
+    assert command == (
+        "flexlora compare config.toml --methods flexlora,flora --seeds 1 "
+        "--option flexlora.accuracy=exact"
+    )
+    assert compose.parse(tomllib.loads(config), "config.toml") == settings
+
+
+def test_a_hint_that_needs_a_mouse_is_said_once(three):
+    page = comparison.render(values.compared(three))
+    assert page.count("double-click") == 1
+    assert '<p class="pointer">' in page and "(hover: none)" in page

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from flexlora.reporting import tables
 from flexlora.reporting.tables import ClientScore, EvaluationRow
-from flexlora.reporting.tables.uncertainty import bootstrapped, wilson
+from flexlora.reporting.tables.uncertainty import bootstrapped, mean_interval, student_t, wilson
 from flexlora.seeds import rng
 
 ROUGE, EXACT, LOSS = tables.METRICS
@@ -129,3 +129,18 @@ def test_changes_are_those_of_each_client():
         ("c1", pytest.approx(30), pytest.approx(25)),
         ("c2", None, pytest.approx(40)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [(1, 12.7062), (2, 4.3027), (10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003)],
+)
+def test_student_s_quantiles_are_the_tabulated_ones(degrees, quantile):
+    assert student_t(degrees) == pytest.approx(quantile, rel=2e-3)
+
+
+def test_the_interval_of_few_seeds_is_wide():
+    assert mean_interval([2.0]) is None
+    two, three = mean_interval([1.0, 2.0]), mean_interval([1.0, 1.5, 2.0])
+    assert two.high - two.low == pytest.approx(12.706) and two.has_zero
+    assert (three.low + three.high) / 2 == pytest.approx(1.5) and not three.has_zero

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flexlora import methods
 from flexlora.federation import FILES
 from flexlora.journal import NOTHING, size
-from flexlora.method import Feature
+from flexlora.method import Feature, Method
 from flexlora.reporting import sections
 from flexlora.reporting.comparison.numbers import COSTS, DIGITS
 from flexlora.reporting.comparison.values import (
@@ -182,19 +182,27 @@ def _kinds(comparison: Comparison) -> Listing:
             name,
             method.title,
             method.info.paper,
-            method.info.exactness,
+            _exact(method),
             "yes" if Feature.MIXED_RANKS in method.features else "no",
             "one per client" if Feature.PERSONAL in method.features else "one",
         ]
         for name, method in compared.items()
     ]
-    head = ["Method", "Title", "Paper", "Aggregate", "Mixed ranks", "Model"]
+    head = ["Method", "Title", "Paper", "Exact", "Mixed ranks", "Model"]
     note = (
-        "An aggregate is exact if its product B @ A is the weighted mean of the clients' products. "
-        "If each client has a model of its own, that model answers the client's questions, so its "
-        "scores on seen clients do not compare with those of one model for all clients."
+        "Exact: the aggregate's product B @ A is the weighted mean of the clients' products; by "
+        "component: of each rank-one component, over the clients that have it. If each client has "
+        "a model of its own, that model answers the client's questions, so its scores on seen "
+        "clients do not compare with those of one model for all clients."
     )
     return Listing("Methods", note, head, lines, set(range(6)))
+
+
+def _exact(method: Method) -> str:
+    """As docs/methods.md has it: a personal model is no aggregate, so it has a dash."""
+    if Feature.PERSONAL in method.features:
+        return NOTHING
+    return {"exact": "yes", "inexact": "no"}.get(method.info.exactness, method.info.exactness)
 
 
 def _energy(comparison: Comparison, blocks: Sequence[str], whole: bool) -> Listing:

@@ -24,7 +24,8 @@ class Measured:
 
     ``training`` is the loss by round; ``scores`` are of the global adapter by group of clients
     and round (0: the base model); ``energy`` is in percent by round and block of ranks; the
-    last block lies beyond the largest rank in use.
+    last block lies beyond the largest rank in use. ``bytes_so_far`` are those of all rounds up to
+    one, up and down; ``seconds`` are those of all rounds.
     """
 
     seed: int
@@ -36,6 +37,8 @@ class Measured:
     bytes_up: int | None
     bytes_down: int | None
     server_seconds: float | None
+    bytes_so_far: Mapping[int, int]
+    seconds: float | None
 
     def before(self, group: str) -> EvaluationRow | None:
         """The base model's score."""
@@ -192,6 +195,8 @@ def measured(seed: int, events: Iterable[Event]) -> Measured:
         bytes_up=traffic[-1].total_up if traffic else None,
         bytes_down=traffic[-1].total_down if traffic else None,
         server_seconds=sum(row.aggregation for row in times) if times else None,
+        bytes_so_far={row.round: row.total_up + row.total_down for row in traffic},
+        seconds=sum(row.training + row.aggregation for row in times) if times else None,
     )
 
 
@@ -241,6 +246,23 @@ def score(group: str, key: str, best: bool = False) -> Value:
         return measured_value
 
     return value
+
+
+def worst_client(group: str) -> Value:
+    """The loss of the worst client of a group after the last round; None of a single client."""
+    loss = next(metric for metric in tables.METRICS if metric.key == "loss")
+
+    def value(run: Measured) -> float | None:
+        last = run.last(group)
+        spread = tables.client_spread(last, loss) if last else None
+        return spread.worst if spread else None
+
+    return value
+
+
+def sent(run: Measured) -> float | None:
+    """The bytes of all rounds, up and down."""
+    return run.bytes_so_far[max(run.bytes_so_far)] if run.bytes_so_far else None
 
 
 def curve(group: str, key: str) -> Series:

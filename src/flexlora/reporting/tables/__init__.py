@@ -53,7 +53,7 @@ from flexlora.reporting.tables.spectra import (
     kept_table,
     spectrum_table,
 )
-from flexlora.reporting.tables.uncertainty import Interval
+from flexlora.reporting.tables.uncertainty import Interval, mean_interval
 
 __all__ = [
     "ANSWERS",
@@ -88,6 +88,7 @@ __all__ = [
     "kept_table",
     "loss_counts",
     "main_metric",
+    "mean_interval",
     "rank_type_table",
     "read_answers",
     "round_table",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import sqrt
+from statistics import fmean, stdev
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ DRAWS = 2000
 _LEAST_CLIENTS = 2
 _ROUNDING = 1e-9
 _Z = 1.959964  # the 97.5 % quantile of the normal distribution
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 Sums = Sequence[tuple[float, float]]
 """Of each client a sum and the count by which it is divided."""
@@ -62,6 +64,28 @@ def bootstrapped(after: Sums, before: Sums | None = None) -> Interval | None:
         return None
     low, high = np.percentile(means, (2.5, 97.5))
     return Interval(float(low), float(high))
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Student's t interval of the mean of a few values, such as one per seed; None for one value.
+
+    It assumes that they are about normal; with two values it is wide, as it has to be.
+    """
+    if len(values) < 2:
+        return None
+    half = student_t(len(values) - 1) * stdev(values) / sqrt(len(values))
+    return Interval(fmean(values) - half, fmean(values) + half)
+
+
+def student_t(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t distribution, right to 0.2 %.
+
+    Above ten degrees of freedom by the expansion of Cornish and Fisher.
+    """
+    if degrees <= len(_STUDENT):
+        return _STUDENT[degrees - 1]
+    first = (_Z**3 + _Z) / (4 * degrees)
+    return _Z + first + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * degrees**2)
 
 
 def _means(sums: Sums) -> npt.NDArray[np.float64]:
