@@ -1,5 +1,8 @@
 """Sample answers: what is kept after a stop, and lines that a crash cut off."""
 
+import pytest
+
+from flexlora.errors import ProtocolError
 from flexlora.journal.answers import FIELDS, SampleAnswers
 
 
@@ -32,6 +35,16 @@ def test_before_the_first_checkpoint_the_base_is_evaluated_again(tmp_path):
     answers.append(lines(0))
     answers.rewind(0)
     assert list(answers.all()) == []
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"round": "2"}'])
+def test_a_line_that_is_no_answer_is_named(tmp_path, line):
+    answers = SampleAnswers(tmp_path)
+    answers.append(lines(0))
+    with answers.path.open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ProtocolError, match=r"Line 2 of .*answers\.jsonl is not a sample answer"):
+        list(answers.all())
 
 
 def test_the_fields_are_documented():

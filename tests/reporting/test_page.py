@@ -379,7 +379,7 @@ def test_answers_before_and_after_are_shown_and_escaped(make_journal: Make, writ
     lines = [json.dumps(answer(0, "base", f"before {i} {ATTACK}", i / 20, i)) for i in range(9)]
     lines += [json.dumps(answer(n, "global", f"in round {n}", 0.5, i)) for n in (3, 6)
               for i in range(9)]  # fmt: skip
-    lines += ["[1]", "no JSON", json.dumps({"round": "x"}), '{"round": 7, "adapter": "glo']
+    lines += ['{"round": 7, "adapter": "glo']
     (folder / "answers.jsonl").write_text("\n".join(lines))
     html = page.write(folder).read_text()
     said = words(html)
@@ -389,6 +389,13 @@ def test_answers_before_and_after_are_shown_and_escaped(make_journal: Make, writ
     shown = [int(n) for n in re.findall(r"before (\d)", said)]
     assert shown == sorted(shown) and {shown[0], shown[-1]} == {0, 8} and len(shown) == 6
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
+
+
+def test_what_is_configured_without_effect_stands_in_the_head(make_journal: Make):
+    events = make_journal(rounds=1)
+    events[0]["notices"] = ["The cohort of 40 is larger than the 12 clients."]
+    head = page.render(events).split("<nav")[0]
+    assert "<p>The cohort of 40 is larger than the 12 clients.</p>" in head
 
 
 def test_long_and_empty_answers():

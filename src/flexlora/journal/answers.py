@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexlora.errors import ProtocolError
 from flexlora.storage import write_atomically
 
 ANSWERS = "answers.jsonl"
@@ -56,9 +57,24 @@ class SampleAnswers:
             write_atomically(self.path, "".join(f"{json.dumps(a)}\n" for a in kept).encode())
 
     def all(self) -> Iterator[dict[str, Any]]:
-        """The answers in order; a last line cut off by a crash is left out."""
+        """The answers in order; a last line cut off by a crash is left out.
+
+        Raises:
+            ProtocolError: a line is not a JSON object with a round.
+        """
         if not self.path.exists():
             return
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield self._answer(line, number)
+
+    def _answer(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or not isinstance(answer.get("round"), int):
+            raise ProtocolError(
+                f"Line {number} of {self.path} is not a sample answer; remove the line."
+            )
+        return answer

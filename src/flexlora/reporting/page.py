@@ -22,7 +22,7 @@ def write(run_folder: Path) -> Path:
 
     Raises:
         ConfigError: the folder has no journal.
-        ProtocolError: a line of the journal is not an event.
+        ProtocolError: a line of the journal is not an event, or one of the sample answers none.
     """
     record = Record(Path(run_folder))
     if not record.path.exists():

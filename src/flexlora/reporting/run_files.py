@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora.reporting.tables import (
-    ANSWERS,
-    RunFacts,
-    SampleRow,
-    read_answers,
-    sample_table,
-)
+from flexlora.journal import SampleAnswers
+from flexlora.reporting.tables import RunFacts, SampleRow, sample_table
 
 _CONFIG = "config.json"
 
@@ -26,11 +21,15 @@ class RunFiles:
 
 
 def run_files(folder: Path, facts: RunFacts) -> RunFiles:
-    """The files in this folder; the adapter only if it lies in it."""
+    """The files in this folder; the adapter only if it lies in it.
+
+    Raises:
+        ProtocolError: a line of the sample answers is none.
+    """
     return RunFiles(
         config=_CONFIG if (folder / _CONFIG).is_file() else None,
         adapter=_inside(folder, facts.adapter) if facts.adapter else None,
-        samples=tuple(sample_table(read_answers(folder / ANSWERS))),
+        samples=tuple(sample_table(SampleAnswers(folder).all())),
     )
 
 

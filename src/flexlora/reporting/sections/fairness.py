@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexlora.journal import NOTHING, counted, number
+from flexlora.journal import ANSWERS, NOTHING, counted, number
 from flexlora.reporting import figures, tables
 from flexlora.reporting.document import (
     Details,
@@ -79,8 +79,8 @@ def samples(rows: Sequence[SampleRow]) -> Section:
     summary = f"{len(chosen)} of {counted(len(rows), 'question')} with answers"
     text = (
         f"Answers of the base model and of the global adapter after round {chosen[0].round}, from "
-        "the greatest gain in Rouge-L to the greatest loss, evenly spread. All are in "
-        f"{tables.ANSWERS} in the folder of the run."
+        "the greatest gain in Rouge-L to the greatest loss, evenly spread. All sample answers are "
+        f"in {ANSWERS} in the folder of the run."
     )
     parts: list[Part] = [_sample(row) for row in chosen]
     return Section("Sample answers", [Paragraph(text), Details(summary, parts)])

@@ -40,7 +40,7 @@ def header(
         title=title(name),
         subtitle=_subtitle(facts),
         outcome=outcome(facts, events, rows),
-        notes=[*_other_scores(rows), *([" ".join(course)] if course else [])],
+        notes=[*_other_scores(rows), *([" ".join(course)] if course else []), *facts.notices],
         facts=_facts(facts, tables.rank_type_table(events), files),
     )
 

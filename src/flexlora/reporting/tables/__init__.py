@@ -5,10 +5,8 @@ does not contain is None in a row, or no row; nothing is filled in.
 """
 
 from flexlora.reporting.tables.answers import (
-    ANSWERS,
     SampleRow,
     chosen_samples,
-    read_answers,
     sample_table,
 )
 from flexlora.reporting.tables.client_scores import (
@@ -56,7 +54,6 @@ from flexlora.reporting.tables.spectra import (
 from flexlora.reporting.tables.uncertainty import Interval, mean_interval
 
 __all__ = [
-    "ANSWERS",
     "METRICS",
     "CategoryRow",
     "ClientChange",
@@ -90,7 +87,6 @@ __all__ = [
     "main_metric",
     "mean_interval",
     "rank_type_table",
-    "read_answers",
     "round_table",
     "run_facts",
     "sample_table",

@@ -1,14 +1,11 @@
-"""The answers that the model generated, from ``answers.jsonl`` in the folder of a run."""
+"""Sample answers of a run as rows: what the model wrote before and after training."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ANSWERS = "answers.jsonl"
 _BASE, _GLOBAL = "base", "global"
 
 
@@ -38,25 +35,6 @@ class SampleRow:
         return self.rouge_after - self.rouge_before
 
 
-def read_answers(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of answers; none if there is no file.
-
-    A line that is no JSON object, such as one cut off by a crash, is left out.
-    """
-    try:
-        lines = path.open(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return
-    with lines:
-        for line in lines:
-            try:
-                answer = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(answer, dict):
-                yield answer
-
-
 def sample_table(answers: Iterable[dict[str, Any]]) -> list[SampleRow]:
     """The questions that the global adapter answered last, each with the base model's answer."""
     before: dict[tuple[str, str], dict[str, Any]] = {}
@@ -64,9 +42,7 @@ def sample_table(answers: Iterable[dict[str, Any]]) -> list[SampleRow]:
     last = 0
     for answer in answers:
         key = (str(answer.get("client")), str(answer.get("prompt")))
-        number = answer.get("round")
-        if not isinstance(number, int):
-            continue
+        number = answer["round"]
         if answer.get("adapter") == _BASE:
             before[key] = answer
         elif answer.get("adapter") == _GLOBAL and number >= last:

@@ -16,7 +16,8 @@ class RunFacts:
 
     ``lost`` counts failures of clients; uploads that were ``not_needed``, because enough others
     had arrived, are none. ``real`` is a federation of real clients, ``started`` in seconds since
-    1970, ``seconds`` the time since the run was started or resumed.
+    1970, ``seconds`` the time since the run was started or resumed. ``notices`` say what is
+    configured without effect.
     """
 
     version: str | None
@@ -39,6 +40,7 @@ class RunFacts:
     started: float | None
     seconds: float | None
     adapter: str | None
+    notices: tuple[str, ...] = ()
 
     def setting(self, path: str) -> Any:
         """The plain value of the config at a dotted path, None if there is none."""
@@ -83,6 +85,7 @@ def run_facts(events: Sequence[Event]) -> RunFacts:
         started=starts[0].get("time") if starts else None,
         seconds=finish.get("seconds"),
         adapter=finish.get("adapter"),
+        notices=tuple(map(str, start.get("notices") or ())),
     )
 
 
