@@ -18,8 +18,8 @@ import pytest
 from flexlora import addresses
 from flexlora.journal import JOURNAL, LossKind, Record
 from flexlora.reporting import watch
-from flexlora.reporting.watch import page, words
-from flexlora.reporting.watch.run_state import RunState
+from flexlora.reporting.watch import curve, page, words
+from flexlora.reporting.watch.run_state import LOGGED, RunState
 
 pytest.importorskip("fastapi", reason="needs the extra flexlora[watch]")
 prometheus = pytest.importorskip("prometheus_client.parser", reason="needs flexlora[watch]")
@@ -226,10 +226,135 @@ def test_a_row_says_all_of_a_client():
     first, second = said["clients"]
     assert first["state"] == "lost"
     assert first["cells"] == [
-        "a", "(7)", "29", "failed: It did not answer.", "–", "0 B", "0 B", "0", "1", "99 s ago",
+        "a", "rank 7", "29", "failed: It did not answer.", "–", "0 B", "0 B", "0", "1", "99 s ago",
     ]  # fmt: skip
-    assert second["cells"][1:4] == ["(2, 7)", "29", "training for 98 s"]
+    assert second["cells"][1:4] == ["ranks 2, 7", "29", "training for 98 s"]
     assert said["count"] == "2 of 4 clients have been active: 1 training, 1 failed."
+
+
+def test_ranks_are_spelled():
+    config = CONFIG | {"ranks": {"types": {"wide": {"attention": 2, "feed_forward": 5}}}}
+    said = shown(
+        start(config=config),
+        upload("a"),
+        joined("b", rank_type="r4-0", ranks=[0, 4]),
+        joined("c", rank_type="r8", ranks=[8]),
+        joined("d", rank_type="", ranks=[]),
+        upload("e", rank_type="small"),
+    )
+    assert [row["cells"][1] for row in said["clients"]] == [
+        "wide: attention 2, feed_forward 5",
+        "attention 4, feed_forward 0",
+        "rank 8",
+        "–",
+        "small: rank 2",
+    ]
+
+
+def test_the_last_events_say_who_when_and_why():
+    refused = {"event": "refused", "time": 103.0, "round": 1, "reason": "Its rows have no answers."}
+    said = shown(
+        start(),
+        joined("north"),
+        refused,
+        refused | {"client": "lake"},
+        lost("north", "It did not answer within 90 s."),
+        lost("south", "x", kind="not_needed"),
+        {"event": "stray", "round": 1, "client": "south", "reason": "It came late."},
+        {"event": "short", "round": 1, "attempt": 1, "received": 1, "quorum": 2},
+        finished_round(),
+        evaluation("base", 0),
+        {"event": "stopped", "time": 150.0, "reason": "ProtocolError: nobody"},
+        start(resumed=True),
+    )
+    texts = [row["cells"][2] for row in reversed(said["events"])]
+    assert texts == [
+        "run started",
+        "client north connected",
+        "a client was rejected: Its rows have no answers.",
+        "client lake was rejected: Its rows have no answers.",
+        "no usable upload from client north: It did not answer within 90 s.",
+        "upload from client south not used: enough uploads had arrived",
+        "late or repeated answer from client south, ignored: It came late.",
+        "1 of 2 uploads for the quorum",
+        "round aggregated: 2 uploads",
+        "evaluated: base",
+        "run stopped: ProtocolError: nobody",
+        "run resumed",
+    ]
+    bad = [row["cells"][2].split(":")[0] for row in said["events"] if row["state"] == "bad"]
+    assert len(bad) == 5 and "client lake was rejected" in bad
+    when, number, _ = said["events"][-3]["cells"]
+    assert re.fullmatch(r"\d\d-\d\d \d\d:\d\d:43", when) and number == "1"
+
+
+def test_only_the_latest_events_are_kept():
+    now = standing(start(), *(joined(f"client-{i}") for i in range(LOGGED + 7)))
+    assert len(now.log) == LOGGED
+    said = words.status(now, "my-run", 200.0)["shown"]["events"]
+    assert len(said) == words.MOST_EVENTS
+    assert said[0]["cells"][2] == f"client client-{LOGGED + 6} connected"
+
+
+def test_the_curve_has_the_losses_of_training_and_of_evaluation():
+    losses = (4.0, 2.0, 1.0)
+    rounds = [finished_round(n) | {"loss_total": 34 * loss} for n, loss in enumerate(losses, 1)]
+    found = curve.loss_curve(
+        standing(start(), evaluation("base", 0, 6.0), *rounds, evaluation("global", 3, 3.0))
+    )
+    training, unseen, seen = found.lines
+    assert (found.top, found.bottom, found.first, found.last) == (
+        "4.000", "1.000", "round 0", "round 3",
+    )  # fmt: skip
+    assert (training.last, unseen.last, seen.last) == ("1.000", "1.500", "1.500")
+
+    def places(path):
+        return [tuple(map(float, xy)) for xy in re.findall(r"([\d.]+) ([\d.]+)", path)]
+
+    # The largest loss is on top, and rounds go to the right at equal distances.
+    xs, ys = zip(*places(training.line), strict=True)
+    assert ys == (12.0, pytest.approx(129.3, abs=0.1), 188.0)
+    assert xs[2] - xs[1] == pytest.approx(xs[1] - xs[0], abs=0.2) and xs[2] == 940.0
+    assert places(seen.line)[0][0] == 60.0
+    assert training.points.count("h0") == 3 and len(places(training.points)) == 3
+
+
+def test_a_curve_of_one_round_is_a_point_and_one_of_none_is_hidden():
+    nothing = curve.loss_curve(standing(start()))
+    assert nothing.top == "" and len(nothing.lines) == 3
+    assert 'id="loss" hidden' in page.render(shown(start()))
+    one = curve.loss_curve(standing(start(), finished_round()))
+    assert one.lines[0].points == "M500.0 100.0h0" and one.last == ""
+    assert 'id="loss" hidden' not in page.render(shown(start(), finished_round()))
+
+
+def test_a_curve_of_many_rounds_stays_small_and_ends_at_the_last():
+    now = standing(start(), *(finished_round(n) for n in range(1, 1302)))
+    line = curve.loss_curve(now).lines[0]
+    assert line.line.count("L") < curve.MOST_POINTS and line.points == ""
+    assert re.search(r"L940\.0 [\d.]+$", line.line)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"base": True, "every": 0, "seen_clients": 2}, "Not evaluated yet."),
+        (
+            {"base": False, "every": 0, "seen_clients": 2},
+            "The first evaluation is after the last round.",
+        ),
+        (
+            {"seen_clients": 0, "unseen_clients": 0},
+            "The server evaluates nothing with this config.",
+        ),
+    ],
+)
+def test_an_empty_table_says_what_is_to_come_and_of_a_finished_run_nothing(settings, text):
+    config = CONFIG | {"evaluation": settings}
+    assert shown(start(config=config))["empty"]["scores"] == text
+    end = {"event": "finish", "rounds": 5, "seconds": 9.0, "adapter": "x"}
+    said = page.render(shown(start(config=config), end))
+    assert 'data-empty="Nothing was evaluated."' in said and "yet" not in said.split("<script")[0]
 
 
 def test_events_without_times_are_shown_without():
@@ -313,7 +438,7 @@ def test_names_never_become_markup():
 def test_the_page_is_whole_and_fetches_nothing():
     tags = Reader(page.render(shown(start()))).tags
     links = {v for _, found in tags for k, v in found.items() if k in ("src", "href")}
-    assert links == {"data:,", "status.json", "metrics"}
+    assert links == {"data:,", "status.json", "metrics", ""}
     assert "url(" not in page.STYLE and "innerHTML" not in page.SCRIPT
 
 
@@ -337,7 +462,7 @@ def test_the_page_stands_there_without_its_script(served):
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     write(folder, start(), asked("hospital"), upload("hospital"), evaluation())
     cells = Reader(get(url)[2]).cells
-    assert {"hospital", "wide (2, 5)", "answered", "3.0 KiB", "25.0"} <= set(cells)
+    assert {"hospital", "wide: ranks 2, 5", "answered", "3.0 KiB", "25.0"} <= set(cells)
     assert "<h1>my-run</h1>" in get(url)[2]
 
 
@@ -386,6 +511,31 @@ def test_the_status_follows_the_journal(served):
     found = json.loads(get(url, "status.json")[2])
     assert found["rounds_finished"] == 0 and found["losses"] == {}
     assert found["totals"]["uploads"] == 1
+
+
+def test_the_report_is_linked_and_served_once_there_is_one(served):
+    folder, url = served
+    write(folder, start())
+    assert 'id="link" hidden' in get(url)[2] and get(url, "report.html")[0] == 404
+    (folder / "report.html").write_text("<p>the report</p>")
+    assert '<p id="link"><a id="report" href="report.html">' in get(url)[2]
+    assert json.loads(get(url, "status.json")[2])["shown"]["report"] == "report.html"
+    code, headers, text = get(url, "report.html")
+    assert (code, text) == (200, "<p>the report</p>")
+    # The policy of a report, whose figures need its own scripts, and still no connection.
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "script-src 'unsafe-inline'" in headers["Content-Security-Policy"]
+    assert headers["X-Frame-Options"] == "DENY" and headers["Cache-Control"] == "no-store"
+
+
+def test_a_page_for_others_does_not_serve_the_report(tmp_path, monkeypatch, capsys):
+    """It contains rows of data."""
+    write(tmp_path, start())
+    (tmp_path / "report.html").write_text("rows")
+    monkeypatch.setattr("flexlora.addresses.is_loopback", lambda host: False)
+    with watch.start(tmp_path) as page_of:
+        assert get(page_of.url, "report.html")[0] == 404
+        assert 'id="link" hidden' in get(page_of.url)[2]
 
 
 def test_a_journal_that_cannot_be_read_is_said(served):
@@ -580,6 +730,9 @@ def test_the_script_fills_the_page_in_a_browser(tmp_path, monkeypatch):
     cells = Reader(text.replace("\n", " ")).cells
     assert {"late", "training for 0 s", "early-0"} <= {re.sub(r"\d+ s$", "0 s", c) for c in cells}
     assert '<p id="course">round 2 of 5: 0 of 3 uploads<' in text and "<title>round 2 of" in text
+    assert re.search(r'<path class="points" data-line="0" d="M[\d.]+ [\d.]+h0"', text)
+    assert re.search(r'<section id="loss">', text) and 'id="top">2.000<' in text
+    assert "round aggregated: 2 uploads" in cells
     assert re.search(r'<progress[^>]* value="0\.2"', text) and "<dd>2.000</dd>" in text
     assert [tag for tag, _ in Reader(text).tags].count("script") == 1
     assert "&lt;script&gt;alert" in text and "<script>alert" not in text

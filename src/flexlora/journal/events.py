@@ -118,7 +118,10 @@ EVENTS: Mapping[str, EventType] = {
         tokens_per_second="its measured training speed, or null",
     ),
     "refused": _type(
-        "A node of a real federation was rejected.", round=_ROUND, reason="why, for people"
+        "A node of a real federation was rejected.",
+        {"client": "the client's name, if its key is registered"},
+        round=_ROUND,
+        reason="why, for people",
     ),
     "asked": _type(
         "A client of a real federation was sent its request.", round=_ROUND, client=_CLIENT

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote
 
-import plotly.graph_objects as go
-
 from flexlora.journal import NOTHING
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _TIMES = {"s": 1, "min": 60, "h": 3600}
 _FACTORS = _TIMES | {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}

@@ -13,8 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.io.json import to_json_plotly
-from plotly.offline import get_plotlyjs
 
 from flexlora.reporting.document import Figure, Header, Section, figures_in, order_of, without_empty
 
@@ -66,6 +64,8 @@ def render_document(title: str, header: Header, sections: Sequence[Section]) -> 
 @cache
 def _packed_plotly() -> str:
     """Plotly's JavaScript compressed, as text: less than half as long."""
+    from plotly.offline import get_plotlyjs  # takes a second, which other pages need not wait
+
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
@@ -95,6 +95,8 @@ class _Plotted:
 
 def _plotted(figure: Figure) -> _Plotted:
     """A figure under a name made of its content, so that equal figures have equal names."""
+    from plotly.io.json import to_json_plotly
+
     content = figure.plot.to_plotly_json() | {"config": _CONFIG}
     # Plotly escapes what could end the script; names in it were escaped by ``canvas.shown``.
     text = to_json_plotly(content)

@@ -8,10 +8,10 @@ from pathlib import Path
 from flexlora.errors import ConfigError
 from flexlora.journal import JOURNAL, Event, Record
 from flexlora.reporting import html, sections, tables
-from flexlora.reporting.run_files import RunFiles, run_files
+from flexlora.reporting.run_files import REPORT, RunFiles, run_files
 from flexlora.storage import write_atomically
 
-PAGE = "report.html"
+PAGE = REPORT
 
 
 def write(run_folder: Path) -> Path:

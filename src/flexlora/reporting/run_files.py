@@ -8,6 +8,7 @@ from pathlib import Path
 from flexlora.journal import SampleAnswers
 from flexlora.reporting.tables import RunFacts, SampleRow, sample_table
 
+REPORT = "report.html"
 _CONFIG = "config.json"
 
 

@@ -234,7 +234,8 @@ class FlowerTransport:
             name = self.registry.name_of(node)
             client = "a client" if name is None else f"client {name}"
             self.registry.note(f"{client} was rejected: {reason}")
-            self._events.append(TransportEvent("refused", {"reason": reason}))
+            facts = {"reason": reason} if name is None else {"client": name, "reason": reason}
+            self._events.append(TransportEvent("refused", facts))
 
     def _announce(self, client: str, entry: ClientInfo) -> None:
         """Report a client that has connected."""

@@ -79,7 +79,7 @@ def client_count(facts: RunFacts) -> str:
 
 def rank_types(rows: Sequence[RankTypeRow]) -> str:
     """The rank types with their clients and ranks."""
-    return ", ".join(map(_rank_type, rows))
+    return "; ".join(map(_rank_type, rows))
 
 
 def local_training(facts: RunFacts) -> str:
@@ -128,7 +128,7 @@ def between(interval: Interval | None, digits: int, sign: str = "") -> str:
 
 
 def _rank_type(row: RankTypeRow) -> str:
-    ranks = f" of rank {' and '.join(map(str, row.ranks))}" if row.ranks else ""
+    ranks = f" of {row.ranks}" if row.ranks else ""
     return f"{row.name} ({counted(row.clients, 'client')}{ranks})"
 
 

@@ -125,7 +125,7 @@ def _rank_types(types: Sequence[RankTypeRow], cut: Sequence[EvaluationRow]) -> l
     rows = [
         [
             row.name,
-            " and ".join(map(str, row.ranks)) or NOTHING,
+            row.ranks.removeprefix("rank ") or NOTHING,
             f"{row.clients:,}",
             NOTHING if row.trainable is None else f"{row.trainable:,}",
             *_truncated(row.name, cut, measured),
@@ -144,7 +144,7 @@ def _rank_types(types: Sequence[RankTypeRow], cut: Sequence[EvaluationRow]) -> l
             metrics = [m for g, m in measured if g == group]
             spans.append((f"{group.capitalize()} clients", len(metrics)))
             head += [m.title for m in metrics]
-    return [Paragraph(note), Table(head, rows, {0}, spans if measured else ())]
+    return [Paragraph(note), Table(head, rows, {0, 1}, spans if measured else ())]
 
 
 def _truncated(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexlora.journal import Event, LossKind, loss_kind
+from flexlora.reporting.names import rank_text
 from flexlora.reporting.tables.selection import last_start, of_type, rounds
 
 
@@ -49,12 +50,15 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class RankTypeRow:
-    """How many clients train at a rank type, and how many parameters each of them trains."""
+    """How many clients train at a rank type, and how many parameters each of them trains.
+
+    ``ranks`` are the ranks in words.
+    """
 
     name: str
     clients: int
     trainable: int | None
-    ranks: tuple[int, ...] = ()
+    ranks: str = ""
 
 
 def run_facts(events: Sequence[Event]) -> RunFacts:
@@ -94,7 +98,12 @@ def rank_type_table(events: Sequence[Event]) -> list[RankTypeRow]:
     start = last_start(events)
     trainable, ranks = start.get("trainable") or {}, start.get("ranks") or {}
     return [
-        RankTypeRow(name, clients, trainable.get(name), tuple(ranks.get(name) or ()))
+        RankTypeRow(
+            name,
+            clients,
+            trainable.get(name),
+            rank_text(name, ranks.get(name) or (), start.get("config") or {}),
+        )
         for name, clients in (start.get("rank_types") or {}).items()
     ]
 

@@ -20,6 +20,18 @@
       cells.forEach((text, k) => say(k < row.cells.length ? row.cells[k] : add(table, row), text));
     });
   };
+  const draw = (curve, text) => {
+    at("loss").hidden = !curve.top;
+    for (const name of ["top", "bottom", "first", "last"]) say(at(name), curve[name]);
+    say(at("curve_text"), text);
+    curve.lines.forEach(({last, line, points}, i) => {
+      const entry = at("legend").children[i];
+      entry.hidden = !last;
+      say(entry.lastElementChild, last);
+      for (const [kind, path] of [["line", line], ["points", points]])
+        at("chart").querySelector(`.${kind}[data-line="${i}"]`).setAttribute("d", path);
+    });
+  };
   const show = (page) => {
     document.title = page.title;
     mark(at("state"), page.state.kind);
@@ -29,8 +41,13 @@
     for (const name of ["about", "count", "more", "updated"]) say(at(name), page[name]);
     page.facts.forEach((fact, i) =>
       fact.forEach((text, k) => say(at("facts").children[i].children[k], text)));
-    fill(at("scores"), page.scores);
-    fill(at("clients"), page.clients);
+    for (const name of ["scores", "clients", "events"]) {
+      at(name).dataset.empty = page.empty[name];
+      fill(at(name), page[name]);
+    }
+    at("link").hidden = !page.report;
+    if (page.report) at("report").setAttribute("href", page.report);
+    draw(page.curve, page.curve_text);
   };
   const latest = async () => {
     const response = await fetch("status.json", {signal: AbortSignal.timeout(10000)});

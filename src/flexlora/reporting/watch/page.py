@@ -12,12 +12,13 @@ import hashlib
 from markupsafe import Markup
 
 from flexlora.reporting import html
+from flexlora.reporting.watch.curve import HEIGHT, WIDTH
 from flexlora.reporting.watch.words import Words
 
 SCORES = ("Adapter", "Round", "Clients", "Examples", "Rouge-L, %", "Exact match, %", "Loss")
 CLIENTS = (
     "Client",
-    "Rank type (ranks)",
+    "Ranks",
     "Examples",
     "State",
     "Tokens/s",
@@ -27,13 +28,20 @@ CLIENTS = (
     "Failed",
     "Last seen",
 )
+EVENTS = ("Time", "Round", "Event")
 STYLE, SCRIPT = html.source("style.css"), html.source("watch.js")
 
 
 def render(shown: Words) -> str:
     """The page of a run in its current state. Equal words give equal text."""
     return html.render(
-        "watch.html", script=Markup(SCRIPT), score_head=SCORES, client_head=CLIENTS, **shown
+        "watch.html",
+        script=Markup(SCRIPT),
+        score_head=SCORES,
+        client_head=CLIENTS,
+        event_head=EVENTS,
+        size=(WIDTH, HEIGHT),
+        **shown,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from flexlora.journal import Event, LossKind, loss_kind, mean_scores
+from flexlora.journal import Event, LossKind, counted, loss_kind, mean_scores
+from flexlora.reporting.names import shortened
 
 State = Literal["idle", "training", "answered", "lost"]
 
@@ -52,11 +53,30 @@ class Scores:
     loss: float
 
 
+@dataclass(frozen=True)
+class LogEntry:
+    """Something that happened, in words, with its time in seconds since 1970 if it is known.
+
+    ``bad`` entries are failures.
+    """
+
+    time: float | None
+    round: int | None
+    text: str
+    bad: bool = False
+
+
+LOGGED = 100
+"""The number of log entries that are kept, the latest."""
+
+
 @dataclass
 class RunState:
     """The state of a run after the events that were added; adding costs time for that event only.
 
     ``current`` is the latest round that any client took part in, ``rounds`` the last completed one.
+    ``losses_by_round`` are the mean training losses, ``curves`` the losses of the global adapter by
+    round (0: of the base model), by group of clients; all in nats per token.
     """
 
     start: Event = field(default_factory=dict)
@@ -71,6 +91,9 @@ class RunState:
     losses: Counter[LossKind] = field(default_factory=Counter)
     scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
     clients: dict[str, ClientState] = field(default_factory=dict)
+    losses_by_round: dict[int, float] = field(default_factory=dict)
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    log: deque[LogEntry] = field(default_factory=lambda: deque(maxlen=LOGGED))
     busy: dict[State, set[str]] = field(
         default_factory=lambda: {"training": set(), "answered": set(), "lost": set()}
     )
@@ -78,6 +101,7 @@ class RunState:
     def add(self, event: Event) -> None:
         """Account for the next event; types of later versions are ignored."""
         self.last_time = event.get("time", self.last_time)
+        self._log(event)
         match event["event"]:
             case "start":
                 self._started(event)
@@ -160,6 +184,38 @@ class RunState:
         settings = (self.start.get("config") or {}).get("federation")
         return settings if isinstance(settings, dict) else {}
 
+    def _log(self, event: Event) -> None:
+        """Keep what happened to the run or to a client, other than its uploads."""
+        name, reason = event.get("client"), str(event.get("reason", ""))
+        who = "a client" if name is None else f"client {shortened(str(name))}"
+        bad = False
+        match event["event"]:
+            case "start":
+                text = "run resumed" if event.get("resumed") else "run started"
+            case "joined":
+                text = f"{who} connected"
+            case "refused":
+                text, bad = f"{who} was rejected: {reason}", True
+            case "lost" if loss_kind(event) is LossKind.NOT_NEEDED:
+                text = f"upload from {who} not used: enough uploads had arrived"
+            case "lost":
+                text, bad = f"no usable upload from {who}: {reason}", True
+            case "stray":
+                text = f"late or repeated answer from {who}, ignored: {reason}"
+            case "short":
+                text, bad = f"{event['received']} of {event['quorum']} uploads for the quorum", True
+            case "round":
+                text = f"round aggregated: {counted(event.get('received') or 0, 'upload')}"
+            case "evaluation":
+                text = f"evaluated: {shortened(str(event['adapter']))}"
+            case "stopped":
+                text, bad = f"run stopped: {reason}", True
+            case "finish":
+                text = "run finished"
+            case _:
+                return
+        self.log.append(LogEntry(event.get("time"), event.get("round"), text, bad))
+
     def _started(self, event: Event) -> None:
         # A resumed run repeats its unfinished round from the beginning.
         self.start, self.finish, self.short, self.stopped = event, None, None, None
@@ -192,7 +248,9 @@ class RunState:
 
     def _lost(self, client: ClientState, kind: LossKind, reason: str) -> None:
         self.losses[kind] += 1
-        client.loss_kind, client.reason = kind, reason
+        client.loss_kind = kind
+        if kind is not LossKind.NOT_NEEDED:
+            client.reason = reason
         # A client that was not needed did nothing wrong.
         failed = kind is not LossKind.NOT_NEEDED
         client.lost += failed
@@ -220,6 +278,8 @@ class RunState:
         self.rounds, self.current = event["round"], max(self.current, event["round"])
         self.last_round, self.short = event, None
         self.totals["rounds"] += 1
+        if self.loss is not None:
+            self.losses_by_round[event["round"]] = self.loss
         self._idle()
 
     def _evaluated(self, event: Event) -> None:
@@ -229,6 +289,8 @@ class RunState:
                 averages: dict[str, Any] = {**mean_scores(rows)}
                 scores = Scores(event["adapter"], group, event["round"], **averages)
                 self.scores[event["adapter"], group] = scores
+                if event["adapter"] in ("base", "global"):
+                    self.curves.setdefault(group, {})[event["round"]] = scores.loss
 
     def _client(self, event: Event) -> ClientState:
         """The client of an event, which becomes the most recently active."""

@@ -21,6 +21,8 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from flexlora import addresses
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.journal import Journal
+from flexlora.reporting import html
+from flexlora.reporting.run_files import REPORT
 from flexlora.reporting.watch import metrics, page, words
 from flexlora.reporting.watch.run_state import RunState
 
@@ -38,15 +40,21 @@ _STARTED_WITHIN_SECONDS = 30.0
 class _Watched:
     """The run in a folder, read by one request at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, with_report: bool) -> None:
         # The name of "." is empty before it is resolved.
         self.name = folder.resolve().name
+        self._report = folder / REPORT if with_report else None
         self._journal, self._state, self._lock = Journal(folder), RunState(), threading.Lock()
 
     def status(self) -> dict[str, Any]:
         """The state of the run for programs and for the page."""
         with self._lock:
-            return words.status(self._now(), self.name, time.time())
+            report = REPORT if self.report() else ""
+            return words.status(self._now(), self.name, time.time(), report)
+
+    def report(self) -> Path | None:
+        """The report of the run, if it was written and is served."""
+        return self._report if self._report and self._report.is_file() else None
 
     def metrics(self) -> bytes:
         """The state of the run for Prometheus."""
@@ -67,9 +75,11 @@ def app(folder: Path, hosts: Collection[str] | None = None) -> FastAPI:
 
     A request reads only what was added to the journal since the last one. The folder may still be
     empty. ``hosts`` are the host names that it answers to, any by default; on a page for this
-    machine only, they stop DNS rebinding: foreign names that resolve to this machine.
+    machine only, they stop DNS rebinding: foreign names that resolve to this machine. Such a page
+    also serves the run's report, once there is one.
     """
-    watched = _Watched(folder)
+    # A report contains rows of data, which not everyone who may see the status is to read.
+    watched = _Watched(folder, with_report=hosts is not None)
     application = FastAPI(title="flexlora", openapi_url=None, docs_url=None, redoc_url=None)
 
     @application.middleware("http")
@@ -83,7 +93,8 @@ def app(folder: Path, hosts: Collection[str] | None = None) -> FastAPI:
             response: Response = PlainTextResponse(refusal, status_code=421)
         else:
             response = await answer(request)
-        response.headers.update(HEADERS)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
         return response
 
     @application.exception_handler(FlexloraError)
@@ -100,6 +111,13 @@ def app(folder: Path, hosts: Collection[str] | None = None) -> FastAPI:
         # As ASCII: a name may contain half a surrogate pair, which has no bytes of its own.
         text = json.dumps(watched.status(), allow_nan=False)
         return Response(text, media_type="application/json")
+
+    @application.api_route(f"/{REPORT}", methods=["GET", "HEAD"])
+    def reported() -> Response:
+        path = watched.report()
+        if path is None:
+            return PlainTextResponse("There is no report here.\n", status_code=404)
+        return HTMLResponse(path.read_bytes(), headers={"Content-Security-Policy": html.POLICY})
 
     @application.api_route("/metrics", methods=["GET", "HEAD"])
     def scraped() -> Response:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from flexlora.journal import NOTHING, LossKind, age, counted, duration, number, size
-from flexlora.reporting.names import natural, shortened
-from flexlora.reporting.watch.run_state import ClientState, RunState, Scores
+from flexlora.reporting.names import natural, rank_type_text, shortened
+from flexlora.reporting.watch.curve import Curve, loss_curve
+from flexlora.reporting.watch.run_state import ClientState, LogEntry, RunState, Scores
 
 MOST_CLIENTS = 200
+MOST_EVENTS = 20
 _LONGEST_REASON = 160
 
 Words = dict[str, Any]
@@ -24,15 +27,21 @@ Words = dict[str, Any]
 ``scores``       rows {state, cells} of the latest evaluations
 ``clients``      rows {state, cells} by name; the state is idle, training, answered or lost
 ``count``        the number of clients in each state
+``empty``        {scores, clients, events}: what an empty table says
+``curve``        {lines: [{name, last, line, points}], top, bottom, first, last}
+``curve_text``   the curve in words, for those who do not see it
+``events``       rows {state, cells} of the latest events; the state is bad or empty
+``report``       the address of the report, or empty
 ``more``         how many clients are not shown, or empty
 ``updated``      the time of this status
 """
 
 
-def status(now: RunState, name: str, at: float) -> dict[str, Any]:
+def status(now: RunState, name: str, at: float, report: str = "") -> dict[str, Any]:
     """The run called ``name`` at a time, in seconds since 1970; ``shown`` is for the page.
 
-    Of many clients the ``MOST_CLIENTS`` most recently active are listed, and only these cost time.
+    ``report`` is the address of the run's report, empty if there is none. Of many clients the
+    ``MOST_CLIENTS`` most recently active are listed, and only these cost time.
     """
     listed = sorted(now.latest(MOST_CLIENTS), key=lambda client: natural(client.name))
     scores = sorted(now.scores.values(), key=lambda row: (-row.round, row.adapter, row.group))
@@ -54,14 +63,17 @@ def status(now: RunState, name: str, at: float) -> dict[str, Any]:
         "clients_not_listed": len(now.clients) - len(listed),
         "evaluations": [vars(row) for row in scores],
         "clients": [{**vars(client), "state": now.state_of(client.name)} for client in listed],
-        "shown": _words(now, name, at, listed, scores),
+        "training_loss_by_round": now.losses_by_round,
+        "evaluation_loss_by_round": now.curves,
+        "events": [vars(entry) for entry in _latest(now)],
+        "shown": _words(now, name, at, listed, scores) | {"report": report},
     }
 
 
 def _words(
     now: RunState, name: str, at: float, listed: Sequence[ClientState], scores: Sequence[Scores]
 ) -> Words:
-    more = len(now.clients) - len(listed)
+    more, curve = len(now.clients) - len(listed), loss_curve(now)
     return {
         "title": f"{_progress(now)} · {shortened(name)}",
         "name": name,
@@ -72,9 +84,53 @@ def _words(
         "scores": [{"state": row.group, "cells": _score_cells(row)} for row in scores],
         "clients": [_row(now, client, at) for client in listed],
         "count": _count(now),
+        "empty": _empty(now),
+        "curve": asdict(curve),
+        "curve_text": _curve_text(curve),
+        "events": [
+            {"state": "bad" if entry.bad else "", "cells": _entry_cells(entry)}
+            for entry in _latest(now)
+        ],
         "more": f"{counted(more, 'less recently active client')} not shown." if more else "",
         "updated": f"As of {datetime.fromtimestamp(at).astimezone():%Y-%m-%d %H:%M:%S %Z}.",
     }
+
+
+def _latest(now: RunState) -> list[LogEntry]:
+    return list(now.log)[: -MOST_EVENTS - 1 : -1]
+
+
+def _entry_cells(entry: LogEntry) -> list[str]:
+    when = NOTHING
+    if entry.time is not None:
+        when = f"{datetime.fromtimestamp(entry.time).astimezone():%m-%d %H:%M:%S}"
+    number_ = NOTHING if entry.round is None else f"{entry.round:,}"
+    return [when, number_, shortened(entry.text, _LONGEST_REASON)]
+
+
+def _curve_text(curve: Curve) -> str:
+    values = ", ".join(f"{line.name} {line.last}" for line in curve.lines if line.last)
+    return f"Loss by round in nats per token; last values: {values}." if values else ""
+
+
+def _empty(now: RunState) -> dict[str, str]:
+    """What the tables say while they are empty; of a run that is over, nothing is yet to come."""
+    if now.state in ("finished", "stopped"):
+        return {"scores": "Nothing was evaluated.", "clients": "No client took part.", "events": ""}
+    return {
+        "scores": _no_scores(now),
+        "clients": "No client yet.",
+        "events": "Nothing has happened yet.",
+    }
+
+
+def _no_scores(now: RunState) -> str:
+    settings = (now.start.get("config") or {}).get("evaluation") or {}
+    if settings and not (settings.get("seen_clients") or settings.get("unseen_clients")):
+        return "The server evaluates nothing with this config."
+    if settings and not settings.get("every") and not settings.get("base"):
+        return "The first evaluation is after the last round."
+    return "Not evaluated yet."
 
 
 def _state(now: RunState) -> str:
@@ -158,12 +214,12 @@ def _score_cells(row: Scores) -> list[str]:
 
 def _row(now: RunState, client: ClientState, at: float) -> dict[str, Any]:
     state = now.state_of(client.name)
-    ranks = f"({', '.join(map(str, client.ranks))})" if client.ranks else ""
+    config = now.start.get("config") or {}
     return {
         "state": state,
         "cells": [
             shortened(client.name),
-            f"{shortened(client.rank_type)} {ranks}".strip() or NOTHING,
+            rank_type_text(client.rank_type, client.ranks, config) or NOTHING,
             NOTHING if client.examples is None else f"{client.examples:,}",
             _client_state(state, client, at),
             number(client.tokens_per_second, 0),
@@ -181,6 +237,8 @@ def _client_state(state: str, client: ClientState, at: float) -> str:
         return f"training for {age(at - client.since)}"
     if state == "idle" and client.loss_kind is LossKind.NOT_NEEDED:
         return "idle: its upload was not needed"
+    if state == "idle" and client.reason:
+        return f"idle; last failure: {shortened(client.reason, _LONGEST_REASON)}"
     return f"failed: {shortened(client.reason, _LONGEST_REASON)}" if state == "lost" else state
 
 
