@@ -6,8 +6,10 @@ import re
 import pytest
 from rich.console import Console
 
-from flexlora.cli import progress
-from flexlora.cli.progress import Tally, sentences, show
+from flexlora.cli.progress import WIDE, live_line, show
+from flexlora.cli.sentences import sentences
+from flexlora.cli.tally import Tally, left_text
+from flexlora.journal import Meter
 
 CONFIG = {
     "federation": {"rounds": 3, "cohort": 2, "over_selection": 0.5},
@@ -22,6 +24,8 @@ START = {
     "rank_types": {"small": 6, "a-type-with-a-long-name": 3},
     "ranks": {"small": [8], "a-type-with-a-long-name": [0, 64]},
     "hardware": "x86_64, 2 cores, cpu, 1 threads",
+    "questions": 4,
+    "truncated": ["small"],
     "resumed": False,
 }
 CLIENT = {
@@ -70,19 +74,33 @@ def a_round(number):
     ]
 
 
+SPECTRUM = {"event": "spectrum", "round": 1, "energy": {}, "values": {}}
+TRUNCATED = {**EVALUATION, "adapter": "small"}
+
+
 def whole_run():
-    return [START, BASE, *a_round(1), *a_round(2), *a_round(3), EVALUATION, FINISH]
+    rounds = [event for number in (1, 2, 3) for event in a_round(number)]
+    return [START, BASE, *rounds, EVALUATION, TRUNCATED, FINISH]
+
+
+def timed(seconds_before):
+    """The events, each so many seconds after the one before."""
+    now, events = 1000.0, []
+    for event, seconds in seconds_before:
+        now += seconds
+        events.append({**event, "time": now})
+    return events
 
 
 def printed(events, terminal=False, width=80):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=width)
-    assert show(iter(events), console, turns=6) == events
+    assert show(iter(events), console) == events
     return out.getvalue()
 
 
 def tallied(events):
-    tally = Tally(6)
+    tally = Tally()
     for event in events:
         tally.add(event)
     return tally
@@ -91,7 +109,7 @@ def tallied(events):
 def test_plain_lines_where_there_is_no_terminal():
     said = printed([CLIENT, {**LOST, "kind": "no_answer"}, ROUND, EVALUATION])
     assert "\x1b" not in said and "\N{NO-BREAK SPACE}" not in said
-    assert "client <b>x</b> (small): loss 1.500, 300 tokens in 2.0 s, upload 1 of" in said
+    assert "client <b>x</b> (small): loss 1.500, 300 tokens in 2.0 s, upload 1\n" in said
     assert "round 1: client y failed (no answer): It did not answer." in said
     assert "round 1: loss 1.500, 150 tokens/s, up 2.0 KiB, down 1.0 KiB, 2 s (0.5 s agg" in said
     assert "evaluation of the global adapter after round 3:\n" in said
@@ -100,7 +118,7 @@ def test_plain_lines_where_there_is_no_terminal():
 
 def test_a_terminal_gets_one_line_that_moves():
     said = printed(whole_run(), terminal=True, width=200)
-    assert "finished  150 tokens/s  up 12.0 KiB  down 6.0 KiB" in said
+    assert "finished: 3 rounds, 9 s, 150 tokens/s, up 12.0 KiB, down 6.0 KiB" in said
     assert "client <b>x</b>" not in said
 
 
@@ -130,30 +148,11 @@ def test_more_uploads_than_wanted_count_as_one_round():
     assert tallied(events).doing == "round 1/3: aggregating"
 
 
-def test_the_time_left_is_never_negative_and_is_silent_at_the_end(monkeypatch):
-    clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
-    events = whole_run()
-    for n in range(len(events)):
-        left = tallied(events[: n + 1]).left()
-        assert left is None or left > 0
-    assert tallied(events).left() is None
-    assert tallied(events).left_text() == ""
-
-
-def test_the_time_left_leaves_out_the_evaluation_before_and_counts_the_one_after(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    tally = tallied([START])
-    now[0] = 500.0  # the evaluation of the base model takes long
-    for event in (BASE, upload(1, "a")):
-        tally.add(event)
-    now[0] = 530.0
-    for event in a_round(1)[1:]:
-        tally.add(event)
-    # Two rounds of 30 s, then two adapters (two rank types at most) of 4 s each.
-    assert tally.left() == pytest.approx(60 + 2 * 4)
-    assert tally.left_text() == "about 68 s left"
+def test_no_time_is_left_at_the_end_and_none_is_guessed_at_the_beginning():
+    events = timed((event, 10) for event in whole_run())
+    assert tallied(events).time_left.left(2000.0) is None
+    assert tallied(events[:2]).time_left.left(1020.0) is None
+    assert left_text(None) == ""
 
 
 def test_a_resumed_run_goes_on_where_it_was():
@@ -182,8 +181,62 @@ def test_it_says_what_is_going_on():
 
 
 def test_without_rows_to_evaluate_on_no_evaluation_is_announced():
-    """As on a server of real clients: the base model's evaluation was due and did not come."""
-    assert tallied([START, *a_round(1), *a_round(2), *a_round(3)]).doing == "finishing"
+    start = {**START, "questions": 0}
+    assert tallied([start]).doing == "starting the first round"
+    assert tallied([start, *a_round(1), *a_round(2), *a_round(3)]).doing == "finishing"
+
+
+def test_a_stage_between_two_events_is_named_with_how_far_it_is():
+    meter = Meter()
+    meter.begin("evaluating the base model", 256, "answers")
+    meter.advance(113)
+    line = live_line(tallied([START]), meter, 67, 0.0, 80).plain
+    assert line.startswith("evaluating the base model: 113 of 256 answers")
+    assert line.endswith("0:01:07")
+
+
+LONG = {
+    **START,
+    "config": {
+        "federation": {"rounds": 1000, "cohort": 1000},
+        "evaluation": {"base": True, "every": 5, "truncated": True},
+    },
+    "clients": 12_000,
+}
+
+
+@pytest.mark.parametrize("width", [80, WIDE, 200])
+@pytest.mark.parametrize("start", [START, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("elapsed", [0, 59, 3600, 400_000])
+def test_the_live_line_fits_and_always_says_what_is_going_on(width, start, elapsed):
+    seconds = elapsed / 7
+    events = timed((event, seconds) for event in [start, BASE, *a_round(1), SPECTRUM, *a_round(2)])
+    for n in range(1, len(events) + 1):
+        tally = tallied(events[:n])
+        line = live_line(tally, Meter(), elapsed, events[n - 1]["time"], width)
+        assert line.cell_len < width
+        assert line.plain.startswith(tally.doing)
+        assert "…" not in line.plain and "-" not in line.plain.removeprefix(tally.doing)
+        assert width == 80 or "0:00:" in line.plain or elapsed >= 60
+
+
+def test_where_there_is_no_room_the_bar_goes_first_and_what_is_going_on_stays():
+    events = timed((event, 30) for event in whole_run()[:4])
+    tally, now = tallied(events), events[-1]["time"]
+
+    def line(width):
+        return live_line(tally, Meter(), 67, now, width).plain
+
+    widths, parts = [80], ["━", "0:01:07", "left", tally.doing]
+    for place in range(4):
+        assert [part in line(widths[-1]) for part in parts] == [n >= place for n in range(4)]
+        widths.append(len(line(widths[-1])))
+    assert len(line(20)) < 20
+
+
+def test_a_terminal_without_unicode_gets_a_bar_of_its_own_characters():
+    line = live_line(tallied(whole_run()[:5]), Meter(), 1, 0.0, 80, ascii_only=True).plain
+    assert line.isascii() and "##" in line
 
 
 def test_a_round_short_of_its_quorum_says_so():
@@ -204,16 +257,16 @@ def test_a_round_short_of_its_quorum_says_so():
 )
 def test_a_loss_is_described_by_its_kind(kind, text):
     event = LOST if kind is None else {**LOST, "kind": kind}
-    assert [line.strip() for line in sentences(event, Tally(6))] == [text]
+    assert [line.strip() for line in sentences(event, Tally())] == [text]
 
 
 def test_a_truncated_adapter_is_called_by_its_type():
-    lines = sentences({**EVALUATION, "adapter": "small"}, Tally(6))
+    lines = sentences({**EVALUATION, "adapter": "small"}, Tally())
     assert lines[0] == "evaluation of the global adapter truncated to type small after round 3:"
-    assert sentences(BASE, Tally(6))[0] == "evaluation of the base model before training:"
+    assert sentences(BASE, Tally())[0] == "evaluation of the base model before training:"
 
 
 def test_the_notices_of_a_run_follow_its_start():
-    texts = sentences({**START, "notices": ["Layer 3 is not adapted."]}, Tally(3))
+    texts = sentences({**START, "notices": ["Layer 3 is not adapted."]}, Tally())
     assert texts[1:] == ["note: Layer 3 is not adapted."]
-    assert len(sentences(START, Tally(3))) == 1
+    assert len(sentences(START, Tally())) == 1

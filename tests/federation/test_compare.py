@@ -39,7 +39,7 @@ def settings(folder):
     return settings
 
 
-def nothing(cell, events, turns):
+def nothing(cell, events):
     for _ in events:
         pass
 
@@ -146,7 +146,7 @@ def test_finished_cells_are_not_run_again(whole):
     cells, _, _ = whole
     before = [cell.folder.exists() and Record(cell.folder).bytes for cell in cells]
     seen = []
-    outcomes = run(cells, lambda cell, events, turns: seen.append(cell))
+    outcomes = run(cells, lambda cell, events: seen.append(cell))
     assert not seen and states(outcomes) == states(whole[1])
     assert before == [cell.folder.exists() and Record(cell.folder).bytes for cell in cells]
 
@@ -154,7 +154,7 @@ def test_finished_cells_are_not_run_again(whole):
 def test_an_interrupted_comparison_goes_on_and_ends_the_same(whole, settings, tmp_path):
     names, target = ["flexlora", "hetlora"], tmp_path / "c"
 
-    def stopped(cell, events, turns):
+    def stopped(cell, events):
         for event in events:
             if (cell.method, event["event"], event.get("round")) == ("hetlora", "spectrum", 2):
                 raise KeyboardInterrupt
@@ -163,14 +163,14 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(whole, settings, tm
         run(compare.plan(settings(), names, 1, target), stopped)
     left = []
 
-    def noted(cell, events, turns):
-        left.append((cell.method, turns))
-        nothing(cell, events, turns)
+    def noted(cell, events):
+        left.append(cell.method)
+        nothing(cell, events)
 
     # Another run section does not make it another config.
     again = compare.plan(settings(run={"keep_adapters": "last"}), names, 1, target)
     outcomes = run(again, noted)
-    assert left == [("hetlora", 3)]
+    assert left == ["hetlora"]
     assert [o.state for o in outcomes] == ["finished", "finished"]
     assert [start["resumed"] for start in of(again[1], "start")] == [False, True]
     adapter = f"rounds/{ROUNDS:05d}/adapter/{WEIGHTS}"

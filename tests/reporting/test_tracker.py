@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexlora.cli.progress import Display
 from flexlora.cli.run import run_and_report
 from flexlora.federation import rounds, setup
 from flexlora.journal.record import Record
@@ -285,9 +286,9 @@ def test_the_command_feeds_the_trackers(ready, tmp_path, monkeypatch, capsys):
     how = ready.experiment.run.model_copy(update={"trackers": ("tensorboard",)})
     settings = ready.experiment.model_copy(update={"run": how})
     tracked = dataclasses.replace(ready, experiment=settings)
-    monkeypatch.setattr(setup, "prepare", lambda settings: tracked)
+    monkeypatch.setattr(setup, "prepare", lambda settings, meter: tracked)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    events = run_and_report(settings, tmp_path / "run")
+    events = run_and_report(settings, tmp_path / "run", Display())
     assert events[-1]["event"] == "finish"
     found = {(name, step) for name, step, _ in read_tensorboard(tmp_path / "run")}
     assert found == expected(tmp_path / "run").keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexlora.cli.run import run_and_report
+from flexlora.cli.options import refuse_file
+from flexlora.cli.progress import Display
+from flexlora.cli.run import run_and_report, stoppable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flexlora.config import Experiment
     from flexlora.journal import Event
 
@@ -35,25 +40,34 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Compare mixed ranks with rank 8 everywhere on a small model, offline."""
-    from rich.console import Console
+    """Compare mixed ranks with rank 8 everywhere on a small model, offline.
 
-    from flexlora.reporting import page
-
-    console = Console()
+    With the folder of an interrupted demonstration it goes on where that one stopped.
+    """
     target = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    refuse_file(target, "--out")
     events_by_arm: dict[str, list[Event]] = {}
-    for arm in ARMS:
-        console.print(f"\n{arm}", style="bold")
-        place = _folder(target, arm)
-        settings = experiment(arm, str(place), evaluate_base=not events_by_arm)
-        events_by_arm[arm] = run_and_report(settings, place)
-    console.print()
-    _print_table(console, events_by_arm)
-    for arm, events in events_by_arm.items():
-        console.print(f"{arm}:", style="bold")
-        console.print(f"  adapter: {events[-1]['adapter']}", soft_wrap=True)
-        console.print(f"  report:  {_folder(target, arm) / page.PAGE}", soft_wrap=True)
+    with Display() as display, stoppable(target, f"flexlora demo --out {shlex.quote(str(target))}"):
+        for arm in ARMS:
+            display.print()
+            display.print(arm, "bold")
+            events_by_arm[arm] = _events(arm, target, display, is_first=not events_by_arm)
+    _print_outcome(display.console, target, events_by_arm)
+
+
+def _events(arm: str, target: Path, display: Display, is_first: bool) -> list[Event]:
+    """The journal of one arm, after what is missing of it was run."""
+    from flexlora.federation import checkpoint
+    from flexlora.journal import Record
+
+    place = _folder(target, arm)
+    if any(Record(place).events("finish")):
+        display.print("finished before")
+    else:
+        settings = experiment(arm, str(place), evaluate_base=is_first)
+        is_begun = (place / checkpoint.POINTER).exists()
+        run_and_report(settings, place, display, resume=is_begun)
+    return list(Record(place).events())
 
 
 def experiment(arm: str, folder: str, evaluate_base: bool) -> Experiment:
@@ -101,7 +115,18 @@ def _folder(target: Path, arm: str) -> Path:
     return target / arm.replace(" ", "-")
 
 
-def _print_table(console: Any, events_by_arm: dict[str, list[Event]]) -> None:
+def _print_outcome(console: Console, target: Path, events_by_arm: dict[str, list[Event]]) -> None:
+    from flexlora.reporting import page
+
+    console.print()
+    _print_table(console, events_by_arm)
+    for arm, events in events_by_arm.items():
+        console.print(f"{arm}:", style="bold")
+        console.print(f"  adapter: {events[-1]['adapter']}", soft_wrap=True)
+        console.print(f"  report:  {_folder(target, arm) / page.PAGE}", soft_wrap=True)
+
+
+def _print_table(console: Console, events_by_arm: dict[str, list[Event]]) -> None:
     from rich.table import Table
 
     first = next(iter(events_by_arm.values()))

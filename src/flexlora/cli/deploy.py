@@ -172,15 +172,13 @@ def _serve(settings: Experiment, folder: Path, listening: Listening, status: str
     console = Console()
     followers = trackers.of(settings.run.trackers, folder)
     signal.signal(signal.SIGTERM, interrupt)
-    federation = settings.federation
-    turns = federation.rounds * (federation.cohort or federation.quorum)
     with _page(folder, status) as url:
         lines = f"listening on {listening.address}\njournal:     {folder}\nstatus page: {url}"
         console.print(lines, highlight=False, soft_wrap=True)
         try:
             run = tracker.following(supervisor.serve(folder, listening), followers, folder)
             with closing(run) as events:
-                shown = progress.show(events, console, turns)
+                shown = progress.show(events, console)
         except KeyboardInterrupt:
             command = f"flexlora serve --resume {folder}, and --listen and --keys as before"
             print(f"\nstopped; resume with: {command}", file=sys.stderr)

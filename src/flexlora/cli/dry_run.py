@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from flexlora.cli.progress import Display
 from flexlora.journal import counted, duration, size
 
 if TYPE_CHECKING:
@@ -21,20 +22,19 @@ START, END = ">>>", "<<<"
 """What stands around the part of an example that is trained."""
 
 
-def dry_run(settings: Experiment) -> None:
+def dry_run(settings: Experiment, display: Display) -> None:
     """Prepare a run as it would be, and print what it would do; nothing is written."""
-    from flexlora.cli import progress
     from flexlora.federation import rehearsal, setup
 
-    console = Console()
-    console.print("reading the data and the model", style="dim")
-    prepared = setup.prepare(settings)
-    console.print("measuring one local step of each rank type", style="dim")
+    console = display.console
+    prepared = setup.prepare(settings, meter=display.meter)
+    display.meter.begin("measuring one local step of each rank type")
     measured = rehearsal.rehearse(prepared)
+    display.pause()
     for line in _facts(prepared, measured):
         _print(console, line)
     console.print(_table(measured))
-    for note in progress.notices(prepared.notices):
+    for note in notices(prepared.notices):
         _print(console, note)
     for client, tokens in rehearsal.sample_tokens(prepared, 2):
         _print_prompt(console, prepared, client, tokens)

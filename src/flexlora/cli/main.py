@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flexlora.cli import adapters, configs, demo, deploy, init, laws, methods, run, watch
+from flexlora.cli import adapters, configs, demo, deploy, evaluate, init, laws, methods, run, watch
 from flexlora.cli.options import with_last_run
 from flexlora.errors import FlexloraError
 
@@ -25,7 +25,7 @@ COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
         "configs": configs.list_configs,
         "run": run.run,
         "compare": run.compare,
-        "eval": run.evaluate,
+        "eval": evaluate.evaluate,
         "methods": methods.list_methods,
         "laws": laws.laws,
         "report": watch.report,

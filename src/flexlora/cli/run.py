@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,12 +15,11 @@ from flexlora.cli.options import (
     Changes,
     ConfigFile,
     finished_rounds,
-    last_adapter,
     make_folder,
     refuse_file,
-    run_folder,
     stored,
 )
+from flexlora.cli.progress import Display
 from flexlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,29 +87,38 @@ def run(
             )
         for change in changes or ():
             _refuse_when_resumed(change)
-        settings = stored(resume, changes or ())
-        if not _has_finished(settings, resume):
-            with _cluster(settings, workers, ray) as cluster:
-                run_and_report(settings, resume, resume=True, cluster=cluster)
+        with Display() as display, stoppable(resume, f"flexlora run --resume {resume}"):
+            settings = stored(resume, changes or ())
+            if not _has_finished(settings, resume):
+                with _cluster(settings, workers, ray) as cluster:
+                    run_and_report(settings, resume, display, resume=True, cluster=cluster)
         return
     if path is None:
         raise ConfigError("Give a CONFIG.toml, or --resume DIR.")
+    forced = ["method.accuracy='exact'"] if exact else []
+    with Display() as display:
+        settings = _loaded(path, [*(changes or ()), *forced], plugin)
+        target = folder or Path(settings.run.folder or f"runs/{path.stem}")
+        _refuse_existing(target)
+        if dry:
+            from flexlora.cli.dry_run import dry_run
+
+            refuse_file(target, "--out")
+            dry_run(settings, display)
+            return
+        with (
+            stoppable(target, f"flexlora run --resume {target}"),
+            _cluster(settings, workers, ray) as cluster,
+        ):
+            run_and_report(settings, target, display, cluster=cluster)
+
+
+def _loaded(path: Path, changes: Sequence[str], plugin: Path | None) -> Experiment:
+    """The experiment of a config file, with the plug-in of a Python file if one is given."""
     from flexlora.federation import compose
 
-    forced = ["method.accuracy='exact'"] if exact else []
-    settings = compose.load(path, [*(changes or ()), *forced])
-    if plugin is not None:
-        settings = compose.with_plugin(settings, plugin)
-    target = folder or Path(settings.run.folder or f"runs/{path.stem}")
-    _refuse_existing(target)
-    if dry:
-        from flexlora.cli.dry_run import dry_run
-
-        refuse_file(target, "--out")
-        dry_run(settings)
-        return
-    with _cluster(settings, workers, ray) as cluster:
-        run_and_report(settings, target, cluster=cluster)
+    settings = compose.load(path, changes)
+    return settings if plugin is None else compose.with_plugin(settings, plugin)
 
 
 def compare(
@@ -140,12 +147,13 @@ def compare(
 
     The same command resumes an interrupted comparison.
     """
-    from flexlora.federation import compare, compose
+    with Display() as display:
+        from flexlora.federation import compare, compose
 
-    settings = compose.load(path, changes or ())
-    target = output or Path(f"{settings.run.folder or f'runs/{path.stem}'}-compare")
-    cells = compare.plan(settings, compare.chosen(names), seeds, target, options or ())
-    states = _compare(cells, target)
+        settings = compose.load(path, changes or ())
+        target = output or Path(f"{settings.run.folder or f'runs/{path.stem}'}-compare")
+        cells = compare.plan(settings, compare.chosen(names), seeds, target, options or ())
+        states = _compare(cells, target, display)
     if "open" in states:
         print("stopped; resume with the same command", file=sys.stderr)
         raise SystemExit(STOPPED)
@@ -153,79 +161,17 @@ def compare(
         raise typer.Exit(1)
 
 
-def evaluate(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="CONFIG.toml|DIR",
-            help="The config file, or a run's folder for its config and last adapter; default: "
-            "the last run.",
-            show_default=False,
-        ),
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="A PEFT adapter; default: the run's, or else the base model."
-        ),
-    ] = None,
-    changes: Changes = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the scores to a JSON file.")
-    ] = None,
-    answers: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every answer to a JSON Lines file.")
-    ] = None,
-) -> None:
-    """Evaluate an adapter, or the base model, on the test rows of a config.
-
-    flexlora eval RUN_DIR evaluates the last adapter of a run.
-    """
-    from flexlora import peft_format
-    from flexlora.cli import progress
-    from flexlora.evaluation import evaluate_with_answers
-    from flexlora.federation import compose, evaluations, setup
-    from flexlora.lowrank import Adapter
-    from flexlora.storage import write_atomically
-
-    if path is None or path.is_dir():
-        folder = run_folder(path, "eval")
-        settings = stored(folder, changes or ())
-        adapter = adapter or last_adapter(folder)
-        print(f"adapter: {adapter}")
-    else:
-        settings = compose.load(path, changes or ())
-    loaded = peft_format.read(adapter).adapter if adapter else Adapter({})
-    for file, option in ((out, "--out"), (answers, "--answers")):
-        if file is not None:
-            _prepare_file(file, option)
-    ready = setup.prepare(settings, train=False)
-    for line in progress.notices(ready.notices):
-        print(line, file=sys.stderr)
-    (result,) = evaluate_with_answers(
-        ready.base, [loaded], ready.questions, ready.prompt, settings.evaluation
-    )
-    if out:
-        write_atomically(out, json.dumps(result.rows, indent=1).encode())
-    if answers:
-        lines = [json.dumps(evaluations.line(answer)) + "\n" for answer in result.answers]
-        write_atomically(answers, "".join(lines).encode())
-    _print_scores(result.rows)
-
-
 def run_and_report(
     settings: Experiment,
     folder: Path,
+    display: Display,
     resume: bool = False,
     cluster: Cluster | None = None,
 ) -> list[Event]:
     """Run a federation, show its events and write its report; returns the events.
 
-    If it is interrupted, the report shows the rounds so far, and the command to resume is printed.
+    If it is interrupted, the report shows the rounds so far.
     """
-    from rich.console import Console
-
-    from flexlora.cli import progress
     from flexlora.federation import checkpoint, rounds, setup
     from flexlora.reporting import page, tracker, trackers
     from flexlora.storage import write_atomically
@@ -235,29 +181,41 @@ def run_and_report(
         make_folder(folder, "--out")
     # Refused before the data is read, if another version wrote it.
     point = checkpoint.load(folder) if resume else None
-    console, followers = Console(), trackers.of(settings.run.trackers, folder)
-    console.print("reading the data and the model", style="dim")
-    ready = setup.prepare(settings)
+    followers = trackers.of(settings.run.trackers, folder)
+    ready = setup.prepare(settings, meter=display.meter)
     content = (settings if resume else _with_threads(settings)).model_dump_json(indent=1)
     write_atomically(folder / "config.json", content.encode())
-    done, at_once = (point.round, point.clients_at_once) if point else (0, None)
-    turns = (settings.federation.rounds - done) * min(ready.cohort_size, len(ready.clients))
+    at_once = point.clients_at_once if point else None
     transport = cluster.federation(ready, folder, at_once) if cluster else nullcontext()
     try:
-        with (
-            transport as federation,
-            closing(
-                tracker.following(rounds.run(ready, folder, federation, resume), followers, folder)
-            ) as followed,
-        ):
-            events = progress.show(followed, console, turns)
+        with transport as federation:
+            events = rounds.run(ready, folder, federation, resume, display.meter)
+            with closing(tracker.following(events, followers, folder)) as followed:
+                shown = display.follow(followed)
+        display.meter.begin("writing the report")
+        report = page.write(folder)
     except KeyboardInterrupt:
+        display.meter.begin("writing the report of the rounds so far")
         page.write(folder)
-        print(f"\nstopped; resume with: flexlora run --resume {folder}", file=sys.stderr)
+        raise
+    display.meter.end()
+    display.console.print(f"adapter: {shown[-1]['adapter']}", soft_wrap=True, highlight=False)
+    display.console.print(f"report:  {report}", soft_wrap=True, highlight=False)
+    return shown
+
+
+@contextmanager
+def stoppable(folder: Path, command: str) -> Iterator[None]:
+    """Let an interrupted block end with the ``command`` that resumes the runs in ``folder``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from flexlora.federation import checkpoint
+
+        is_begun = any(folder.rglob(checkpoint.POINTER))
+        text = f"resume with: {command}" if is_begun else "nothing was trained yet"
+        print(f"\nstopped; {text}", file=sys.stderr)
         raise SystemExit(STOPPED) from None
-    console.print(f"adapter: {events[-1]['adapter']}", soft_wrap=True)
-    console.print(f"report:  {page.write(folder)}", soft_wrap=True)
-    return events
 
 
 def _cluster(
@@ -275,32 +233,33 @@ def _cluster(
     return cluster.cluster(settings, workers, address)
 
 
-def _compare(cells: Sequence[Cell], target: Path) -> set[str]:
+def _compare(cells: Sequence[Cell], target: Path, display: Display) -> set[str]:
     """Run and watch the cells, write what they show, also after a stop; the states they end in."""
-    from rich.console import Console
-
-    from flexlora.cli import progress
     from flexlora.federation import compare
     from flexlora.reporting import comparison, tracker, trackers
 
-    console, outcomes = Console(), list[compare.Outcome]()
+    outcomes = list[compare.Outcome]()
     # All before the first cell begins, so that a missing package is reported at once.
     followers = {c.folder: trackers.of(c.experiment.run.trackers, c.folder) for c in cells}
 
-    def watch(cell: Cell, events: Iterator[Event], turns: int) -> None:
-        name = f"\n{len(outcomes) + 1} of {len(cells)}: {cell.method}, seed {cell.seed}"
-        console.print(name, style="bold")
+    def watch(cell: Cell, events: Iterator[Event]) -> None:
+        name = f"{len(outcomes) + 1} of {len(cells)}: {cell.method}, seed {cell.seed}"
+        display.print()
+        display.print(name, "bold")
         at = cell.folder
         with closing(tracker.following(events, followers[at], at)) as followed:
-            progress.show(followed, console, turns)
+            display.follow(followed)
 
     try:
-        for outcome in compare.run(cells, watch):
+        for outcome in compare.run(cells, watch, display.meter):
             outcomes.append(outcome)
     except KeyboardInterrupt:
         outcomes += [compare.Outcome(cell, "open") for cell in cells[len(outcomes) :]]
-    for shown in comparison.printed(comparison.write(target, outcomes)):
-        console.print(shown, highlight=False, markup=False)
+    display.meter.begin("writing the comparison")
+    shown = comparison.printed(comparison.write(target, outcomes))
+    display.pause()
+    for part in shown:
+        display.console.print(part, highlight=False, markup=False)
     for name in compare.FILES:
         print(f"written: {target / name}")
     return {outcome.state for outcome in outcomes}
@@ -312,13 +271,6 @@ def _with_threads(settings: Experiment) -> Experiment:
 
     threads = settings.run.model_copy(update={"threads": torch.get_num_threads()})
     return settings.model_copy(update={"run": threads})
-
-
-def _prepare_file(file: Path, option: str) -> None:
-    """Make the folder of a file that an option names."""
-    if file.is_dir():
-        raise ConfigError(f"{file} is a folder; give {option} the name of a file.")
-    make_folder(file.resolve().parent, option)
 
 
 def _refuse_when_resumed(change: str) -> None:
@@ -351,29 +303,3 @@ def _refuse_existing(folder: Path) -> None:
             f"{folder} already holds a run; resume it with: flexlora run --resume {folder}, or "
             "give another --out."
         )
-
-
-def _print_scores(rows: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from flexlora.journal import mean_scores
-
-    table = Table("", box=None)
-    for heading in ("clients", "rows", "Rouge-L", "exact match", "loss"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault("seen clients" if row["seen"] else "unseen clients", []).append(row)
-        groups.setdefault(f"  {row['category'] or 'no category'}", []).append(row)
-    for name in sorted(groups, key=lambda name: (name.startswith(" "), name)):
-        mean = mean_scores(groups[name])
-        table.add_row(
-            name,
-            str(len({row["client"] for row in groups[name]})),
-            f"{mean['examples']:.0f}",
-            f"{mean['rouge_l']:.1f}",
-            f"{mean['exact_match']:.1f} %",
-            f"{mean['loss']:.3f}",
-        )
-    Console().print(table)

@@ -17,6 +17,7 @@ import numpy as np
 from flexlora.data.corpus import Corpus, Example
 from flexlora.data.prompt import Prompt, named
 from flexlora.errors import DataError
+from flexlora.journal import Meter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,13 +115,14 @@ class TokenStore:
         prompt_name: str,
         max_tokens: int,
         cache: Path | None,
+        meter: Meter | None = None,
     ) -> TokenStore:
         """Encode the corpus, or open the store that an earlier call wrote to ``cache``.
 
         The name of a cached store is a hash of the corpus's content, the tokenizer, the prompt
         and ``max_tokens``. It is written to a temporary folder, renamed when complete, and
         memory-mapped; without ``cache`` the store is in memory. Rows are encoded in chunks of
-        some thousands, so the memory for encoding is bounded.
+        some thousands, so the memory for encoding is bounded; ``meter`` counts the rows.
 
         Raises:
             DataError: the tokenizer is not a fast one or has no EOS, a prompt has no tokens, or
@@ -131,7 +133,7 @@ class TokenStore:
         key = _key(corpus, tokenizer, prompt_name, max_tokens)
         if cache is not None and (cache / key).exists():
             return cls.open(cache / key)
-        rows = _rows(corpus, prompt, tokenizer, max_tokens)
+        rows = _counted(_rows(corpus, prompt, tokenizer, max_tokens), len(corpus), meter)
         if cache is not None:
             _write(cache / key, rows)
             return cls.open(cache / key)
@@ -258,6 +260,18 @@ def _rows(
             cut = len(row) < len(prompt_ids) + len(response_ids)
             sizes.append((len(row), prompt_tokens, cut))
         yield np.array(ids, np.int32), np.array(sizes, np.int64)
+
+
+def _counted(
+    chunks: Iterator[tuple[Int32s, Int64s]], rows: int, meter: Meter | None
+) -> Iterator[tuple[Int32s, Int64s]]:
+    """The same chunks, while ``meter`` counts their rows."""
+    if meter is not None:
+        meter.begin("tokenising", rows, "rows")
+    for ids, sizes in chunks:
+        yield ids, sizes
+        if meter is not None:
+            meter.advance(len(sizes))
 
 
 def _layout(sizes: Sequence[Int64s]) -> tuple[Int64s, Int32s, int]:

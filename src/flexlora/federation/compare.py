@@ -24,7 +24,7 @@ from flexlora.data.corpora import hub, procedural
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.federation import checkpoint, compose, rounds, setup
 from flexlora.federation.prepared import PreparedRun
-from flexlora.journal import Event, Record
+from flexlora.journal import Event, Meter, Record
 from flexlora.model import Base
 from flexlora.storage import write_atomically
 
@@ -59,8 +59,8 @@ class Outcome:
     reason: str = ""
 
 
-Watch = Callable[[Cell, Iterator[Event], int], object]
-"""Takes a cell's events as they come, and the number of client turns still to do."""
+Watch = Callable[[Cell, Iterator[Event]], object]
+"""Takes a cell's events as they come."""
 
 
 def chosen(names: str) -> list[str]:
@@ -109,7 +109,7 @@ def plan(
     return cells
 
 
-def run(cells: Sequence[Cell], watch: Watch) -> Iterator[Outcome]:
+def run(cells: Sequence[Cell], watch: Watch, meter: Meter | None = None) -> Iterator[Outcome]:
     """Run the unfinished cells one after the other, yielding the outcome of every cell.
 
     An interrupted cell resumes from its last checkpoint. The model is loaded once. The base
@@ -131,9 +131,9 @@ def run(cells: Sequence[Cell], watch: Watch) -> Iterator[Outcome]:
                 corpora = {cell.seed: _corpus(cell.experiment)}
             if base is None:
                 neutral = cell.experiment.model_copy(update=NEUTRAL)
-                base = setup.prepare(neutral, corpora[cell.seed], train=False).base
+                base = setup.prepare(neutral, corpora[cell.seed], train=False, meter=meter).base
             settings = _settled(cell, clients_at_once, cell.seed not in seeds_with_base)
-            outcome = _run(cell, settings, corpora[cell.seed], base, watch)
+            outcome = _run(cell, settings, corpora[cell.seed], base, watch, meter)
         for event in Record(cell.folder).events("start", "evaluation"):
             if event["event"] == "start":
                 clients_at_once = clients_at_once or event["clients_at_once"]
@@ -148,17 +148,22 @@ def is_finished(folder: Path) -> bool:
 
 
 def _run(
-    cell: Cell, settings: Experiment, corpus: Corpus | None, base: Base, watch: Watch
+    cell: Cell,
+    settings: Experiment,
+    corpus: Corpus | None,
+    base: Base,
+    watch: Watch,
+    meter: Meter | None,
 ) -> Outcome:
     """Run one cell to its end, or give the reason why it has none."""
     note = cell.folder.with_name(f"{cell.folder.name}.error.txt")
     note.unlink(missing_ok=True)
     try:
         try:
-            ready = setup.prepare(settings, corpus, base=base)
+            ready = setup.prepare(settings, corpus, base=base, meter=meter)
         except FlexloraError as error:
             return Outcome(cell, "refused", str(error))
-        _watched(cell, ready, watch)
+        _watched(cell, ready, watch, meter)
     # A failure of one method must not stop the others.
     except Exception as error:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -168,16 +173,13 @@ def _run(
     return Outcome(cell, "finished")
 
 
-def _watched(cell: Cell, ready: PreparedRun, watch: Watch) -> None:
+def _watched(cell: Cell, ready: PreparedRun, watch: Watch, meter: Meter | None) -> None:
     begun = _begun(cell.folder)
     if not begun:
         cell.folder.mkdir(parents=True, exist_ok=True)
         stored = ready.experiment.model_dump_json(indent=1)
         write_atomically(cell.folder / "config.json", stored.encode())
-    done = checkpoint.load(cell.folder).round if begun else 0
-    left = ready.experiment.federation.rounds - done
-    turns = left * min(ready.cohort_size, len(ready.clients))
-    watch(cell, rounds.run(ready, cell.folder, resume=begun), turns)
+    watch(cell, rounds.run(ready, cell.folder, resume=begun, meter=meter))
 
 
 def _settled(cell: Cell, clients_at_once: int | None, evaluate_base: bool) -> Experiment:

@@ -50,10 +50,9 @@ class Evaluations:
         adapters = {}
         if is_due:
             adapters["global"] = adapter
-        if last and settings.truncated:
-            for name, ranks in prepared.clients.kinds.items():
-                if dict(ranks) != dict(prepared.ranks):
-                    adapters[name] = adapter.only(ranks).first(ranks)
+        if last:
+            for name, ranks in prepared.truncated.items():
+                adapters[name] = adapter.only(ranks).first(ranks)
         yield from self._evaluated(stage, number, adapters)
 
     def _evaluated(

@@ -15,7 +15,7 @@ from flexlora.evaluation import Question
 from flexlora.federation.client_turn import ClientRuntime
 from flexlora.federation.population import Population
 from flexlora.lowrank import Adapter
-from flexlora.method import Averager, FreshAdapters, Method, RoundContext
+from flexlora.method import Averager, Feature, FreshAdapters, Method, RoundContext
 from flexlora.model import Base
 
 
@@ -68,6 +68,19 @@ class PreparedRun:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shape of every module that a client trains."""
         return {m: shape for m, shape in self.base.shapes.items() if m in self.ranks}
+
+    @property
+    def truncated(self) -> dict[str, Mapping[str, int]]:
+        """The ranks by module of the types to which the last adapter is also evaluated truncated.
+
+        Those below the largest ranks; none if the config does not ask for it, or if clients have
+        models of their own.
+        """
+        wanted = self.experiment.evaluation.truncated
+        if not wanted or Feature.PERSONAL in self.method.features:
+            return {}
+        kinds = self.clients.kinds.items()
+        return {name: ranks for name, ranks in kinds if dict(ranks) != dict(self.ranks)}
 
     @property
     def wire_dtype(self) -> torch.dtype:

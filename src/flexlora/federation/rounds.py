@@ -67,6 +67,7 @@ class _Run:
     record: Record
     folder: Path
     evaluations: Evaluations
+    meter: Meter
 
 
 def _run(
@@ -78,16 +79,19 @@ def _run(
 ) -> Iterator[Event]:
     started = time.perf_counter()
     record = Record(folder)
+    if not (resume or transport or prepared.experiment.run.clients_at_once):
+        meter.begin("measuring how many clients to train at a time")
     point = _resumed(prepared, record) if resume else _begun(prepared, folder, transport)
+    meter.end()
     if transport is None:
         with_store = prepared.with_runtime(clients=ClientStore(folder / PRIVATE))
         transport = SimulatedTransport(with_store.runtime, point.clients_at_once)
-    facts = start_facts(prepared, resume)
+    facts = start_facts(prepared, resume, point.round)
     yield record.append("start", **facts, clients_at_once=transport.clients_at_once)
     evaluations = Evaluations(prepared, record, meter)
     if point.round == 0 and prepared.experiment.evaluation.base:
         yield from evaluations.of_base()
-    whole = _Run(prepared, transport, record, folder, evaluations)
+    whole = _Run(prepared, transport, record, folder, evaluations, meter)
     for number in range(point.round + 1, prepared.experiment.federation.rounds + 1):
         point = yield from _round(whole, number, point)
     yield record.append(
@@ -138,11 +142,13 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     spool.mkdir(exist_ok=True)
     collector = Collector(prepared, run.transport, number, point.state, spool)
     yield from collector.events(record)
-    aggregating = time.perf_counter()
+    aggregating, of = time.perf_counter(), f"round {number}/{prepared.experiment.federation.rounds}"
+    run.meter.begin(f"{of}: aggregating")
     uploads = [collector.uploads[id] for id in prepared.clients if id in collector.uploads]
     state = _aggregated(run, collector.state, uploads, number)
     adapter = prepared.method.global_adapter(state, prepared.context(number))
     aggregate_seconds = time.perf_counter() - aggregating
+    run.meter.begin(f"{of}: writing the adapter")
     _export(prepared, adapter, adapter_folder(run.folder, number))
     yield record.append(
         "round",
@@ -157,9 +163,11 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     )
     yield record.append("spectrum", round=number, **spectrum(prepared, adapter, state))
     yield from run.evaluations.after(number, adapter, state)
+    run.meter.begin(f"{of}: writing the checkpoint")
     point = checkpoint.save(
         run.folder, number, record.bytes, state, point.identity, point.clients_at_once
     )
+    run.meter.end()
     shutil.rmtree(spool)
     if prepared.experiment.run.keep_adapters == "last" and number > 1:
         shutil.rmtree(adapter_folder(run.folder, number - 1).parent, ignore_errors=True)

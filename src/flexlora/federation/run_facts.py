@@ -18,7 +18,7 @@ SPECTRA = 6
 """Of how many modules the journal has all singular values; of the others, shares of blocks."""
 
 
-def start_facts(prepared: PreparedRun, resume: bool) -> dict[str, Any]:
+def start_facts(prepared: PreparedRun, resume: bool, rounds_done: int = 0) -> dict[str, Any]:
     """The config, the clients and the machine, for the ``start`` event."""
     types, shapes = prepared.clients.kinds, prepared.shapes
     return {
@@ -41,7 +41,10 @@ def start_facts(prepared: PreparedRun, resume: bool) -> dict[str, Any]:
             for name, ranks in types.items()
         },
         "notices": list(prepared.notices),
+        "questions": len(prepared.questions),
+        "truncated": list(prepared.truncated),
         "resumed": resume,
+        "rounds_done": rounds_done,
     }
 
 

@@ -92,7 +92,14 @@ _TOTALS = {
 EVENTS: Mapping[str, EventType] = {
     "start": _type(
         "The run starts, or is resumed.",
-        {"notices": "[sentences for people: what is configured without effect, or done unusually]"},
+        {
+            "notices": (
+                "[sentences for people: what is configured without effect, or done unusually]"
+            ),
+            "rounds_done": "rounds completed before, if it goes on from a checkpoint",
+            "questions": "test rows that every evaluated adapter answers",
+            "truncated": "[rank types that the last adapter is also evaluated truncated to]",
+        },
         version="version of flexlora",
         config="all settings",
         hardware="processor, cores, device and threads, as text",

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from flexlora.errors import ConfigError
 from flexlora.reporting.watch.run_state import RunState
+from flexlora.reporting.watch.time_left import Estimate, TimeLeft
 
 if TYPE_CHECKING:
     from flexlora.reporting.watch.server import Served, address, app, serve, start
 
-__all__ = ["RunState", "Served", "address", "app", "serve", "start"]
+__all__ = ["Estimate", "RunState", "Served", "TimeLeft", "address", "app", "serve", "start"]
 
 
 def __getattr__(name: str) -> Any:

@@ -136,13 +136,13 @@ class RunState:
     @property
     def planned(self) -> int:
         """The number of rounds in the config; 0 if the journal does not say."""
-        return int(self._federation().get("rounds") or 0)
+        return int(self.section("federation").get("rounds") or 0)
 
     @property
     def wanted(self) -> int:
         """The number of uploads that a round wants; 0 if the journal does not say."""
         clients = int(self.start.get("clients") or 0)
-        settings = self._federation()
+        settings = self.section("federation")
         if settings.get("cohort"):
             return min(int(settings["cohort"]), clients)
         return max(int((settings.get("fraction") or 0) * clients + 1e-9), 1) if clients else 0
@@ -180,8 +180,9 @@ class RunState:
         """At most this number of clients, the most recently active first."""
         return islice(reversed(self.clients.values()), most)
 
-    def _federation(self) -> dict[str, Any]:
-        settings = (self.start.get("config") or {}).get("federation")
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the run's config; empty if the journal does not have it."""
+        settings = (self.start.get("config") or {}).get(name)
         return settings if isinstance(settings, dict) else {}
 
     def _log(self, event: Event) -> None:

@@ -1,0 +1,166 @@
+"""The events of a run as lines of text, which are broken between words only."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+from flexlora.cli.tally import Tally, left_text
+from flexlora.journal import (
+    Event,
+    LossKind,
+    counted,
+    duration,
+    loss_kind,
+    mean_scores,
+    number,
+    size,
+)
+
+_KEEP = "\N{NO-BREAK SPACE}"
+
+
+def sentences(event: Event, tally: Tally) -> list[str]:
+    """One event as lines of text; none for those that say nothing to a reader.
+
+    Spaces that must not become line breaks are no-break spaces.
+    """
+    match event["event"]:
+        case "start":
+            return [_start(event), *notices(event.get("notices", ()))]
+        case "client":
+            return [_client(event, tally)]
+        case "lost":
+            return [_lost(event)]
+        case "stray":
+            return [f"round {event['round']}: late answer of {event['client']} ignored"]
+        case "short":
+            return [_short(event)]
+        case "round":
+            return [_round(event)]
+        case "evaluation":
+            return _evaluation(event)
+        case "finish":
+            return [_finish(event, tally)]
+    return []
+
+
+def notices(texts: Iterable[str]) -> list[str]:
+    """The notices of a prepared run as lines of text."""
+    return [f"note: {text}" for text in texts]
+
+
+def _start(event: Event) -> str:
+    types = ", ".join(
+        f"{_keep(f'{n} of type')} {name} ({_keep(_ranks(event['ranks'][name]))})"
+        for name, n in event["rank_types"].items()
+    )
+    return (
+        f"{_keep(counted(event['clients'], 'client'))}: {types}; "
+        f"{_keep(counted(event['unseen_clients'], 'held-out client'))}; "
+        f"{_keep(counted(event['modules'], 'adapted module'))}; {event['hardware']}"
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {' and '.join(map(str, ranks))}"
+
+
+def _client(event: Event, tally: Tally) -> str:
+    left = left_text(tally.time_left.left(event.get("time", 0.0)))
+    of = f" of {tally.now.wanted}" if tally.now.wanted else ""
+    return (
+        f"  round {event['round']}: client {event['client']} ({event['rank_type']}): "
+        f"loss {_loss(event):.3f}, {event['tokens']:,} tokens in {duration(event['seconds'], 1)}, "
+        f"upload {tally.uploads}{of}{f', {left}' if left else ''}"
+    )
+
+
+def _lost(event: Event) -> str:
+    round_, client, kind = event["round"], event["client"], loss_kind(event)
+    if kind is LossKind.NOT_NEEDED:
+        text = f"upload of {client} not used (enough uploads had arrived)"
+    else:
+        reason = "" if kind is LossKind.OTHER else f" ({kind.text})"
+        text = f"client {client} failed{reason}: {event['reason']}"
+    return f"  round {round_}: {text}"
+
+
+def _short(event: Event) -> str:
+    return (
+        f"round {event['round']}: {_keep(counted(event['received'], 'upload'))} after attempt "
+        f"{event['attempt']}, {event['quorum']} needed"
+    )
+
+
+def _round(event: Event) -> str:
+    rate = event["tokens"] / event["seconds"] if event["seconds"] else None
+    parts = (
+        f"loss {_loss(event):.3f}",
+        number(rate, 0, " tokens/s"),
+        f"up {size(event['bytes_up'])}",
+        f"down {size(event['bytes_down'])}",
+        f"{duration(event['seconds'])} ({duration(event['aggregate_seconds'], 1)} aggregation)",
+    )
+    return f"round {event['round']}: {', '.join(map(_keep, parts))}"
+
+
+def _evaluation(event: Event) -> list[str]:
+    names = {"base": "the base model", "global": "the global adapter"}
+    adapter = event["adapter"]
+    name = names.get(adapter, f"the global adapter truncated to type {adapter}")
+    when = f"after round {event['round']}" if event["round"] else "before training"
+    lines = [f"evaluation of {name} {when}:"]
+    for group, seen in (("seen", True), ("unseen", False)):
+        rows = [row for row in event["clients"] if row["seen"] is seen]
+        if rows:
+            lines.append(f"  {_keep(f'{group:<6} clients')}  {_scores(rows)}")
+    return lines
+
+
+def _scores(rows: list[dict[str, Any]]) -> str:
+    mean = mean_scores(rows)
+    parts = (
+        f"Rouge-L {mean['rouge_l']:.1f} %",
+        f"exact match {mean['exact_match']:.1f} %",
+        f"loss {mean['loss']:.3f}",
+    )
+    return ", ".join(map(_keep, parts))
+
+
+def _finish(event: Event, tally: Tally) -> str:
+    parts = [f"finished: {counted(event['rounds'], 'round')}", duration(event["seconds"])]
+    if tally.tokens:
+        parts.append(f"{tally.speed:,.0f} tokens/s")
+    if not tally.now.start.get("resumed"):
+        parts += [f"{way} {size(tally.now.totals[f'bytes_{way}'])}" for way in ("up", "down")]
+    return ", ".join(map(_keep, parts))
+
+
+def _loss(event: Event) -> float:
+    """The mean loss; a client may report no token of loss."""
+    return float(event["loss_total"] / max(event["loss_tokens"], 1))
+
+
+def _keep(text: str) -> str:
+    """The text as one word, which is not broken at the end of a line."""
+    return text.replace(" ", _KEEP)
+
+
+def plain(text: str) -> str:
+    """The text on one line, for those who read lines."""
+    return text.replace(_KEEP, " ")
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most this width, broken between words, later ones indented."""
+    indent = " " * (len(text) - len(text.lstrip()) + 4)
+    lines = textwrap.wrap(
+        text,
+        max(width, 20),
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    ) or [text]
+    return plain("\n".join(lines))
