@@ -79,7 +79,7 @@ class Display:
         """Show a run's events as they come and return them."""
         seen: list[Event] = []
         self.meter.end()
-        self.tally, self._began = Tally(), time.time()
+        self.tally = Tally()
         for event in events:
             seen.append(event)
             self.tally.add(event)

@@ -101,7 +101,7 @@ def _round(event: Event) -> str:
         number(rate, 0, " tokens/s"),
         f"up {size(event['bytes_up'])}",
         f"down {size(event['bytes_down'])}",
-        f"{duration(event['seconds'])} ({duration(event['aggregate_seconds'], 1)} aggregation)",
+        duration(event["seconds"]),
     )
     return f"round {event['round']}: {', '.join(map(_keep, parts))}"
 

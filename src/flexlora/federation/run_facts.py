@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flexlora.federation.prepared import PreparedRun
+from flexlora.journal import counted
 from flexlora.lowrank import Adapter, LowRankSum
 from flexlora.method import State
 
@@ -25,7 +26,7 @@ def start_facts(prepared: PreparedRun, resume: bool, rounds_done: int = 0) -> di
         "version": metadata.version("flexlora"),
         "config": prepared.experiment.model_dump(mode="json"),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {prepared.base.device}, "
-        f"{torch.get_num_threads()} threads",
+        f"{counted(torch.get_num_threads(), 'thread')}",
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
         | {"python": platform.python_version()},
         "clients": len(prepared.clients),
