@@ -188,10 +188,10 @@ def test_without_rows_to_evaluate_on_no_evaluation_is_announced():
 
 def test_a_stage_between_two_events_is_named_with_how_far_it_is():
     meter = Meter()
-    meter.begin("evaluating the base model", 256, "answers")
+    meter.begin("evaluating the base model", 256)
     meter.advance(113)
     line = live_line(tallied([START]), meter, 67, 0.0, 80).plain
-    assert line.startswith("evaluating the base model: 113 of 256 answers")
+    assert line.startswith("evaluating the base model: 44 %")
     assert line.endswith("0:01:07")
 
 

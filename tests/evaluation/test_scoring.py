@@ -259,12 +259,19 @@ def test_answers_belong_to_their_questions_and_add_up_to_the_rows(base, question
 
 
 @pytest.mark.parametrize("batch_tokens", [40, 1000])
-def test_finished_answers_are_counted(base, questions, batch_tokens):
-    meter = Meter()
-    meter.begin("evaluating", 2 * len(questions), "answers")
-    settings = replace(SETTINGS, batch_tokens=batch_tokens)
-    evaluate_with_answers(base, [{}, updates(base, 2)], questions, plain, settings, meter)
-    assert meter.done == meter.total
+def test_answers_are_counted_as_they_grow(base, questions, batch_tokens):
+    counts = []
+
+    class Noting(Meter):
+        def advance(self, count=1):
+            super().advance(count)
+            counts.append(self.done)
+
+    settings, adapters = replace(SETTINGS, batch_tokens=batch_tokens), [{}, updates(base, 2)]
+    evaluate_with_answers(base, adapters, questions, plain, settings, Noting())
+    assert counts[-1] == pytest.approx(2 * len(questions))
+    assert counts == sorted(counts)
+    assert len({round(count) for count in counts}) > 5
 
 
 def test_a_sample_has_as_many_clients_as_possible(questions):

@@ -22,3 +22,12 @@ def test_a_stage_is_counted_and_never_more_than_whole():
     assert (meter.done, meter.share) == (0, 0.0)
     meter.end()
     assert meter.text == ""
+
+
+def test_a_stage_without_a_unit_is_in_percent_and_is_whole_at_its_end_only():
+    meter = Meter()
+    meter.begin("evaluating the base model", 7)
+    meter.advance(6.96)
+    assert meter.text == "evaluating the base model: 99 %"
+    meter.advance(0.04)
+    assert meter.text == "evaluating the base model: 100 %"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexlora.cli.progress import Display
+from flexlora.cli.sentences import notices
 from flexlora.journal import counted, duration, size
 
 if TYPE_CHECKING:

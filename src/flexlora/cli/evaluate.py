@@ -14,6 +14,7 @@ from flexlora.cli.options import Changes, last_adapter, make_folder, run_folder,
 from flexlora.cli.progress import Display
 from flexlora.cli.sentences import notices
 from flexlora.errors import ConfigError
+from flexlora.journal import counted
 
 
 def evaluate(
@@ -82,7 +83,7 @@ def _evaluated(
     for line in notices(ready.notices):
         print(line, file=sys.stderr)
     questions = ready.questions
-    meter.begin("evaluating", len(questions), "answers")
+    meter.begin(f"evaluating {counted(len(questions), 'answer')}", len(questions))
     (result,) = evaluate_with_answers(
         ready.base, [loaded], questions, ready.prompt, settings.evaluation, meter
     )

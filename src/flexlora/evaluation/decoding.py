@@ -40,7 +40,7 @@ def decode(
     tokens are computed once; after that every sequence is one row of the batch. Finished
     sequences leave the batch, and the next prompts use their room. ``batch_tokens`` bounds the
     tokens in the key-value caches of all adapters, with room for the answers. ``meter`` counts
-    finished answers.
+    answers, an unfinished one by its share of tokens.
 
     Raises:
         ConfigError: the model's attention is not supported; see ``_attend``.
@@ -50,6 +50,7 @@ def decode(
     waiting = groups(nodes, max_new_tokens, room)
     answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(adapters)]
     active: list[SequenceGroup] = []
+    finished, counted = 0, 0.0
     with _attention(base), torch.inference_mode():
         while waiting or active:
             admitted = _admitted(waiting, nodes, active, max_new_tokens, room)
@@ -61,15 +62,26 @@ def decode(
                 advanced = active
                 _step(base, active, adapters)
             for group in advanced:
-                unfinished = len(group.unfinished)
                 group.finish_ended(stops, max_new_tokens)
-                if meter is not None:
-                    meter.advance(unfinished - len(group.unfinished))
             for group in (group for group in advanced if not group.unfinished):
+                finished += len(group.prompts)
                 for prompt, answer in zip(group.prompts, group.answers, strict=True):
                     answers[group.adapter][prompt] = answer
             active = [group for group in active if group.unfinished]
+            if meter is not None:
+                in_parts = sum(_answered(group, max_new_tokens) for group in active)
+                counted, before = finished + in_parts, counted
+                meter.advance(counted - before)
     return answers
+
+
+def _answered(group: SequenceGroup, new: int) -> float:
+    """How many answers of a group are written, an unfinished one by its share of tokens."""
+    shares = (
+        (group.lengths[n] + len(group.answers[n])) / (group.lengths[n] + new)
+        for n in group.unfinished
+    )
+    return len(group.prompts) - len(group.unfinished) + sum(shares)
 
 
 def _admitted(

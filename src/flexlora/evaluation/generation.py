@@ -48,7 +48,7 @@ def answers_of_each(
     ``base`` has ``adapters`` adapters attached (1 also stands for none). Greedy decoding with a
     key-value cache: no sampling, no penalties, one beam. An answer ends before the first end
     token (of the tokenizer or of the model), or after ``max_new_tokens``. The text is decoded
-    without special tokens and stripped. ``meter`` counts finished answers.
+    without special tokens and stripped. ``meter`` counts answers.
 
     The shared first tokens of prompts are computed once (``decoding``); a model loaded with
     another attention than the default uses transformers' ``generate`` in padded batches

@@ -204,7 +204,7 @@ def evaluate_with_answers(
     first appearance: ``client``, ``category``, ``seen`` and the fields of ``Score``. Answers are
     generated from the prompts; the loss is that of the reference outputs. An adapter without
     modules stands for the base model. All adapters generate answers together, in every batch;
-    the loss is computed adapter by adapter. ``meter`` counts finished answers, of all adapters.
+    the loss is computed adapter by adapter. ``meter`` counts answers, of all adapters.
 
     Raises:
         ConfigError: a loss is not finite, prompts and answers exceed the model's context, or

@@ -63,7 +63,7 @@ class Evaluations:
         if not prepared.questions or not adapters:
             return
         started, settings = time.perf_counter(), prepared.experiment.evaluation
-        self.meter.begin(stage, len(adapters) * len(prepared.questions), "answers")
+        self.meter.begin(stage, len(adapters) * len(prepared.questions))
         results = evaluate_with_answers(
             prepared.base,
             list(adapters.values()),
@@ -83,7 +83,7 @@ class Evaluations:
         store, settings = ClientStore(self.record.folder / PRIVATE), prepared.experiment.evaluation
         rows: list[dict[str, Any]] = []
         answers: list[Answer] = []
-        self.meter.begin(stage, len(prepared.questions), "answers")
+        self.meter.begin(stage, len(prepared.questions))
         for id, questions in itertools.groupby(prepared.questions, lambda q: q.client):
             model = _personal_model(prepared, store, id, number + 1, state)
             (result,) = evaluate_with_answers(

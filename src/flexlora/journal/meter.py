@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 @dataclass
 class Meter:
-    """What a computation is doing and how far it is: ``done`` of ``total`` ``unit``.
+    """What a computation is doing and how far it is: ``done`` of ``total`` ``unit``, or percent.
 
     The computation writes it and nothing waits for it. Whoever shows it reads it from another
     thread. ``stage`` is empty while nothing is measured, ``total`` 0 if the end is not known.
     """
 
     stage: str = ""
-    done: int = 0
-    total: int = 0
+    done: float = 0
+    total: float = 0
     unit: str = ""
 
-    def begin(self, stage: str, total: int = 0, unit: str = "") -> None:
+    def begin(self, stage: str, total: float = 0, unit: str = "") -> None:
         """Start a stage."""
         self.stage, self.done, self.total, self.unit = stage, 0, total, unit
 
-    def advance(self, count: int = 1) -> None:
+    def advance(self, count: float = 1) -> None:
         """Count what has been done of the stage."""
         self.done += count
 
@@ -37,8 +37,12 @@ class Meter:
 
     @property
     def text(self) -> str:
-        """The stage in words, such as ``tokenising: 4,096 of 12,000 rows``."""
-        if not self.total:
+        """The stage in words, such as ``tokenising: 4,096 of 12,000 rows`` or ``evaluating: 7 %``.
+
+        In percent if the stage has no unit.
+        """
+        if self.share is None:
             return self.stage
-        done = min(self.done, self.total)
-        return f"{self.stage}: {done:,} of {self.total:,} {self.unit}".rstrip()
+        if not self.unit:
+            return f"{self.stage}: {int(100 * self.share)} %"
+        return f"{self.stage}: {min(self.done, self.total):,.0f} of {self.total:,.0f} {self.unit}"
