@@ -84,7 +84,7 @@ def test_what_we_write_is_read_alike_by_all(tmp_path):
     write(factors, tmp_path / "out", "some/base")
     report = check(tmp_path / "out")
     assert report.alike
-    assert set(outcomes(report)) == {"PEFT", VLLM, NEWER, "llama.cpp", "TensorRT-LLM"}
+    assert set(outcomes(report)) == {"PEFT", VLLM, NEWER, "SGLang", "llama.cpp", "TensorRT-LLM"}
     assert report.scales == (1.0,)
     assert report.warnings == ()
     assert "1 of 6 rank-one components are zero in both" in report.notes[0]
@@ -120,6 +120,8 @@ def test_who_misreads(tmp_path, ranks, settings, wrong):
     expected = ["misreads" if is_wrong else "reads" for is_wrong in wrong]
     assert [outcome[VLLM], outcome["llama.cpp"], outcome["TensorRT-LLM"]] == expected
     assert (outcome["PEFT"], outcome[NEWER]) == ("reads", "reads")
+    rslora = settings.get("use_rslora") and any(rank > 1 for rank in ranks.values())
+    assert outcome["SGLang"] == ("misreads" if wrong[0] or rslora else "reads")
     assert report.alike == (not any(wrong))
     for each in report.verdicts:
         assert (each.outcome == "misreads") == ("--rank max --out NEW" in each.remedy)
@@ -203,13 +205,14 @@ def test_warns_of_patterns_that_overlap(tmp_path):
             {
                 VLLM: "misreads",
                 NEWER: "refuses",
+                "SGLang": "misreads",
                 "llama.cpp": "misreads",
                 "TensorRT-LLM": "misreads",
             },
         ),
         (
             {"init_lora_weights": "lora_ga"},
-            dict.fromkeys((VLLM, NEWER, "llama.cpp", "TensorRT-LLM"), "misreads"),
+            dict.fromkeys((VLLM, NEWER, "SGLang", "llama.cpp", "TensorRT-LLM"), "misreads"),
         ),
         ({"use_novelty": True, "peft_version": "0.99.0"}, {}),
         ({"alora_invocation_tokens": [1, 2]}, {"PEFT": "reads"}),

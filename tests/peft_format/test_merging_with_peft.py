@@ -113,6 +113,7 @@ WRAPPED = {
     "FSDP": lambda name: name.replace("model.model", "model._fsdp_wrapped_module.model").replace(
         "self_attn", "_fsdp_wrapped_module._checkpoint_wrapped_module.self_attn"
     ),
+    "Lightning": lambda name: f"model._orig_mod.{name}",
     "DDP": lambda name: f"module.{name}",
     "DeepSpeed inside": lambda name: name.replace("base_model.model.", "base_model.model.module."),
     "no prefix": lambda name: name.removeprefix("base_model.model."),

@@ -1,7 +1,8 @@
 """The programs that load PEFT adapters, and which of them would misread a given one.
 
 The rules follow the sources of PEFT 0.21.2, vLLM 0.30.0 and later, llama.cpp's
-``convert_lora_to_gguf.py`` and TensorRT-LLM's ``lora_manager.py``; none of these is run.
+``convert_lora_to_gguf.py``, SGLang's ``lora.py`` and TensorRT-LLM's ``lora_manager.py``; none of
+these is run.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def verdicts(adapter: PeftAdapter, loading: Verdict) -> tuple[Verdict, ...]:
             or (
                 _vllm_old(description),
                 _vllm_new(description),
+                _sglang(description),
                 _llama_cpp(description),
                 _tensorrt_llm(description),
             )
@@ -164,7 +166,7 @@ def _vllm_old(adapter: Description) -> Verdict:
     verdict = _vllm_rank(adapter, consumer)
     rank, alpha = adapter.settings.r, adapter.settings.lora_alpha
     scale = alpha / (math.sqrt(rank) if adapter.settings.use_rslora else rank)
-    wrong = adapter.misscaled(lambda layer: scale)
+    wrong = adapter.misscaled(lambda _: scale)
     if wrong and verdict.outcome == "reads":
         why = f"it ignores rank_pattern and alpha_pattern; {wrong}"
         return Verdict(consumer, "misreads", why, adapter.rewrite())
@@ -173,6 +175,17 @@ def _vllm_old(adapter: Description) -> Verdict:
 
 def _vllm_new(adapter: Description) -> Verdict:
     return _vllm_rank(adapter, "vLLM after 0.30.0")
+
+
+def _sglang(adapter: Description) -> Verdict:
+    """One scale, lora_alpha / r, for all modules."""
+    consumer = "SGLang"
+    scale = adapter.settings.lora_alpha / adapter.settings.r
+    wrong = adapter.misscaled(lambda _: scale)
+    if wrong:
+        why = f"it ignores rank_pattern, alpha_pattern and use_rslora; {wrong}"
+        return Verdict(consumer, "misreads", why, adapter.rewrite())
+    return Verdict(consumer, "reads")
 
 
 def _llama_cpp(adapter: Description) -> Verdict:
@@ -225,6 +238,7 @@ def _changed_base(init: str) -> tuple[Verdict, ...]:
     return (
         Verdict("vLLM up to 0.30.0", "misreads", original, remedy),
         newer,
+        Verdict("SGLang", "misreads", original, remedy),
         Verdict("llama.cpp", "misreads", original, remedy),
         Verdict("TensorRT-LLM", "misreads", original, remedy),
     )

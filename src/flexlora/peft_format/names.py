@@ -74,7 +74,7 @@ def peft_names(names: Sequence[str], path: Path) -> Names:
     plain, wrappers = {name: _without_wrappers(name) for name in names}, set()
     for name in names:
         wrappers |= {part for part in name.split(".") if part in _WRAPPERS}
-    plain, module = _without_module(plain)
+    plain, outer = _without_module(plain)
     plain, prefix = _with_prefix(plain, path)
     plain, adapter = _without_adapter(plain, path)
     stored: dict[str, str] = {}
@@ -86,7 +86,7 @@ def peft_names(names: Sequence[str], path: Path) -> Names:
             )
         stored[better] = name
     dropped = [f"'{wrapper}.' of {_WRAPPERS[wrapper]}" for wrapper in sorted(wrappers)]
-    dropped += ["'module.' of DDP or DeepSpeed"] if module else []
+    dropped += [f"{short(part)}, as of DDP, DeepSpeed or Lightning" for part in outer]
     notes = [f"The tensors' names contain {what}, which is left out." for what in dropped]
     if prefix:
         dropped.append(prefix)
@@ -136,16 +136,23 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _without_module(names: Mapping[str, str]) -> tuple[dict[str, str], bool]:
-    """The names without DDP's and DeepSpeed's ``module.``, if every name begins with it."""
-    plain, found = dict(names), False
-    for start in ("module.", f"{PREFIX}module."):
-        while plain and all(name.startswith(start) for name in plain.values()):
-            cut = len(start)
-            keep = start.removesuffix("module.")
-            plain = {name: keep + better[cut:] for name, better in plain.items()}
-            found = True
-    return plain, found
+def _without_module(names: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The names without what stands before PEFT's prefix, and DDP's ``module.`` after it.
+
+    Both only if every name has it.
+    """
+    plain, removed = dict(names), []
+    starts = {name.partition(PREFIX)[0] if PREFIX in name else None for name in plain.values()}
+    start = starts.pop() if len(starts) == 1 else None
+    if start:
+        plain = {name: better.removeprefix(start) for name, better in plain.items()}
+        removed.append(start)
+    for wrapper in ("module.", f"{PREFIX}module."):
+        while plain and all(name.startswith(wrapper) for name in plain.values()):
+            rest = wrapper.removesuffix("module.")
+            plain = {name: rest + better[len(wrapper) :] for name, better in plain.items()}
+            removed.append("module.")
+    return plain, removed
 
 
 def _with_prefix(names: Mapping[str, str], path: Path) -> tuple[dict[str, str], str]:
