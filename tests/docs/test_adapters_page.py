@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flexlora.errors import AdapterError
-from flexlora.peft_format import check, merge, read, write
+from flexlora.peft_format import check, merge, write
+from flexlora.peft_format.reading import open_adapter
 from support import commands
 from support.factors import random_factors
 from support.peft_folders import Q0, Q1, key, matrix, store, tensors_of
@@ -70,13 +71,13 @@ MERGED = {
         {"tensors": tensors_of({Q0: 8}), "r": "absent", "lora_alpha": "absent"},
     ],
     "a rank of 0": [{"rank_pattern": {"v_proj": 0}}],
+    "`modules_to_save`, if": [
+        {"modules_to_save": ["score"], "tensors": with_tensor("score.weight", 5, 7)}
+    ],
 }
 REFUSED = {
     "settings of a newer": [{"peft_version": "9.0.0", "use_novelty": True}],
-    "`modules_to_save`": [
-        {"modules_to_save": ["lm_head"]},
-        {"tensors": with_tensor("lm_head.weight", 5, 7)},
-    ],
+    "`modules_to_save` of only": [{"tensors": with_tensor("lm_head.weight", 5, 7)}],
     "DoRA": [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}],
     "PiSSA": [{"init_lora_weights": name} for name in ("pissa", "olora", "corda", "loftq")],
     "aLoRA": [{"alora_invocation_tokens": [1]}, {"trainable_token_indices": [1]}],
@@ -105,7 +106,7 @@ def test_every_row_is_tried():
 def test_what_is_merged(tmp_path, config):
     folder = store(tmp_path / "in", **config)
     merge([folder, folder], tmp_path / "out")
-    before, after = read(folder).adapter, read(tmp_path / "out").adapter
+    before, after = open_adapter(folder).adapter, open_adapter(tmp_path / "out").adapter
     assert set(before) == set(after)
     for module, update in before.items():
         torch.testing.assert_close(after[module].B @ after[module].A, update.B @ update.A)

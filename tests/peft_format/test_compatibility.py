@@ -195,10 +195,6 @@ def test_warns_of_patterns_that_overlap(tmp_path):
             {"use_dora": True},
             {"PEFT": "reads", "vLLM": "refuses", "llama.cpp": "refuses"},
         ),
-        (
-            {"modules_to_save": ["lm_head"]},
-            {"PEFT": "reads", "vLLM": "refuses", "llama.cpp": "refuses"},
-        ),
         ({"bias": "all"}, {"PEFT": "reads", "vLLM": "refuses", "llama.cpp": "refuses"}),
         (
             {"init_lora_weights": "pissa"},

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from flexlora.errors import AdapterError
-from flexlora.peft_format import CONFIG, WEIGHTS, check, merge
+from flexlora.peft_format import CONFIG, WEIGHTS, check, merge, read
 from support.peft_oracle import (
     deltas,
     difference,
@@ -358,3 +358,75 @@ def test_a_linear_layer_is_not_an_embedding(tmp_path):
     rewrite(two, target_modules=["embed_tokens"])
     with pytest.raises(AdapterError, match=r"\(12, 37\) of an embedding"):
         merge([one, two], tmp_path / "out")
+
+
+def classifier(**settings):
+    """A tiny Llama with a classifier, whose head PEFT trains and saves as a whole."""
+    config = llama(num_labels=3, pad_token_id=0, **settings).config
+    torch.manual_seed(6)
+    return transformers.LlamaForSequenceClassification(config).double()
+
+
+def trained_classifier(folder, seed, **settings):
+    base = classifier()
+    trained(base, folder, seed, task_type="SEQ_CLS", target_modules=["q_proj"], **settings)
+    values = load_file(folder / WEIGHTS)
+    head = matrix_of(3, 12, seed)
+    save_file(values | {"base_model.model.score.weight": head}, folder / WEIGHTS)
+    return folder
+
+
+def matrix_of(rows, columns, seed):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def head_of(folder):
+    model, missing = loaded(classifier(), folder)
+    assert not missing
+    return model.base_model.model.score.modules_to_save["default"].weight.double()
+
+
+def test_whole_modules_that_all_adapters_have_are_averaged(tmp_path):
+    one = trained_classifier(tmp_path / "one", 1, r=2)
+    two = trained_classifier(tmp_path / "two", 2, r=3)
+    result = merge([one, two], tmp_path / "out", weights=[3, 1], rank=4)
+    expected = 0.75 * head_of(one) + 0.25 * head_of(two)
+    torch.testing.assert_close(head_of(tmp_path / "out"), expected, rtol=ROUNDING, atol=1e-7)
+    assert config_of(tmp_path / "out")["modules_to_save"] == ["score"]
+    assert "The whole tensors of score (modules_to_save) are averaged" in result.notes[-1]
+    report = check(tmp_path / "out")
+    outcomes = {verdict.consumer: verdict.outcome for verdict in report.verdicts}
+    assert outcomes == {"PEFT": "reads", "vLLM": "refuses", "llama.cpp": "refuses"}
+    classifier().config.save_pretrained(tmp_path / "base")
+    assert check(tmp_path / "out", tmp_path / "base").verdicts[0].outcome == "reads"
+    with pytest.raises(AdapterError, match="modules_to_save is"):
+        read(tmp_path / "out")  # to be evaluated, it would have to be applied
+
+
+def test_whole_modules_that_cannot_be_averaged(tmp_path):
+    one = trained_classifier(tmp_path / "one", 1, r=2)
+    two = trained_classifier(tmp_path / "two", 2, r=3)
+    with pytest.raises(AdapterError, match=r"weights that sum to 2 is not defined; leave --sum"):
+        merge([one, two], tmp_path / "out", weights=[1, 1], sum_weights=True)
+    plain = trained(classifier(), tmp_path / "plain", 3, r=2, target_modules=["q_proj"])
+    for pair in ([one, plain], [plain, one]):
+        with pytest.raises(AdapterError, match=rf"{one} has the whole tensor 'score.weight'"):
+            merge(pair, tmp_path / "out", base="tiny/base")
+    values = load_file(two / WEIGHTS)
+    save_file(values | {"base_model.model.score.weight": torch.zeros(4, 12)}, two / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"has the shape \[4, 12\] in"):
+        merge([one, two], tmp_path / "out")
+    bad = {"base_model.model.score.weight": torch.full((3, 12), torch.nan)}
+    save_file(values | bad, two / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"'score.weight' contains NaN"):
+        merge([one, two], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_module_without_tensors_is_what_peft_refuses(tmp_path):
+    one = trained(llama(), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    rewrite(one, modules_to_save=["lm_head"])
+    with pytest.raises(KeyError):
+        loaded(llama(), one)
+    verdict = check(one).verdicts[0]
+    assert verdict.outcome == "refuses" and "no tensors of lm_head" in verdict.why

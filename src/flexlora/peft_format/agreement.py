@@ -22,7 +22,7 @@ class Agreement:
 
     base_model: str | None
     task_type: str | None
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     notes: tuple[str, ...]
 
 
@@ -114,11 +114,11 @@ def _refuse_other_copies(adapters: Sequence[PeftAdapter]) -> None:
     """Refuse base weights saved beside the factors that differ: the base models differ too."""
     first: dict[str, PeftAdapter] = {}
     for adapter in adapters:
-        for module, name in adapter.copies.items():
+        for module, name in adapter.parts.copies.items():
             other = first.setdefault(module, adapter)
             if other is adapter:
                 continue
-            (one,) = other.weights.read(other.copies[module])
+            (one,) = other.weights.read(other.parts.copies[module])
             (two,) = adapter.weights.read(name)
             if not same_values(one, two):
                 raise AdapterError(

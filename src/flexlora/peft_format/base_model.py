@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.errors import AdapterError
+from flexlora.peft_format.names import is_part
 from flexlora.peft_format.targets import Targets
 from flexlora.storage.untrusted import short
 
@@ -41,7 +42,8 @@ class BaseModules:
         """The modules that PEFT would choose; None if its regular expression is not evaluated."""
         if targets.modules == "all-linear":
             linear = ("Linear", "Conv1D")
-            return {m for m, c in self.classes.items() if c in linear and m != self.head}
+            every = {m for m, c in self.classes.items() if c in linear and m != self.head}
+            return {module for module in every if not is_part(module, targets.saved)}
         return targets.chosen([module for module in self.shapes if module])
 
 

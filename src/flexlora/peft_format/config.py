@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,14 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def refuse_variants(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ``Unsupported`` if the adapter is more than ``B @ A`` for each module."""
+def refuse_variants(config: Mapping[str, Any], path: Path, allowed: Collection[str] = ()) -> None:
+    """Raise ``Unsupported`` if the adapter is more than ``B @ A`` for each module.
+
+    Settings in ``allowed`` are not refused.
+    """
     plain = "merge it into its base model with PEFT, or train a plain LoRA"
     for name, reason in _VARIANTS.items():
-        if config.get(name):
+        if config.get(name) and name not in allowed:
             raise Unsupported(
                 f"{path}: {name} is {short(config[name])}: {reason}, which B @ A cannot express; "
                 f"{plain}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Description:
 def verdicts(adapter: PeftAdapter, loading: Verdict) -> tuple[Verdict, ...]:
     """What each program makes of a plain ``B @ A`` adapter; ``loading`` is PEFT's verdict."""
     description = Description(adapter, loading)
-    others = _unreadable(adapter)
+    others = _unreadable(adapter) or _whole(adapter.parts.whole)
     return (
         loading,
         *(
@@ -113,14 +113,23 @@ def _unreadable(adapter: PeftAdapter) -> tuple[Verdict, ...]:
     return tuple(Verdict(program, "refuses", why, remedy) for program in programs)
 
 
+def _whole(paths: Collection[str]) -> tuple[Verdict, ...]:
+    """What the others say to tensors of modules that were trained as a whole."""
+    if not paths:
+        return ()
+    vllm = "it does not support modules_to_save (later versions take classifier and score)"
+    llama_cpp = "besides the factors it takes no whole tensors except norms"
+    return (
+        Verdict("vLLM", "refuses", vllm, _MERGED),
+        Verdict("llama.cpp", "refuses", llama_cpp, _MERGED),
+    )
+
+
 def variant_verdicts(config: Mapping[str, Any]) -> tuple[Verdict, ...]:
     """What the programs make of the commoner variants; empty for other variants."""
     init = str(config.get("init_lora_weights", True)).lower()
     if config.get("use_dora"):
         vllm = llama_cpp = "it does not support DoRA"
-    elif config.get("modules_to_save"):
-        vllm = "it does not support modules_to_save (later versions take classifier and score)"
-        llama_cpp = "besides the factors it takes no whole tensors except norms"
     elif config.get("bias", "none") != "none" or config.get("lora_bias"):
         vllm = llama_cpp = "it does not support trained biases"
     elif config.get("trainable_token_indices"):

@@ -12,6 +12,7 @@ from flexlora.peft_format.paths import common
 from flexlora.peft_format.patterns import matched
 from flexlora.peft_format.reading import PeftAdapter
 from flexlora.peft_format.report import Verdict
+from flexlora.peft_format.whole import saved_names
 from flexlora.storage.untrusted import short
 
 _FRESH = (
@@ -53,7 +54,7 @@ def warnings(adapter: PeftAdapter) -> list[str]:
     """Sentences about settings that have no effect on any module of the adapter."""
     found = []
     # Modules of rank 0 have no layer, but their patterns have an effect.
-    modules = list(adapter.pairs)
+    modules = list(adapter.parts.pairs)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = {pattern: pattern for pattern in getattr(adapter.settings, name) or {}}
         used = {pattern for each in matched(patterns, modules, name).values() for pattern in each}
@@ -94,6 +95,9 @@ def _refusal(adapter: PeftAdapter) -> str:
         return f"it takes only numbers for {', '.join(texts)}"
     if 0 in (adapter.settings.rank_pattern or {}).values():
         return "it takes no rank of 0, which rank_pattern gives"
+    lost = [name for name in adapter.targets.saved if name not in saved_names(adapter)]
+    if lost and not saved_names(adapter):
+        return f"it finds no tensors of {', '.join(lost)}, which modules_to_save names"
     restricted = adapter.config.get("layers_to_transform") is not None
     if restricted and isinstance(adapter.targets.modules, str):
         return "it takes no layers_to_transform where target_modules is a regular expression"

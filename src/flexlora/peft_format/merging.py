@@ -19,6 +19,7 @@ from flexlora.peft_format.layouts import WEIGHTS, natural
 from flexlora.peft_format.paths import same_layers
 from flexlora.peft_format.reading import Layer, PeftAdapter
 from flexlora.peft_format.targets import common_targets
+from flexlora.peft_format.whole import mean_of_whole, saved_names
 
 ROUNDING = 1e-10
 """Singular values below this share of the largest are rounding errors, not content."""
@@ -124,7 +125,8 @@ def merge(
     ``base``, ``revision`` and ``task_type`` of the result are those that the adapters agree on, and
     must be given if they differ. ``dtype`` is that of the written file. ``replace`` replaces an
     adapter in ``out``. The base model is never loaded; one module of all adapters is in memory at
-    a time, besides the result. Nothing is written if anything fails.
+    a time, besides the result. Modules that all adapters trained as a whole (``modules_to_save``)
+    are averaged with the same weights. Nothing is written if anything fails.
 
     Raises:
         AdapterError: an adapter cannot be read, shapes, base models, revisions or task types
@@ -132,7 +134,9 @@ def merge(
     """
     directories = _directories(adapters)
     writing.check_target(Path(out).resolve(), replace)
-    read = [reading.read(directory) for directory in directories]
+    read = [reading.open_adapter(directory) for directory in directories]
+    for adapter in read:
+        reading.refuse_dropped(adapter)
     checked = _checked_weights(weights, len(read), sum_weights)
     _check_rank(rank)
     if absent not in ("zero", "skip"):
@@ -141,8 +145,9 @@ def merge(
     stored, path_notes = same_layers([each.layers for each in read], [*map(str, directories)])
     inputs = [_Input(*parts) for parts in zip(read, checked, stored, strict=True)]
     total = None if sum_weights else sum(checked)
+    whole = mean_of_whole(read, [weight / (total or 1.0) for weight in checked])
     merged, modules = _modules(inputs, rank, total, absent)
-    _write(merged, inputs, agreed, Path(out), dtype, replace)
+    _write(merged, whole, inputs, agreed, Path(out), dtype, replace)
     return MergeResult(
         directory=Path(out),
         modules=tuple(modules),
@@ -152,6 +157,7 @@ def merge(
             *(note for each in read for note in _of(each, len(read))),
             *agreed.notes,
             *path_notes,
+            *_whole_notes(read[0]),
             *_notes(modules, len(read), rank, absent),
         ),
     )
@@ -159,6 +165,7 @@ def merge(
 
 def _write(
     merged: Mapping[str, Factors],
+    whole: Mapping[str, torch.Tensor],
     inputs: Sequence[_Input],
     agreed: Agreement,
     out: Path,
@@ -173,7 +180,8 @@ def _write(
         task_type=agreed.task_type,
         target_modules=common_targets([(each.adapter.targets, each.stored) for each in inputs]),
         embeddings={p for each in inputs for p in each.stored if each.layer(p).embedding},
-        settings=agreed.settings,
+        whole=whole,
+        settings=agreed.settings | {"modules_to_save": saved_names(inputs[0].adapter) or None},
         replace=replace,
     )
 
@@ -239,6 +247,15 @@ def _merged(
 def _of(adapter: PeftAdapter, count: int) -> list[str]:
     """The notes of one of ``count`` adapters, with its folder."""
     return [f"{adapter.directory}: {note}" if count > 1 else note for note in adapter.notes]
+
+
+def _whole_notes(adapter: PeftAdapter) -> Iterator[str]:
+    names = saved_names(adapter)
+    if names:
+        yield (
+            f"The whole tensors of {', '.join(names)} (modules_to_save) are averaged with the same "
+            f"weights; vLLM and llama.cpp do not load them."
+        )
 
 
 def _notes(

@@ -110,6 +110,11 @@ def check_module_name(module: str, place: str = "") -> None:
         )
 
 
+def is_part(path: str, modules: Iterable[str]) -> bool:
+    """Whether a path is one of these modules or lies in one, as PEFT's ``modules_to_save`` says."""
+    return any(f".{module}." in f".{path}." for module in modules)
+
+
 def unexpected(name: str, path: Path) -> AdapterError:
     """Why a tensor is refused that is neither a factor nor a copy of a base weight."""
     if "lora_magnitude_vector" in name:

@@ -24,7 +24,7 @@ from flexlora.peft_format.config import (
 from flexlora.peft_format.layouts import CONFIG, locate
 from flexlora.peft_format.patterns import matched
 from flexlora.peft_format.targets import Targets
-from flexlora.peft_format.weights import Pair, Weights, factor_pairs, open_weights
+from flexlora.peft_format.weights import Contents, Pair, Weights, contents, open_weights
 from flexlora.storage.tensors import StoredTensor
 from flexlora.storage.untrusted import short
 
@@ -115,9 +115,8 @@ class PeftAdapter:
     """A LoRA adapter as read from ``directory``; its ``adapter`` has the scale folded in.
 
     ``layers`` describes each module without its values; ``config`` is the raw
-    ``adapter_config.json``. ``pairs`` are the names of all factors, those of rank 0 included, and
-    ``copies`` are the names, by module, of base weights that PEFT saved
-    beside the factors and that are left out. ``notes`` are sentences about what was left out or
+    ``adapter_config.json``. ``parts`` are the names of all tensors, by what they are. ``notes``
+    are sentences about what was left out or
     read leniently.
     """
 
@@ -128,8 +127,7 @@ class PeftAdapter:
     config: dict[str, Any]
     weights: Weights
     targets: Targets
-    pairs: Mapping[str, Pair]
-    copies: Mapping[str, str]
+    parts: Contents
     notes: tuple[str, ...] = ()
 
     @property
@@ -173,7 +171,19 @@ def read(
         AdapterError: anything is missing, malformed or inconsistent, or PEFT would leave a module
             out because ``target_modules`` does not choose it.
     """
+    directory = locate(Path(directory))
+    refuse_variants(read_config(directory), directory / CONFIG)
     adapter = open_adapter(directory, dtype)
+    refuse_dropped(adapter)
+    return adapter
+
+
+def refuse_dropped(adapter: PeftAdapter) -> None:
+    """Refuse an adapter of which PEFT would leave a module out.
+
+    Raises:
+        AdapterError: ``target_modules`` does not choose a module that has tensors.
+    """
     chosen = adapter.targets.chosen(adapter.layers)
     for module in adapter.layers:
         if chosen is not None and module not in chosen:
@@ -182,27 +192,28 @@ def read(
                 f"{adapter.directory / CONFIG} does not choose, so that PEFT would leave it out; "
                 f"add it there or remove its tensors."
             )
-    return adapter
 
 
 def open_adapter(
     directory: str | os.PathLike[str], dtype: torch.dtype | None = torch.float32
 ) -> PeftAdapter:
-    """Open an adapter as ``read`` does, whatever ``target_modules`` chooses.
+    """Open an adapter as ``read`` does, but with modules that were trained as a whole.
+
+    Whatever ``target_modules`` chooses is accepted too: see ``refuse_dropped``.
 
     Raises:
-        Unsupported: as in ``read``.
+        Unsupported: as in ``read``, except for ``modules_to_save``.
         AdapterError: as in ``read``, except for ``target_modules``.
     """
     directory = locate(Path(directory))
     path = directory / CONFIG
     config = read_config(directory)
-    refuse_variants(config, path)
+    refuse_variants(config, path, allowed=["modules_to_save"])
     settings, targets = settings_of(config, path), Targets.of(config, str(path))
     weights = open_weights(directory)
-    pairs, copies = factor_pairs(weights)
-    layers = _layers(pairs, settings, weights, path)
-    unused = [module for module in pairs if module not in layers]
+    parts = contents(weights, targets.saved)
+    layers = _layers(parts.pairs, settings, weights, path)
+    unused = [module for module in parts.pairs if module not in layers]
     return PeftAdapter(
         directory=directory,
         adapter=Adapter(StoredFactors(weights, layers, dtype)),
@@ -211,9 +222,8 @@ def open_adapter(
         config=config,
         weights=weights,
         targets=targets,
-        pairs=pairs,
-        copies=copies,
-        notes=(*config_notes(config), *weights.names.notes, *_notes(copies, unused)),
+        parts=parts,
+        notes=(*config_notes(config), *weights.names.notes, *_notes(parts.copies, unused)),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexlora.errors import AdapterError
+from flexlora.peft_format.names import is_part
 from flexlora.peft_format.patterns import whole_matches
 from flexlora.storage.untrusted import short
 
@@ -25,13 +26,15 @@ class Targets:
 
     ``modules`` and ``exclude`` are names, each of which stands for the modules whose path it is
     or ends, or one regular expression for whole paths. ``layers``, if not empty, restricts names
-    that are not whole paths to layers of these numbers. ``place`` is where they stand, for errors.
+    that are not whole paths to layers of these numbers. ``saved`` are the modules that are trained
+    as a whole, in which none is chosen. ``place`` is where the settings stand, for errors.
     """
 
     modules: tuple[str, ...] | str | None
     exclude: tuple[str, ...] | str
     layers: tuple[int, ...]
     layers_pattern: tuple[str, ...]
+    saved: tuple[str, ...]
     place: str
 
     @classmethod
@@ -49,11 +52,13 @@ class Targets:
                 f"{place}: layers_to_transform is {short(layers)}; give whole numbers."
             )
         pattern = _names(config, "layers_pattern", place) or ()
+        saved = _names(config, "modules_to_save", place) or ()
         return cls(
             modules=modules,
             exclude=_names(config, "exclude_modules", place) or (),
             layers=tuple(numbers),
             layers_pattern=(pattern,) if isinstance(pattern, str) else pattern,
+            saved=(saved,) if isinstance(saved, str) else saved,
             place=place,
         )
 
@@ -73,6 +78,7 @@ class Targets:
         try:
             excluded = self._matching(self.exclude, modules)
             chosen = self._matching(self.modules, modules) - excluded
+            chosen = {module for module in chosen if not is_part(module, self.saved)}
         except AdapterError:
             return None
         if not self.layers or isinstance(self.modules, str):

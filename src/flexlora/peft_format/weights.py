@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from flexlora.peft_format.names import (
     PREFIX,
     Names,
     check_module_name,
+    is_part,
     peft_names,
     unexpected,
 )
@@ -109,10 +110,22 @@ def open_weights(directory: Path) -> Weights:
     )
 
 
-def factor_pairs(weights: Weights) -> tuple[dict[str, Pair], dict[str, str]]:
-    """The factors of each module, and the names of copies of base weights, by module.
+@dataclass(frozen=True)
+class Contents:
+    """What an adapter's tensors are, each table sorted by its keys.
 
-    Both are sorted by the modules' names.
+    ``pairs`` are the factors by module, ``copies`` the names of base weights saved beside factors,
+    by module, and ``whole`` the names of the tensors of modules that were trained as a whole, by
+    the path of the parameter.
+    """
+
+    pairs: Mapping[str, Pair]
+    copies: Mapping[str, str]
+    whole: Mapping[str, str]
+
+
+def contents(weights: Weights, saved: Sequence[str] = ()) -> Contents:
+    """What the tensors are; ``saved`` are the names in ``modules_to_save``.
 
     Raises:
         Unsupported: a tensor belongs to an adapter that is more than ``B @ A``.
@@ -120,6 +133,7 @@ def factor_pairs(weights: Weights) -> tuple[dict[str, Pair], dict[str, str]]:
     """
     modules: dict[str, bool] = {}
     copies: dict[str, str] = {}
+    whole: dict[str, str] = {}
     for name, tensor in weights.tensors.items():
         match = FACTOR.fullmatch(name)
         if match:
@@ -127,12 +141,14 @@ def factor_pairs(weights: Weights) -> tuple[dict[str, Pair], dict[str, str]]:
             modules[match["module"]] = bool(match["embedding"])
         elif name.startswith(PREFIX) and name.endswith(BASE_COPY):
             copies[name[len(PREFIX) : -len(BASE_COPY)]] = name
+        elif is_part(name, saved) and ".lora_" not in name:
+            whole[name.removeprefix(PREFIX)] = name
         else:
             raise unexpected(name, weights.path)
     pairs = {module: _pair(module, modules[module], weights) for module in sorted(modules)}
     for module, name in copies.items():
         _check_copy(module, name, pairs, weights)
-    return pairs, dict(sorted(copies.items()))
+    return Contents(pairs, dict(sorted(copies.items())), dict(sorted(whole.items())))
 
 
 def _files(directory: Path) -> tuple[Path, list[Path]]:

@@ -37,6 +37,7 @@ def write(
     task_type: str | None = None,
     target_modules: Sequence[str] | None = None,
     embeddings: Collection[str] = (),
+    whole: Mapping[str, Tensor] | None = None,
     settings: Mapping[str, Any] | None = None,
     rank: int | Literal["max", "vllm"] = "max",
     metadata: Mapping[str, Any] | None = None,
@@ -52,7 +53,9 @@ def write(
 
     ``target_modules`` are the modules' whole paths, unless others are given: see ``targets`` and
     ``common_targets``. ``embeddings`` are the modules that are embeddings, whose update ``B @ A``
-    is (width, vocabulary). ``settings`` are further entries of ``adapter_config.json``.
+    is (width, vocabulary). ``whole`` are tensors of modules that were trained as a whole, by the
+    path of the parameter; ``settings["modules_to_save"]`` must name the modules. ``settings``
+    are further entries of ``adapter_config.json``.
 
     Raises:
         AdapterError: the adapter is empty, not finite or of a higher rank than ``rank``; a
@@ -62,6 +65,8 @@ def write(
     directory = Path(directory).resolve()
     check_target(directory, replace)
     tensors, common = _padded(adapter, rank, dtype, embeddings)
+    for path, value in (whole or {}).items():
+        tensors[f"{PREFIX}{path}"] = _finite(value.to("cpu", dtype).contiguous(), path, dtype)
     config = _config(common, base_model, task_type) | dict(settings or {})
     config["target_modules"] = sorted(target_modules or adapter)
     card = _card(base_model, task_type, metadata or {})
@@ -123,11 +128,8 @@ def _padded(
     for module, value in adapter.items():
         check_module_name(module)
         factors[module] = value.to("cpu").to(dtype)
-        if not all(factor.isfinite().all() for factor in (factors[module].A, factors[module].B)):
-            raise AdapterError(
-                f"The factors of {module!r} are not finite in {dtype}; write them in "
-                f"torch.float32, or use an earlier checkpoint if training diverged."
-            )
+        for factor in (factors[module].A, factors[module].B):
+            _finite(factor, module, dtype)
     common = _common_rank(max(1, *(value.rank for value in factors.values())), rank)
     tensors = {}
     for module, value in factors.items():
@@ -138,6 +140,15 @@ def _padded(
             end = f"lora_embedding_{name}" if module in embeddings else f"lora_{name}.weight"
             tensors[f"{PREFIX}{module}.{end}"] = copy
     return tensors, common
+
+
+def _finite(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    if not value.isfinite().all():
+        raise AdapterError(
+            f"The factors of {name!r} are not finite in {dtype}; write them in torch.float32, or "
+            f"use an earlier checkpoint if training diverged."
+        )
+    return value
 
 
 def _common_rank(largest: int, rank: int | str) -> int:
