@@ -122,7 +122,7 @@ def test_merge_with_every_option(call, adapters, tmp_path):
     words = ["--weights", "1,-0.5,2", "--sum", "--absent", "skip", "--dtype", "bfloat16"]
     words += ["--base", "my/base", "--revision", "v2", "--task-type", "CAUSAL_LM"]
     code, said, _ = call("merge", *adapters, tmp_path / "c", "--out", tmp_path / "out", *words)
-    assert code == 0 and "(--absent skip)" in said
+    assert code == 0 and "the sum over the adapters that have it (--sum)" in said
     config = json.loads((tmp_path / "out" / peft_format.CONFIG).read_text())
     assert config["base_model_name_or_path"] == "my/base"
     assert (config["revision"], config["task_type"]) == ("v2", "CAUSAL_LM")

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from flexlora.errors import AdapterError
 from flexlora.peft_format import CONFIG, WEIGHTS, check, merge, read
+from flexlora.peft_format.agreement import TASK_TYPES
 from support.peft_oracle import (
     deltas,
     difference,
@@ -322,8 +324,28 @@ def test_what_differs_is_asked_for(tmp_path, first, second, name, option):
     with pytest.raises(AdapterError, match=rf"{option}\.") as caught:
         merge([one, two], tmp_path / "out")
     assert str(one) in str(caught.value) and str(two) in str(caught.value)
-    merge([one, two], tmp_path / "out", **{name: "given"})
-    assert "given" in config_of(tmp_path / "out").values()
+    given = "TOKEN_CLS" if name == "task_type" else "given"
+    merge([one, two], tmp_path / "out", **{name: given})
+    assert given in config_of(tmp_path / "out").values()
+
+
+def test_a_task_type_is_one_of_pefts(tmp_path):
+    assert {*TASK_TYPES} == {*peft.TaskType}
+    one = trained(llama(), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    with pytest.raises(AdapterError, match=r"The task type is 'causal'; give one of CAUSAL_LM, "):
+        merge([one], tmp_path / "out", task_type="causal")
+
+
+def test_a_note_of_several_adapters_is_said_once(tmp_path):
+    folders = [
+        trained(llama(), tmp_path / str(seed), seed, r=2, target_modules=["q_proj"])
+        for seed in range(3)
+    ]
+    for folder in folders:
+        rewrite(folder, trained_with="x")
+    result = merge(folders, tmp_path / "out")
+    (note,) = result.notes
+    assert note.startswith(f"{folders[0]} and 2 more: adapter_config.json has settings")
 
 
 def test_what_is_the_same_is_kept_and_what_some_leave_out_is_said(tmp_path):
@@ -415,6 +437,10 @@ def test_whole_modules_that_cannot_be_averaged(tmp_path):
     values = load_file(two / WEIGHTS)
     save_file(values | {"base_model.model.score.weight": torch.zeros(4, 12)}, two / WEIGHTS)
     with pytest.raises(AdapterError, match=r"has the shape \[4, 12\] in"):
+        merge([one, two], tmp_path / "out")
+    memory = {"base_model.model.score.modules_to_save.default.weight": torch.zeros(3, 12)}
+    save_file(values | memory, two / WEIGHTS)
+    with pytest.raises(AdapterError, match="is a whole tensor"):
         merge([one, two], tmp_path / "out")
     bad = {"base_model.model.score.weight": torch.full((3, 12), torch.nan)}
     save_file(values | bad, two / WEIGHTS)

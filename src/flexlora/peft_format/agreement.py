@@ -11,6 +11,11 @@ from flexlora.peft_format.reading import PeftAdapter
 from flexlora.peft_format.weights import same_values
 from flexlora.storage.untrusted import short
 
+TASK_TYPES = tuple(
+    ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+)
+"""PEFT's names of tasks, which choose the class that it wraps a model in."""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -37,6 +42,10 @@ def agreement(
     Raises:
         AdapterError: they differ in something that is not given, or in copies of base weights.
     """
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise AdapterError(
+            f"The task type is {short(task_type)}; give one of {', '.join(TASK_TYPES)}."
+        )
     bases = {str(each.directory): each.base_model for each in adapters}
     tasks = {str(each.directory): each.task_type for each in adapters}
     revisions = {str(each.directory): each.settings.revision or "" for each in adapters}

@@ -39,6 +39,15 @@ at all, so that each module is the mean over the adapters that have it, as in a 
 """
 
 
+_RULES = {
+    "zero": "An adapter without a module counts there as an update of zero, with its full weight "
+    "(--absent skip takes the mean over the adapters that have the module).",
+    "skip": "Each of these is the mean over the adapters that have it (--absent skip).",
+    "sum": "Each of these is the sum over the adapters that have it (--sum).",
+}
+"""What ``merge`` says of modules that only some adapters have."""
+
+
 @dataclass(frozen=True)
 class MergedModule:
     """One module of the result.
@@ -154,11 +163,11 @@ def merge(
         rank=max(module.rank for module in modules),
         bytes=(Path(out) / WEIGHTS).stat().st_size,
         notes=(
-            *(note for each in read for note in _of(each, len(read))),
+            *_of_inputs(read),
             *agreed.notes,
             *path_notes,
             *_whole_notes(read[0]),
-            *_notes(modules, len(read), rank, absent),
+            *_notes(modules, len(read), rank, "sum" if sum_weights else absent),
         ),
     )
 
@@ -244,9 +253,15 @@ def _merged(
     return (factors if content else Factors(0 * factors.B, 0 * factors.A)), facts
 
 
-def _of(adapter: PeftAdapter, count: int) -> list[str]:
-    """The notes of one of ``count`` adapters, with its folder."""
-    return [f"{adapter.directory}: {note}" if count > 1 else note for note in adapter.notes]
+def _of_inputs(adapters: Sequence[PeftAdapter]) -> Iterator[str]:
+    """The notes of the adapters; one that several have is said once, with their folders."""
+    folders: dict[str, list[Path]] = {}
+    for adapter in adapters:
+        for note in adapter.notes:
+            folders.setdefault(note, []).append(adapter.directory)
+    for note, found in folders.items():
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield f"{found[0]}{more}: {note}" if len(adapters) > 1 else note
 
 
 def _whole_notes(adapter: PeftAdapter) -> Iterator[str]:
@@ -259,23 +274,17 @@ def _whole_notes(adapter: PeftAdapter) -> Iterator[str]:
 
 
 def _notes(
-    modules: Sequence[MergedModule], adapters: int, rank: Rank, absent: Absent
+    modules: Sequence[MergedModule], adapters: int, rank: Rank, rule: Literal["zero", "skip", "sum"]
 ) -> Iterator[str]:
     """Sentences about modules that only some adapters have, and about an unneeded rank."""
     partial = [module for module in modules if module.absent_from]
     if partial:
         first = partial[0]
-        rule = (
-            "An adapter without a module counts there as an update of zero, with its full weight "
-            "(--absent skip takes the mean over the adapters that have the module)."
-            if absent == "zero"
-            else "Each of these is the mean over the adapters that have it (--absent skip)."
-        )
         nothing = " No module is in all of them." if len(partial) == len(modules) else ""
         yield (
             f"{len(partial)} of {len(modules)} modules are missing from some of the {adapters} "
             f"adapters, such as {first.module}, which is in {adapters - len(first.absent_from)} "
-            f"of them.{nothing} {rule}"
+            f"of them.{nothing} {_RULES[rule]}"
         )
     largest = max(module.rank for module in modules)
     if isinstance(rank, int) and largest < rank:

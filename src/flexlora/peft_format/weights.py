@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from flexlora.peft_format.names import (
 )
 from flexlora.storage.tensors import FLOAT_DTYPES, StoredTensor, TensorFile, open_tensors
 from flexlora.storage.untrusted import parse_json, short
+
+_IN_MEMORY = re.compile(r"\.(lora_\w+|modules_to_save|original_module)\.")
+"""Parts of the names that a state dict in memory has for a module trained as a whole."""
 
 _LARGEST_HEADER = 32 << 20
 
@@ -141,7 +145,7 @@ def contents(weights: Weights, saved: Sequence[str] = ()) -> Contents:
             modules[match["module"]] = bool(match["embedding"])
         elif name.startswith(PREFIX) and name.endswith(BASE_COPY):
             copies[name[len(PREFIX) : -len(BASE_COPY)]] = name
-        elif is_part(name, saved) and ".lora_" not in name:
+        elif is_part(name, saved) and not _IN_MEMORY.search(name):
             whole[name.removeprefix(PREFIX)] = name
         else:
             raise unexpected(name, weights.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from flexlora.errors import AdapterError
@@ -18,7 +17,7 @@ def mean_of_whole(adapters: Sequence[PeftAdapter], weights: Sequence[float]) -> 
     """The mean of the tensors of whole modules, by the paths of the parameters, in float64.
 
     ``weights`` are those of the adapters and must sum to 1, as these tensors are not updates: they
-    stand for the base model's. One tensor of each adapter is in memory at a time.
+    stand for the base model's. One tensor is in memory at a time, beside the result.
 
     Raises:
         AdapterError: only some adapters have a tensor, so that the others have the base model's,
@@ -35,10 +34,11 @@ def mean_of_whole(adapters: Sequence[PeftAdapter], weights: Sequence[float]) -> 
             f"modules_to_save), of which a weighted sum with weights that sum to "
             f"{sum(weights):g} is not defined; leave --sum out or give weights that sum to 1."
         )
-    means = {}
+    means: dict[str, Tensor] = {}
     for path in adapters[0].parts.whole:
-        terms = [weight * _values(a, path) for a, weight in zip(adapters, weights, strict=True)]
-        means[path] = torch.stack(terms).sum(dim=0)
+        for adapter, weight in zip(adapters, weights, strict=True):
+            values = weight * _values(adapter, path)
+            means[path] = means[path].add_(values) if path in means else values
     return means
 
 
