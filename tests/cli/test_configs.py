@@ -1,5 +1,6 @@
 """The shipped configs: listed, copied, loadable, and part of the wheel."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from flexlora.cli import configs
 from flexlora.federation import compose
 from support import commands
 
+NEED_NO_DATA = ("quickstart", "federation")
 ROOT = Path(__file__).parents[2]
 
 
@@ -49,6 +51,16 @@ def test_init_without_a_file_is_the_quickstart(call, tmp_path):
         "second", "quickstart"
     )
     assert (tmp_path / "quickstart.toml").read_text() == (tmp_path / "second.toml").read_text()
+
+
+@pytest.mark.parametrize("name", [n for n in configs.names() if n not in NEED_NO_DATA])
+def test_one_without_its_data_says_how_to_get_it(call, name):
+    call("configs", name)
+    result = call("run", f"{name}.toml")
+    assert result.code == 2 and result.out in ("", "reading the data and the model\n")
+    assert re.match(r"error: There is no .*/natural-instructions/\w+\.parquet, which", result.err)
+    assert "git clone --depth 1 https://github.com/allenai/natural-instructions, t" in result.err
+    assert result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", configs.names())

@@ -13,12 +13,15 @@ def test_no_heavy_package_is_imported_at_the_start(module, tmp_path):
     assert python("-c", code, cwd=tmp_path).out.strip() == "[]"
 
 
-@pytest.mark.parametrize("word", ["--help", "-h", "--version"])
-def test_help_and_version_import_nothing_heavy(word, tmp_path):
+LIGHT = ("--help", "-h", "--version", "methods", "configs", "init", "check --help", "run --help")
+
+
+@pytest.mark.parametrize("words", LIGHT)
+def test_light_commands_import_nothing_heavy(words, tmp_path):
     heavy = tuple(name for name in HEAVY if name != "rich")
     code = (
         "import atexit, sys\n"
-        f"sys.argv = ['flexlora', {word!r}]\n"
+        f"sys.argv = ['flexlora', *{words.split()!r}]\n"
         f"atexit.register(lambda: print([n for n in {heavy!r} if n in sys.modules]))\n"
         "from flexlora.cli.main import main\n"
         "main()\n"

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import operator
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 
 from flexlora import methods, wire
+from flexlora.cli.methods import LISTED
+from flexlora.cli.methods import row as listed_row
 from flexlora.laws.rounds import aggregated, client_turn, context_of, first_state, noise
 from flexlora.method import Client, Feature, Method
 
@@ -207,5 +210,14 @@ def page() -> str:
     return f"{head}{rows}\n\n## What each one does\n\n" + "\n".join(map(notes, methods.shipped()))
 
 
+def listed() -> str:
+    """The rows of `flexlora methods`, which it reads without asking the methods."""
+    return (
+        json.dumps([listed_row(name) for name in methods.shipped()], indent=1, ensure_ascii=False)
+        + "\n"
+    )
+
+
 if __name__ == "__main__":
+    LISTED.write_text(listed(), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")

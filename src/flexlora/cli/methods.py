@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+import flexlora
 
 if TYPE_CHECKING:
     from flexlora.method import Method
@@ -22,18 +27,33 @@ def list_methods(
         _describe(name)
 
 
+LISTED = Path(flexlora.__file__).parent / "methods" / "listed.json"
+"""The rows of the library's own methods, which `make docs` writes and a test keeps true.
+
+To ask the methods themselves PyTorch is imported, which takes seconds.
+"""
+
+
+def row(name: str) -> list[str]:
+    """A method's row of the list: name, whether it takes mixed ranks and is exact, paper."""
+    from flexlora import methods
+    from flexlora.method import Feature
+
+    method = methods.make(name)
+    mixed = Feature.MIXED_RANKS in method.features
+    return [name, _yes(mixed), _exact(method), method.info.paper]
+
+
 def _table() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flexlora import methods
-    from flexlora.method import Feature
-
+    rows = json.loads(LISTED.read_text(encoding="utf-8"))
+    shipped = {name for name, *_ in rows}
+    installed = {point.name for point in entry_points(group="flexlora.methods")}
     table = Table("name", "mixed ranks", "exact", "paper", box=None, pad_edge=False)
-    for name in methods.names():
-        method = methods.make(name)
-        mixed = Feature.MIXED_RANKS in method.features
-        table.add_row(name, _yes(mixed), _exact(method), method.info.paper)
+    for listed in sorted([*rows, *map(row, installed - shipped)]):
+        table.add_row(*listed)
     Console().print(table, highlight=False, markup=False)
     print()
     print("mixed ranks: clients may have different LoRA ranks.")

@@ -36,12 +36,14 @@ class DataSettings(BaseModel):
     """The corpus, its prompt format and its partition.
 
     The format "remote" is for `flexlora serve`: training rows stay with the clients, and
-    ``path`` is the server's own table for evaluation, or missing.
+    ``path`` is the server's own table for evaluation, or missing. ``source`` says in words
+    where to get the data; it is printed where there is nothing at ``path``.
     """
 
     model_config = CLOSED
     format: str = "table"
     path: str | None = None
+    source: str | None = None
     columns: Columns = Columns()
     encoding: str | None = None
     prompt: Literal["alpaca", "chat", "plain"] = "alpaca"

@@ -44,6 +44,8 @@ def read(experiment: Experiment, cache: Path) -> Corpus:
     if data.format == "hub":
         return limited(hub.read(str(data.path), data.columns), experiment)
     path = Path(str(data.path))
+    if data.source and not path.exists() and not any(c in str(path) for c in "*?["):
+        raise DataError(f"There is no {path}, which data.path names. {data.source}")
     # All that decides which rows are read, apart from the files.
     settings: dict[str, Any] = {"clients": data.clients and [data.clients, seed]}
     if data.format == "natural-instructions":

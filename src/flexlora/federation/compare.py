@@ -299,7 +299,7 @@ def _compared(settings: Experiment) -> dict[str, Any]:
 
     Which cell evaluates the base model is not one of them.
     """
-    content = settings.model_dump(mode="json", exclude={"run"})
+    content = settings.model_dump(mode="json", exclude={"run": True, "data": {"source"}})
     content["evaluation"].pop("base")
     return content
 

@@ -206,7 +206,9 @@ def _clients_at_once(prepared: PreparedRun) -> int:
 
 def _identity(experiment: Experiment) -> str:
     """A hash of all settings that a resumed run must share with its beginning."""
-    settings = experiment.model_dump(mode="json", exclude={"run": True, "federation": {"rounds"}})
+    settings = experiment.model_dump(
+        mode="json", exclude={"run": True, "federation": {"rounds"}, "data": {"source"}}
+    )
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
