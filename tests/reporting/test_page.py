@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,26 @@ def test_a_column_that_the_data_lacks_stays_switched_off_in_the_config_to_save()
     assert again == settings
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"columns": {"category": "", "split": ""}}},
+        {"data": {"columns": {"messages": "turns", "input": "", "instruction": "q \"1\" \\ é"}}},
+        {"method": {"name": "hetlora"}, "federation": {"cohort": None, "fraction": 0.5}},
+        {"ranks": {"types": None, "distribution": None, "rank": 4}, "regularizer": {
+            "name": "fedprox", "strength": 0.01}},
+    ],
+)  # fmt: skip
+def test_the_config_on_the_page_gives_the_same_settings(make_journal: Make, changes: Any):
+    settings = models.settings(Path("runs"), **changes)
+    events = make_journal(rounds=1)
+    # As the journal has it: JSON, in which a column that is switched off is null.
+    events[0]["config"] = json.loads(json.dumps(settings.model_dump(mode="json")))
+    command, text = map(unescape, re.findall("<pre>(.*?)</pre>", page.render(events), re.DOTALL))
+    assert command == "flexlora run config.toml"
+    assert compose.parse(tomllib.loads(text), "config.toml") == settings
+
+
 def test_a_run_of_real_clients_is_repeated_with_serve_and_join(make_journal: Make):
     events = make_journal()
     assert "flexlora run config.toml" in words(page.render(events))
@@ -310,7 +331,8 @@ def test_the_head_says_how_the_clients_trained_and_leads_to_config_and_adapter(
     elements = Elements(page.write(folder).read_text())
     said = " ".join(" ".join(elements.words).split())
     assert "10 steps, batches of 4 examples, adamw" in said and "0.0002, constant" in said
-    assert "/elsewhere/adapter" in said and not any("./" in link for link in elements.links())
+    links = [link for link in elements.links() if "./" in link]
+    assert "/elsewhere/adapter" in said and links == ["./metrics.jsonl"]
     (folder / "config.json").write_text("{}")
     place = folder / "rounds" / "of a %2e\u20ac & b" / "adapter"
     place.mkdir(parents=True)
@@ -318,7 +340,8 @@ def test_the_head_says_how_the_clients_trained_and_leads_to_config_and_adapter(
     record = Record(folder)
     record.append(**events[-1])
     links = [link for link in Elements(page.write(folder).read_text()).links() if "./" in link]
-    assert links == ["./rounds/of%20a%20%252e%E2%82%AC%20%26%20b/adapter", "./config.json"]
+    adapter = "./rounds/of%20a%20%252e%E2%82%AC%20%26%20b/adapter"
+    assert links == [adapter, "./config.json", "./metrics.jsonl"]
 
 
 def test_every_section_has_an_anchor_and_something_to_say(make_journal: Make):

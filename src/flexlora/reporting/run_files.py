@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora.journal import SampleAnswers
+from flexlora.journal import JOURNAL, SampleAnswers
 from flexlora.reporting.tables import RunFacts, SampleRow, sample_table
 
 REPORT = "report.html"
@@ -16,6 +16,7 @@ _CONFIG = "config.json"
 class RunFiles:
     """The files of a run: paths relative to its folder, None for what is not there."""
 
+    journal: str | None = None
     config: str | None = None
     adapter: str | None = None
     samples: tuple[SampleRow, ...] = ()
@@ -28,6 +29,7 @@ def run_files(folder: Path, facts: RunFacts) -> RunFiles:
         ProtocolError: a line of the sample answers is none.
     """
     return RunFiles(
+        journal=JOURNAL if (folder / JOURNAL).is_file() else None,
         config=_CONFIG if (folder / _CONFIG).is_file() else None,
         adapter=_inside(folder, facts.adapter) if facts.adapter else None,
         samples=tuple(sample_table(SampleAnswers(folder).all())),

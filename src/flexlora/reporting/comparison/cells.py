@@ -67,7 +67,7 @@ def clients(comparison: Comparison) -> Section:
             *(text_of(row.spread(v), 1 if key == _WORSE else 3) for key, v in values.items()),
         ]
         for row in comparison.rows
-        if any(row.spread(value) for value in values.values())
+        if group and row.spread(worst_client(group))
     ]
     if not rows:
         return Section("Scores by client", [missing("No scores of several clients were recorded.")])

@@ -221,8 +221,9 @@ def _facts(
         "Hardware": flat(facts.hardware),
         "Global adapter": Link(files.adapter, files.adapter) if files.adapter else adapter,
         "Config": Link(files.config, files.config) if files.config else None,
+        "All numbers": Link(files.journal, files.journal) if files.journal else None,
     }
-    optional = ("Config", "Local training per round", "Learning rate")
+    optional = ("Config", "All numbers", "Local training per round", "Learning rate")
     return [
         (label, value if isinstance(value, Link) else _recorded(value))
         for label, value in values.items()

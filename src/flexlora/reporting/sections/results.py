@@ -24,7 +24,6 @@ FEW_CATEGORIES = 5
 """Up to this number of categories a table says all, and nothing is drawn."""
 
 MOST_CATEGORIES = 60
-_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def scores(rows: Sequence[EvaluationRow]) -> Section:
@@ -105,10 +104,8 @@ def _with_interval(row: EvaluationRow, metric: Metric) -> str:
     digits = 1 if metric.unit == "%" else 2
     if interval is None:
         return score
-    # Unbroken, so that on a narrow page the interval stands on a line of its own.
-    return f"{score} ({between(interval, digits)})".replace(" ", _NO_BREAK).replace(
-        _NO_BREAK, " ", 1
-    )
+    # On a narrow page the interval stands on a line of its own.
+    return f"{score}\n({between(interval, digits)})"
 
 
 def _category_table(table: Sequence[CategoryRow]) -> Table:
