@@ -170,7 +170,7 @@ def test_a_run_ends_stops_and_goes_on():
     now = standing(start(), asked("a"))
     assert now.state == "running"
     now.add({"event": "stopped", "reason": "ValueError: nobody"})
-    assert now.state == "stopped"
+    assert now.state == "stopped" and now.state_of("a") == "idle"
     now.add(start(resumed=True))
     assert now.state == "running" and now.state_of("a") == "idle"
     now.add({"event": "finish", "rounds": 5, "seconds": 9.0, "adapter": "x"})

@@ -119,8 +119,10 @@ class RunState:
                 self.totals["refused"] += 1
             case "finish":
                 self.finish = event
+                self._idle()
             case "stopped":
                 self.stopped = event
+                self._idle()
 
     @property
     def state(self) -> Literal["waiting", "running", "short", "stopped", "finished"]:
