@@ -17,6 +17,7 @@ from flexlora.reporting.document import (
     grid,
     missing,
 )
+from flexlora.reporting.names import shortened
 from flexlora.reporting.tables import (
     ClientChange,
     ClientSpread,
@@ -92,14 +93,14 @@ def _told(spreads: Sequence[ClientSpread], changes: Sequence[ClientChange], metr
     sentences = []
     for spread in {s.group: s for s in spreads}.values():
         sentences.append(
-            f"The worst {spread.group} client is {spread.worst_client}: {metric.title} "
+            f"The worst {spread.group} client is {shortened(spread.worst_client)}: {metric.title} "
             f"{spread.worst:.2f}{unit} (n = {counted(spread.worst_examples, 'example')}), where "
             f"the mean over {spread.clients:,} clients is {spread.mean:.2f}{unit}."
         )
     compared = [c for c in changes if c.before is not None]
     if compared:
         worse = [c for c in compared if metric.gain(c.before or 0.0, c.after) < 0]
-        names = ", ".join(c.client for c in worse[:_MOST_NAMED])
+        names = ", ".join(shortened(c.client) for c in worse[:_MOST_NAMED])
         more = len(worse) - _MOST_NAMED
         listed = f" ({names}{f' and {more:,} more' if more > 0 else ''})" if worse else ""
         verb = "is" if len(worse) == 1 else "are"
