@@ -23,7 +23,7 @@ cohort = 2
 REMOTE = CONFIG.replace('path = "d.parquet"', 'format = "remote"')
 
 FAULTS = [
-    ("run", [], "Give a CONFIG.toml, or --resume DIR."),
+    ("run", [], "Give a CONFIG.toml, or --resume DIR;"),
     ("run", ["missing.toml"], "missing.toml cannot be read"),
     ("run", ["folder"], "folder cannot be read"),
     ("run", ["latin.toml"], "valid TOML"),

@@ -227,11 +227,19 @@ def test_a_missing_file_is_named(tmp_path):
         compose.with_plugin(models.settings(tmp_path), tmp_path / "empty.py")
 
 
-def test_an_error_in_the_file_is_shown_as_it_is(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nowhere_at_all", "line 1, cannot be imported: ModuleNotFoundError: No module"),
+        ("x = 1\ny = x / 0", "line 2, cannot be imported: ZeroDivisionError"),
+        ("x = 1\ndef f(:", "line 2, cannot be imported: SyntaxError: invalid syntax"),
+    ],
+)
+def test_an_error_in_the_file_is_named_with_its_line(tmp_path, text, message):
     path = tmp_path / "faulty.py"
-    path.write_text("import nowhere_at_all\n")
+    path.write_text(f"{text}\n")
     for _ in range(2):  # a module that failed is not remembered
-        with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
+        with pytest.raises(ConfigError, match=f"faulty.py, {message}"):
             methods.make(str(path))
 
 

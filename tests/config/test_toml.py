@@ -124,7 +124,7 @@ def test_what_is_no_table_is_refused_with_a_sentence(content):
 
 
 def test_the_source_of_tables_may_be_a_path():
-    with pytest.raises(ConfigError, match=r"^some\.toml: 'model' is missing"):
+    with pytest.raises(ConfigError, match=r"^some\.toml: the sections \[model\], \[data\]"):
         parse({}, Path("some.toml"))
 
 
@@ -148,7 +148,7 @@ def test_the_clients_of_a_table_come_before_those_of_the_config(tmp_path):
     [
         ("rnk = 3", "unknown key 'rnk'. Did you mean 'rank'"),
         ('table = "other.toml"', "cannot refer to another one; remove 'table'"),
-        ('rank = 3\ndistribution = "normal"', "given: rank, distribution"),
+        ('rank = 3\ndistribution = "normal"', "set ranks.distribution to"),
         ('distribution = "nrmal"', "Did you mean 'normal'"),
     ],
 )
@@ -162,5 +162,8 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path, text):
     path = tmp_path / "ranks.toml"
     if text is not None:
         path.write_bytes(text)
-    with pytest.raises(ConfigError, match=r"ranks\.toml cannot be read"):
+    with pytest.raises(
+        ConfigError,
+        match=r"ranks\.toml (cannot be read|is not valid TOML)|ranks\.toml, line 1, is not",
+    ):
         read_table(path)

@@ -54,6 +54,19 @@ def copy(name: str, out: Path | None = None) -> Path:
     return target
 
 
+def refuse_missing(path: Path) -> None:
+    """Refuse a config that is not there but is included in the library, with how to copy it.
+
+    Raises:
+        ConfigError: it is one of those.
+    """
+    if not path.exists() and path.stem.lower() in names():
+        raise ConfigError(
+            f"There is no file {path}; the config is included in flexlora, copy it with: "
+            f"flexlora configs {path.stem.lower()}"
+        )
+
+
 def refuse_existing(path: Path) -> None:
     """Refuse a file that exists, and a folder in its place.
 

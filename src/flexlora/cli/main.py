@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import sys
 import traceback
 from collections.abc import Callable
@@ -58,6 +59,16 @@ _REFUSED_BY_THE_SYSTEM = frozenset(
 _FORMER_OPTIONS = {"folder": "out", "output": "out"}
 """Former names of options, which are accepted still."""
 
+_REMEDIES = {
+    errno.ENOSPC: " Free some space, or give a folder on another disk.",
+    errno.EACCES: " Change its permissions, or give another folder.",
+    errno.EPERM: " Change its permissions, or give another folder.",
+    errno.EROFS: " Give a folder that can be written to.",
+    errno.ENOTDIR: " A folder is needed there, and it is a file.",
+    errno.EISDIR: " A file is needed there, and it is a folder.",
+}
+"""What a user can do about them."""
+
 app = typer.Typer(
     help="Federated LoRA fine-tuning of language models across clients with different LoRA ranks.",
     no_args_is_help=True,
@@ -68,9 +79,27 @@ app = typer.Typer(
     },
 )
 
+STOPPED = 130
+"""The exit code of a command that was interrupted, as shells have it."""
+
+
+def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, which an interrupt ends with a word and the exit code that shells expect."""
+
+    @functools.wraps(command)
+    def run(*words: Any, **options: Any) -> Any:
+        try:
+            return command(*words, **options)
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            raise SystemExit(STOPPED) from None
+
+    return run
+
+
 for _group, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_group)(_command)
+        app.command(_name, rich_help_panel=_group)(_interruptible(_command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -118,6 +147,6 @@ def _fail(message: str) -> NoReturn:
 
 def _sentence(error: OSError) -> str:
     """What the system refused, as one sentence."""
-    if error.filename is None:
-        return f"The system refused to read or write a file: {error.strerror}."
-    return f"The system refused to read or write {error.filename}: {error.strerror}."
+    file = "a file" if error.filename is None else error.filename
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    return f"The system refused to read or write {file}: {error.strerror}.{remedy}"

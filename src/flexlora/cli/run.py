@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexlora.cli.configs import refuse_missing
 from flexlora.cli.options import (
     Changes,
     ConfigFile,
@@ -94,7 +95,8 @@ def run(
                     run_and_report(settings, resume, display, resume=True, cluster=cluster)
         return
     if path is None:
-        raise ConfigError("Give a CONFIG.toml, or --resume DIR.")
+        raise ConfigError("Give a CONFIG.toml, or --resume DIR; flexlora init writes a config.")
+    refuse_missing(path)
     forced = ["method.accuracy='exact'"] if exact else []
     with Display() as display:
         settings = _loaded(path, [*(changes or ()), *forced], plugin)

@@ -148,7 +148,7 @@ def parse(
     """
     if not isinstance(content, Mapping):
         raise ConfigError(
-            f"A config is given as nested tables, not as {content!r:.60}, a "
+            f"{place}: a config is given as nested tables, not as {content!r:.60}, a "
             f"{type(content).__name__}; to read a file call load(path)."
         )
     experiment = _validated(Experiment, content, place, places or {})
@@ -218,8 +218,11 @@ def _contradictions(experiment: Experiment) -> list[str]:
 def _rank_contradictions(settings: Ranks) -> list[str]:
     """Contradictions between the keys of ``ranks``, and keys that are missing."""
     found = []
-    if settings.rank is not None and (settings.types or settings.clients):
-        found.append("ranks.rank is for all clients; leave out ranks.types and ranks.clients")
+    others = {"types": "{}", "clients": "{}", "distribution": '""', "table": '""'}
+    given = [name for name in others if getattr(settings, name)]
+    if settings.rank is not None and given:
+        unset = " and ".join(f"ranks.{name} to {others[name]}" for name in given)
+        return [f"ranks.rank is {settings.rank} for all clients; set {unset}, or leave it out"]
     found += [
         f"ranks.types.{name} trains neither attention nor feed_forward; one must be at least 1"
         for name, rank_type in (settings.types or {}).items()
@@ -230,7 +233,7 @@ def _rank_contradictions(settings: Ranks) -> list[str]:
     if len(given) > 1 or (not given and not settings.clients):
         found.append(
             f"give one of ranks.rank, ranks.distribution and ranks.table, or ranks.clients "
-            f"(given: {', '.join(given) or 'none'})"
+            f"(given: {', '.join(given) or 'none'})" + ('; set the other to ""' if given else "")
         )
     return found
 

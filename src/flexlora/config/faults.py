@@ -26,10 +26,14 @@ def sentences(root: type, error: ValidationError, place: str, places: Places) ->
         for path, kind, fault in faults
         if not any(len(other) > len(path) and other[: len(path)] == path for other, _, _ in faults)
     ]
-    by_key = {
-        (path, fault["type"] == "missing"): (path, kind, fault) for path, kind, fault in deepest
-    }
-    return [
+    absent = [path[0] for path, _, fault in deepest if len(path) == 1 and _is_missing(fault)]
+    first = []
+    if len(absent) > 1:
+        names = ", ".join(f"[{name}]" for name in absent)
+        first = [f"{place}: the sections {names} are missing; flexlora init writes a whole config."]
+        deepest = [each for each in deepest if each[0] not in [(name,) for name in absent]]
+    by_key = {(path, _is_missing(fault)): (path, kind, fault) for path, kind, fault in deepest}
+    return first + [
         _placed(path, _sentence(path, kind, fault), place, places)
         for path, kind, fault in by_key.values()
     ]
@@ -47,6 +51,10 @@ def shown(value: object) -> str:
     text = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
     text = repr(value) if text is None else text
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _is_missing(fault: Any) -> bool:
+    return fault["type"] in ("missing", "missing_argument")
 
 
 def _located(root: type, error: ValidationError) -> Iterator[tuple[tuple[str, ...], Kind, Any]]:
@@ -73,7 +81,7 @@ def _sentence(path: tuple[str, ...], kind: Kind, fault: Any) -> str:
         near = difflib.get_close_matches(path[-1], valid, 1, 0.5)
         hint = f" Did you mean {'.'.join((*path[:-1], near[0]))!r}?" if near else ""
         return f"unknown key {key!r}.{hint} Valid keys: {', '.join(valid)}."
-    if fault["type"] in ("missing", "missing_argument"):
+    if _is_missing(fault):
         return f"{key!r} is missing; give {kind.words()}."
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, FlexloraError):

@@ -12,6 +12,7 @@ import json
 import pkgutil
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -174,10 +175,22 @@ def _module_of(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except Exception as error:
         del sys.modules[name]
-        raise
+        raise ConfigError(
+            f"{path}{_line_of(error, path)} cannot be imported: {type(error).__name__}: "
+            f"{error.msg if isinstance(error, SyntaxError) else error}. Correct the file."
+        ) from error
     return module
+
+
+def _line_of(error: Exception, path: Path) -> str:
+    """The last line of a file that was run before an error, for messages."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f", line {error.lineno},"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f", line {lines[-1]}," if lines else ""
 
 
 def _letters(name: str) -> str:

@@ -135,7 +135,10 @@ def assign(
     for place, names in (("ranks.distribution", shares), ("ranks.clients", explicit.values())):
         for name in names:
             if name not in types:
-                raise ConfigError(f"{place} names the type {name!r}; the types are {list(types)}.")
+                raise ConfigError(
+                    f"{place} names the type {name!r}, which ranks.types does not have; use one "
+                    f"of {', '.join(types)}."
+                )
     training = set(clients)
     for client in explicit:
         if client not in training:

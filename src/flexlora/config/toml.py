@@ -28,13 +28,7 @@ def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
             such keys, with their lines.
     """
     path = _checked_path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"The config {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    text, content = _read(path, "config")
     places = {key: f"{path}, line {line}" for key, line in _lines(text).items()}
     changed = apply_changes(content, changes)
     _make_paths_absolute(content, path.parent, changed)
@@ -71,12 +65,47 @@ def read_table(path: Path | str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing or is not TOML.
     """
-    path = _checked_path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The rank table {path} cannot be read: {error}") from error
+    _, content = _read(_checked_path(path), "rank table")
     return dict(content.get("ranks", content))
+
+
+def _read(path: Path, label: str) -> tuple[str, dict[str, Any]]:
+    """The text of a TOML file and its tables; ``label`` is what errors call the file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError as error:
+        raise ConfigError(
+            f"The {label} {path} cannot be read: it is a folder; name a TOML file."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"The {label} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not valid TOML: byte {error.start} is not UTF-8; save it as UTF-8 text."
+        ) from error
+    try:
+        return text, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(_not_toml(path, text, str(error))) from error
+
+
+def _not_toml(path: Path, text: str, fault: str) -> str:
+    """What is wrong with the syntax of a file, with the line that it is in."""
+    if path.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"):
+        return (
+            f"{path} is not valid TOML; if it holds your rows, write a config for them with: "
+            f"flexlora init {path}"
+        )
+    reason, _, place = fault.partition(" (at ")
+    number = re.match(r"line (\d+)", place)
+    if number is None:
+        return f"{path} is not valid TOML: {reason[:1].lower()}{reason[1:]}."
+    line = text.splitlines()[int(number[1]) - 1].strip()
+    return (
+        f"{path}, line {number[1]}, is not valid TOML ({reason[:1].lower()}{reason[1:]}): "
+        f"{line[:60]} - texts stand in quotes, those with a backslash in single ones; a section "
+        "and a key stand once."
+    )
 
 
 def dump(experiment: Experiment | Mapping[str, Any]) -> str:

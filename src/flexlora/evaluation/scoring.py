@@ -71,6 +71,15 @@ class Evaluation:
                 f"evaluation.engine is {self.engine!r}; give one of {', '.join(ENGINES)}."
             )
 
+    def require_engine(self) -> None:
+        """Check that what generates the answers is installed, before anything is loaded.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if self.engine == vllm_engine.NAME:
+            vllm_engine.require()
+
 
 @dataclass(frozen=True)
 class Question:

@@ -31,11 +31,7 @@ def check(base: Base, adapters: Sequence[Mapping[str, Factors]]) -> int:
         ConfigError: vLLM is not installed, a rank is larger than vLLM supports, or the base
             model is quantised, which vLLM's copy would not be.
     """
-    if importlib.util.find_spec(NAME) is None:
-        raise ConfigError(
-            "evaluation.engine is 'vllm', which is not installed; install it with: pip install "
-            "vllm, or set evaluation.engine to 'own'."
-        )
+    require()
     if getattr(base.model, "hf_quantizer", None) is not None:
         raise ConfigError(
             f"evaluation.engine is 'vllm', but {base.name} is quantised to 4 bits and vLLM would "
@@ -49,6 +45,19 @@ def check(base: Base, adapters: Sequence[Mapping[str, Factors]]) -> int:
             f"{max(peft_format.VLLM_RANKS)}; set evaluation.engine to 'own'."
         )
     return ranks[0]
+
+
+def require() -> None:
+    """Check that vLLM is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if importlib.util.find_spec(NAME) is None:
+        raise ConfigError(
+            "evaluation.engine is 'vllm', which is not installed; install it with: pip install "
+            "vllm, or set evaluation.engine to 'own'."
+        )
 
 
 def answers_of_each(

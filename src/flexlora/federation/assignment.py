@@ -63,7 +63,8 @@ def suited(method: Method, assignment: Assignment) -> Method:
         require(
             method,
             Feature.MIXED_RANKS,
-            f"it needs one rank for all clients, but the clients have {histogram}; set ranks.rank",
+            f"it needs one rank for all clients, but the clients have {histogram}; set "
+            'ranks.rank to it, ranks.types to {} and ranks.distribution to ""',
         )
     return for_mixed_modules(method) if len({kind.targets for kind in used}) > 1 else method
 

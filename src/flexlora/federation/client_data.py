@@ -14,7 +14,7 @@ import pyarrow as pa
 from flexlora.config import Experiment
 from flexlora.data import Corpus, partition, sources_of, split_rows
 from flexlora.data.corpora import hub, mapped, natural_instructions, procedural, table
-from flexlora.errors import DataError
+from flexlora.errors import ConfigError, DataError
 from flexlora.evaluation import Question, pick
 from flexlora.federation import corpora
 from flexlora.model import smollm2
@@ -24,7 +24,14 @@ from flexlora.seeds import rng
 def cache_folder(experiment: Experiment) -> Path:
     """Where converted corpora and tokens are kept from run to run: ``data.cache`` or the user's."""
     cache = experiment.data.cache
-    return Path(cache) if cache else smollm2.cache() / "tokens"
+    folder = Path(cache) if cache else smollm2.cache() / "tokens"
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        key = "data.cache" if cache else "the environment variable FLEXLORA_CACHE"
+        raise ConfigError(
+            f"The cache {folder} cannot be made: it or one of its parents is a file; set {key} to "
+            "another folder."
+        )
+    return folder
 
 
 def read(experiment: Experiment, cache: Path) -> Corpus:

@@ -46,6 +46,7 @@ class Collector:
     invited: set[str] = field(default_factory=set)
     uploads: dict[str, Upload] = field(default_factory=dict)
     lost_base: set[str] = field(default_factory=set)
+    last_reason: str = ""
 
     @property
     def wanted(self) -> int:
@@ -67,11 +68,12 @@ class Collector:
             if settings.attempts > 1:
                 counts = {"received": len(self.uploads), "quorum": settings.quorum}
                 yield record.append("short", round=self.number, attempt=attempt, **counts)
+        reason = f" The last one: {self.last_reason}" if self.last_reason else ""
         raise ProtocolError(
             f"{len(self.uploads)} of {len(self.invited)} clients of round {self.number} returned a "
             f"usable upload after {settings.attempts} attempts; federation.quorum is "
             f"{settings.quorum}. Requests went to {sorted(self.invited)[:20]}; the journal has the "
-            f"reason for each. Resume with: flexlora run --resume {record.folder}"
+            f"reason for each.{reason} Resume with: flexlora run --resume {record.folder}"
         )
 
     def remaining(self, state: State) -> State:
@@ -90,6 +92,7 @@ class Collector:
         if isinstance(outcome, TransportEvent):
             return record.append(outcome.event, round=self.number, **outcome.facts)
         facts = {"round": self.number, "client": outcome.client, "reason": outcome.reason}
+        self.last_reason = outcome.reason
         if isinstance(outcome, LateReply):
             return record.append("stray", **facts)
         if outcome.lost_base:
