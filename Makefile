@@ -54,6 +54,7 @@ check: $(READY)  ## Lint and types
 docs: $(READY)  ## Write the pages of docs/ that are made from the code
 	PYTHONPATH=tests $(BIN)/python -m support.methods_page
 	PYTHONPATH=tests $(BIN)/python -m support.api_page
+	PYTHONPATH=tests $(BIN)/python -m support.config_page
 
 BENCHMARKS := server_step local_training generation memory growth simulation ray_calls real_clients
 
