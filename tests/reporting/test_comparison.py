@@ -14,6 +14,7 @@ from flexlora import methods
 from flexlora.federation import compose
 from flexlora.federation.compare import Cell, Outcome
 from flexlora.journal.record import Record
+from flexlora.method import Feature
 from flexlora.reporting import comparison
 from flexlora.reporting.comparison import curves, numbers, texts, values
 from flexlora.reporting.comparison.values import Spread
@@ -100,7 +101,7 @@ def outcome(tmp_path):
     """Writes a cell's journal and says that it finished; without losses, that it did not."""
     settings = models.settings(tmp_path)
 
-    def outcome(method, seed, losses=None, state="finished", reason="", **given):
+    def outcome(method, seed, losses=None, state="finished", reason="", lacks=None, **given):
         folder = tmp_path / "cells" / method / f"seed-{seed}"
         section = {"method": {"name": method}, "seed": seed}
         cell = Cell(method, seed, folder, settings.model_copy(update=section))
@@ -108,7 +109,7 @@ def outcome(tmp_path):
             folder.mkdir(parents=True)
             for event in journal(losses, seed=seed, **given):
                 Record(folder).append(**event)
-        return Outcome(cell, state, reason)
+        return Outcome(cell, state, reason, lacks)
 
     return outcome
 
@@ -202,8 +203,9 @@ def test_a_difference_is_held_against_the_spread_of_the_seeds_and_taken_by_seed(
     assert found.standing(found.rows[3]) is None
     said = " ".join(comparison.verdict(found))
     assert "lowest loss on unseen clients after the last round: 2.250 ± 0.250" in said
-    assert "larger of the two standard deviations): hetlora." in said
-    assert "On every seed flexlora was nevertheless better than: hetlora." in said
+    assert "Behind flexlora on every seed, but by no more than" in said
+    assert "standard deviation over seeds: hetlora." in said
+    assert "Not distinguishable" not in said
     assert "Each of the remaining methods is behind flexlora by more than" in said
     assert "hetlora has the highest Rouge-L: 33.0 ± 0.0 % (flexlora: 23.0 ± 0.0 %)." in said
 
@@ -274,12 +276,12 @@ def test_the_markdown_has_every_method_and_says_who_refused(three):
         "| 2.000 ± 0.250 | 26.0 ± 0.0 | 20.0 ± 0.0 |"
     ]
     assert "| ≈ | hetlora | 3 of 3 | 2.375 ± 0.250 | +0.125 ± 0.000 | 33.0" in text
-    assert "|  | fedit | refused | – | – |" in text
-    assert r"| fedit | refused: FedIT needs \| one rank (3). |" in text
+    assert r"| fedit | skipped: FedIT needs \| one rank (3) |" in text
+    assert "| fedit |" not in text.replace("| fedit | skipped", "")
     assert "| (before training) | 3 of 3 | 3.250 ± 0.250 | – | 10.0 ± 0.0 |" in text
     assert "| flexlora | 2, 2, 2 | 2.000 ± 0.250 | 22.0 ± 0.0 |" in text
     assert "| flexlora | 1.750 ± 0.250 | 6.0 KiB | 3.0 KiB | 0.75 ± 0.00 | 0 |" in text
-    assert "| arXiv 2305.05644 | no | no | one |" in text
+    assert "| arXiv 2402.11505 | yes | yes | one |" in text
     assert "| flexlora | 62.50 ± 0.00 | 21.50 ± 0.00 | 17.50 ± 0.00 |" in text
     for line in (line for line in text.splitlines() if line.startswith("|")):
         assert len(re.findall(r"(?<!\\)\|", line)) >= 3
@@ -339,7 +341,7 @@ def test_the_page_is_whole_and_opens_no_connection(three, tmp_path):
     assert not re.search(r"<(link|iframe|img|object|form|base)\b|<script[^>]* src", page)
     assert "default-src 'none'" in page
     said = words(page)
-    for text in ("4 methods compared", "tiny/base", "small (8 clients of rank 2)", "refused: "):
+    for text in ("3 methods compared", "tiny/base", "small (8 clients of rank 2)", "skipped: "):
         assert text in said
     assert all(sentence in said for sentence in comparison.verdict(values.compared(three)))
     links = re.findall('href="(./[^"]*)"', page)
@@ -415,8 +417,8 @@ def test_few_methods_have_their_legend_above(three):
 
 def test_the_terminal_sees_the_scores_that_decide(three):
     table, *said = comparison.printed(values.compared(three))
-    assert table.row_count == 5
-    assert said[-1] == "fedit: refused: FedIT needs | one rank (3)."
+    assert table.row_count == 4
+    assert said[-1] == "Skipped, FedIT needs | one rank (3): fedit"
 
 
 def test_the_best_method_may_have_the_highest_rouge_too(outcome):
@@ -425,13 +427,64 @@ def test_the_best_method_may_have_the_highest_rouge_too(outcome):
     assert "It also has the highest Rouge-L: 31.0 %." in said
 
 
-def test_the_terminal_names_many_refused_methods_in_one_line(outcome):
-    names = ["fedit", "ffalora", "rolora", "raflora"]
-    refused = [outcome(name, 3, state="refused", reason="one rank") for name in names]
+def test_methods_that_are_skipped_for_the_same_reason_share_a_line(outcome):
+    names = ["ffalora", "fedit", "rolora", "raflora"]
+    refused = [
+        outcome(name, seed, state="refused", reason=f"{name} of {seed}", lacks=Feature.MIXED_RANKS)
+        for seed in (3, 4)
+        for name in names
+    ]
+    other = [outcome("fedsvd", seed, state="refused", reason="No layers.") for seed in (3, 4)]
     failed = outcome("flora", 3, state="failed", reason="The loss is nan.")
-    lines = texts.unfinished(values.compared([outcome("flexlora", 3, [2.0]), failed, *refused]))
-    assert lines[0] == "flora: seed 3 failed: The loss is nan."
-    assert len(lines) == 2 and all(name in lines[1] for name in names)
+    runs = [outcome("flexlora", seed, [2.0]) for seed in (3, 4)]
+    found = values.compared([*runs, failed, *refused, *other])
+    assert texts.unfinished(found) == [
+        "Skipped, they need the same rank for all clients: fedit, ffalora, raflora, rolora",
+        "Skipped, No layers: fedsvd",
+        "flora: seed 3 failed: The loss is nan.",
+    ]
+    assert texts.title(found) == "flexlora and flora compared"
+    listed = [line for listing in texts.listings(found) for line in listing.lines]
+    assert sum("fedit" in cell for line in listed for cell in line) == 1
+
+
+def test_a_single_skipped_method_is_one(outcome):
+    refused = outcome("fedit", 3, state="refused", reason="?", lacks=Feature.PRODUCT_STATE)
+    found = values.compared([outcome("flexlora", 3, [2.0]), refused])
+    assert texts.unfinished(found) == ["Skipped, it needs no server optimizer: fedit"]
+
+
+def test_a_single_method_is_not_called_the_best(outcome):
+    found = values.compared([outcome("flexlora", 3, [2.0], rouge=-1.0)])
+    assert comparison.verdict(found) == [
+        "flexlora reaches a loss on unseen clients after the last round of 2.000 nats per token.",
+        "Its Rouge-L is 0.0 %.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rouges", "sentence"),
+    [
+        ((20.0, 20.0, 20.04), "All methods have the same Rouge-L: 21.0 %."),
+        ((20.0, 20.02, 10.0), "It also has the highest Rouge-L: 21.0 %, as flora."),
+        ((10.0, 20.0, 20.01), "flora and fedit have the highest Rouge-L: 21.0 % (flexlora: 11."),
+        ((-1.0, -1.0, -1.0), "All methods have the same Rouge-L: 0.0 %."),
+    ],
+)
+def test_a_rouge_that_is_shown_alike_is_alike(outcome, rouges, sentence):
+    names = ["flexlora", "flora", "fedit"]
+    found = [
+        outcome(n, 3, [2.0 + k], rouge=r)
+        for k, (n, r) in enumerate(zip(names, rouges, strict=True))
+    ]
+    said = comparison.verdict(values.compared(found))[1]
+    assert said.startswith(sentence)
+
+
+def test_of_one_seed_no_table_speaks_of_means(outcome):
+    found = values.compared([outcome("flexlora", 3, [2.0]), outcome("flora", 3, [2.1])])
+    notes = " ".join(listing.note for listing in texts.listings(found))
+    assert "over seeds" not in notes and "±" not in notes and "and seeds" not in notes
 
 
 def test_captions_of_one_seed_speak_of_no_band(outcome):

@@ -25,6 +25,7 @@ from flexlora.errors import ConfigError, FlexloraError
 from flexlora.federation import checkpoint, compose, rounds, setup
 from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import Event, Meter, Record
+from flexlora.method import Feature, UnsupportedFeature
 from flexlora.model import Base
 from flexlora.storage import write_atomically
 
@@ -51,12 +52,14 @@ class Cell:
 class Outcome:
     """The end of a cell, with the ``reason`` if it was refused or failed.
 
-    ``refused``: the method cannot be used with this config. ``open``: not finished yet.
+    ``refused``: the method cannot be used with this config; ``lacks`` is the feature that it would
+    need, if that is the reason. ``open``: not finished yet.
     """
 
     cell: Cell
     state: Literal["finished", "refused", "failed", "open"]
     reason: str = ""
+    lacks: Feature | None = None
 
 
 Watch = Callable[[Cell, Iterator[Event]], object]
@@ -162,7 +165,8 @@ def _run(
         try:
             ready = setup.prepare(settings, corpus, base=base, meter=meter)
         except FlexloraError as error:
-            return Outcome(cell, "refused", str(error))
+            lacks = error.feature if isinstance(error, UnsupportedFeature) else None
+            return Outcome(cell, "refused", str(error), lacks)
         _watched(cell, ready, watch, meter)
     # A failure of one method must not stop the others.
     except Exception as error:

@@ -9,7 +9,7 @@ from flexlora.method.averaging import (
     parameter_norm,
     update_norm,
 )
-from flexlora.method.features import require
+from flexlora.method.features import UnsupportedFeature, require
 from flexlora.method.handout import (
     changes,
     factor_shape,
@@ -72,6 +72,7 @@ __all__ = [
     "Truncated",
     "Truncation",
     "Turn",
+    "UnsupportedFeature",
     "Upload",
     "UploadSpec",
     "Weighted",

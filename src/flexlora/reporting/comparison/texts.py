@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexlora import methods
-from flexlora.federation import FILES
 from flexlora.journal import NOTHING, size
 from flexlora.method import Feature, Method
 from flexlora.reporting import sections
@@ -25,8 +24,13 @@ from flexlora.reporting.comparison.values import (
 from flexlora.reporting.comparison.verdict import verdict
 
 BEST, LEVEL = "★", "≈"
-MOST_REFUSED = 3
-"""Up to this number of refused methods the terminal shows each with its reason."""
+NEEDS = {
+    Feature.MIXED_RANKS: "the same rank for all clients",
+    Feature.PER_MODULE: "clients that all train the same layers",
+    Feature.PRODUCT_STATE: "no server optimizer",
+    Feature.COMMON_FACTORS: "no SCAFFOLD",
+}
+"""What a method without a feature needs of a config."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +71,30 @@ def scores(comparison: Comparison, groups: Sequence[str]) -> Listing:
         behind = ["Behind the best"] if group == comparison.group else []
         head += ["Loss", *behind, "Rouge-L", "Exact match"]
         spans.append((f"{group.capitalize()} clients", 3 + len(behind)))
-    lines = [_scores(row, comparison, groups) for row in comparison.rows]
+    lines = [_scores(row, comparison, groups) for row in comparison.used]
     if before := _before(comparison, groups):
         lines.append(before)
-    note = (
+    return Listing("Scores", _scores_note(comparison), head, lines, {1}, spans)
+
+
+def _scores_note(comparison: Comparison) -> str:
+    units = (
         "After the last round, the lowest loss first. Loss in nats per token, Rouge-L and exact "
-        "match in percent; mean ± sample standard deviation over seeds. "
-        f"{BEST} is the best method; {LEVEL} is behind it by at most the larger of the two "
-        "standard deviations. “Behind the best” is the difference in loss between runs of the same "
-        "seed. A seed determines clients, data and evaluation questions for all methods, so this "
-        "difference is more informative than that of the means."
+        f"match in percent. {BEST} is the best method."
     )
-    return Listing("Scores", note, head, lines, {1}, spans)
+    if len(comparison.seeds) == 1:
+        return f"{units} Of one seed."
+    return (
+        f"{units} Mean ± sample standard deviation over seeds; {LEVEL} is behind the best by at "
+        "most the larger of the two standard deviations. “Behind the best” is the difference in "
+        "loss between runs of the same seed. A seed determines clients, data and evaluation "
+        "questions for all methods, so this difference is more informative than that of the means."
+    )
 
 
 def _missing(comparison: Comparison) -> Listing:
-    lines = [[row.method, row.state] for row in comparison.rows if row.state]
+    lines = [[", ".join(names), f"skipped: {why}"] for why, names in _skipped(comparison)]
+    lines += [[row.method, row.state] for row in comparison.used if row.state]
     note = "Methods that are incompatible with this configuration or did not finish."
     return Listing("Not finished", note, ["Method", "Why"], lines, {0, 1})
 
@@ -153,7 +165,7 @@ def _best_rounds(comparison: Comparison, groups: Sequence[str]) -> Listing:
 
 def _costs(comparison: Comparison) -> Listing:
     lines = []
-    for row in comparison.rows:
+    for row in comparison.used:
         spreads = {key: row.spread(value) for key, value in COSTS.items()}
         lost = spreads["lost_turns"]
         traffic = (spreads["bytes_up"], spreads["bytes_down"])
@@ -167,16 +179,17 @@ def _costs(comparison: Comparison) -> Listing:
             ]
         )
     head = ["Method", "Training loss", "Up", "Down", "Server (s)", "Failed"]
+    several = len(comparison.seeds) > 1
     note = (
         "Training loss of the last round in nats per token; bytes of all clients and rounds, and "
-        "seconds of all aggregations; means over seeds. Failed counts client rounds without a "
-        "usable upload, summed over seeds."
+        f"seconds of all aggregations{'; means over seeds' if several else ''}. Failed counts "
+        f"client rounds without a usable upload{', summed over seeds' if several else ''}."
     )
     return Listing("Cost", note, head, lines, {0})
 
 
 def _kinds(comparison: Comparison) -> Listing:
-    compared = {row.method: methods.make(row.method) for row in comparison.rows}
+    compared = {row.method: methods.make(row.method) for row in comparison.used}
     lines = [
         [
             name,
@@ -208,7 +221,7 @@ def _exact(method: Method) -> str:
 def _energy(comparison: Comparison, blocks: Sequence[str], whole: bool) -> Listing:
     """The energy by block after the last round, or after every one."""
     lines = []
-    for row in comparison.rows:
+    for row in comparison.used:
         shares = [row.by_round(block(name)) for name in blocks]
         numbers = sorted({number for share in shares for number in share})
         for number in numbers if whole else numbers[-1:]:
@@ -217,9 +230,10 @@ def _energy(comparison: Comparison, blocks: Sequence[str], whole: bool) -> Listi
     head = ["Method", *(["Round"] if whole else []), *(f"Ranks {name}" for name in blocks)]
     if whole:
         return Listing("Energy by round", "In percent, as above.", head, lines, {0}, long=True)
+    over = "modules and seeds" if len(comparison.seeds) > 1 else "modules"
     note = (
         "Share of the squared singular values of the global update in each block of ranks, in "
-        "percent, mean over modules and seeds, after the last round. The last block lies beyond "
+        f"percent, mean over {over}, after the last round. The last block lies beyond "
         "the largest rank in use: no client receives it."
     )
     return Listing("Energy by rank", note, head, lines, {0})
@@ -227,7 +241,9 @@ def _energy(comparison: Comparison, blocks: Sequence[str], whole: bool) -> Listi
 
 def title(comparison: Comparison) -> str:
     """The title of the comparison."""
-    names = [row.method for row in comparison.rows]
+    names = [row.method for row in comparison.used]
+    if not names:
+        return "No method can be used"
     return f"{' and '.join(names)} compared" if len(names) < 3 else f"{len(names)} methods compared"
 
 
@@ -250,16 +266,25 @@ def facts(comparison: Comparison) -> dict[str, str]:
 
 
 def unfinished(comparison: Comparison) -> list[str]:
-    """A line for each method that did not finish; many that are refused share one."""
-    refused = [row for row in comparison.rows if row.refused]
-    lines = [f"{row.method}: {row.state}" for row in comparison.rows if row.state]
-    if len(refused) <= MOST_REFUSED:
-        return lines
-    names = ", ".join(row.method for row in refused)
-    others = [
-        f"{row.method}: {row.state}" for row in comparison.rows if row.state and not row.refused
+    """A line for each reason why methods were skipped, and for each that did not finish."""
+    lines = [f"Skipped, {why}: {', '.join(names)}" for why, names in _skipped(comparison)]
+    return lines + [f"{row.method}: {row.state}" for row in comparison.used if row.state]
+
+
+def _skipped(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """The methods that cannot be used with the config, by the reason."""
+    by_reason: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        if row.refused:
+            refusal = row.others[0]
+            needs = NEEDS.get(refusal.lacks) if refusal.lacks else None
+            # Other reasons are sentences that name the method.
+            by_reason.setdefault(needs or refusal.reason.rstrip("."), []).append(row.method)
+    verbs = {True: "it needs", False: "they need"}
+    return [
+        (f"{verbs[len(names) == 1]} {why}" if why in NEEDS.values() else why, names)
+        for why, names in by_reason.items()
     ]
-    return [*others, f"Not compatible with this config (reasons in {FILES[0]}): {names}"]
 
 
 def markdown(comparison: Comparison) -> str:

@@ -143,6 +143,11 @@ class Comparison:
     seeds: tuple[int, ...]
 
     @property
+    def used(self) -> tuple[Row, ...]:
+        """The methods that can be used with the config."""
+        return tuple(row for row in self.rows if not row.refused)
+
+    @property
     def best(self) -> Row | None:
         """The first method, if it has a loss."""
         return self.rows[0] if self.rows and self.rows[0].spread(self.loss) else None

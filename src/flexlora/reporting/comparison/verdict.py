@@ -14,9 +14,10 @@ def verdict(comparison: Comparison) -> list[str]:
     if best is None or loss is None:
         return ["No method completed a run, so there is no best method."]
     where = f"loss on {comparison.group} clients" if comparison.group else "training loss"
+    alone = sum(bool(row.runs) for row in comparison.rows) == 1
     sentences = [
-        f"{best.method} has the lowest {where} after the last round: {text_of(loss, 3)} nats per "
-        "token."
+        f"{best.method} {'reaches a' if alone else 'has the lowest'} {where} after the last round"
+        f"{' of' if alone else ':'} {text_of(loss, 3)} nats per token."
     ]
     if comparison.group:
         sentences += _by_rouge(comparison, best)
@@ -35,13 +36,23 @@ def _by_rouge(comparison: Comparison, best: Row) -> list[str]:
     by_method = {name: rouge for name, rouge in spreads.items() if rouge is not None}
     if not by_method:
         return []
-    name = max(by_method, key=lambda name: by_method[name].mean)
-    if len(by_method) > 1 and len({rouge.mean for rouge in by_method.values()}) == 1:
-        return [f"All methods have the same Rouge-L: {text_of(by_method[name], 1)} %."]
-    if name == best.method:
-        return [f"It also has the highest Rouge-L: {text_of(by_method[name], 1)} %."]
-    highest, other = text_of(by_method[name], 1), text_of(by_method.get(best.method), 1)
-    return [f"{name} has the highest Rouge-L: {highest} % ({best.method}: {other} %)."]
+    texts = {name: text_of(rouge, 1) for name, rouge in by_method.items()}
+    if len(by_method) == 1 and best.method in by_method:
+        return [f"Its Rouge-L is {texts[best.method]} %."]
+    # Compared as they are shown: what differs less is no difference to a reader.
+    means = {name: round(rouge.mean, 1) for name, rouge in by_method.items()}
+    highest = [name for name, mean in means.items() if mean == max(means.values())]
+    if len(highest) == len(means):
+        return [f"All methods have the same Rouge-L: {texts[highest[0]]} %."]
+    if best.method in highest:
+        others = [name for name in highest if name != best.method]
+        like = f", as {' and '.join(others)}" if others else ""
+        return [f"It also has the highest Rouge-L: {texts[best.method]} %{like}."]
+    own = texts.get(best.method)
+    return [
+        f"{' and '.join(highest)} {'has' if len(highest) == 1 else 'have'} the highest Rouge-L: "
+        f"{texts[highest[0]]} %" + (f" ({best.method}: {own} %)." if own else ".")
+    ]
 
 
 def _around(best: str, rivals: Mapping[str, Standing | None], seeds: int) -> list[str]:
@@ -51,21 +62,23 @@ def _around(best: str, rivals: Mapping[str, Standing | None], seeds: int) -> lis
             "One seed does not show how much the results vary, so small differences are not "
             "evidence; use --seeds 3 or more."
         ]
-    level = [name for name, standing in rivals.items() if standing and standing.level]
+    near = {name: s for name, s in rivals.items() if s and s.level}
+    always = [name for name, standing in near.items() if standing.always]
+    level = [name for name in near if name not in always]
     unclear = [n for n, standing in rivals.items() if standing is None or standing.level is None]
     sentences = []
     if level:
         sentences.append(
             f"Not distinguishable from {best} on mean loss (the gap is at most the larger of the "
-            f"two standard deviations): {', '.join(level)}."
+            f"two standard deviations over seeds): {', '.join(level)}."
         )
-        always = [name for name in level if (standing := rivals[name]) and standing.always]
-        if always:
-            sentences.append(
-                f"On every seed {best} was nevertheless better than: {', '.join(always)}."
-            )
-    if len(level) + len(unclear) < len(rivals):
-        who = "Every other method" if not level and not unclear else "Each of the remaining methods"
+    if always:
+        sentences.append(
+            f"Behind {best} on every seed, but by no more than the standard deviation over seeds: "
+            f"{', '.join(always)}."
+        )
+    if len(near) + len(unclear) < len(rivals):
+        who = "Every other method" if not near and not unclear else "Each of the remaining methods"
         sentences.append(f"{who} is behind {best} by more than the standard deviation over seeds.")
     if unclear:
         sentences.append(f"Too few seeds were completed to judge: {', '.join(unclear)}.")
