@@ -106,6 +106,8 @@ HARMLESS = [
     {"init_lora_weights": "orthogonal"},
     {"init_lora_weights": "mica"},
     {"init_lora_weights": False},
+    {"bias": None, "use_rslora": None, "use_dora": None, "base_model_name_or_path": ""},
+    {"target_modules": "All-Linear"},
     {"fan_in_fan_out": True},
     {"target_modules": "all-linear"},
     {"target_modules": [Q0, Q1]},

@@ -40,7 +40,7 @@ class BaseModules:
 
     def chosen(self, targets: Targets) -> set[str] | None:
         """The modules that PEFT would choose; None if its regular expression is not evaluated."""
-        if targets.modules == "all-linear":
+        if targets.every_linear_layer:
             linear = ("Linear", "Conv1D")
             every = {m for m, c in self.classes.items() if c in linear and m != self.head}
             return {module for module in every if not is_part(module, targets.saved)}

@@ -76,7 +76,7 @@ class Settings(BaseModel):
     lora_alpha: float = 8
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
-    use_rslora: bool = False
+    use_rslora: bool | None = None
     base_model_name_or_path: str | None = None
     task_type: str | None = None
     revision: str | None = None
@@ -132,7 +132,7 @@ def refuse_variants(config: Mapping[str, Any], path: Path, allowed: Collection[s
                 f"{path}: {name} is {short(config[name])}: {reason}, which B @ A cannot express; "
                 f"{plain}."
             )
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         raise Unsupported(
             f"{path}: bias is {short(config['bias'])}: biases of the base model were trained "
             f"too, which B @ A cannot express; {plain}."

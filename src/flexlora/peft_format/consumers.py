@@ -130,7 +130,7 @@ def variant_verdicts(config: Mapping[str, Any]) -> tuple[Verdict, ...]:
     init = str(config.get("init_lora_weights", True)).lower()
     if config.get("use_dora"):
         vllm = llama_cpp = "it does not support DoRA"
-    elif config.get("bias", "none") != "none" or config.get("lora_bias"):
+    elif (config.get("bias") or "none") != "none" or config.get("lora_bias"):
         vllm = llama_cpp = "it does not support trained biases"
     elif config.get("trainable_token_indices"):
         vllm = llama_cpp = "it does not know the tensors of trainable_token_indices"

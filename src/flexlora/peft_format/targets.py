@@ -67,13 +67,18 @@ class Targets:
         """Whether names alone choose the modules, with nothing that restricts them."""
         return isinstance(self.modules, tuple) and not self.exclude and not self.layers
 
+    @property
+    def every_linear_layer(self) -> bool:
+        """Whether all linear layers of the base model but its head are chosen."""
+        return isinstance(self.modules, str) and self.modules.lower() == "all-linear"
+
     def chosen(self, modules: Collection[str]) -> set[str] | None:
         """Those of ``modules`` that PEFT would choose; None if that cannot be said.
 
         It cannot for ``all-linear``, which depends on the base model, and for regular
         expressions that are not evaluated, being too costly or of unsupported constructs.
         """
-        if self.modules is None or self.modules == "all-linear":
+        if self.modules is None or self.every_linear_layer:
             return None
         try:
             excluded = self._matching(self.exclude, modules)
