@@ -7,9 +7,20 @@ import pytest
 import transformers
 
 from flexlora.errors import AdapterError
-from flexlora.peft_format import check
+from flexlora.peft_format import check, merge
 from flexlora.peft_format.base_model import base_modules
-from support.peft_oracle import HIDDEN, VOCABULARY, WIDE, gpt2, llama, rewrite, t5, trained
+from support.peft_oracle import (
+    HIDDEN,
+    VOCABULARY,
+    WIDE,
+    deltas,
+    difference,
+    gpt2,
+    llama,
+    rewrite,
+    t5,
+    trained,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -169,38 +180,76 @@ def test_the_modules_of_other_classes(tmp_path):
         assert base_modules(folder, [name], task).shapes[name] == shape
 
 
-def test_the_class_of_a_multimodal_model_is_that_of_the_adapter(tmp_path):
-    text = llama().config
+def llava():
+    """A tiny multimodal model, whose vision tower has modules of the same names and more layers."""
     vision = transformers.CLIPVisionConfig(
         hidden_size=8,
         intermediate_size=10,
-        num_hidden_layers=1,
+        num_hidden_layers=3,
         num_attention_heads=2,
         image_size=4,
         patch_size=2,
     )
-    transformers.LlavaConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
-    path = "model.language_model.layers.0.self_attn.q_proj"
-    base = base_modules(tmp_path, [path])
-    assert base.shapes[path] == (HIDDEN, HIDDEN)
+    config = transformers.LlavaConfig(text_config=llama().config, vision_config=vision)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+Q = "model.language_model.layers.0.self_attn.q_proj"
+
+
+def test_the_class_of_a_multimodal_model_is_that_of_the_adapter(tmp_path):
+    llava().config.save_pretrained(tmp_path)
+    base = base_modules(tmp_path, [Q])
+    assert base.shapes[Q] == (HIDDEN, HIDDEN)
     assert any("vision_tower" in module for module in base.shapes)
 
 
 def test_the_text_paths_of_a_multimodal_model_are_explained(tmp_path):
-    text = llama().config
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=8,
-        intermediate_size=10,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=4,
-        patch_size=2,
-    )
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision)
-    config.save_pretrained(tmp_path / "base")
+    llava().config.save_pretrained(tmp_path / "base")
     one = trained(llama(), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
     why = check(one, tmp_path / "base").verdicts[0].why
-    assert "it has model.language_model.layers.0.self_attn.q_proj in place of model.layers" in why
+    assert f"it has {Q} in place of model.layers" in why
+
+
+@pytest.mark.parametrize(
+    "names", [["q_proj"], r".*language_model.*q_proj", [Q], [Q.replace("model.lang", "x.lang")]]
+)
+def test_paths_of_older_transformers_are_converted_as_peft_does(tmp_path, names):
+    """PEFT renames the tensors, but takes the names in target_modules as they are."""
+    base = llava()
+    base.config.save_pretrained(tmp_path / "base")
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=r".*language_model.*q_proj")
+    rewrite(
+        one,
+        lambda name: name.replace("model.language_model.", "language_model.model."),
+        target_modules=names,
+    )
+    report = check(one, tmp_path / "base")
+    if report.verdicts[0].outcome == "refuses":
+        with pytest.raises(ValueError, match="not found in the base model"):
+            by_peft(base, one)
+    else:
+        dropped, added = by_peft(base, one)
+        assert sorted(report.added) == added
+        assert sorted(base_path(each) for each in report.dropped) == sorted(dropped)
+
+
+def base_path(module):
+    return module.replace("language_model.model.", "model.language_model.")
+
+
+@pytest.mark.parametrize("targets", [r".*language_model.*q_proj", ["q_proj", "out_proj"]])
+def test_a_merge_of_older_multimodal_adapters_loads_in_the_present_model(tmp_path, targets):
+    base = llava()
+    base.config.save_pretrained(tmp_path / "base")
+    one = trained(base, tmp_path / "one", 1, r=2, target_modules=targets)
+    expected = deltas(base, one)
+    rewrite(one, lambda name: name.replace("model.language_model.", "language_model.model."))
+    merge([one], tmp_path / "out")
+    assert by_peft(llava(), tmp_path / "out") == ([], [])
+    assert difference(deltas(base, tmp_path / "out"), expected) < 1e-6
+    assert check(tmp_path / "out", tmp_path / "base").verdicts[0].outcome == "reads"
+    assert check(tmp_path / "out").verdicts[0].outcome == "reads"
 
 
 @pytest.mark.parametrize(

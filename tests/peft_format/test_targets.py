@@ -107,6 +107,14 @@ UP = ["h.0.up", "h.1.up"]
         ([of(None, Q)], Q),
         ([of(["q"], Q), of("all-linear", UP)], sorted(Q + UP)),
         ([of(Q, Q)], Q),
+        # Stacks of different heights, such as a vision tower, are complete each.
+        ([of(["q"], [*Q, "tower.h.0.q"])], ["q"]),
+        ([of(["q"], [*Q, "tower.h.1.q"])], [*Q, "tower.h.1.q"]),
+        # Present paths of modules that transformers has renamed.
+        (
+            [of(r".*q", ["language_model.model.h.0.q"])],
+            ["language_model.model.h.0.q", "model.language_model.h.0.q"],
+        ),
     ],
 )
 def test_what_several_adapters_chose_and_no_more(inputs, expected):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,18 @@ class BaseModules:
 
     ``shapes`` is the shape (out, in) of the update that an adapter of the module has, or None for
     a module that PEFT cannot adapt; ``classes`` the name of its class. ``head`` is the path of the
-    output layer, if there is one.
+    output layer, if there is one. ``renamed`` are the paths, in this model, of modules of an
+    adapter that transformers has renamed since, as PEFT converts them.
     """
 
     shapes: Mapping[str, tuple[int, int] | None]
     classes: Mapping[str, str]
     head: str | None
+    renamed: Mapping[str, str]
+
+    def path(self, module: str) -> str:
+        """The path in this model of a module of an adapter."""
+        return self.renamed.get(module, module)
 
     def chosen(self, targets: Targets) -> set[str] | None:
         """The modules that PEFT would choose; None if its regular expression is not evaluated."""
@@ -71,7 +77,11 @@ def base_modules(
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         classes = [getattr(transformers, name) for name in names]
-        models = [_modules(each, config) for each in classes if type(config) in each._model_mapping]
+        models = [
+            _modules(each, config, modules)
+            for each in classes
+            if type(config) in each._model_mapping
+        ]
     except Exception as error:
         # The file is foreign, and each model class of transformers fails on it in its own way.
         raise AdapterError(
@@ -83,10 +93,10 @@ def base_modules(
             f"{path}: transformers has no model of the type {short(config.model_type)} for the "
             f"task {task_type or 'CAUSAL_LM'}; check without --base."
         )
-    return max(models, key=lambda model: sum(module in model.shapes for module in modules))
+    return max(models, key=lambda model: sum(model.path(each) in model.shapes for each in modules))
 
 
-def _modules(auto: Any, config: Any) -> BaseModules:
+def _modules(auto: Any, config: Any, adapted: Collection[str]) -> BaseModules:
     """The modules of a model of this class, on the meta device."""
     import torch
 
@@ -98,7 +108,19 @@ def _modules(auto: Any, config: Any) -> BaseModules:
         shapes={path: _shape(module) for path, module in modules.items()},
         classes={path: type(module).__name__ for path, module in modules.items()},
         head=next((path for path, module in modules.items() if module is head), None),
+        renamed=_renamed(model, [module for module in adapted if module not in modules]),
     )
+
+
+def _renamed(model: Any, modules: Sequence[str]) -> dict[str, str]:
+    """The present paths of modules, by transformers' own table of renamings."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    paths = {m: rename_source_key(f"{m}.weight", renamings, [])[0] for m in modules}
+    return {module: path.removesuffix(".weight") for module, path in paths.items()}
 
 
 def _shape(module: Any) -> tuple[int, int] | None:

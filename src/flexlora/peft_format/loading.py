@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexlora.peft_format.base_model import BaseModules
@@ -126,20 +126,21 @@ def _by_files(adapter: PeftAdapter) -> Loading:
 def _with_base(adapter: PeftAdapter, base: BaseModules) -> Loading:
     """What PEFT does with a base model whose modules are known."""
     fused = _fused(adapter, base)
-    layers = {module: layer for module, layer in adapter.layers.items() if module not in fused}
+    paths = {module: base.path(module) for module in adapter.layers if module not in fused}
     chosen = base.chosen(adapter.targets)
-    present = {module for module in layers if module in base.shapes}
+    present = {module: path for module, path in paths.items() if path in base.shapes}
     refusal = _refused_modules(adapter, base, present, chosen)
     if refusal:
         return Loading(refusal)
-    applied = set() if adapter.weights.names.dropped else present & (chosen or present)
-    dropped = tuple(module for module in layers if module not in applied)
-    added = tuple(sorted((chosen or applied) - applied))
+    by_name = not adapter.weights.names.dropped
+    applied = {m for m, path in present.items() if by_name and (chosen is None or path in chosen)}
+    dropped = tuple(module for module in paths if module not in applied)
+    added = tuple(sorted((chosen or set()) - {paths[module] for module in applied}))
     command = rewrite(adapter.directory)
-    if adapter.weights.names.dropped:
+    if not by_name:
         verdict = Verdict("PEFT", "misreads", adapter.weights.names.dropped, command)
-    elif len(present) < len(layers):
-        missing = [module for module in layers if module not in present]
+    elif len(present) < len(paths):
+        missing = [module for module in paths if module not in present]
         why = (
             f"it drops the tensors of {_list(missing, len(adapter.layers))}, which the base model "
             f"does not have{_other_paths(missing, base)}"
@@ -162,15 +163,15 @@ def _with_base(adapter: PeftAdapter, base: BaseModules) -> Loading:
 def _refused_modules(
     adapter: PeftAdapter,
     base: BaseModules,
-    present: Collection[str],
+    present: Mapping[str, str],
     chosen: Collection[str] | None,
 ) -> Verdict | None:
     """PEFT's refusal of factors of another shape, or of a chosen module that it cannot adapt."""
-    for module in present:
-        if base.shapes[module] not in (None, adapter.layers[module].shape):
+    for module, path in present.items():
+        if base.shapes[path] not in (None, adapter.layers[module].shape):
             why = (
                 f"the factors of {module} are for the shape {adapter.layers[module].shape} (out, "
-                f"in), and the base model has {base.shapes[module]}"
+                f"in), and the base model has {base.shapes[path]}"
             )
             remedy = "give the base model that the adapter was trained on"
             return Verdict("PEFT", "refuses", why, remedy)
@@ -178,6 +179,9 @@ def _refused_modules(
         if base.shapes[module] is None:
             why = f"target_modules chooses {module}, whose class {base.classes[module]} it "
             return Verdict("PEFT", "refuses", f"{why}cannot adapt", rewrite(adapter.directory))
+    if chosen is not None and not chosen:
+        why = "target_modules chooses no module of the base model"
+        return Verdict("PEFT", "refuses", why, rewrite(adapter.directory))
     return None
 
 
@@ -189,7 +193,9 @@ def _untargeted(modules: Sequence[str], count: int) -> Loading:
 def _fused(adapter: PeftAdapter, base: BaseModules) -> set[str]:
     """Modules of single experts, where the base model has them in one tensor."""
     return {
-        module for module in adapter.layers if ".experts." in module and module not in base.shapes
+        module
+        for module in adapter.layers
+        if ".experts." in module and base.path(module) not in base.shapes
     }
 
 

@@ -13,6 +13,22 @@ _PARTS = frozenset({"model", "language_model", "text_model", "transformer"})
 """Parts of paths that only say in which class the language model lies."""
 
 
+_RENAMED = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head", "lm_head"),
+    ("vision_tower.vision_model.", "vision_tower."),
+)
+"""Beginnings of paths before and after transformers 4.52, which PEFT converts in tensors' names."""
+
+
+def renamed(module: str) -> str | None:
+    """The path that transformers gives a module of an older multimodal model; None if the same."""
+    for old, new in _RENAMED:
+        if module.startswith(old):
+            return new + module[len(old) :]
+    return None
+
+
 def common(module: str) -> str:
     """The path without the parts that depend on the class of the model."""
     parts = [part for part in module.split(".") if part not in _PARTS]

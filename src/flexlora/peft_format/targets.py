@@ -14,6 +14,7 @@ from typing import Any
 
 from flexlora.errors import AdapterError
 from flexlora.peft_format.names import is_part
+from flexlora.peft_format.paths import renamed
 from flexlora.peft_format.patterns import whole_matches
 from flexlora.storage.untrusted import short
 
@@ -94,7 +95,7 @@ class Targets:
         """The names in ``target_modules`` that choose none of ``modules``."""
         if not isinstance(self.modules, tuple):
             return []
-        ends = {end for module in modules for end in ends_of(module)}
+        ends = {end for module in with_renamed(modules) for end in ends_of(module)}
         return sorted(name for name in set(self.modules) if name not in ends)
 
     def absent_layers(self, modules: Collection[str]) -> list[int]:
@@ -143,27 +144,40 @@ def common_targets(inputs: Sequence[tuple[Targets, Collection[str]]]) -> list[st
     modules by a plain list, and has tensors for all modules that its list chooses among those
     known, the lists have chosen exactly these modules in training, and the names that chose
     some are kept. In all other cases the base model may have more modules that the names would
-    choose (further layers, a vision tower, shared experts), and the result is whole paths.
+    choose (further layers, a vision tower, shared experts), and the result is whole paths: those
+    of the tensors and, where transformers has renamed modules since, the present ones, as PEFT
+    converts the names of tensors but not these.
     """
     union = {module for _, modules in inputs for module in modules}
     names: set[str] = set()
     for settings, modules in inputs:
         if not settings.plain or settings.chosen(union) != set(modules):
-            return sorted(union)
+            return sorted(with_renamed(union))
         names |= set(settings.modules or ()) - set(settings.absent(modules))
-    return sorted(names if _same_in_every_layer(union) else union)
+    return sorted(names if _same_in_every_layer(union) else with_renamed(union))
+
+
+def with_renamed(modules: Iterable[str]) -> set[str]:
+    """The modules, and the present paths of those that transformers has renamed."""
+    return {path for each in modules for path in (each, renamed(each)) if path}
 
 
 def _same_in_every_layer(modules: Collection[str]) -> bool:
-    """Whether the layers numbered 0 to n all have the same modules."""
-    layers: dict[str, set[int]] = {}
+    """Whether in each stack the layers numbered 0 to n all have the same modules.
+
+    A vision tower is another stack than the language model, and may have more layers.
+    """
+    stacks: dict[str, dict[str, set[int]]] = {}
     for module in modules:
-        layer = re.search(r"(?<=\.)\d+(?=\.)", module)
-        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", module, count=1)
-        layers.setdefault(kind, set()).update([int(layer[0])] if layer else [])
-    numbered = [numbers for numbers in layers.values() if numbers]
-    every = set(range(max(map(len, numbered), default=0)))
-    return all(numbers == every for numbers in numbered)
+        layer = re.search(r"(?<=\.)(\d+)\.", f".{module}")
+        if layer:
+            stack, name = f".{module}"[: layer.start()], f".{module}"[layer.end() :]
+            stacks.setdefault(stack, {}).setdefault(name, set()).add(int(layer[1]))
+    return all(
+        numbers == set(range(len(numbers))) == next(iter(names.values()))
+        for names in stacks.values()
+        for numbers in names.values()
+    )
 
 
 def _names(config: Mapping[str, Any], key: str, place: str) -> tuple[str, ...] | str | None:
