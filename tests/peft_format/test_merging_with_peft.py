@@ -274,6 +274,13 @@ def test_weights_can_be_summed_and_undone(tmp_path):
     result = merge([one, one], tmp_path / "none", weights=[1, -1], sum_weights=True)
     assert [facts.rank for facts in result] == [1, 1]
     assert all(not delta.any() for delta in deltas(base, tmp_path / "none").values())
+    # The difference of adapters that nearly agree is not lost to rounding.
+    near = trained(base, tmp_path / "near", 1, r=2, target_modules=["q_proj"])
+    values = load_file(near / WEIGHTS)
+    save_file({name: value * (1 + 2**-12) for name, value in values.items()}, near / WEIGHTS)
+    merge([near, one], tmp_path / "small", weights=[1, -1], sum_weights=True)
+    expected = weighted((1, deltas(base, near)), (-1, deltas(base, one)))
+    assert difference(deltas(base, tmp_path / "small"), expected) < ROUNDING
     with pytest.raises(AdapterError, match="finite and not zero, got 0"):
         merge([one, two], tmp_path / "other", weights=[1, 0], sum_weights=True)
 

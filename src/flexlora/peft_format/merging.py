@@ -24,8 +24,8 @@ from flexlora.peft_format.whole import mean_of_whole, saved_names
 ROUNDING = 1e-10
 """Singular values below this share of the largest are rounding errors, not content."""
 
-CANCELLED = 1e-7
-"""The same, as a share of the terms, where terms are subtracted: the precision of float32."""
+CANCELLED = 1e-12
+"""The same, as a share of the terms, where terms are subtracted and may cancel."""
 
 StrPath = str | os.PathLike[str]
 Rank = int | float | Literal["max"]
