@@ -280,7 +280,7 @@ def test_the_markdown_has_every_method_and_says_who_refused(three):
     assert "| fedit |" not in text.replace("| fedit | skipped", "")
     assert "| (before training) | 3 of 3 | 3.250 ± 0.250 | – | 10.0 ± 0.0 |" in text
     assert "| flexlora | 2, 2, 2 | 2.000 ± 0.250 | 22.0 ± 0.0 |" in text
-    assert "| flexlora | 1.750 ± 0.250 | 6.0 KiB | 3.0 KiB | 0.75 ± 0.00 | 0 |" in text
+    assert "| flexlora | 1.750 ± 0.250 | 6.0 KiB | 3.0 KiB | 9.0 ± 0.0 | 0.75 ± 0.00 | 0 |" in text
     assert "| arXiv 2402.11505 | yes | yes | one |" in text
     assert "| flexlora | 62.50 ± 0.00 | 21.50 ± 0.00 | 17.50 ± 0.00 |" in text
     for line in (line for line in text.splitlines() if line.startswith("|")):
@@ -304,7 +304,7 @@ def test_the_json_holds_every_number(three):
         "values": pytest.approx([2.0, 2.25, 2.5]),
     }
     assert best["best"]["unseen"]["loss"]["mean"] == pytest.approx(2.0)
-    assert best["costs"]["bytes_up"]["mean"] == 6144
+    assert best["costs"]["bytes_up"]["mean"] == 6144 and best["costs"]["seconds"]["mean"] == 9
     assert best["by_round"]["energy of ranks 3–5"]["2"]["mean"] == pytest.approx(21)
     assert best["by_round"]["loss (unseen)"]["0"]["mean"] == pytest.approx(3.25)
     assert second["standing"]["level"] and second["standing"]["always"]

@@ -28,6 +28,9 @@ from flexlora.reporting.document import (
 from flexlora.reporting.tables import ClientSpread
 
 REPORT = "report"
+FEW_RUNS = 12
+"""Up to this number of runs their table is not folded."""
+
 _WORSE = "Worse off (%)"
 
 
@@ -45,8 +48,9 @@ def runs(comparison: Comparison, reports: Mapping[tuple[str, int], str]) -> Sect
         "percent, the loss of the worst client, bytes up and down, and the wall-clock time of all "
         "rounds without evaluation."
     )
-    summary = f"{len(rows)} runs"
-    return Section("Runs", [note, Details(summary, [Table(head, rows, {0, 7}, sortable=True)])])
+    table = Table(head, rows, {0, 7}, sortable=True)
+    folded = Details(f"{len(rows)} runs", [table])
+    return Section("Runs", [note, table if len(rows) <= FEW_RUNS else folded])
 
 
 def clients(comparison: Comparison) -> Section:

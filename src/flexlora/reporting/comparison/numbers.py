@@ -30,6 +30,7 @@ DIGITS = {"loss": 3, "rouge_l": 1, "exact_match": 1}
 COSTS: Mapping[str, Value] = {
     "bytes_up": lambda run: run.bytes_up,
     "bytes_down": lambda run: run.bytes_down,
+    "seconds": lambda run: run.seconds,
     "server_seconds": lambda run: run.server_seconds,
     "lost_turns": lambda run: run.facts.lost,
     "training_loss": last_training,

@@ -174,16 +174,18 @@ def _costs(comparison: Comparison) -> Listing:
                 row.method,
                 text_of(spreads["training_loss"], 3),
                 *(NOTHING if sent is None else size(sent.mean) for sent in traffic),
+                text_of(spreads["seconds"], 1),
                 text_of(spreads["server_seconds"], 2),
                 NOTHING if lost is None else f"{sum(lost.values):.0f}",
             ]
         )
-    head = ["Method", "Training loss", "Up", "Down", "Server (s)", "Failed"]
+    head = ["Method", "Training loss", "Up", "Down", "Time (s)", "Server (s)", "Failed"]
     several = len(comparison.seeds) > 1
     note = (
-        "Training loss of the last round in nats per token; bytes of all clients and rounds, and "
-        f"seconds of all aggregations{'; means over seeds' if several else ''}. Failed counts "
-        f"client rounds without a usable upload{', summed over seeds' if several else ''}."
+        "Training loss of the last round in nats per token; bytes of all clients and rounds; "
+        "wall-clock seconds of all rounds without evaluation, and of their aggregations (server)"
+        f"{'; means over seeds' if several else ''}. Failed counts client rounds without a usable "
+        f"upload{', summed over seeds' if several else ''}."
     )
     return Listing("Cost", note, head, lines, {0})
 
