@@ -18,7 +18,7 @@ import pytest
 from flexlora import addresses
 from flexlora.journal import JOURNAL, LossKind, Record
 from flexlora.reporting import watch
-from flexlora.reporting.watch import curve, page, words
+from flexlora.reporting.watch import Estimate, curve, page, words
 from flexlora.reporting.watch.run_state import LOGGED, RunState
 
 pytest.importorskip("fastapi", reason="needs the extra flexlora[watch]")
@@ -230,6 +230,19 @@ def test_a_row_says_all_of_a_client():
     ]  # fmt: skip
     assert second["cells"][1:4] == ["ranks 2, 7", "29", "training for 98 s"]
     assert said["count"] == "2 of 4 clients have been active: 1 training, 1 failed."
+
+
+def test_the_time_left_is_shown_and_of_a_finished_run_the_time_it_took():
+    now = standing(start(), finished_round())
+
+    def fact(left):
+        return words.status(now, "my-run", 200.0, left=left)["shown"]["facts"][0]
+
+    assert fact(None) == ["Time left", "–", "not known yet"]
+    assert fact(Estimate(125.0, False)) == ["Time left", "2 min 05 s", "estimated"]
+    assert fact(Estimate(7.0, True)) == ["Time left", "7 s", "without evaluations"]
+    now.add({"event": "finish", "rounds": 5, "seconds": 61.0, "adapter": "x"})
+    assert fact(None) == ["Took", "1 min 01 s", "since it was started or resumed"]
 
 
 def test_ranks_are_spelled():
@@ -502,6 +515,7 @@ def test_the_status_follows_the_journal(served):
     found = json.loads(get(url, "status.json")[2])
     assert found["name"] == "my-run" and found["clients"][0]["name"] == EVIL
     assert (found["state"], found["round"], found["rounds_planned"]) == ("running", 1, 5)
+    assert found["seconds_left"] is not None
     length = Record(folder).bytes
     write(folder, lost("a\ud800"), finished_round())
     found = json.loads(get(url, "status.json")[2])

@@ -25,6 +25,7 @@ from flexlora.reporting import html
 from flexlora.reporting.run_files import REPORT
 from flexlora.reporting.watch import metrics, page, words
 from flexlora.reporting.watch.run_state import RunState
+from flexlora.reporting.watch.time_left import TimeLeft
 
 HEADERS = {
     "Content-Security-Policy": page.POLICY,
@@ -44,13 +45,16 @@ class _Watched:
         # The name of "." is empty before it is resolved.
         self.name = folder.resolve().name
         self._report = folder / REPORT if with_report else None
-        self._journal, self._state, self._lock = Journal(folder), RunState(), threading.Lock()
+        self._journal, self._lock = Journal(folder), threading.Lock()
+        self._state = RunState()
+        self._left = TimeLeft(self._state)
 
     def status(self) -> dict[str, Any]:
         """The state of the run for programs and for the page."""
         with self._lock:
             report = REPORT if self.report() else ""
-            return words.status(self._now(), self.name, time.time(), report)
+            now, at = self._now(), time.time()
+            return words.status(now, self.name, at, report, self._left.left(at))
 
     def report(self) -> Path | None:
         """The report of the run, if it was written and is served."""
@@ -65,8 +69,10 @@ class _Watched:
         for event in self._journal.news():
             if event is None:
                 self._state = RunState()
+                self._left = TimeLeft(self._state)
             else:
                 self._state.add(event)
+                self._left.add(event)
         return self._state
 
 

@@ -11,6 +11,7 @@ from flexlora.journal import NOTHING, LossKind, age, counted, duration, number, 
 from flexlora.reporting.names import natural, rank_type_text, shortened
 from flexlora.reporting.watch.curve import Curve, loss_curve
 from flexlora.reporting.watch.run_state import ClientState, LogEntry, RunState, Scores
+from flexlora.reporting.watch.time_left import Estimate
 
 MOST_CLIENTS = 200
 MOST_EVENTS = 20
@@ -23,7 +24,7 @@ Words = dict[str, Any]
 ``state``        {kind, text}; the kind is waiting, running, short, stopped or finished
 ``about``        method, model and version
 ``progress``     {share (0 to 1), text}
-``facts``        [[label, value, note]], always the same labels
+``facts``        [[label, value, note]], always as many
 ``scores``       rows {state, cells} of the latest evaluations
 ``clients``      rows {state, cells} by name; the state is idle, training, answered or lost
 ``count``        the number of clients in each state
@@ -37,10 +38,13 @@ Words = dict[str, Any]
 """
 
 
-def status(now: RunState, name: str, at: float, report: str = "") -> dict[str, Any]:
+def status(
+    now: RunState, name: str, at: float, report: str = "", left: Estimate | None = None
+) -> dict[str, Any]:
     """The run called ``name`` at a time, in seconds since 1970; ``shown`` is for the page.
 
-    ``report`` is the address of the run's report, empty if there is none. Of many clients the
+    ``report`` is the address of the run's report, empty if there is none, ``left`` the estimate of
+    the time left. Of many clients the
     ``MOST_CLIENTS`` most recently active are listed, and only these cost time.
     """
     listed = sorted(now.latest(MOST_CLIENTS), key=lambda client: natural(client.name))
@@ -56,6 +60,7 @@ def status(now: RunState, name: str, at: float, report: str = "") -> dict[str, A
         "tokens_per_second": now.tokens_per_second,
         "round_seconds": now.last_round.get("seconds"),
         "server_seconds": now.last_round.get("aggregate_seconds"),
+        "seconds_left": left.seconds if left else None,
         "last_event": now.last_time,
         "totals": dict(now.totals),
         "losses": dict(now.losses),
@@ -66,12 +71,17 @@ def status(now: RunState, name: str, at: float, report: str = "") -> dict[str, A
         "training_loss_by_round": now.losses_by_round,
         "evaluation_loss_by_round": now.curves,
         "events": [vars(entry) for entry in _latest(now)],
-        "shown": _words(now, name, at, listed, scores) | {"report": report},
+        "shown": _words(now, name, at, listed, scores, left) | {"report": report},
     }
 
 
 def _words(
-    now: RunState, name: str, at: float, listed: Sequence[ClientState], scores: Sequence[Scores]
+    now: RunState,
+    name: str,
+    at: float,
+    listed: Sequence[ClientState],
+    scores: Sequence[Scores],
+    left: Estimate | None,
 ) -> Words:
     more, curve = len(now.clients) - len(listed), loss_curve(now)
     return {
@@ -80,7 +90,7 @@ def _words(
         "state": {"kind": now.state, "text": _state(now)},
         "about": _about(now),
         "progress": {"share": _share(now), "text": _progress(now)},
-        "facts": _facts(now, at),
+        "facts": [_time_left(now, left), *_facts(now, at)],
         "scores": [{"state": row.group, "cells": _score_cells(row)} for row in scores],
         "clients": [_row(now, client, at) for client in listed],
         "count": _count(now),
@@ -170,6 +180,16 @@ def _progress(now: RunState) -> str:
         return f"{text} finished" if now.rounds else text
     wanted = f" of {now.wanted:,}" if now.wanted else ""
     return f"{text}: {len(now.busy['answered']):,}{wanted} uploads"
+
+
+def _time_left(now: RunState, left: Estimate | None) -> list[str]:
+    """The estimated time left; of a run that is over, how long it took."""
+    if now.finish:
+        return ["Took", duration(now.finish.get("seconds")), "since it was started or resumed"]
+    if left is None:
+        return ["Time left", NOTHING, "" if now.state == "stopped" else "not known yet"]
+    note = "without evaluations" if left.without_evaluations else "estimated"
+    return ["Time left", duration(left.seconds), note]
 
 
 def _facts(now: RunState, at: float) -> list[list[str]]:
