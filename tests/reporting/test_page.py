@@ -281,7 +281,8 @@ def test_a_column_that_the_data_lacks_stays_switched_off_in_the_config_to_save()
     "changes",
     [
         {"data": {"columns": {"category": "", "split": ""}}},
-        {"data": {"columns": {"messages": "turns", "input": "", "instruction": "q \"1\" \\ é"}}},
+        {"data": {"columns": {"messages": "turns"}}},
+        {"data": {"columns": {"input": "", "instruction": "q \"1\" \\ é"}}},
         {"method": {"name": "hetlora"}, "federation": {"cohort": None, "fraction": 0.5}},
         {"ranks": {"types": None, "distribution": None, "rank": 4}, "regularizer": {
             "name": "fedprox", "strength": 0.01}},

@@ -38,6 +38,7 @@ def test_wilson_s_interval_has_the_published_values():
         assert interval.high / 100 == pytest.approx(high, abs=6e-5)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 500), st.floats(0, 1))
 def test_wilson_s_interval_is_a_mirror_and_contains_the_share(count, share):
     ours, mirrored = wilson(share, count), wilson(1 - share, count)
