@@ -23,8 +23,8 @@ import torch
 from result import Claim, Table, data_file, finish, setting
 
 from flexlora.data.corpora import table
-from flexlora.data.prompt import alpaca
-from flexlora.data.tokens import Int32s
+from flexlora.data.encoding import Int32s
+from flexlora.data.prompts import alpaca
 from flexlora.evaluation import decoding, generation, padded
 from flexlora.evaluation.prefix_tree import tree
 from flexlora.lowrank.factors import Adapter, Factors

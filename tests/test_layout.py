@@ -28,6 +28,7 @@ ENTRANCES = (
     "data.corpora.hub",
     "data.corpora.mapped",
     "data.corpora.natural_instructions",
+    "data.corpora.objects",
     "data.corpora.procedural",
     "data.corpora.table",
     "data.partition",

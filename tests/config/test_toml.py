@@ -167,3 +167,37 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path, text):
         match=r"ranks\.toml (cannot be read|is not valid TOML)|ranks\.toml, line 1, is not",
     ):
         read_table(path)
+
+
+# --- prompt templates ----------------------------------------------------------------------
+
+
+def test_a_prompt_template_is_read_from_its_file(tmp_path, monkeypatch):
+    (tmp_path / "mine.jinja").write_text("Q: {{ instruction }}\nA: ", encoding="utf-8")
+    text = TEXT.replace('path = "/rows.jsonl"', 'path = "/rows.jsonl"\nprompt = "mine.jinja"')
+    experiment = load(written(tmp_path, text))
+    assert experiment.data.prompt == "Q: {{ instruction }}\nA: "
+    assert load(written(tmp_path, dump(experiment))) == experiment
+    shell = tmp_path / "shell"
+    shell.mkdir()
+    (shell / "other.j2").write_text("{{ input }}", encoding="utf-8")
+    monkeypatch.chdir(shell)
+    path = written(tmp_path, text)
+    assert load(path, ["data.prompt=other.j2"]).data.prompt == "{{ input }}"
+    assert load(path, ["data.prompt={{ input }}!"]).data.prompt == "{{ input }}!"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("none.jinja", "none.jinja' cannot be read: No such file"),
+        ("empty.jinja", "has no variable, such as"),
+        ("{% for %}", "not a Jinja template"),
+        ("alpacca", "no prompt 'alpacca'.*Did you mean 'alpaca'"),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(tmp_path, prompt, message):
+    (tmp_path / "empty.jinja").write_text("Answer.", encoding="utf-8")
+    text = TEXT.replace('path = "/rows.jsonl"', f'path = "/rows.jsonl"\nprompt = "{prompt}"')
+    with pytest.raises(ConfigError, match=message):
+        load(written(tmp_path, text))

@@ -12,12 +12,12 @@ CHAT = (
 )
 
 
-def byte_tokenizer(chat_template=CHAT, adds_bos=False):
+def byte_tokenizer(chat_template=CHAT, adds_bos=False, added=()):
     """Byte-level BPE without a download; every text can be encoded and decoded."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    special = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", *added]
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=special,

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from flexlora.data import tokens
 from flexlora.data.corpus import Corpus, Example
-from flexlora.data.prompt import alpaca, chat, plain
-from flexlora.data.tokens import TokenStore, encode, shorten
+from flexlora.data.encoding import encode, shorten
+from flexlora.data.prompts import alpaca, named, plain
+from flexlora.data.tokens import TokenStore
 
 from .conftest import byte_tokenizer, small_corpus
 
@@ -22,7 +23,7 @@ def test_prompt_and_response_meet_at_the_border(tokenizer):
 
 
 def test_an_empty_response_is_its_end_alone(tokenizer):
-    encoded = encode(Example("Add.", "", ""), chat(tokenizer), tokenizer, 1000)
+    encoded = encode(Example("Add.", "", ""), named("chat", tokenizer), tokenizer, 1000)
     assert encoded.response.tolist() == [tokenizer.eos_token_id]
 
 
@@ -39,7 +40,7 @@ def test_the_beginning_is_set_once_and_only_if_the_tokenizer_does():
 
 
 def test_what_cannot_be_learned_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="prompt of row 0 has no tokens"):
+    with pytest.raises(ValueError, match="prompt of row 1 has no tokens"):
         encode(Example("", "", "3"), plain, tokenizer, 99)
     endless = byte_tokenizer()
     endless.eos_token = None
@@ -101,7 +102,8 @@ def test_a_store_is_encoded_once(corpus, tokenizer, tmp_path, monkeypatch):
 def test_whatever_changes_the_tokens_changes_the_store(tokenizer, tmp_path):
     corpus = small_corpus()
     other = corpus.with_column("input", ["x"] * len(corpus))
-    dated = byte_tokenizer(chat_template="{{ messages[0].content }} Answer: ")
+    other_chat = "{% for m in messages %}{{ m.content }} Answer: {% endfor %}"
+    dated = byte_tokenizer(chat_template=other_chat)
     for arguments in [
         (corpus, tokenizer, "alpaca", 50),
         (corpus, tokenizer, "alpaca", 51),
@@ -129,7 +131,7 @@ def test_a_call_that_pads_leaves_the_store_where_it_is(corpus, tmp_path):
 
 def test_a_crash_leaves_no_half_store(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "_ROWS_AT_ONCE", 5)
-    encode_all = tokens._encode_all
+    encode_all = tokens.encode_all
 
     def fails_later(examples, prompt, tokenizer, first):
         if first == 10:
@@ -137,7 +139,7 @@ def test_a_crash_leaves_no_half_store(corpus, tokenizer, tmp_path, monkeypatch):
         return encode_all(examples, prompt, tokenizer, first)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tokens, "_encode_all", fails_later)
+        patch.setattr(tokens, "encode_all", fails_later)
         TokenStore.build(corpus, tokenizer, "plain", 50, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert len(TokenStore.build(corpus, tokenizer, "plain", 50, tmp_path)) == 17

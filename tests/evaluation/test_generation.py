@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flexlora.data.corpus import Example
-from flexlora.data.prompt import plain
+from flexlora.data.prompts import plain
 from flexlora.evaluation.generation import answers_of_each, exact_match, prompts
 from flexlora.model.layers import attention
 from flexlora.model.source import Source

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexlora.data.tokens import Tokens
+from flexlora.data.encoding import Tokens
 from flexlora.evaluation.held_out_loss import losses
 
 SIZES = ((3, 1), (11, 5), (1, 7), (19, 2), (2, 13))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.data.corpus import Corpus, Example
-from flexlora.data.prompt import plain
-from flexlora.data.tokens import encode
+from flexlora.data.encoding import encode
+from flexlora.data.prompts import plain
 from flexlora.evaluation import generation, held_out_loss, vllm_engine
 from flexlora.evaluation.rouge import rouge_l
 from flexlora.evaluation.scoring import (
@@ -144,8 +144,9 @@ def test_another_engine_is_given_adapters_and_prompts(base, questions, monkeypat
     monkeypatch.setattr(vllm_engine, "answers_of_each", stand_in)
     other = replace(SETTINGS, engine="vllm")
     results = evaluate_each(base, adapters, questions, plain, other)
-    ((_, given, read, new),) = calls
+    ((_, given, read, new, end),) = calls
     assert (given, len(read), new) == (adapters, len(questions), 7)
+    assert end is None
     assert [sum(row["exact_match"] for row in rows) for rows in results] == [len(questions), 0]
     own = evaluate_each(base, adapters, questions, plain, SETTINGS)
     for ours, other_rows in zip(own, results, strict=True):

@@ -1,6 +1,6 @@
 """A TOML file as frozen settings, and back. Only the form of the settings is checked."""
 
-from flexlora.config.experiment import Experiment, Ranks, parse
+from flexlora.config.experiment import DataSettings, Experiment, Ranks, parse
 from flexlora.config.plugins import Plugins
 from flexlora.config.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution, several
 from flexlora.config.toml import apply_changes, dump, load, rank_table
@@ -8,6 +8,7 @@ from flexlora.config.toml import apply_changes, dump, load, rank_table
 __all__ = [
     "PAPER_TYPES",
     "Assignment",
+    "DataSettings",
     "Experiment",
     "Plugins",
     "RankType",

@@ -7,17 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flexlora.config import faults, ranks
 from flexlora.config.faults import Places
-from flexlora.data import Columns
+from flexlora.data import Columns, check_name, fields_of, is_template
 from flexlora.errors import ConfigError
 from flexlora.evaluation import Evaluation
 from flexlora.model import Source
 from flexlora.training import Training
 
 Section = TypeVar("Section", bound=BaseModel)
+
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+"""Suffixes of files with prompt templates."""
 
 CLOSED = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,7 +49,7 @@ class DataSettings(BaseModel):
     source: str | None = None
     columns: Columns = Columns()
     encoding: str | None = None
-    prompt: Literal["alpaca", "chat", "plain"] = "alpaca"
+    prompt: str = "alpaca"
     max_tokens: int = Field(512, ge=8)
     clients: int | None = Field(None, ge=1)
     unseen_clients: int = Field(0, ge=0)
@@ -55,6 +58,27 @@ class DataSettings(BaseModel):
     families: tuple[str, ...] | None = None
     examples: int = Field(80, ge=10)
     cache: str | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _template_text(cls, prompt: str) -> str:
+        """The prompt's name, or the text of a template, read from its file."""
+        if Path(prompt).suffix in TEMPLATE_SUFFIXES and not is_template(prompt):
+            try:
+                prompt = Path(prompt).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+                raise ConfigError(
+                    f"The template data.prompt = {prompt!r} cannot be read: {reason}."
+                ) from error
+            if not is_template(prompt):
+                raise ConfigError(
+                    "The template data.prompt has no variable, such as {{ instruction }}; add "
+                    "those that it is to show."
+                )
+        check_name(prompt)
+        fields_of(prompt)
+        return prompt
 
 
 class RankTypeSettings(BaseModel):

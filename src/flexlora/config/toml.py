@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from flexlora.config.experiment import Experiment, Ranks, parse, parse_ranks
+from flexlora.config.experiment import TEMPLATE_SUFFIXES, Experiment, Ranks, parse, parse_ranks
 from flexlora.errors import ConfigError
 
 _TABLE = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$")
@@ -20,8 +20,8 @@ _KEY = re.compile(r"""^\s*([A-Za-z0-9_\-."']+)\s*=""")
 def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
     """The experiment in a TOML file, with ``a.b=value`` changes applied.
 
-    In the file ``data.path`` and ``ranks.table`` are relative to the file, and in a change, as
-    all other paths, to the working folder.
+    In the file ``data.path``, ``ranks.table`` and a template in ``data.prompt`` are relative to
+    the file; in a change they are, as all other paths, relative to the working folder.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown or has a wrong type; names all
@@ -183,15 +183,17 @@ def _apply(content: dict[str, Any], change: str) -> tuple[str, ...]:
 def _make_paths_absolute(
     content: dict[str, Any], folder: Path, changed: Collection[tuple[str, ...]]
 ) -> None:
-    """Resolve ``data.path`` and ``ranks.table`` in place.
+    """Resolve ``data.path``, ``ranks.table`` and a template's file in ``data.prompt`` in place.
 
     They are relative to the config's folder, or to the working folder where a change set them.
     """
-    for section, key in (("data", "path"), ("ranks", "table")):
+    for section, key in (("data", "path"), ("data", "prompt"), ("ranks", "table")):
         table = content.get(section)
         if not isinstance(table, dict) or not isinstance(table.get(key), str):
             continue
-        if section == "data" and table.get("format") == "hub":
+        if key == "path" and table.get("format") == "hub":
+            continue
+        if key == "prompt" and not table[key].endswith(TEMPLATE_SUFFIXES):
             continue
         is_changed = (section, key) in changed or (section,) in changed
         base = Path.cwd() if is_changed else folder

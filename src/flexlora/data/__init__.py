@@ -2,14 +2,17 @@
 
 from flexlora.data.columns import Columns
 from flexlora.data.corpus import Corpus, Example, split_rows
+from flexlora.data.encoding import Int32s, Tokens, encode, shorten
 from flexlora.data.layout import Layout, inspect_table
 from flexlora.data.packing import Forest, Pack, first_fit, join, pack, packs, steps
 from flexlora.data.partition import by_key
-from flexlora.data.prompt import Prompt, named
+from flexlora.data.prompt import Prompt
+from flexlora.data.prompts import NAMES, check_name, fields_of, is_template, named
 from flexlora.data.sources import sources_of
-from flexlora.data.tokens import Int32s, Tokens, TokenStore, encode, shorten
+from flexlora.data.tokens import TokenStore
 
 __all__ = [
+    "NAMES",
     "Columns",
     "Corpus",
     "Example",
@@ -21,9 +24,12 @@ __all__ = [
     "TokenStore",
     "Tokens",
     "by_key",
+    "check_name",
     "encode",
+    "fields_of",
     "first_fit",
     "inspect_table",
+    "is_template",
     "join",
     "named",
     "pack",

@@ -78,25 +78,32 @@ class Chosen:
     """The source's name of every column to read, by the corpus's name.
 
     ``tools`` is the source's column of tool descriptions, beside ``messages`` only. ``notices``
-    are sentences on names that were not the standard ones.
+    are sentences on names that were not the standard ones. ``fields`` are further columns, by the
+    source's names, for a prompt template.
     """
 
     sources: Mapping[str, str]
     tools: str | None
     notices: tuple[str, ...]
+    fields: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """The source's columns to read, each once, even if two columns use the same one."""
         tools = [self.tools] if self.tools else []
-        return list(dict.fromkeys([*self.sources.values(), *tools]))
+        return list(dict.fromkeys([*self.sources.values(), *tools, *self.fields]))
 
 
 def choose(
-    columns: Columns, names: Sequence[str], place: str, needs: Collection[str] = ()
+    columns: Columns,
+    names: Sequence[str],
+    place: str,
+    needs: Collection[str] = (),
+    fields: Collection[str] = (),
 ) -> Chosen:
     """The columns to read from a source whose columns are ``names``.
 
-    ``needs`` are optional columns without which the rows cannot be used, such as ``client``.
+    ``needs`` are optional columns without which the rows cannot be used, such as ``client``;
+    ``fields`` are columns that a prompt template uses.
 
     Raises:
         DataError: explicit or needed columns are missing (names all of them), a wanted name
@@ -121,8 +128,15 @@ def choose(
     absent = [name for name in needs if name not in sources]
     if absent:
         raise DataError(_needed(absent, columns, names, place))
-    _refuse_duplicates(sources, names, place)
-    return Chosen(sources, tools, _notices(columns, sources, names, place))
+    unknown = [name for name in fields if name not in names]
+    if unknown:
+        raise DataError(
+            f"The template data.prompt uses {_joined(unknown)}, but {place} has no such column; "
+            f"its columns are {_listed(names)}."
+        )
+    _refuse_duplicates({**sources, **{name: name for name in fields}}, names, place)
+    notices = _notices(columns, sources, names, place)
+    return Chosen(sources, tools, notices, tuple(fields))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
@@ -17,7 +18,7 @@ from flexlora.seeds import rng
 
 SPLITS: Final = ("train", "validation", "test")
 KEYS: Final = ("client", "category", "split", "instruction")
-TEXTS: Final = ("input", "output", "messages")
+TEXTS: Final = ("input", "output", "messages", "fields")
 
 _KEY_TYPE: Final = pa.dictionary(pa.int32(), pa.string())
 _TEXT_TYPE: Final = pa.large_string()
@@ -33,7 +34,8 @@ class Example:
 
     A row of chat data has ``messages`` instead, the whole conversation; its last message is
     the assistant's and also the ``output``, while instruction and input are empty. ``tools``
-    are the descriptions of functions that a conversation may call.
+    are the descriptions of functions that a conversation may call. ``fields`` are further
+    columns, for a user's own prompt template.
     """
 
     instruction: str
@@ -41,6 +43,7 @@ class Example:
     output: str
     messages: tuple[Message, ...] | None = None
     tools: tuple[Any, ...] | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,8 @@ class Corpus:
     """Examples in columns, as an Arrow table.
 
     The columns are strings: optionally ``client``, ``category`` and ``split``, then either
-    ``instruction``, ``input`` and ``output``, or ``messages`` (JSON). Columns of repeated
+    ``instruction``, ``input`` and ``output`` (and ``fields``, JSON objects of further texts), or
+    ``messages`` (JSON). Columns of repeated
     values (``KEYS``) are dictionary-encoded: if each client has one instruction, half a million
     rows take the memory of their inputs and outputs. No value is null. Build a corpus with
     ``Corpus.build`` or a reader of ``flexlora.data.corpora``.
@@ -113,7 +117,11 @@ class Corpus:
         if "messages" in taken:
             return [_conversation(text) for text in taken["messages"]]
         rows_of_text = zip(taken["instruction"], taken["input"], taken["output"], strict=True)
-        return [Example(*texts) for texts in rows_of_text]
+        if "fields" not in taken:
+            return [Example(*texts) for texts in rows_of_text]
+        further = [json.loads(fields) for fields in taken["fields"]]
+        pairs = zip(rows_of_text, further, strict=True)
+        return [Example(*texts, fields=fields) for texts, fields in pairs]
 
     def keys(self, column: str) -> np.ndarray[Any, np.dtype[np.object_]]:
         """A key column's value for every row, as an object array (rows,) of strings.

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexlora.data.tokens import Int32s, Int64s, TokenStore
+from flexlora.data.encoding import Int32s
+from flexlora.data.tokens import Int64s, TokenStore
 from flexlora.errors import DataError
 
 _WORTH_TOKENS: Final = 8

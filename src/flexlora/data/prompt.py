@@ -1,9 +1,9 @@
-"""Prompt formats: from an example to the text that the model reads and the text to learn."""
+"""What a prompt format is: from an example to the text the model reads and the text to learn."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from flexlora.data.corpus import Example
@@ -12,99 +12,82 @@ from flexlora.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = Callable[[Example], tuple[str, str]]
-"""From an example to the texts of its prompt and its response, without an end token."""
-
-NAMES: Final = ("alpaca", "chat", "plain")
-
-_TODAY: Final = "26 Jul 2024"
-
-_ALPACA_WITH_INPUT: Final = (
-    "Below is an instruction that describes a task, paired with an input that provides "
-    "further context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-_ALPACA: Final = (
-    "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
+Pair = tuple[str, str]
+"""The text of a prompt and that of its response."""
 
 
-def named(name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt format of that name, one of ``NAMES``; ``chat`` uses the tokenizer's template.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt format; calling it writes the texts of an example's prompt and response.
+
+    ``end`` is the id of the token that ends a response and at which generation stops, None for
+    the tokenizer's EOS. A response whose text already ends with it, or with one of ``closing``,
+    gets no other. ``has_own_bos``: the prompt begins as its text says; else it begins with the
+    tokenizer's BOS if the tokenizer adds one to every text. ``source`` is all that the texts
+    depend on beside the example. ``notices`` are sentences for the user.
+    """
+
+    name: str
+    write: Callable[[Example], Pair]
+    source: str = ""
+    end: int | None = None
+    closing: frozenset[int] = frozenset()
+    has_own_bos: bool = False
+    notices: tuple[str, ...] = ()
+
+    def __call__(self, example: Example) -> Pair:
+        """The texts of the prompt and the response, without an end token that is not text.
+
+        Raises:
+            DataError: a template cannot format the example.
+            ConfigError: the format does not suit examples of this kind.
+        """
+        return self.write(example)
+
+
+def refuse_messages(example: Example, name: str) -> None:
+    """Refuse a conversation.
 
     Raises:
-        ConfigError: the name is unknown, or the tokenizer has no chat template.
+        ConfigError: the example is one.
     """
-    if name == "chat":
-        return chat(tokenizer)
-    prompts: dict[str, Prompt] = {"alpaca": alpaca, "plain": plain}
-    if name not in prompts:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        guess = f" Did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(
-            f"There is no prompt '{name}'; set data.prompt to one of {', '.join(NAMES)}.{guess}"
-        )
-    return prompts[name]
-
-
-def alpaca(example: Example) -> tuple[str, str]:
-    """The template of Stanford Alpaca and Alpaca-LoRA, for models without a chat template.
-
-    Raises:
-        ConfigError: the example is a conversation.
-    """
-    _refuse_messages(example, "alpaca")
-    template = _ALPACA_WITH_INPUT if example.input else _ALPACA
-    prompt = template.format(instruction=example.instruction, input=example.input)
-    return prompt, example.output
-
-
-def plain(example: Example) -> tuple[str, str]:
-    """The instruction and the input, each followed by a newline, and nothing else.
-
-    Raises:
-        ConfigError: the example is a conversation.
-    """
-    _refuse_messages(example, "plain")
-    parts = [part for part in (example.instruction, example.input) if part]
-    return "".join(f"{part}\n" for part in parts), example.output
-
-
-def chat(tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The tokenizer's chat template, up to the start of the assistant's message.
-
-    The user's message is the instruction, a blank line and the input; in a conversation the
-    prompt is every message except the last. A template with a ``date_string`` (Llama 3) gets
-    26 July 2024, so that a run reads the same text on every day; a template that reads the
-    clock writes the day on which the examples are encoded.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"The tokenizer '{tokenizer.name_or_path}' has no chat template; set data.prompt to "
-            "'alpaca' or 'plain', or model.name to a model trained for chat."
-        )
-
-    def write(example: Example) -> tuple[str, str]:
-        if example.messages is None:
-            parts = [part for part in (example.instruction, example.input) if part]
-            messages = [{"role": "user", "content": "\n\n".join(parts)}]
-        else:
-            messages = list(example.messages[:-1])
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, date_string=_TODAY
-        )
-        return str(text), example.output
-
-    return write
-
-
-def _refuse_messages(example: Example, name: str) -> None:
     if example.messages is not None:
         raise ConfigError(
             f"The prompt '{name}' cannot format a conversation of {len(example.messages)} "
             "messages; set data.prompt to 'chat', or read columns instruction, input and output."
         )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a format ends a response.
+
+    ``tail`` is all that it writes after an answer, ``kept`` the part up to and including the
+    first token that is one of the tokenizer's added ones; that token's id is ``end``. Without
+    such a token ``kept`` is empty and ``end`` None: a response ends with the tokenizer's EOS.
+    """
+
+    tail: str
+    kept: str
+    end: int | None
+
+
+def ending_of(tail: str, tokenizer: PreTrainedTokenizerBase) -> Ending:
+    """The ending in the text after an answer."""
+    places = [(tail.find(token), -len(token), token) for token in added_tokens(tokenizer)]
+    first = min((place for place in places if place[0] >= 0), default=None)
+    if first is None:
+        return Ending(tail, "", None)
+    position, _, token = first
+    return Ending(tail, tail[: position + len(token)], added_tokens(tokenizer)[token])
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The id of every token that is never split, such as ``<|im_end|>``, by its text."""
+    tokens = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
+    special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {**tokens, **dict(special)}
+
+
+TODAY: Final = "26 Jul 2024"
+"""The date that templates print, so that a run reads the same text on every day."""

@@ -14,83 +14,22 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from flexlora.data.corpus import Corpus, Example
-from flexlora.data.prompt import Prompt, named
+from flexlora.data.corpus import Corpus
+from flexlora.data.encoding import Int32s, Tokens, bos_of, encode_all, eos_of, shorten
+from flexlora.data.prompt import Prompt
+from flexlora.data.prompts import named
 from flexlora.errors import DataError
 from flexlora.journal import Meter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Incremented when the files of a store or their content change."""
 
 _ROWS_AT_ONCE: Final = 4096
 
-Int32s = np.ndarray[Any, np.dtype[np.int32]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """The token ids (n,) of one example: the prompt, the response, and its end token."""
-
-    ids: Int32s
-    prompt_tokens: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def prompt(self) -> Int32s:
-        """The ids of the prompt."""
-        return self.ids[: self.prompt_tokens]
-
-    @property
-    def response(self) -> Int32s:
-        """The ids of the response."""
-        return self.ids[self.prompt_tokens :]
-
-
-def encode(
-    example: Example, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> Tokens:
-    """The ids of one example, at most ``max_tokens``; see ``shorten``.
-
-    Prompt and response are tokenised separately, so that the boundary is exact and the prompt
-    is the same as in generation. The prompt begins with the tokenizer's BOS if the tokenizer
-    adds one itself and the text has none. The response ends with the tokenizer's EOS.
-
-    Raises:
-        DataError: the tokenizer has no EOS, or the prompt has no tokens.
-    """
-    ((prompt_ids, response_ids),) = _encode_all([example], prompt, tokenizer)
-    ids, prompt_tokens = shorten(prompt_ids, response_ids, max_tokens)
-    return Tokens(np.array(ids, np.int32), prompt_tokens)
-
-
-def shorten(
-    prompt: Sequence[int], response: Sequence[int], max_tokens: int
-) -> tuple[list[int], int]:
-    """Prompt and response in at most ``max_tokens`` ids, and the number of prompt ids.
-
-    The response keeps up to half of ``max_tokens``, or as much as the prompt leaves free; it is
-    cut at its end, the closing EOS first, so that the model is not taught to stop in the
-    middle. The prompt then loses tokens from its middle: its head has the instruction, its
-    tail the marker after which the response begins.
-
-    Raises:
-        DataError: ``max_tokens`` is below 2, which leaves no room for both.
-    """
-    if max_tokens < 2:
-        raise DataError(f"max_tokens is {max_tokens}; prompt and response need at least 2.")
-    if len(prompt) + len(response) <= max_tokens:
-        return [*prompt, *response], len(prompt)
-    short_response = response[: max(max_tokens // 2, max_tokens - len(prompt))]
-    room = min(max_tokens - len(short_response), len(prompt))
-    tail = room // 2
-    head = room - tail
-    return [*prompt[:head], *prompt[len(prompt) - tail :], *short_response], room
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +38,17 @@ class TokenStore:
 
     ``ids`` (tokens,) contains all rows one after the other, row i from ``offsets[i]`` to
     ``offsets[i + 1]``; ``offsets`` is (rows + 1,). The first ``prompt_tokens[i]`` ids of row i
-    are its prompt. ``cut`` is the number of rows that were shortened. Four bytes per token.
+    are its prompt. ``cut`` is the number of rows that were shortened, ``answers_cut`` of how many
+    of these the response was, and ``empty`` the number of rows whose response is its end token
+    alone. Four bytes per token.
     """
 
     ids: Int32s
     offsets: Int64s
     prompt_tokens: Int32s
     cut: int
+    answers_cut: int = 0
+    empty: int = 0
 
     @classmethod
     def build(
@@ -163,7 +106,8 @@ class TokenStore:
                 or len(offsets) != facts["rows"] + 1
             ):
                 raise DataError(f"its files do not agree with facts.json, {facts}")
-            return cls(ids, offsets, prompt_tokens, int(facts["cut"]))
+            counts = (int(facts[name]) for name in ("cut", "answers_cut", "empty"))
+            return cls(ids, offsets, prompt_tokens, *counts)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
                 f"The token store in '{folder}' cannot be read ({error}); delete the folder, "
@@ -181,84 +125,43 @@ class TokenStore:
         span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         return Tokens(self.ids[span], int(self.prompt_tokens[row]))
 
+    def notices(self, max_tokens: int) -> tuple[str, ...]:
+        """Sentences for the user on rows that are not learnt as they are."""
+        said = []
+        if self.cut:
+            said.append(
+                f"{self.cut} of {len(self)} rows are longer than data.max_tokens = {max_tokens} "
+                f"and are shortened, {self.answers_cut} of them in the response."
+            )
+        if self.empty:
+            said.append(
+                f"{self.empty} of {len(self)} rows have an empty response, of which only the end "
+                "is learnt."
+            )
+        return tuple(said)
+
     @property
     def lengths(self) -> Int64s:
         """The number of tokens of each row, (rows,)."""
         return np.diff(self.offsets)
 
 
-def _encode_all(
-    examples: Sequence[Example],
-    prompt: Prompt,
-    tokenizer: PreTrainedTokenizerBase,
-    first: int = 0,
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt ids and response ids of each example, not yet shortened.
-
-    ``first`` is the row number of the first example, for errors.
-    """
-    eos = _eos(tokenizer)
-    bos = _bos(tokenizer)
-    texts = [prompt(example) for example in examples]
-    prompts = _ids(tokenizer, [text for text, _ in texts])
-    responses = _ids(tokenizer, [text for _, text in texts])
-    pairs = zip(prompts, responses, strict=True)
-    for row, (prompt_ids, response_ids) in enumerate(pairs, first):
-        if bos and prompt_ids[:1] != bos:
-            prompt_ids = bos + prompt_ids
-        if not prompt_ids:
-            raise DataError(
-                f"The prompt of row {row} has no tokens, so nothing precedes its response; "
-                "give it an instruction or an input."
-            )
-        yield prompt_ids, [*response_ids, eos]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise DataError(
-            f"The tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token; set "
-            "eos_token in its tokenizer_config.json."
-        )
-    return tokenizer.eos_token_id
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS in a list if the tokenizer adds one before every text, else an empty list."""
-    bos = tokenizer.bos_token_id
-    first = tokenizer("")["input_ids"][:1]
-    return [bos] if isinstance(bos, int) and first == [bos] else []
-
-
 def _rows(
     corpus: Corpus, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> Iterator[tuple[Int32s, Int64s]]:
-    """Chunks of the corpus: the ids of its rows, concatenated, and an array (rows, 3) of their
-    lengths, their prompt lengths and whether they were cut.
+    """Chunks of the corpus: the ids of its rows, concatenated, and an array (rows, 5) of their
+    lengths, their prompt lengths, and whether they were cut, their response was, or is empty.
     """
     for start in range(0, len(corpus), _ROWS_AT_ONCE):
         examples = corpus.examples(range(start, min(start + _ROWS_AT_ONCE, len(corpus))))
         ids: list[int] = []
         sizes = []
-        for prompt_ids, response_ids in _encode_all(examples, prompt, tokenizer, start):
+        for prompt_ids, response_ids in encode_all(examples, prompt, tokenizer, start):
             row, prompt_tokens = shorten(prompt_ids, response_ids, max_tokens)
             ids += row
             cut = len(row) < len(prompt_ids) + len(response_ids)
-            sizes.append((len(row), prompt_tokens, cut))
+            answer_cut = len(row) - prompt_tokens < len(response_ids)
+            sizes.append((len(row), prompt_tokens, cut, answer_cut, len(response_ids) < 2))
         yield np.array(ids, np.int32), np.array(sizes, np.int64)
 
 
@@ -274,12 +177,14 @@ def _counted(
             meter.advance(len(sizes))
 
 
-def _layout(sizes: Sequence[Int64s]) -> tuple[Int64s, Int32s, int]:
-    """Offsets (rows + 1,), prompt lengths (rows,) and the number of cut rows, from the chunks'
-    sizes of ``_rows``.
+def _layout(sizes: Sequence[Int64s]) -> tuple[Int64s, Int32s, int, int, int]:
+    """Offsets (rows + 1,), prompt lengths (rows,) and the numbers of rows that were cut, whose
+    response was, and whose response is empty, from the chunks' sizes of ``_rows``.
     """
-    lengths, prompts, cut = np.concatenate([np.empty((0, 3), np.int64), *sizes]).T
-    return np.cumsum([0, *lengths.tolist()]), prompts.astype(np.int32), int(cut.sum())
+    lengths, prompts, *flags = np.concatenate([np.empty((0, 5), np.int64), *sizes]).T
+    cut, answers_cut, empty = (int(flag.sum()) for flag in flags)
+    offsets = np.cumsum([0, *lengths.tolist()])
+    return offsets, prompts.astype(np.int32), cut, answers_cut, empty
 
 
 def _key(
@@ -287,7 +192,7 @@ def _key(
 ) -> str:
     """The name of a store: a hash of everything that determines its content.
 
-    The prompt's template is included through its text for two examples.
+    The prompt's template is included through its source.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -299,14 +204,12 @@ def _key(
     described = json.loads(backend.to_str())
     described.update(padding=None, truncation=None)
     prompt = named(prompt_name, tokenizer)
-    probes = [Example("Add.", "1 and 2", "3"), Example("Name a colour.", "", "Red")]
     facts = {
         "format": FORMAT,
         "corpus": corpus.fingerprint(),
         "tokenizer": described,
-        "chat_template": tokenizer.chat_template if prompt_name == "chat" else None,
-        "ends": [_bos(tokenizer), _eos(tokenizer)],
-        "prompt": [prompt_name, [prompt(probe) for probe in probes]],
+        "ends": [bos_of(tokenizer), eos_of(tokenizer) if prompt.end is None else prompt.end],
+        "prompt": [prompt_name, prompt.source],
         "max_tokens": max_tokens,
     }
     text = json.dumps(facts, sort_keys=True)
@@ -333,7 +236,7 @@ def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
                     "data.max_tokens or read fewer rows."
                 )
             _flush(file)
-        offsets, prompt_tokens, cut = _layout(sizes)
+        offsets, prompt_tokens, *counts = _layout(sizes)
         arrays: tuple[tuple[str, np.ndarray[Any, Any]], ...] = (
             ("offsets", offsets),
             ("prompt_tokens", prompt_tokens),
@@ -342,7 +245,8 @@ def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
             with (partial / f"{name}.npy").open("wb") as file:
                 np.save(file, array, allow_pickle=False)
                 _flush(file)
-        facts = {"format": FORMAT, "rows": len(prompt_tokens), "tokens": tokens, "cut": cut}
+        facts = {"format": FORMAT, "rows": len(prompt_tokens), "tokens": tokens}
+        facts |= dict(zip(("cut", "answers_cut", "empty"), counts, strict=True))
         with (partial / "facts.json").open("wb") as file:
             file.write(json.dumps(facts).encode())
             _flush(file)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexlora.config import Experiment
-from flexlora.errors import ProtocolError
+from flexlora.data import is_template
+from flexlora.errors import ConfigError, ProtocolError
 from flexlora.federation import compose, prepared
 from flexlora.method import Method
 from flexlora.model import Source
@@ -54,12 +55,22 @@ class RunSpec(BaseModel):
 
 
 def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> RunSpec:
-    """The specification of an experiment; ``limit`` has the largest rank by type of module."""
+    """The specification of an experiment; ``limit`` has the largest rank by type of module.
+
+    Raises:
+        ConfigError: the prompt is a template, which is a program and not sent to clients.
+    """
+    prompt = settings.data.prompt
+    if is_template(prompt):
+        raise ConfigError(
+            "data.prompt is a template of your own, which is not sent to real clients, as it would "
+            "be a program that they have to run; set data.prompt to 'alpaca', 'chat' or 'plain'."
+        )
     return RunSpec(
         run=run,
         seed=settings.seed,
         model=settings.model,
-        prompt=settings.data.prompt,
+        prompt=cast(Literal["alpaca", "chat", "plain"], prompt),
         max_tokens=settings.data.max_tokens,
         method=settings.method,
         server_optimizer=settings.server_optimizer,

@@ -42,13 +42,15 @@ def answers_of_each(
     max_new_tokens: int,
     batch_tokens: int,
     meter: Meter | None = None,
+    end: int | None = None,
 ) -> list[list[str]]:
     """The answers of each of the attached adapters to each prompt, as text.
 
     ``base`` has ``adapters`` adapters attached (1 also stands for none). Greedy decoding with a
     key-value cache: no sampling, no penalties, one beam. An answer ends before the first end
-    token (of the tokenizer or of the model), or after ``max_new_tokens``. The text is decoded
-    without special tokens and stripped. ``meter`` counts answers.
+    token (``end``, the prompt format's, or one of the tokenizer or of the model), or after
+    ``max_new_tokens``. The text is decoded without special tokens and stripped. ``meter`` counts
+    answers.
 
     The shared first tokens of prompts are computed once (``decoding``); a model loaded with
     another attention than the default uses transformers' ``generate`` in padded batches
@@ -64,7 +66,7 @@ def answers_of_each(
     _check_context(base, longest, max_new_tokens)
     if not prompts:
         return [[] for _ in range(adapters)]
-    ends, config = stops(base), cast(Any, base.model.config)
+    ends, config = stops(base, end), cast(Any, base.model.config)
     is_default = config._attn_implementation == attention.NAME
     decode = decoding.decode if is_default else padded.decode
     ids_by_adapter = decode(base, prompts, max_new_tokens, ends, batch_tokens, adapters, meter)
@@ -90,12 +92,15 @@ def text(
     return str(decoded).strip()
 
 
-def stops(base: Base) -> list[int]:
-    """The tokens that end an answer: the one of the training first, then the model's."""
+def stops(base: Base, end: int | None) -> list[int]:
+    """The tokens that end an answer: the one of the training first, then the model's.
+
+    ``end`` is that of the prompt format, None for the tokenizer's EOS.
+    """
     config: Any = base.model.generation_config
     model_eos = config.eos_token_id if config is not None else None
     model_ends = model_eos if isinstance(model_eos, list) else [model_eos]
-    tokens = [base.tokenizer.eos_token_id, *model_ends]
+    tokens = [end, base.tokenizer.eos_token_id, *model_ends]
     return list(dict.fromkeys(token for token in tokens if token is not None))
 
 

@@ -221,7 +221,7 @@ def evaluate_with_answers(
         AdapterError: an adapter does not fit the model.
     """
     prompts = _prompt_ids(base, questions, prompt, settings)
-    texts = _answers(base, adapters, prompts, settings, meter)
+    texts = _answers(base, adapters, prompts, settings, prompt.end, meter)
     results = []
     for adapter, adapter_texts in zip(adapters, texts, strict=True):
         with base.attached(adapter):
@@ -247,14 +247,16 @@ def _answers(
     adapters: Sequence[Mapping[str, Factors]],
     prompts: Sequence[Int32s],
     settings: Evaluation,
+    end: int | None,
     meter: Meter | None,
 ) -> list[list[str]]:
     """The answers of each adapter to each prompt."""
     new, room = settings.max_new_tokens, settings.batch_tokens
     if settings.engine == "vllm":
-        return vllm_engine.answers_of_each(base, adapters, prompts, new)
+        return vllm_engine.answers_of_each(base, adapters, prompts, new, end)
     with base.attached(*adapters):
-        return generation.answers_of_each(base, len(adapters), prompts, new, room, meter)
+        count = len(adapters)
+        return generation.answers_of_each(base, count, prompts, new, room, meter, end)
 
 
 def _scores(

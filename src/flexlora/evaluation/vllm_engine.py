@@ -65,18 +65,19 @@ def answers_of_each(
     adapters: Sequence[Mapping[str, Factors]],
     prompts: Sequence[Int32s],
     max_new_tokens: int,
+    end: int | None = None,
 ) -> list[list[str]]:
     """The answers of each adapter to each prompt, decoded greedily by vLLM.
 
     An adapter without modules stands for the base model. The others are passed as temporary
     PEFT directories; the engine is created for this call. All prompts of all adapters are one
-    call, which vLLM schedules.
+    call, which vLLM schedules. ``end`` is the prompt format's end token, None for the tokenizer's.
 
     Raises:
         ConfigError: see ``check``.
     """
     rank = check(base, adapters)
-    ends = stops(base)
+    ends = stops(base, end)
     with tempfile.TemporaryDirectory(prefix="flexlora-vllm-") as folder:
         requests = list(_requests(base, adapters, Path(folder)))
         outputs = _generated(base, requests, prompts, max_new_tokens, ends, rank)

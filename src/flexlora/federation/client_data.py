@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flexlora.config import Experiment
-from flexlora.data import Corpus, partition, sources_of, split_rows
-from flexlora.data.corpora import hub, mapped, natural_instructions, procedural, table
+from flexlora.config import DataSettings, Experiment
+from flexlora.data import Corpus, fields_of, partition, sources_of, split_rows
+from flexlora.data.corpora import (
+    hub,
+    mapped,
+    natural_instructions,
+    objects,
+    procedural,
+    table,
+)
 from flexlora.errors import ConfigError, DataError
 from flexlora.evaluation import Question, pick
 from flexlora.federation import corpora
@@ -67,12 +74,36 @@ def read(experiment: Experiment, cache: Path) -> Corpus:
             "columns": asdict(data.columns),
             "encoding": data.encoding,
             "needs": (needs := _needs(experiment)),
+            "fields": (fields := fields_of(data.prompt)),
             "place": str(path),
         }
-        make = partial(table.read_sources, files, data.columns, place=f"'{path}'", needs=needs)
+        make = partial(
+            table.read_sources, files, data.columns, place=f"'{path}'", needs=needs, fields=fields
+        )
     if not sources:
         return limited(make(), experiment)  # which says what is missing
     return mapped.kept(cache, sources, settings, lambda: limited(make(), experiment))
+
+
+def rows_of(experiment: Experiment, cache: Path, rows: object | None) -> Corpus:
+    """The rows of the clients: those of the config, or these, in any form that a corpus may have.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+    if rows is None:
+        return read(experiment, cache)
+    data = experiment.data
+    if isinstance(rows, str | Path):
+        return read(experiment.model_copy(update={"data": _table_at(data, rows)}), cache)
+    corpus = objects.read(
+        rows, data.columns, needs=_needs(experiment), fields=fields_of(data.prompt)
+    )
+    return limited(corpus, experiment)
+
+
+def _table_at(data: DataSettings, path: str | Path) -> DataSettings:
+    return data.model_copy(update={"format": "table", "path": str(path)})
 
 
 def _needs(experiment: Experiment) -> list[str]:
@@ -190,7 +221,8 @@ def server_questions(experiment: Experiment, clients: Collection[str]) -> list[Q
     data, settings = experiment.data, experiment.evaluation
     if data.path is None or not (settings.seen_clients or settings.unseen_clients):
         return []
-    corpus = table.read(data.path, data.columns, encoding=data.encoding)
+    fields = fields_of(data.prompt)
+    corpus = table.read(data.path, data.columns, encoding=data.encoding, fields=fields)
     if "split" in corpus.columns:
         corpus = corpus.select(_in_split(corpus, "test"))
     owners = sorted(set(corpus.keys("client"))) if "client" in corpus.columns else []

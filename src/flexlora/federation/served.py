@@ -25,6 +25,7 @@ def served(
         DataError: the data cannot be used.
     """
     method = compose.method_of(experiment)
+    prompt = named(experiment.data.prompt, base.tokenizer)
     return PreparedRun(
         experiment=experiment,
         base=base,
@@ -36,5 +37,6 @@ def served(
         unseen=[],
         local=None,
         questions=client_data.server_questions(experiment, clients),
-        prompt=named(experiment.data.prompt, base.tokenizer),
+        prompt=prompt,
+        notices=prompt.notices,
     )

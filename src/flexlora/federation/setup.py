@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flexlora.config import Experiment
-from flexlora.data import Corpus, TokenStore, named
+from flexlora.data import TokenStore, named
 from flexlora.federation import assignment, client_data, compose, notes
 from flexlora.federation.client_turn import ClientRuntime
 from flexlora.federation.prepared import PreparedRun, dtype
@@ -20,7 +19,7 @@ from flexlora.model import Base
 
 def prepare(
     experiment: Experiment,
-    corpus: Corpus | None = None,
+    rows: object | None = None,
     train: bool = True,
     base: Base | None = None,
     method: Method | None = None,
@@ -28,9 +27,10 @@ def prepare(
 ) -> PreparedRun:
     """Read the data, load the model and assign the ranks; any fault of the config appears here.
 
-    ``corpus`` replaces the one that the config names, ``base`` is the config's model if it is
-    loaded already, ``method`` replaces the config's. Without ``train`` no rows are tokenised.
-    ``meter`` tells what is going on.
+    ``rows`` replace those that the config names: a corpus, a list of dicts, a table of pandas,
+    Polars, PyArrow or datasets, or the path of a file; ``data.columns`` names their columns.
+    ``base`` is the config's model if it is loaded already, ``method`` replaces the config's
+    method. Without ``train`` no rows are tokenised. ``meter`` tells what is going on.
 
     Raises:
         ConfigError: the model or the combination of choices cannot be used.
@@ -41,22 +41,23 @@ def prepare(
     data, meter = experiment.data, meter or Meter()
     meter.begin("reading the data")
     cache = client_data.cache_folder(experiment)
-    corpus = _read(experiment, corpus, cache)
-    unseen, corpus, rows = client_data.partitioned(corpus, experiment)
+    corpus = client_data.rows_of(experiment, cache, rows)
+    unseen, corpus, partition = client_data.partitioned(corpus, experiment)
     # Ranks and refusals come before the model: they are quick to check.
-    assigned = assignment.assigned(experiment.ranks, list(rows), experiment.seed)
+    assigned = assignment.assigned(experiment.ranks, list(partition), experiment.seed)
     method = assignment.suited(method, assigned)
     averager = compose.averager_for(method, experiment)
     meter.begin("loading the model")
     base = experiment.model.load() if base is None else base
     modules = list(base.shapes)
-    clients = assignment.clients_of(assigned, rows, modules)
-    rows_read = corpus if train else corpus.select([])
-    store = TokenStore.build(rows_read, base.tokenizer, data.prompt, data.max_tokens, cache, meter)
+    clients = assignment.clients_of(assigned, partition, modules)
+    encoded = corpus if train else corpus.select([])
+    prompt = named(data.prompt, base.tokenizer)
+    store = TokenStore.build(encoded, base.tokenizer, data.prompt, data.max_tokens, cache, meter)
     runtime = ClientRuntime(
         base=base,
         store=store,
-        rows=rows,
+        rows=partition,
         method=method,
         training=experiment.training,
         wire_dtype=dtype(experiment.federation.wire_dtype),
@@ -72,17 +73,11 @@ def prepare(
         ranks=assignment.largest(modules, clients.kinds.values()),
         unseen=unseen,
         local=runtime,
-        questions=client_data.questions(corpus, rows, unseen, experiment),
-        prompt=named(data.prompt, base.tokenizer),
+        questions=client_data.questions(corpus, partition, unseen, experiment),
+        prompt=prompt,
+        notices=(*corpus.notices, *prompt.notices, *store.notices(data.max_tokens)),
     )
     return dataclasses.replace(prepared, notices=notes.of(prepared)) if train else prepared
-
-
-def _read(experiment: Experiment, corpus: Corpus | None, cache: Path) -> Corpus:
-    """The given corpus, or the config's, of as many clients as the config says."""
-    if corpus is None:
-        return client_data.read(experiment, cache)
-    return client_data.limited(corpus, experiment)
 
 
 def _with_method(experiment: Experiment, method: Method | None) -> tuple[Experiment, Method]:

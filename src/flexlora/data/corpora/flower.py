@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from flexlora.data.columns import Columns
-from flexlora.data.corpora.hub import arrow
+from flexlora.data.corpora.objects import exported
 from flexlora.data.corpora.table import of_table
 from flexlora.data.corpus import Corpus
 from flexlora.errors import DataError
@@ -35,7 +35,7 @@ def read(federated: Federated, partitions: int, columns: Columns) -> Corpus:
         raise DataError(f"Cannot read {partitions} partitions; give at least 1.")
     tables = []
     for number in range(partitions):
-        table = arrow(federated.load_partition(number))
+        table = exported(federated.load_partition(number))
         client = pa.repeat(str(number), table.num_rows)
         tables.append(table.append_column("_client", client))
     whole = pa.concat_tables(tables, promote_options="permissive")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import pyarrow as pa
 
 from flexlora.data.columns import Columns
+from flexlora.data.corpora.objects import exported
 from flexlora.data.corpora.table import of_splits
 from flexlora.data.corpus import Corpus
 from flexlora.errors import ConfigError, DataError
@@ -52,11 +50,5 @@ def read(
     for source in chosen:
         if source not in dataset:
             raise DataError(f"{place} has no split '{source}'; it has {', '.join(dataset)}.")
-    tables = [(split, arrow(dataset[source])) for source, split in chosen.items()]
+    tables = [(split, exported(dataset[source])) for source, split in chosen.items()]
     return of_splits(tables, columns, place)
-
-
-def arrow(dataset: Any) -> pa.Table:
-    """The rows of a ``datasets.Dataset`` as an Arrow table, in the dataset's order."""
-    table: pa.Table = dataset.with_format("arrow")[:]
-    return table

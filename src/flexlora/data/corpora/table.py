@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -27,19 +28,21 @@ def read(
     *,
     encoding: str | None = None,
     needs: Collection[str] = (),
+    fields: Collection[str] = (),
 ) -> Corpus:
     """The corpus in a file, in the files of a folder, or in those that match a pattern.
 
     The content and not the suffix says what a file is; see ``flexlora.data.format``. ``needs``
-    are optional columns that must be there. With ``clients`` only their rows are read; from a
-    Parquet file sorted by client only the row groups that contain them.
+    are optional columns that must be there, ``fields`` further ones for a prompt template. With
+    ``clients`` only their rows are read; from a Parquet file sorted by client only the row
+    groups that contain them.
 
     Raises:
         DataError: there is no such file, it cannot be read, a column or a client is missing,
             or a value cannot be used.
     """
     files = sources_of(path, encoding)
-    return read_sources(files, columns, clients, place=f"'{path}'", needs=needs)
+    return read_sources(files, columns, clients, place=f"'{path}'", needs=needs, fields=fields)
 
 
 def read_sources(
@@ -49,9 +52,11 @@ def read_sources(
     *,
     place: str,
     needs: Collection[str] = (),
+    fields: Collection[str] = (),
 ) -> Corpus:
     """As ``read``, of files that are recognized already; ``place`` is what they are together."""
-    chosen = choose(columns or Columns(), _names(files, columns or Columns()), place, needs)
+    columns = columns or Columns()
+    chosen = choose(columns, _names(files, columns, fields), place, needs, fields)
     wanted = None if clients is None else {str(client) for client in clients}
     if wanted is not None and "client" not in chosen.sources:
         raise DataError(
@@ -68,13 +73,19 @@ def read_sources(
     return corpus
 
 
-def of_table(table: pa.Table, columns: Columns, place: str, needs: Collection[str] = ()) -> Corpus:
+def of_table(
+    table: pa.Table,
+    columns: Columns,
+    place: str,
+    needs: Collection[str] = (),
+    fields: Collection[str] = (),
+) -> Corpus:
     """The corpus in an Arrow table, which ``place`` describes in errors.
 
     Raises:
         DataError: a column is missing, or a value cannot be used.
     """
-    chosen = choose(columns, table.column_names, place, needs)
+    chosen = choose(columns, table.column_names, place, needs, fields)
     corpus = corpus_of(Rows.of(table.select(chosen.names()), place), chosen, place)
     return corpus.noting(chosen.notices)
 
@@ -121,14 +132,23 @@ def corpus_of(rows: Rows, chosen: Chosen, place: str) -> Corpus:
         for name in ("instruction", "input"):
             if name not in encoded:
                 encoded[name] = pa.chunked_array([pa.repeat("", rows.length)])
+        if chosen.fields:
+            encoded["fields"] = _fields(chosen.fields, rows)
     return Corpus.build(encoded, place).noting(notices)
 
 
-def _names(files: Sequence[Source], columns: Columns) -> list[str]:
+def _fields(names: Sequence[str], rows: Rows) -> pa.Array:
+    """The further columns of every row as a JSON object of texts."""
+    columns = [texts("input", name, rows).to_pylist() for name in names]
+    objects = (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+    return pa.array([json.dumps(each, ensure_ascii=False) for each in objects], pa.large_string())
+
+
+def _names(files: Sequence[Source], columns: Columns, fields: Collection[str]) -> list[str]:
     """The columns of all files, each as often as the first file that has it."""
     names: list[str] = []
     for source in files:
-        wanted = set(columns.explicit().values()) - set(names)
+        wanted = {*columns.explicit().values(), *fields} - set(names)
         own = [
             *_READERS[source.format].names(source, wanted - set(source.constants)),
             *source.constants,

@@ -1,6 +1,6 @@
 import pytest
 
-from flexlora.data import prompt
+from flexlora.data import prompts as prompt
 from flexlora.data.corpus import Example
 
 from .conftest import byte_tokenizer
@@ -42,20 +42,20 @@ def test_plain_writes_nothing_of_its_own():
 
 def test_chat_ends_where_the_assistant_begins(tokenizer):
     write = prompt.named("chat", tokenizer)
-    assert write(PAIR) == ("<|user|>Add.\n\n1 and 2<|end|>\n<|assistant|>", "3")
+    assert write(PAIR) == ("<|user|>Add.\n\n1 and 2<|end|>\n<|assistant|>", "3<|end|>")
     assert write(ALONE)[0] == "<|user|>Name a colour.<|end|>\n<|assistant|>"
     assert write(CONVERSATION) == (
         "<|user|>Hello<|end|>\n<|assistant|>Yes?<|end|>\n<|user|>Why?<|end|>\n<|assistant|>",
-        "Because.",
+        "Because.<|end|>",
     )
 
 
 def test_chat_reads_the_same_on_every_day():
     dated = byte_tokenizer(
         "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
-        "{% endif %}{{ date_string }} {{ messages[0].content }}"
+        "{% endif %}{{ date_string }} {% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    assert prompt.chat(dated)(ALONE)[0] == "26 Jul 2024 Name a colour."
+    assert prompt.named("chat", dated)(ALONE)[0] == "26 Jul 2024 Name a colour."
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy():
