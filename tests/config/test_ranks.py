@@ -116,6 +116,13 @@ def test_what_cannot_be_dealt_is_refused(shares, explicit, message):
         assign(names(4), PAPER_TYPES, shares, rng(1), explicit)
 
 
+def test_a_held_out_client_of_ranks_is_called_that():
+    with pytest.raises(ValueError, match=r"'mary', which is one of the 2 held-out clients"):
+        assign(names(4), PAPER_TYPES, {}, rng(1), {"mary": "type1"}, ["mary", "john"])
+    with pytest.raises(ValueError, match=r"that have training rows. Did you mean 'c0003'"):
+        assign(names(4), PAPER_TYPES, {}, rng(1), {"c0030": "type1"}, ["mary"])
+
+
 def test_kinds_of_layers_are_told_apart():
     assert RankType(3, 5).by_module(MODULES) == dict(zip(MODULES, (3, 5, 5), strict=True))
     assert set(RankType(3, 3).by_module(["odd.name"]).values()) == {3}

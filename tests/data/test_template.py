@@ -30,8 +30,8 @@ TALK = Example(
         (
             "{{ instruction }}={{ output }};\n",
             "Add.=",
-            "3;\n",
-            "Add.=3;\n<|end|>",
+            "3;",
+            "Add.=3;<|end|>",
         ),
         (
             "{{ bos_token }}<|user|>{{ input }}<|assistant|>{{ output }}{{ eos_token }}\n",

@@ -121,12 +121,14 @@ def assign(
     shares: Mapping[str, float],
     draw: np.random.Generator,
     explicit: Mapping[str, str] | None = None,
+    held_out: Collection[str] = (),
 ) -> Assignment:
     """A type for every client, independent of its data.
 
-    ``explicit`` gives the types of some clients; the others get types in the given shares, as
-    exactly as whole clients allow (largest remainders), in random order. Differs: the paper's
-    code draws each client's type independently, so that small federations miss types.
+    ``explicit`` gives the types of some clients (not of those ``held_out``, which never train);
+    the others get types in the given shares, as exactly as whole clients allow (largest
+    remainders), in random order. Differs: the paper's code draws each client's type
+    independently, so that small federations miss types.
 
     Raises:
         ConfigError: a type or client is unknown, or the shares do not add up to 1.
@@ -142,14 +144,26 @@ def assign(
     training = set(clients)
     for client in explicit:
         if client not in training:
-            raise ConfigError(
-                f"ranks.clients names client {client!r}, which is not one of the {len(training)} "
-                "training clients: the data does not have it, or it is held out "
-                "(data.unseen_clients). Remove it from ranks.clients."
-            )
+            raise ConfigError(_unassignable(client, training, held_out))
     others = [client for client in clients if client not in explicit]
     drawn = _drawn_types(shares, len(others), draw) if others else []
     return Assignment(types, {**dict(explicit), **dict(zip(others, drawn, strict=True))})
+
+
+def _unassignable(client: str, training: Collection[str], held_out: Collection[str]) -> str:
+    """Why a client of ``ranks.clients`` cannot have a rank type."""
+    if client in held_out:
+        return (
+            f"ranks.clients names client {client!r}, which is one of the {len(held_out)} held-out "
+            "clients that never train (data.unseen_clients); remove it from ranks.clients, or let "
+            "another be held out: set data.unseen_clients to 0, or change seed."
+        )
+    near = difflib.get_close_matches(client, sorted(training), 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return (
+        f"ranks.clients names client {client!r}, which is not one of the {len(training)} clients "
+        f"that have training rows.{hint} Correct the name, or remove it from ranks.clients."
+    )
 
 
 def _drawn_types(shares: Mapping[str, float], count: int, draw: np.random.Generator) -> list[str]:

@@ -32,8 +32,10 @@ def clients_of(
     return Clients(rows, assignment.of, _by_type(assignment, modules))
 
 
-def assigned(settings: Ranks, clients: list[str], seed: int) -> Assignment:
-    """Every client's rank type, from one of the ways to say it."""
+def assigned(
+    settings: Ranks, clients: list[str], seed: int, held_out: Collection[str] = ()
+) -> Assignment:
+    """Every training client's rank type, from one of the ways to say it."""
     if settings.table is not None:
         settings = rank_table(Path(settings.table), settings.clients)
     if settings.rank is not None:
@@ -48,7 +50,8 @@ def assigned(settings: Ranks, clients: list[str], seed: int) -> Assignment:
     shares = settings.distribution
     if isinstance(shares, str):
         shares = distribution(shares)
-    return assign(clients, types, shares or {}, rng(seed, "ranks"), settings.clients)
+    draw = rng(seed, "ranks")
+    return assign(clients, types, shares or {}, draw, settings.clients, held_out)
 
 
 def suited(method: Method, assignment: Assignment) -> Method:

@@ -27,10 +27,10 @@ def prepare(
 ) -> PreparedRun:
     """Read the data, load the model and assign the ranks; any fault of the config appears here.
 
-    ``rows`` replace those that the config names: a corpus, a list of dicts, a table of pandas,
-    Polars, PyArrow or datasets, or the path of a file; ``data.columns`` names their columns.
-    ``base`` is the config's model if it is loaded already, ``method`` replaces the config's
-    method. Without ``train`` no rows are tokenised. ``meter`` tells what is going on.
+    ``rows`` replace the config's: a corpus, a list of dicts, a table of pandas, Polars, PyArrow or
+    datasets, or a file's path; ``data.columns`` names their columns. ``base`` is the config's model
+    if it is loaded, ``method`` replaces the config's. Without ``train`` no rows are tokenised.
+    ``meter`` tells what is going on.
 
     Raises:
         ConfigError: the model or the combination of choices cannot be used.
@@ -38,21 +38,20 @@ def prepare(
     """
     torch.set_num_threads(experiment.run.threads or torch.get_num_threads())
     experiment, method = _with_method(experiment, method)
-    data, meter = experiment.data, meter or Meter()
+    data, cache, meter = experiment.data, client_data.cache_folder(experiment), meter or Meter()
     meter.begin("reading the data")
-    cache = client_data.cache_folder(experiment)
     corpus = client_data.rows_of(experiment, cache, rows)
     unseen, corpus, partition = client_data.partitioned(corpus, experiment)
     # Ranks and refusals come before the model: they are quick to check.
-    assigned = assignment.assigned(experiment.ranks, list(partition), experiment.seed)
+    assigned = assignment.assigned(experiment.ranks, list(partition), experiment.seed, unseen)
     method = assignment.suited(method, assigned)
     averager = compose.averager_for(method, experiment)
     meter.begin("loading the model")
     base = experiment.model.load() if base is None else base
     modules = list(base.shapes)
     clients = assignment.clients_of(assigned, partition, modules)
-    encoded = corpus if train else corpus.select([])
     prompt = named(data.prompt, base.tokenizer)
+    encoded = corpus if train else corpus.select([])
     store = TokenStore.build(encoded, base.tokenizer, data.prompt, data.max_tokens, cache, meter)
     runtime = ClientRuntime(
         base=base,
