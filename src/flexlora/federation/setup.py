@@ -48,11 +48,10 @@ def prepare(
     averager = compose.averager_for(method, experiment)
     meter.begin("loading the model")
     base = experiment.model.load() if base is None else base
-    modules = list(base.shapes)
-    clients = assignment.clients_of(assigned, partition, modules)
+    clients = assignment.clients_of(assigned, partition, list(base.shapes))
     prompt = named(data.prompt, base.tokenizer)
-    encoded = corpus if train else corpus.select([])
-    store = TokenStore.build(encoded, base.tokenizer, data.prompt, data.max_tokens, cache, meter)
+    trained = corpus if train else corpus.select([])
+    store = TokenStore.build(trained, base.tokenizer, data.prompt, data.max_tokens, cache, meter)
     runtime = ClientRuntime(
         base=base,
         store=store,
@@ -69,7 +68,7 @@ def prepare(
         method=method,
         averager=averager,
         clients=clients,
-        ranks=assignment.largest(modules, clients.kinds.values()),
+        ranks=assignment.largest(list(base.shapes), clients.kinds.values()),
         unseen=unseen,
         local=runtime,
         questions=client_data.questions(corpus, partition, unseen, experiment),
