@@ -8,9 +8,10 @@ import transformers
 
 from flexlora.data.packing import Forest, join, pack
 from flexlora.data.tokens import TokenStore
+from flexlora.errors import ConfigError
 from flexlora.evaluation.generation import answers_of_each
 from flexlora.lowrank.factors import Adapter, Factors
-from flexlora.model.base import Base
+from flexlora.model.base import Base, Rows
 from flexlora.model.blocks import kind
 from flexlora.model.layers import attention
 from flexlora.model.layers.mlp import GatedMLP
@@ -18,7 +19,7 @@ from flexlora.model.layers.norm import RMSNorm
 from flexlora.model.source import Source
 from flexlora.model.trainable import FlatAdapter
 from flexlora.seeds import rng
-from support import models
+from support import families, models
 from support.factors import random_adapter, random_factors
 from support.rounding import rounding
 from support.rows import sharing_store, store_of
@@ -121,27 +122,34 @@ def test_gradients_do_not_cross_between_examples(base, adapter):
         assert distance(gradient(beside), alone) < tolerance
 
 
-def test_a_sliding_window_shorter_than_an_example_is_refused(tmp_path):
-    config = transformers.MistralConfig(
-        vocab_size=15,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=6,
-    )
-    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["auto", attention.NAME, "sdpa", "eager"])
+def test_a_window_is_that_of_the_model_with_every_attention(tmp_path, name):
+    """Training, evaluation and answers of a model whose window is shorter than an example."""
+    model = families.build("mistral", {"sliding_window": families.WINDOW})
+    model.save_pretrained(tmp_path)
     models.words_tokenizer().save_pretrained(tmp_path)
+    base = Source(str(tmp_path), attention=name).load()
+    assert base.rows is Rows.SHARED
+    rows = sharing_store(families.VOCABULARY)
+    laid = pack(rows, range(len(rows)))
+    with torch.no_grad():
+        got = base.logits(laid)
+        for index in range(len(rows)):
+            tokens = rows[index]
+            ids = torch.from_numpy(tokens.ids.astype("int64"))[None]
+            want = model(input_ids=ids).logits[0, tokens.prompt_tokens - 1 : -1]
+            torch.testing.assert_close(got[laid.owners == index], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_cannot_pack_is_refused_if_packing_is_asked_for(tmp_path):
+    families.build("mamba", families.SINGLE["mamba"]).save_pretrained(tmp_path)
+    models.words_tokenizer().save_pretrained(tmp_path)
+    message = r"backbone\.layers\.0\.mixer \(MambaMixer\).*set model\.attention to 'auto'"
+    with pytest.raises(ConfigError, match=message):
+        Source(str(tmp_path), attention=attention.NAME).load()
     base = Source(str(tmp_path)).load()
-    rows = store()
-    for chosen, fits in (([0, 1, 2], True), ([0, 3], False)):
-        laid = pack(rows, chosen)
-        if fits:
-            assert base.logits(laid).isfinite().all()
-        else:
-            with pytest.raises(ValueError, match=r"sliding window.*set model\.attention"):
-                base.logits(laid)
+    assert base.rows is Rows.PADDED
+    assert "MambaMixer" in base.notices[-1]
 
 
 # --- adapters in and out -------------------------------------------------------------------

@@ -79,6 +79,16 @@ class Forest:
         own = [max((b - a for a, b in tree[1:]), default=0) for tree in self.trees]
         return max(t[0][1] - t[0][0] + n for t, n in zip(self.trees, own, strict=True))
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """The position (tokens,) of each token in its example, from 0."""
+        runs = []
+        for tree in self.trees:
+            root, *own = tree
+            runs.append(torch.arange(root[1] - root[0]))
+            runs += [torch.arange(b - a) + (root[1] - root[0]) for a, b in own]
+        return torch.cat(runs)
+
     def mask(self, first: int, end: int) -> Tensor:
         """The attention mask (n, n) of the tokens from ``first`` to ``end``, in bool.
 

@@ -4,24 +4,22 @@ sequences leave the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexlora.data import Int32s
-from flexlora.errors import ConfigError
-from flexlora.evaluation.kv_cache import AttentionPass, DecodeStep, Prefill, SequenceGroup
+from flexlora.evaluation.kv_cache import DecodeStep, Prefill, SequenceGroup
 from flexlora.evaluation.prefix_tree import Path, PrefixNode, groups, tree
 from flexlora.journal import Meter
-from flexlora.model import Base
+from flexlora.model import AttentionPass, Base
 
-ATTENTION: Final = "flexlora_decoding"
-"""The name, in transformers, of the attention over prefix trees and their caches."""
+
+class UncachedLayersError(Exception):
+    """Some layers of a model keep what they have read in another way than as keys and values."""
 
 
 def decode(
@@ -43,7 +41,7 @@ def decode(
     answers, an unfinished one by its share of tokens.
 
     Raises:
-        ConfigError: the model's attention is not supported; see ``_attend``.
+        UncachedLayersError: not every layer of the model has an attention that calls this module.
     """
     room = batch_tokens // adapters
     nodes = tree(prompts)
@@ -51,7 +49,7 @@ def decode(
     answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(adapters)]
     active: list[SequenceGroup] = []
     finished, counted = 0, 0.0
-    with _attention(base), torch.inference_mode():
+    with torch.inference_mode():
         while waiting or active:
             admitted = _admitted(waiting, nodes, active, max_new_tokens, room)
             del waiting[: len(admitted)]
@@ -177,67 +175,12 @@ def _next_tokens(
 
     ``ids`` and ``positions`` are (rows, tokens); the result has rows * n ids.
     """
-    device = base.device
-    out = base.model(
-        input_ids=ids.to(device),
-        position_ids=positions.to(device),
-        # transformers passes a 4-D mask on as it is, and our attention does not use it.
-        attention_mask=torch.empty(1, 1, 0, 0),
-        logits_to_keep=at.to(device),
-        use_cache=False,
-        attention_pass=attention_pass,
-    )
-    tokens: list[int] = out.logits.argmax(-1).flatten().tolist()
+    logits = base.logits_at(ids, positions, at, attention_pass)
+    tokens: list[int] = logits.argmax(-1).flatten().tolist()
     return tokens
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    *,
-    attention_pass: AttentionPass,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The function that transformers calls in every layer; shapes as ``AttentionPass.attend``.
-
-    Raises:
-        ConfigError: the layer caps its scores, has sinks, or has a window shorter than a
-            sequence.
-    """
-    window = options.get("sliding_window")
-    unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
-    if unsupported or (window and attention_pass.longest > window):
-        feature = ", ".join(unsupported) or "a sliding window"
-        raise ConfigError(
-            f"This model's attention uses {feature}, which the default attention does not "
-            "support; set model.attention to 'eager'."
-        )
-    layer: Any = module.layer_idx
-    return attention_pass.attend(layer, query, key, value, scaling), None
 
 
 def _check_layers(base: Base, group: SequenceGroup) -> None:
     config: Any = base.model.config
-    layers = config.get_text_config().num_hidden_layers
-    if len(group.keys) != layers:
-        raise ConfigError(
-            f"Only {len(group.keys)} of the {layers} layers of {base.name} use an attention that "
-            "the default decoding supports; set model.attention to 'sdpa' or 'eager'."
-        )
-
-
-@contextmanager
-def _attention(base: Base) -> Iterator[None]:
-    """Use the attention of this module within the context."""
-    transformers.AttentionInterface.register(ATTENTION, _attend)
-    config = base.model.config
-    original = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = original
+    if len(group.keys) != config.get_text_config().num_hidden_layers:
+        raise UncachedLayersError(base.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import transformers
@@ -13,7 +13,6 @@ from flexlora.errors import ConfigError
 from flexlora.evaluation import decoding, padded
 from flexlora.journal import Meter
 from flexlora.model import Base
-from flexlora.model.layers import attention
 
 _UNLIMITED: Final = 2**31 - 1
 """More tokens than any example has."""
@@ -52,11 +51,10 @@ def answers_of_each(
     ``max_new_tokens``. The text is decoded without special tokens and stripped. ``meter`` counts
     answers.
 
-    The shared first tokens of prompts are computed once (``decoding``); a model loaded with
-    another attention than the default uses transformers' ``generate`` in padded batches
-    (``padded``). In both cases the other prompts of a batch affect an answer only by rounding:
-    in float32 this is hardly ever visible, in bfloat16 two nearly equal logits may swap and the
-    answers differ from that token on.
+    The shared first tokens of prompts are computed once (``decoding``) where the model's rows
+    can share them; others use transformers' ``generate`` (``padded``). In both cases the other
+    prompts of a batch affect an answer only by rounding: in float32 this is hardly ever visible,
+    in bfloat16 two nearly equal logits may swap and the answers differ from that token on.
 
     Raises:
         ConfigError: a prompt and its answer exceed the model's context, or its attention is
@@ -66,10 +64,13 @@ def answers_of_each(
     _check_context(base, longest, max_new_tokens)
     if not prompts:
         return [[] for _ in range(adapters)]
-    ends, config = stops(base, end), cast(Any, base.model.config)
-    is_default = config._attn_implementation == attention.NAME
-    decode = decoding.decode if is_default else padded.decode
-    ids_by_adapter = decode(base, prompts, max_new_tokens, ends, batch_tokens, adapters, meter)
+    ends = stops(base, end)
+    arguments = base, prompts, max_new_tokens, ends, batch_tokens, adapters, meter
+    try:
+        shares = base.decodes(longest + max_new_tokens)
+        ids_by_adapter = (decoding.decode if shares else padded.decode)(*arguments)
+    except decoding.UncachedLayersError:
+        ids_by_adapter = padded.decode(*arguments)
     return [[text(base.tokenizer, ids, ends) for ids in answers] for answers in ids_by_adapter]
 
 

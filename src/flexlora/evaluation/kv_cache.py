@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexlora.evaluation.prefix_tree import Path, PrefixNode
+from flexlora.model import Layer
 
 
 @dataclass(eq=False)
@@ -21,7 +22,8 @@ class SequenceGroup:
     prompts, ``lengths`` the prompts' tokens, and ``nodes`` the nodes of the prefix tree in the
     cache. ``keys`` and ``values`` are by layer (1, key heads, capacity, head size), and the
     first ``filled`` positions are in use; a new token takes the next one. ``visible``
-    (sequences, capacity) is true where a sequence sees a position. ``unfinished`` are the
+    (sequences, capacity) is true where a slot has a token of a sequence, and ``positions``
+    (capacity,) are the positions of the slots' tokens in their sequences. ``unfinished`` are the
     indices of the sequences that continue, and ``answers`` the tokens of each so far.
     """
 
@@ -30,6 +32,7 @@ class SequenceGroup:
     lengths: list[int]
     nodes: list[int]
     visible: Tensor
+    positions: Tensor
     filled: int
     unfinished: list[int]
     answers: list[list[int]] = field(default_factory=list)
@@ -54,12 +57,15 @@ class SequenceGroup:
             on_path = torch.tensor([node in path for node in cached])
             visible[sequence, :filled] = on_path.repeat_interleave(sizes)
         leaves = [nodes[path[-1]] for path in paths]
+        positions = torch.zeros(visible.shape[1], dtype=torch.int64)
+        positions[:filled] = torch.cat([torch.arange(nodes[n].start, nodes[n].end) for n in cached])
         return cls(
             adapter=adapter,
             prompts=[leaf.prompt for leaf in leaves],
             lengths=[leaf.end for leaf in leaves],
             nodes=cached,
             visible=visible.to(device),
+            positions=positions.to(device),
             filled=filled,
             unfinished=list(range(len(paths))),
         )
@@ -74,14 +80,17 @@ class SequenceGroup:
         return self.lengths[sequence] + len(self.answers[sequence]) - 1
 
     def extended_mask(self) -> Tensor:
-        """Make one more position visible to each unfinished sequence; returns their mask.
+        """Give each unfinished sequence a slot for its next token; returns their mask.
 
-        The mask is (unfinished, filled + unfinished), true where a sequence sees a position.
+        The mask is (unfinished, filled + unfinished), true where a slot has a token of a sequence.
         """
         unfinished = torch.tensor(self.unfinished, device=self.visible.device)
         end = self.filled + len(unfinished)
         new = torch.arange(self.filled, end, device=unfinished.device)
         self.visible[unfinished, new] = True
+        self.positions[new] = torch.tensor(
+            [self.position(sequence) for sequence in self.unfinished], device=new.device
+        )
         return self.visible[unfinished, :end]
 
     def finish_ended(self, stops: Sequence[int], most: int) -> None:
@@ -93,28 +102,13 @@ class SequenceGroup:
         ]
 
 
-class AttentionPass(Protocol):
-    """The attention of one forward pass of the model."""
-
-    @property
-    def longest(self) -> int:
-        """The number of tokens of the longest sequence so far, prompt and answer."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Attention of one layer.
-
-        q is (batch, heads, tokens, head size), k and v (batch, key heads, tokens, head size);
-        the result is (batch, tokens, heads, head size).
-        """
-
-
 @dataclass(frozen=True, eq=False)
 class Prefill:
     """The pass that reads a tree of prompts in one row per adapter and fills the caches.
 
     ``spans[n]`` are the tokens of node n in the row, ``paths[n]`` the nodes from its root to
-    it. ``masks[n]`` (tokens of n, tokens of its path) is true where a token sees another; None
-    for a root, whose attention is causal.
+    it. ``masks[n]`` (tokens of n, tokens of its path) is true where a token comes after another;
+    None for a root, whose attention is causal.
     """
 
     groups: Sequence[SequenceGroup]
@@ -139,23 +133,28 @@ class Prefill:
             masks[n] = ones.tril(nodes[n].start) if len(path) > 1 else None
         return cls(groups, spans, paths, masks)
 
-    @property
-    def longest(self) -> int:
-        """The number of tokens of the longest prompt."""
-        return max(max(group.lengths) for group in self.groups)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each node attends to its path, in one kernel call per node; fills the caches."""
         out = q.new_empty(*q.shape[:3], v.shape[3])
         for node, span in self.spans.items():
             path = self.paths[node]
             keys, values = self._of_nodes(k, path), self._of_nodes(v, path)
-            out[:, :, span] = _attended(q[:, :, span], keys, values, self.masks[node], scale)
+            mask = self._mask(node, keys.shape[2], layer)
+            out[:, :, span] = _attended(layer, q[:, :, span], keys, values, mask)
+        index: int = cast(Any, layer.module).layer_idx
         for group in self.groups:
             for cache, states in ((group.keys, k), (group.values, v)):
                 prompt_states = self._of_nodes(states[group.adapter, None], group.nodes)
-                cache[layer] = F.pad(prompt_states, (0, 0, 0, group.capacity - group.filled))
+                cache[index] = F.pad(prompt_states, (0, 0, 0, group.capacity - group.filled))
         return out.transpose(1, 2)
+
+    def _mask(self, node: int, end: int, layer: Layer) -> Tensor | None:
+        """What the tokens of a node see of the ``end`` tokens of its path, by the layer's rule."""
+        span, rule = self.spans[node], layer.rule
+        if layer.plain and rule.is_causal(end):
+            return self.masks[node]
+        at = torch.arange(end, device=rule.device)
+        return rule.once(node, lambda: rule.visible(at[end - (span.stop - span.start) :], at))
 
     def _of_nodes(self, states: Tensor, nodes: Sequence[int]) -> Tensor:
         """The states (batch, heads, tokens, head size) of only these nodes' tokens."""
@@ -176,33 +175,41 @@ class DecodeStep:
     rows: Sequence[slice]
     masks: Sequence[Tensor]
 
-    @property
-    def longest(self) -> int:
-        """The number of tokens of the longest sequence, the new token included."""
-        return 1 + max(group.position(s) for group in self.groups for s in group.unfinished)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One kernel call per group, with its sequences as queries; extends the caches."""
         out = q.new_zeros(q.shape[0], 1, q.shape[1], v.shape[3])
-        for group, rows, mask in zip(self.groups, self.rows, self.masks, strict=True):
-            keys, values, end = group.keys[layer], group.values[layer], mask.shape[1]
+        index: int = cast(Any, layer.module).layer_idx
+        for number, (group, rows) in enumerate(zip(self.groups, self.rows, strict=True)):
+            keys, values, end = group.keys[index], group.values[index], self.masks[number].shape[1]
             keys[0, :, group.filled : end] = k[rows, :, 0].transpose(0, 1)
             values[0, :, group.filled : end] = v[rows, :, 0].transpose(0, 1)
             queries = q[rows, :, 0].transpose(0, 1)[None]
-            attended = _attended(queries, keys[:, :, :end], values[:, :, :end], mask, scale)
+            mask = self._mask(number, layer)
+            attended = _attended(layer, queries, keys[:, :, :end], values[:, :, :end], mask)
             out[rows, 0] = attended[0].transpose(0, 1)
         return out
 
+    def _mask(self, number: int, layer: Layer) -> Tensor:
+        """What the new tokens of a group see, by the layer's rule."""
+        group, mask, rule = self.groups[number], self.masks[number], layer.rule
+        longest = 1 + max(group.position(sequence) for sequence in group.unfinished)
+        if rule.is_causal(longest):
+            return mask
+        at = group.positions[: mask.shape[1]]
+        return rule.once(number, lambda: mask & rule.visible(at[group.filled :], at))
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+
+def _attended(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention under a mask (tokens, keys), or causal attention without one.
 
     q is (batch, heads, tokens, head size), k and v (batch, key heads, keys, head size); the
-    result has the shape of q.
+    result has the shape of q, with the values' head size.
     """
-    attention = F.scaled_dot_product_attention
+    attention, scale = F.scaled_dot_product_attention, layer.scale
     if mask is None:
         return attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if not layer.plain:
+        return layer.masked(q, k, v, mask)
     # Heads that share a key head become queries of it: with a mask CUDA's fast kernels do not
     # support grouped heads, and repeating the keys would cost more than the attention itself.
     batch, heads, tokens, _ = q.shape

@@ -1,7 +1,8 @@
-"""Greedy decoding by transformers' ``generate``, in batches padded on the left."""
+"""Greedy decoding by transformers' ``generate``, in batches of prompts of one length."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,19 +26,21 @@ def decode(
     adapters: int = 1,
     meter: Meter | None = None,
 ) -> list[list[list[int]]]:
-    """The same as ``decoding.decode``, for models that use another attention than the default.
+    """The same as ``decoding.decode``, for models whose rows cannot share tokens.
 
-    In a batch every adapter has the same prompts. A batch ends with its longest answer, and an
-    answer that ends earlier is followed by stop tokens.
+    A batch has prompts of one length, as not every model ignores padding on the left, and one
+    adapter. It ends with its longest answer, and an answer that ends earlier is followed by stop
+    tokens.
     """
     answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(adapters)]
     lengths = [len(ids) for ids in prompts]
     with _default_settings(base), torch.inference_mode():
-        for rows in batches(lengths, max_new_tokens, batch_tokens // adapters):
-            batch = [prompts[row] for row in rows]
-            new = _continued(base, batch, max_new_tokens, stops, adapters)
-            for adapter, batch_answers in enumerate(new.view(adapters, len(rows), -1).tolist()):
-                for row, ids in zip(rows, batch_answers, strict=True):
+        for rows in batches(lengths, max_new_tokens, batch_tokens):
+            batch = np.stack([prompts[row] for row in rows])
+            for adapter in range(adapters):
+                with base.only(adapter):
+                    new = _continued(base, batch, max_new_tokens, stops)
+                for row, ids in zip(rows, new.tolist(), strict=True):
                     answers[adapter][row] = ids
             if meter is not None:
                 meter.advance(adapters * len(rows))
@@ -45,32 +48,23 @@ def decode(
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    """Batches of prompts of similar length, the longest first, as indices into ``lengths``.
+    """Batches of prompts of one length, the longest first, as indices into ``lengths``.
 
-    A batch has (rows) x (its longest prompt + ``max_new_tokens``) <= ``batch_tokens``, unless
-    a single row needs more. The largest batch comes first, so that insufficient memory shows
+    A batch has (rows) x (its prompts' length + ``max_new_tokens``) <= ``batch_tokens``, unless
+    a single row needs more. The longest prompts come first, so that insufficient memory shows
     at the start.
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
     result = []
-    while order:
-        rows = max(1, batch_tokens // (lengths[order[0]] + max_new_tokens))
-        result.append(order[:rows])
-        order = order[rows:]
+    for length, equal in itertools.groupby(order, key=lambda row: lengths[row]):
+        rows, members = max(1, batch_tokens // (length + max_new_tokens)), list(equal)
+        result += [members[first : first + rows] for first in range(0, len(members), rows)]
     return result
 
 
-def _continued(
-    base: Base, prompts: Sequence[Int32s], max_new_tokens: int, stops: Sequence[int], adapters: int
-) -> Tensor:
-    """The new ids (adapters * prompts, at most ``max_new_tokens``) after each prompt."""
-    longest = max(len(ids) for ids in prompts)
-    # The padding may be any token: it is masked in the prompt, and cut off in the answer.
-    input_ids = torch.full((len(prompts), longest), stops[0])
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.from_numpy(ids.astype(np.int64))
-        mask[row, longest - len(ids) :] = 1
+def _continued(base: Base, prompts: Int32s, max_new_tokens: int, stops: Sequence[int]) -> Tensor:
+    """The new ids (prompts, at most ``max_new_tokens``) after the ``prompts`` (prompts, tokens)."""
+    input_ids = torch.from_numpy(prompts.astype(np.int64)).to(base.device)
     config = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
@@ -81,11 +75,9 @@ def _continued(
     )
     model: Any = base.model
     ids_with_prompts: Tensor = model.generate(
-        input_ids.repeat(adapters, 1).to(base.device),
-        attention_mask=mask.repeat(adapters, 1).to(base.device),
-        generation_config=config,
+        input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
     )
-    return ids_with_prompts[:, longest:]
+    return ids_with_prompts[:, input_ids.shape[1] :]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from flexlora.config import (
 from flexlora.errors import ConfigError
 from flexlora.federation.population import Clients
 from flexlora.method import Feature, Method, for_mixed_modules, require
+from flexlora.model import kind
 from flexlora.seeds import rng
 
 
@@ -52,6 +53,22 @@ def assigned(
         shares = distribution(shares)
     draw = rng(seed, "ranks")
     return assign(clients, types, shares or {}, draw, settings.clients, held_out)
+
+
+def unused_ranks(assignment: Assignment, modules: Sequence[str]) -> tuple[str, ...]:
+    """Sentences about ranks for a kind of layers of which the model has no adapted module."""
+    notices = []
+    for name in sorted(set(assignment.of.values())):
+        type_ = assignment.types[name]
+        if type_.attention == type_.feed_forward:
+            continue
+        for block in ("attention", "feed_forward"):
+            if getattr(type_, block) and not any(kind(module) == block for module in modules):
+                notices.append(
+                    f"The rank {block} = {getattr(type_, block)} of type {name!r} has no effect: "
+                    f"none of the {len(modules)} adapted modules is in such a block."
+                )
+    return tuple(notices)
 
 
 def suited(method: Method, assignment: Assignment) -> Method:

@@ -38,5 +38,5 @@ def served(
         local=None,
         questions=client_data.server_questions(experiment, clients),
         prompt=prompt,
-        notices=prompt.notices,
+        notices=(*base.notices, *prompt.notices),
     )

@@ -73,7 +73,12 @@ def prepare(
         local=runtime,
         questions=client_data.questions(corpus, partition, unseen, experiment),
         prompt=prompt,
-        notices=(*corpus.notices, *prompt.notices, *store.notices(data.max_tokens)),
+        notices=(
+            *base.notices,
+            *corpus.notices,
+            *prompt.notices,
+            *store.notices(data.max_tokens),
+        ),
     )
     return dataclasses.replace(prepared, notices=notes.of(prepared)) if train else prepared
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import StrEnum
 from functools import partial
 from typing import Any, cast
 
@@ -12,14 +14,34 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from flexlora.data import Pack
 from flexlora.errors import AdapterError, ConfigError
 from flexlora.lowrank import Factors
-from flexlora.model import replacement, smollm2
-from flexlora.model.inputs import attention_inputs, output_inputs, shares_prefixes, to_device
-from flexlora.model.layers.lora import LayerAdapter, Layout
+from flexlora.model import examples, replacement, smollm2
+from flexlora.model.examples import Batch
+from flexlora.model.inputs import flash_inputs, longest_alike, output_inputs, to_device
+from flexlora.model.layers import attention
+from flexlora.model.layers.attention import AttentionPass, PackedPass
+from flexlora.model.layers.lora import LayerAdapter, Layout, shape_of, weight_of
 from flexlora.model.trainable import FlatAdapter
+
+
+class Rows(StrEnum):
+    """How the examples of a row are computed; ``model.proof`` finds out what a model allows."""
+
+    SHARED = "shared"
+    """In one row, with shared first tokens once."""
+
+    PACKED = "packed"
+    """In one row, without shared tokens."""
+
+    PADDED = "padded"
+    """One per row, padded, by the model's own attention."""
+
+    ALONE = "alone"
+    """One per pass of the model."""
 
 
 class Base:
@@ -34,14 +56,21 @@ class Base:
         tokenizer: transformers.PreTrainedTokenizerBase,
         name: str,
         targets: Collection[str] | None = None,
+        kernel: str = attention.NAME,
+        left_out: Collection[str] = (),
     ) -> None:
+        attention.register()
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.rows = Rows.SHARED
+        self.notices: tuple[str, ...] = ()
+        self.kernel = kernel
         # Before layers are replaced: PEFT chooses among the modules of the original model.
         self.paths = tuple(path for path, _ in model.named_modules())
+        self._options = frozenset(inspect.signature(model.forward).parameters)
         self._layout = Layout()
-        self._layers = replacement.wrap_linear_layers(model, targets, self._layout)
+        self._layers = replacement.wrap_linear_layers(model, targets, self._layout, left_out)
         replacement.replace_norms_and_mlps(model)
         self._ends_early = replacement.replace_last_layer(model, self._layout)
         self.model.train(False)
@@ -49,10 +78,7 @@ class Base:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shape (out, in) of every adapted module, in the model's order."""
-        return {
-            path: (layer.base.out_features, layer.base.in_features)
-            for path, layer in self._layers.items()
-        }
+        return {path: shape_of(layer.base) for path, layer in self._layers.items()}
 
     @property
     def published(self) -> str:
@@ -109,7 +135,9 @@ class Base:
     def folds(self) -> bool:
         """Whether updates can be added to the weights: all are unquantised and in float32."""
         layers = [layer.base for layer in self._layers.values()]
-        return all(type(x) is nn.Linear and x.weight.dtype == torch.float32 for x in layers)
+        return all(
+            type(x) in (nn.Linear, Conv1D) and x.weight.dtype == torch.float32 for x in layers
+        )
 
     @contextmanager
     def folded(self, adapters: Sequence[Mapping[str, Factors]]) -> Iterator[None]:
@@ -130,13 +158,13 @@ class Base:
         try:
             for adapter in adapters:
                 for path, f in self._checked(adapter).items():
-                    weight = self._layers[path].base.weight
+                    weight = weight_of(self._layers[path].base)
                     original.setdefault(path, weight.detach().clone())
                     weight.addmm_(f.B.to(weight), f.A.to(weight))
             yield
         finally:
             for path, weight in original.items():
-                self._layers[path].base.weight.copy_(weight)
+                weight_of(self._layers[path].base).copy_(weight)
 
     @contextmanager
     def recomputing(self, enabled: bool) -> Iterator[None]:
@@ -158,9 +186,7 @@ class Base:
             )
         # Set on the layers only, not on their modules: training mode would turn dropout on.
         # The model's own switch would leave a hook on the embeddings.
-        # The recomputed forward pass needs the edges of the first one.
-        contexts = self._layout.checkpoint_contexts
-        recompute = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        recompute = partial(checkpoint, use_reentrant=False, context_fn=self._recomputation)
         for layer in layers:
             cast(Any, layer)._gradient_checkpointing_func = recompute
             layer.gradient_checkpointing = layer.training = True
@@ -170,37 +196,108 @@ class Base:
             for layer in layers:
                 layer.gradient_checkpointing = layer.training = False
 
+    def _recomputation(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The contexts of a forward pass now, and of its recomputation: with all that holds now."""
+        edges, only = self._layout.edges, self._layout.only
+        implementation = self.model.config._attn_implementation
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self._layout.of(edges, only), self._attention(implementation):
+                yield
+
+        return nullcontext(), again()
+
+    @contextmanager
+    def _attention(self, implementation: str | None) -> Iterator[None]:
+        """Let the model's layers call this attention within the context."""
+        config = self.model.config
+        original = config._attn_implementation
+        config._attn_implementation = implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation = original
+
     @property
     def shares_prefixes(self) -> bool:
-        """Whether the attention supports examples that share their first tokens."""
-        return shares_prefixes(self._implementation)
+        """Whether rows may contain examples that share their first tokens."""
+        return self.rows is Rows.SHARED
+
+    def decodes(self, tokens: int) -> bool:
+        """Whether an ``AttentionPass`` can decode sequences of up to ``tokens`` tokens."""
+        return self.rows is Rows.SHARED and self._rows_of(tokens) is Rows.SHARED
 
     def logits(self, row: Pack, edges: Sequence[int] | None = None) -> Tensor:
         """The logits (n, vocabulary) of a row at its n ``loss_positions``.
 
         With several adapters, adapter i applies to the tokens from ``edges[i]`` to
-        ``edges[i + 1]``. The head runs only on the positions of the loss.
-
-        Raises:
-            ConfigError: the attention does not support the row or the model.
+        ``edges[i + 1]``. The head runs only on the positions of the loss, if the model can do so.
+        Where ``rows`` says so, the examples are computed one per row, see ``model.examples``.
         """
-        ends_early = self._ends_early and self.shares_prefixes
-        attention = attention_inputs(
-            row.forest, self._implementation, self.model.dtype, self.device
-        )
+        rows = self._rows_of(row.forest.longest)
+        if rows in (Rows.PADDED, Rows.ALONE):
+            return examples.logits(row, edges, rows is Rows.PADDED, partial(self._batch, edges))
+        outputs = output_inputs(row, edges, self.device, self._ends_early)
+        kept = "logits_to_keep" in self._options
         with self._layout.of(edges):
-            out = self.model(
-                input_ids=to_device(row.input_ids, self.device),
-                position_ids=to_device(row.position_ids, self.device),
-                use_cache=False,
-                **output_inputs(row, edges, self.device, ends_early),
-                **attention,
-            )
-        return cast(Tensor, out.logits[0])
+            inputs = {
+                "input_ids": to_device(row.input_ids, self.device),
+                "position_ids": to_device(row.position_ids, self.device),
+                **(outputs if kept else {}),
+            }
+            if self.kernel in attention.KERNELS:
+                out = self._run(PackedPass(row.forest), **inputs)
+            else:
+                out = self.model(use_cache=False, **inputs, **flash_inputs(row.forest, self.device))
+        logits = cast(Tensor, out.logits[0])
+        return logits if kept else logits[to_device(row.loss_positions, self.device)]
 
-    @property
-    def _implementation(self) -> str:
-        return str(self.model.config._attn_implementation)
+    def logits_at(
+        self, ids: Tensor, positions: Tensor, at: Tensor, attention_pass: AttentionPass
+    ) -> Tensor:
+        """The logits (rows, n, vocabulary) at the indices ``at`` (n,) of every row.
+
+        ``ids`` and ``positions`` are (rows, tokens).
+        """
+        ids, positions, at = (x.to(self.device) for x in (ids, positions, at))
+        options = {"logits_to_keep": at} if "logits_to_keep" in self._options else {}
+        out = self._run(attention_pass, input_ids=ids, position_ids=positions, **options)
+        return cast(Tensor, out.logits if options else out.logits[:, at])
+
+    def _run(self, attention_pass: AttentionPass, **inputs: Any) -> Any:
+        """The model's output, with the attention of ``attention_pass`` in every layer."""
+        with self._attention(attention.NAME):
+            return self.model(
+                # Without it transformers would look for examples in the positions by itself.
+                attention_mask=torch.ones_like(inputs["input_ids"]),
+                use_cache=False,
+                attention_pass=attention_pass,
+                kernel=self.kernel,
+                **inputs,
+            )
+
+    @contextmanager
+    def only(self, adapter: int) -> Iterator[None]:
+        """Apply only this one of the attached adapters, to all tokens, within the context."""
+        with self._layout.of(None, adapter):
+            yield
+
+    def _rows_of(self, longest: int) -> Rows:
+        """How a row is computed whose longest example has ``longest`` tokens."""
+        return Rows.ALONE if longest > longest_alike(self.model.config) else self.rows
+
+    def _batch(self, edges: Sequence[int] | None, batch: Batch, columns: Tensor) -> Tensor:
+        """The logits (examples, columns, vocabulary) of a batch at these columns."""
+        ids, mask = to_device(batch.input_ids, self.device), batch.attention_mask
+        at, options = to_device(columns, self.device), {}
+        if "logits_to_keep" in self._options:
+            options["logits_to_keep"] = at
+        if mask is not None:
+            options["attention_mask"] = to_device(mask, self.device)
+        with self._layout.of(None, None if edges is None else batch.adapter):
+            out = self.model(input_ids=ids, use_cache=False, **options)
+        return cast(Tensor, out.logits if "logits_to_keep" in options else out.logits[:, at])
 
     @contextmanager
     def _attached(self, adapters: Sequence[Mapping[str, LayerAdapter]]) -> Iterator[None]:

@@ -1,5 +1,5 @@
-"""The inputs of a model for one row of tokens, beside the tokens: what attends to what, and
-at which positions logits are needed.
+"""The inputs of a model for one row of tokens, beside the tokens: the bounds of its examples,
+and at which positions logits are needed.
 """
 
 from __future__ import annotations
@@ -11,47 +11,44 @@ import torch
 from torch import Tensor
 
 from flexlora.data import Forest, Pack
-from flexlora.errors import ConfigError
-from flexlora.model.layers import attention
 
 
-def shares_prefixes(implementation: str) -> bool:
-    """Whether this attention implementation supports examples that share their first tokens."""
-    return implementation in (attention.NAME, "sdpa", "eager")
+def flash_inputs(forest: Forest, device: torch.device) -> dict[str, Any]:
+    """The keyword arguments that tell transformers' flash attention the bounds of the examples.
 
-
-def attention_inputs(
-    forest: Forest, implementation: str, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    """The keyword arguments that tell the model's attention which tokens see which.
-
-    For ``sdpa`` and ``eager`` an additive mask (1, 1, tokens, tokens) in ``dtype``; for flash
-    attention the bounds of the examples, (examples + 1,) in int32.
-
-    Raises:
-        ConfigError: examples share tokens, but the implementation does not support that.
+    ``forest`` has no shared prefixes; the bounds are (examples + 1,) in int32.
     """
-    if implementation == attention.NAME:
-        # Our attention uses the forest instead of a mask; transformers passes a 4-D one on as is.
-        return {"attention_mask": torch.empty(1, 1, 0, 0), "forest": forest}
-    if shares_prefixes(implementation):
-        visible = forest.mask(0, forest.edges[-1]).to(device)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-        mask.masked_fill_(~visible, torch.finfo(dtype).min)
-        return {"attention_mask": mask[None, None]}
-    if any(prefix >= 0 for prefix in forest.prefixes):
-        raise ConfigError(
-            f"model.attention {implementation!r} cannot share first tokens of examples; set "
-            f"model.attention to {attention.NAME!r}, 'sdpa' or 'eager'."
-        )
     bounds = torch.tensor(forest.edges, dtype=torch.int32, device=device)
-    longest = forest.longest
     return {
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "max_length_q": forest.longest,
+        "max_length_k": forest.longest,
     }
+
+
+def longest_alike(config: Any) -> float:
+    """The length up to which an example's positions do not depend on its row; else infinite.
+
+    Rotary embeddings of the types ``dynamic`` and ``longrope`` are computed from the largest
+    position of the whole batch once it exceeds the length that the model was first trained with.
+    """
+    text = config.get_text_config()
+    lengths = []
+    for rope in _ropes(getattr(text, "rope_parameters", None)):
+        if rope["rope_type"] == "dynamic":
+            lengths.append(text.max_position_embeddings)
+        elif rope["rope_type"] == "longrope":
+            lengths.append(rope["original_max_position_embeddings"])
+    return min(lengths, default=float("inf"))
+
+
+def _ropes(parameters: Any) -> list[Any]:
+    """The settings of the rotary embeddings: one for all layers, or one by type of layers."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [each for each in parameters.values() if isinstance(each, dict)]
+    return [each for each in (parameters, *nested) if "rope_type" in each]
 
 
 def output_inputs(

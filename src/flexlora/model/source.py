@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from flexlora.errors import ConfigError
-from flexlora.model import smollm2
+from flexlora.model import proof, smollm2
 from flexlora.model.base import Base
 from flexlora.model.layers import attention
 
@@ -32,7 +32,7 @@ class Source:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     quantize: Literal["none", "4bit"] = "none"
-    attention: str = attention.NAME
+    attention: str = proof.AUTO
     targets: tuple[str, ...] | None = None
 
     def load(self) -> Base:
@@ -48,7 +48,9 @@ class Source:
         path = smollm2.folder() if self.name == smollm2.NAME else self.name
         options: dict[str, Any] = {
             "dtype": getattr(torch, self.dtype),
-            "attn_implementation": self.attention,
+            "attn_implementation": None
+            if self.attention in (proof.AUTO, attention.NAME)
+            else self.attention,
         }
         if self.quantize == "4bit":
             options["quantization_config"] = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -57,7 +59,6 @@ class Source:
                 bnb_4bit_compute_dtype=options["dtype"],
             )
             options["device_map"] = {"": self.device}
-        attention.register()
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -74,7 +75,7 @@ class Source:
             model = cast(Any, model).to(self.device)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return Base(model, tokenizer, self.name, self.targets)
+        return proof.proven(model, tokenizer, self.name, self.targets, self.attention)
 
 
 def _check_device(device: str, quantize: str) -> None:

@@ -3,11 +3,14 @@
 import pytest
 import torch
 import transformers
+from transformers import masking_utils
 
 from flexlora.data import packing
 from flexlora.data.packing import Forest, pack
 from flexlora.model.base import Base
+from flexlora.model.inputs import flash_inputs
 from flexlora.model.layers import attention
+from flexlora.model.layers.attention import MaskRule, PackedPass, UnsupportedAttentionError
 from flexlora.model.source import Source
 from flexlora.model.trainable import FlatAdapter
 from flexlora.training.loop import label_losses
@@ -106,41 +109,48 @@ def test_without_a_gradient_it_is_the_same():
     assert torch.equal(alone, on_cpu(*tensors, forest, 0.4).detach())
 
 
+CAUSAL = MaskRule(masking_utils.causal_mask_function, torch.device("cpu"))
+
+
+def attended(tensors, forest, rule=CAUSAL, **options):
+    return attention.attend(
+        torch.nn.Identity(), *tensors, rule, attention_pass=PackedPass(forest), **options
+    )
+
+
 def test_the_scale_is_the_head_s_unless_the_model_says_another():
-    forest, module = FORESTS["mixed"], torch.nn.Identity()
+    forest = FORESTS["mixed"]
     tensors = inputs(forest, (4, 2), torch.float32)
     for given, scale in ((None, SIZE**-0.5), (0.3, 0.3)):
-        out, weights = attention.attend(module, *tensors, None, scaling=given, forest=forest)
+        out, weights = attended(tensors, forest, scaling=given)
         assert weights is None
         want = softmax(*tensors, forest, scale).transpose(1, 2)
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
-        ({"dropout": 0.1}, "dropout"),
-        ({"sliding_window": 9}, "a sliding window"),
-    ],
-)
-def test_what_it_has_not_is_refused(options, message):
+@pytest.mark.parametrize("window", [1, 4, 9, 10])
+def test_a_window_is_counted_in_positions_of_the_example(window):
     forest = FORESTS["mixed"]  # of which the longest example has ten tokens
+    rule = MaskRule(masking_utils.sliding_window_causal_mask_function(window), torch.device("cpu"))
+    assert rule.is_causal(forest.longest) == (window == 10)
     tensors = inputs(forest, (4, 2), torch.float32)
-    with pytest.raises(ValueError, match=rf"{message}.*set model\.attention to 'eager'"):
-        attention.attend(torch.nn.Identity(), *tensors, None, forest=forest, **options)
-    harmless = {"softcap": None, "s_aux": None, "sliding_window": 10}
-    attention.attend(torch.nn.Identity(), *tensors, None, forest=forest, **harmless)
+    out, _ = attended(tensors, forest, rule, scaling=0.4)
+    at = forest.positions
+    near = at[None] > at[:, None] - window
+    scores = 0.4 * tensors[0] @ tensors[1].repeat_interleave(2, dim=1).transpose(2, 3)
+    scores = scores.masked_fill(~(dense_mask(forest) & near), -torch.inf)
+    want = scores.softmax(-1) @ tensors[2].repeat_interleave(2, dim=1)
+    torch.testing.assert_close(out, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_forest_it_is_that_of_transformers():
-    module = torch.nn.Identity()
-    module.num_key_value_groups, module.is_causal = 2, True
-    tensors = inputs(FORESTS["one"], (4, 2), torch.float32)
-    got, _ = attention.attend(module, *tensors, None, scaling=0.4)
-    want = softmax(*tensors, Forest((0, 5), (-1,)), 0.4).transpose(1, 2)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+def test_what_a_model_does_not_hand_on_is_an_error():
+    forest = FORESTS["mixed"]
+    tensors = inputs(forest, (4, 2), torch.float32)
+    for rule, options in ((None, {}), (torch.zeros(1), {}), (CAUSAL, {"dropout": 0.1})):
+        with pytest.raises(UnsupportedAttentionError):
+            attended(tensors, forest, rule, **options)
+    with pytest.raises(UnsupportedAttentionError):
+        attention.attend(torch.nn.Identity(), *tensors, CAUSAL)
 
 
 # --- in a model ----------------------------------------------------------------------------
@@ -173,14 +183,15 @@ def test_what_is_shared_has_the_gradients_of_all(model_folder, name):
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_attention_without_masks_cannot_share(model_folder, monkeypatch):
+def test_flash_attention_is_told_the_bounds_of_the_examples():
+    inputs = flash_inputs(FORESTS["alone"], torch.device("cpu"))
+    assert inputs["cu_seq_lens_q"].dtype == inputs["cu_seq_lens_k"].dtype == torch.int32
+    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 4, 5, 12]
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 7
+
+
+def test_the_model_keeps_the_attention_of_transformers(model_folder):
     base = Source(str(model_folder)).load()
-    monkeypatch.setattr(base.model.config, "_attn_implementation", "flash_attention_2")
-    assert not base.shares_prefixes
-    with pytest.raises(ValueError, match="'flash_attention_2' cannot share first tokens"):
-        base.logits(pack(sharing_store(), range(9)))
-
-
-def test_our_name_is_known_to_transformers(model_folder):
-    assert Source(str(model_folder)).load().model.config._attn_implementation == attention.NAME
+    base.logits(pack(sharing_store(), range(9)))
+    assert base.model.config._attn_implementation == "sdpa"
     assert attention.NAME in transformers.AttentionInterface()

@@ -1,31 +1,152 @@
 """Attention over a packed row of examples, some of which share their first tokens.
 
 Every token attends to the tokens before it in its own segment and to the whole prefix of that
-segment (see ``data.packing.Forest``). The gradients of all examples flow into their shared
-prefix; the results are those of the examples computed one by one.
+segment (see ``data.packing.Forest``), as far as the layer's own mask lets it: a sliding window or
+chunks are taken from the model. The gradients of all examples flow into their shared prefix; the
+results are those of the examples computed one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
 
 from flexlora.data import Forest
-from flexlora.errors import ConfigError
 
-NAME = "flexlora_segments"
-"""The name of this attention in transformers."""
+NAME: Final = "flexlora_segments"
+"""The name of this attention in transformers, and of its own kernels in a config."""
+
+KERNELS: Final = (NAME, "sdpa", "eager")
+"""The kernels of this attention: its own, or the functions of transformers."""
+
+_CHANGES_SCORES: Final = ("softcap", "s_aux")
+"""Options of a layer that only the model's own ``eager`` function computes."""
+
+_Value = TypeVar("_Value")
+
+
+class UnsupportedAttentionError(Exception):
+    """A model's attention does not tell this module what its tokens see."""
 
 
 def register() -> None:
-    """Register the attention with transformers under its name."""
+    """Register the attention and its masks with transformers under its name."""
     transformers.AttentionInterface.register(NAME, attend)
-    transformers.AttentionMaskInterface.register(NAME, transformers.masking_utils.sdpa_mask)
+    transformers.AttentionMaskInterface.register(NAME, _rule_of)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskRule:
+    """Which earlier tokens of an example a token sees, as the model's layers define it.
+
+    ``function`` is transformers' mask function of a type of layers: causal, a window, chunks. It
+    is evaluated at the tokens' positions in their example, not at their places in the row. One
+    object serves all layers of its type in one pass.
+    """
+
+    function: Callable[..., Tensor]
+    device: torch.device
+    _made: dict[object, Any] = field(default_factory=dict)
+
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether the tokens at positions ``queries`` (n,) see those at ``keys`` (m,): (n, m)."""
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        q, k = queries.to(self.device)[:, None], keys.to(self.device)[None]
+        visible = self.function(zero, zero, q, k)
+        return visible.expand(len(queries), len(keys))
+
+    def is_causal(self, tokens: int) -> bool:
+        """Whether each token of an example of ``tokens`` tokens sees all before it."""
+        if self.function is cast(Any, causal_mask_function):
+            return True
+        return self.once(("causal", tokens), lambda: self._is_causal(tokens))
+
+    def blocks(self, forest: Forest) -> tuple[tuple[int, int, Tensor], ...]:
+        """The forest's ``blocks`` with what this rule hides taken out of their masks."""
+
+        def make() -> tuple[tuple[int, int, Tensor], ...]:
+            blocks = []
+            for first, end, mask in forest.blocks:
+                at = forest.positions[first:end]
+                blocks.append((first, end, mask.to(self.device) & self.visible(at, at)))
+            return tuple(blocks)
+
+        return self.once("blocks", make)
+
+    def once(self, key: object, make: Callable[[], _Value]) -> _Value:
+        """The value of ``make``, which is called once for each ``key``."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(_Value, self._made[key])
+
+    def _is_causal(self, tokens: int) -> bool:
+        at = torch.arange(tokens, device=self.device)
+        return bool((self.visible(at, at) == (at[None] <= at[:, None])).all())
+
+
+def _rule_of(
+    mask_function: Callable[..., Tensor], device: torch.device | str = "cpu", **options: Any
+) -> MaskRule:
+    """What transformers calls instead of making a mask."""
+    return MaskRule(mask_function, torch.device(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The attention of one layer in one pass: its rule, its kernel and its options."""
+
+    module: nn.Module
+    rule: MaskRule
+    scale: float | None
+    kernel: str
+    options: Mapping[str, Any]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the scores are plain scaled products, and our own kernels compute them."""
+        changed = any(self.options.get(name) is not None for name in _CHANGES_SCORES)
+        return self.kernel == NAME and not changed
+
+    def masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Attention under a ``mask`` (tokens, keys), true where a token sees a key.
+
+        ``q`` is (batch, heads, tokens, head size), ``k`` and ``v`` (batch, key heads, keys, head
+        size); the result has the shape of ``q``, with the values' head size.
+        """
+        if self.plain:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True
+            )
+        if self.kernel == "sdpa":
+            function, masks = transformers.integrations.sdpa_attention.sdpa_attention_forward, mask
+        else:
+            function = sys.modules[type(self.module).__module__].eager_attention_forward
+            masks = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+            masks.masked_fill_(~mask, torch.finfo(q.dtype).min)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        out: Tensor = function(
+            self.module, q, k, v, masks[None, None], dropout=0.0, scaling=scale, **self.options
+        )[0]
+        return out.transpose(1, 2)
+
+
+class AttentionPass(Protocol):
+    """The attention of one forward pass of the model."""
+
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer.
+
+        q is (batch, heads, tokens, head size), k and v (batch, key heads, tokens, head size);
+        the result is (batch, tokens, heads, head size).
+        """
 
 
 def attend(
@@ -33,48 +154,46 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    attention_pass: AttentionPass | None = None,
+    kernel: str = NAME,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by the ``forest`` in the options; without one, transformers' SDPA.
-
-    ``query`` is (1, heads, tokens, head size); ``key`` and ``value`` are (1, key heads, tokens,
-    head size), with heads a multiple of key heads. ``attention_mask`` is ignored if there is a
-    forest. The output is (1, tokens, heads, head size); attention weights are not returned.
+    """The function that transformers calls in every layer; shapes as ``AttentionPass.attend``.
 
     Raises:
-        ConfigError: the model's attention has dropout, capped scores, sinks or a sliding window
-            shorter than an example.
+        UnsupportedAttentionError: the model does not hand on what the pass needs, or has dropout.
     """
-    forest: Forest | None = options.pop("forest", None)
-    if forest is None:
-        sdpa = transformers.integrations.sdpa_attention.sdpa_attention_forward
-        return sdpa(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            **options,
-        )
-    window = options.get("sliding_window")
-    unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
-    if unsupported or dropout or (window and forest.longest > window):
-        feature = ", ".join(unsupported) or ("dropout" if dropout else "a sliding window")
-        raise ConfigError(
-            f"This model's attention uses {feature}, which the default attention of packed "
-            "examples does not support; set model.attention to 'eager'."
-        )
-    scale = scaling or query.shape[-1] ** -0.5
-    if query.device.type == "cpu":
-        out = _OnCPU.apply(query, key, value, forest, scale)  # type: ignore[no-untyped-call]
-    else:
-        out = masked(query, key, value, forest, scale)
-    return out.transpose(1, 2), None
+    if attention_pass is None or not isinstance(attention_mask, MaskRule) or dropout:
+        raise UnsupportedAttentionError(type(module).__name__)
+    layer = Layer(module, attention_mask, scaling, kernel, options)
+    return attention_pass.attend(layer, query, key, value), None
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPass:
+    """A pass over one packed row of examples."""
+
+    forest: Forest
+
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every example attends to itself; shapes as ``AttentionPass.attend``."""
+        forest, rule = self.forest, layer.rule
+        if not layer.plain or not rule.is_causal(forest.longest) or q.shape[-1] != v.shape[-1]:
+            outputs = [
+                layer.masked(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask.to(q.device))
+                for a, b, mask in rule.blocks(forest)
+            ]
+            return torch.cat(outputs, dim=2).transpose(1, 2)
+        scale = layer.scale or q.shape[-1] ** -0.5
+        if q.device.type == "cpu":
+            out: Tensor = _OnCPU.apply(q, k, v, forest, scale)  # type: ignore[no-untyped-call]
+        else:
+            out = masked(q, k, v, forest, scale)
+        return out.transpose(1, 2)
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:

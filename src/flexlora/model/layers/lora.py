@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flexlora.lowrank import Factors
 
@@ -28,25 +29,22 @@ class Layout:
 
     ``edges`` has one entry more than there are adapters: adapter i has the rows from
     ``edges[i]`` to ``edges[i + 1]``, possibly none. Without edges every adapter has an equal
-    part of the batch. The edges are set for the duration of a forward pass.
+    part of the batch. With an ``only`` adapter it has all rows, however many a layer gets. Both
+    are set for the duration of a forward pass.
     """
 
     edges: tuple[int, ...] | None = None
+    only: int | None = None
 
     @contextmanager
-    def of(self, edges: Sequence[int] | None) -> Iterator[None]:
-        """Set these edges within the context."""
-        previous, self.edges = self.edges, None if edges is None else tuple(edges)
+    def of(self, edges: Sequence[int] | None, only: int | None = None) -> Iterator[None]:
+        """Set these edges, or the only adapter, within the context."""
+        previous = self.edges, self.only
+        self.edges, self.only = None if edges is None else tuple(edges), only
         try:
             yield
         finally:
-            self.edges = previous
-
-    def checkpoint_contexts(
-        self,
-    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The contexts of a forward pass now, and of its later recomputation with equal edges."""
-        return nullcontext(), self.of(self.edges)
+            self.edges, self.only = previous
 
     def spans(self, rows: int, adapters: int) -> tuple[tuple[int, int], ...]:
         """The rows (first, end) of each adapter.
@@ -55,6 +53,8 @@ class Layout:
             ValueError: the edges, or equal parts, do not fit rows and adapters.
         """
         edges = self.edges
+        if self.only is not None:
+            return tuple((0, rows if i == self.only else 0) for i in range(adapters))
         if edges is None:
             if rows % adapters:
                 raise ValueError(f"{rows} rows cannot be split equally among {adapters} adapters.")
@@ -82,7 +82,7 @@ class LayerAdapter(NamedTuple):
 class LoRALinear(nn.Module):
     """A frozen linear layer that can carry adapters; without any it is the layer itself."""
 
-    def __init__(self, base: nn.Linear, layout: Layout) -> None:
+    def __init__(self, base: nn.Linear | Conv1D, layout: Layout) -> None:
         super().__init__()
         self.base = base
         self.layout = layout
@@ -110,9 +110,21 @@ class LoRALinear(nn.Module):
         """
         spans = self.layout.spans(rows, len(self.adapters)) if self.adapters else ()
         # Only its own layer can multiply by, for example, quantised weights.
-        plain = type(self.base) is nn.Linear
-        weight = self.base.weight if plain else None
+        plain = type(self.base) in (nn.Linear, Conv1D)
+        weight = weight_of(self.base) if plain else None
         return Linear(weight, self.base.bias if plain else None, spans, self.adapters)
+
+
+def shape_of(layer: nn.Linear | Conv1D) -> tuple[int, int]:
+    """The shape (out, in) of a layer's weight, also where it is stored quantised."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
+
+
+def weight_of(layer: nn.Linear | Conv1D) -> Tensor:
+    """The weight (out, in) of a layer; GPT-2's ``Conv1D`` stores it as (in, out)."""
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
 
 
 class Linear(NamedTuple):
@@ -202,7 +214,7 @@ class _Fused(torch.autograd.Function):
         y, hidden = linear.forward(rows)
         ctx.save_for_backward(rows, *hidden)
         ctx.linear = linear
-        return y.view(*x.shape[:-1], -1)
+        return _shaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -222,7 +234,7 @@ class _Added(torch.autograd.Function):
         out, hidden = linear.forward(rows, y.reshape(len(rows), -1).clone())
         ctx.save_for_backward(rows, *hidden)
         ctx.linear = linear
-        return out.view(y.shape)
+        return _shaped(out, y.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -231,3 +243,8 @@ class _Added(torch.autograd.Function):
         dx = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
         factor_grads = ctx.linear.backward(g, rows, hidden, dx, add=True)
         return None if dx is None else dx.view(*grad.shape[:-1], -1), grad, None, *factor_grads
+
+
+def _shaped(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """The values in another shape, and not a view for autograd: a model may change it in place."""
+    return cast(Tensor, torch.ops.aten._unsafe_view(values, shape))
