@@ -149,7 +149,7 @@ SINGLE: Mapping[str, Mapping[str, Any]] = {
 """Families of which one example is computed per row."""
 
 
-def build(family: str, options: Mapping[str, Any]) -> Any:
+def build(family: str, options: Mapping[str, Any], fill: bool = True) -> Any:
     """A model of random weights in transformers' default attention."""
     changed = {**SIZES, "rope_parameters": dict(ROPE), **options}
     config = transformers.AutoConfig.for_model(
@@ -158,7 +158,8 @@ def build(family: str, options: Mapping[str, Any]) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = transformers.AutoModelForCausalLM.from_config(config)
-    spread(model)
+    if fill:
+        spread(model)
     return model.eval()
 
 

@@ -17,7 +17,7 @@ from flexlora.model import Source
 from flexlora.model.layers import attention
 from flexlora.training import Training
 
-ATTENTIONS = (attention.NAME, "sdpa", "eager", "flash_attention_2")
+ATTENTIONS = ("auto", attention.NAME, "sdpa", "eager", "flash_attention_2")
 """The attention kernels that a server may name; transformers would download others."""
 
 
