@@ -122,6 +122,12 @@ def stock(model: Any, name: str) -> Stock:
     finally:
         for hook in hooks:
             hook.remove()
+    same = [each[:_PREFIX] for each in logits[:2]]
+    if not _distance(*same) <= _ROUNDINGS * noise:
+        raise ConfigError(
+            f"The base model {name!r} cannot be trained: later tokens change what it predicts at "
+            "earlier ones; set model.name to a causal language model."
+        )
     idle = frozenset(path for path in linears if _kind(path) not in used)
     return Stock(examples, logits, _ROUNDINGS * noise, idle)
 

@@ -10,9 +10,13 @@ import torch
 import transformers
 
 from flexlora.errors import ConfigError
-from flexlora.model import proof, smollm2
+from flexlora.model import loading, proof, smollm2
 from flexlora.model.base import Base
 from flexlora.model.layers import attention
+
+ATTENTIONS = (proof.AUTO, *attention.KERNELS, "flash_attention_2", "flash_attention_3")
+"""The values of ``attention``: this library's, or those of transformers that rows can be packed
+for."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,12 +49,15 @@ class Source:
         _check_device(self.device, self.quantize)
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; give one of {', '.join(DTYPES)}.")
+        if self.attention not in ATTENTIONS:
+            raise ConfigError(
+                f"model.attention is {self.attention!r}; give one of {', '.join(ATTENTIONS)}."
+            )
         path = smollm2.folder() if self.name == smollm2.NAME else self.name
+        own = self.attention in (proof.AUTO, attention.NAME)
         options: dict[str, Any] = {
             "dtype": getattr(torch, self.dtype),
-            "attn_implementation": None
-            if self.attention in (proof.AUTO, attention.NAME)
-            else self.attention,
+            "attn_implementation": None if own else self.attention,
         }
         if self.quantize == "4bit":
             options["quantization_config"] = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -59,22 +66,9 @@ class Source:
                 bnb_4bit_compute_dtype=options["dtype"],
             )
             options["device_map"] = {"": self.device}
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, **options
-            )
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"The base model {self.name!r} could not be loaded: {reason} Set model.name to a "
-                f"folder with config.json and safetensors, or to a model of the Hugging Face hub."
-            ) from error
+        model, tokenizer = loading.load(self.name, path, options)
         if self.quantize == "none":
             model = cast(Any, model).to(self.device)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
         return proof.proven(model, tokenizer, self.name, self.targets, self.attention)
 
 
@@ -85,6 +79,11 @@ def _check_device(device: str, quantize: str) -> None:
         kind = "none"
     if kind not in ("cpu", "cuda", "mps", "xpu"):
         raise ConfigError(f"model.device is {device!r}; give 'cpu', 'cuda' or 'cuda:0'.")
+    if kind in ("mps", "xpu") and not getattr(torch, kind).is_available():
+        raise ConfigError(
+            f"model.device is {device!r}, but this machine has no such device; set model.device to "
+            "'cpu'."
+        )
     if quantize not in ("none", "4bit"):
         raise ConfigError(f"model.quantize is {quantize!r}; give 'none' or '4bit'.")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -92,14 +91,20 @@ def _check_device(device: str, quantize: str) -> None:
             f"model.device is {device!r}, but this machine has no CUDA device; set model.device "
             "to 'cpu'."
         )
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"model.device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA "
+            "devices, from 'cuda:0'; set model.device to one of them."
+        )
     if quantize == "4bit":
         if not device.startswith("cuda"):
             raise ConfigError(
                 "model.quantize is '4bit', which bitsandbytes supports only on CUDA; set "
                 f"model.device to 'cuda' or model.quantize to 'none' (device is {device!r})."
             )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                "model.quantize is '4bit', which needs the package 'bitsandbytes'; install it "
-                "with: pip install 'flexlora[gpu]'"
-            )
+        for package in ("bitsandbytes", "accelerate"):
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(
+                    f"model.quantize is '4bit', which needs the package {package!r}; install it "
+                    "with: pip install 'flexlora[gpu]'"
+                )
