@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from flexlora.data import TokenStore, join, pack
+from flexlora.data import Pack, TokenStore, join, pack
 from flexlora.errors import ConfigError
 from flexlora.lowrank import Factors
 from flexlora.model.base import Base, Rows
@@ -32,8 +32,8 @@ from flexlora.seeds import rng
 AUTO: Final = "auto"
 """The attention of this library if a model allows it, or else of transformers."""
 
-_PREFIX, _TAILS, _ALONE, _LONG = 9, (4, 6), 7, 24
-"""Tokens of the examples: two that share a prefix, one of its own, and a longer one."""
+_PREFIX, _TAILS, _LONG = 9, (4, 6), 24
+"""Tokens of the examples: two that share a prefix, and a longer one."""
 
 _LONGEST_WINDOW: Final = 128
 """A window of up to this many tokens is shorter than the longest example."""
@@ -41,8 +41,14 @@ _LONGEST_WINDOW: Final = 128
 _COLUMNS: Final = 1024
 """Of how many entries of the vocabulary the logits are compared."""
 
-_ROUNDINGS: Final = 8
-"""How much further than one rounding of every layer's output two orders of summing may lie."""
+_ROUNDINGS: Final = {torch.float32: 8.0}
+"""How much further than one rounding of every layer's output two orders of summing may lie.
+
+Once for half precision, whose sums are in float32. Measured on the families of the tests: up to
+0.6 times in float32 and 0.3 times in half precision, and what mixes examples from 2.3 times on.
+"""
+
+_MOST_TOLERATED: Final = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +93,7 @@ def proven(
 def stock(model: Any, name: str) -> Stock:
     """The model's results on random examples, before any of its layers is replaced.
 
-    Costs about five passes over some 20 tokens each (up to 140 if a window is that short).
+    Costs four passes over some 20 tokens each (up to 140 if a window is that short).
 
     Raises:
         ConfigError: the model cannot compute them.
@@ -122,14 +128,15 @@ def stock(model: Any, name: str) -> Stock:
     finally:
         for hook in hooks:
             hook.remove()
+    tolerance = min(_ROUNDINGS.get(model.dtype, 1.0) * noise, _MOST_TOLERATED)
     same = [each[:_PREFIX] for each in logits[:2]]
-    if not _distance(*same) <= _ROUNDINGS * noise:
+    if not _distance(same[0], same[1]) <= tolerance:
         raise ConfigError(
             f"The base model {name!r} cannot be trained: later tokens change what it predicts at "
             "earlier ones; set model.name to a causal language model."
         )
     idle = frozenset(path for path in linears if _kind(path) not in used)
-    return Stock(examples, logits, _ROUNDINGS * noise, idle)
+    return Stock(examples, logits, tolerance, idle)
 
 
 def prove(base: Base, stock: Stock, required: bool) -> None:
@@ -173,7 +180,11 @@ def _fault(base: Base, stock: Stock) -> str | None:
     packed = base.rows in (Rows.SHARED, Rows.PACKED)
     try:
         with _innermost(base.model) as at:
-            wrong = _differs(base, stock) or (packed and _adapters_differ(base, stock))
+            row, edges = _row(base, stock)
+            plain = _compared(base.logits(row))
+            wrong = _differs(plain, row, stock)
+            if packed and not wrong:
+                wrong = _adapters_differ(base, stock, row, edges, plain)
     # Other people's models fail on packed rows with every kind of exception.
     except Exception as error:
         if not packed and not isinstance(error, (TypeError, ValueError, RuntimeError)):
@@ -188,39 +199,47 @@ def _fault(base: Base, stock: Stock) -> str | None:
     )
 
 
-def _differs(base: Base, stock: Stock) -> bool:
+def _row(base: Base, stock: Stock) -> tuple[Pack, list[int]]:
+    """The examples in one row, with a loss everywhere, and the bounds of two adapters in it."""
+    last = len(stock.examples) - 1
+    parts = [
+        pack(stock.examples, part, prompt_loss=True, share=base.shares_prefixes)
+        for part in (range(last), [last])
+    ]
+    owners = torch.cat([parts[0].owners, parts[1].owners + last])
+    edges = np.cumsum([0, *(part.tokens for part in parts)]).tolist()
+    return replace(join(parts), owners=owners), edges
+
+
+def _differs(logits: Tensor, row: Pack, stock: Stock) -> bool:
     """Whether an example's logits are not those of the stock model."""
-    indices = range(len(stock.examples))
-    row = pack(stock.examples, indices, prompt_loss=True, share=base.shares_prefixes)
-    logits = _compared(base.logits(row))
     return any(
-        not _distance(logits[row.owners == i], stock.logits[i][:-1]) <= stock.tolerance
-        for i in indices
+        not _distance(logits[row.owners == i], want[:-1]) <= stock.tolerance
+        for i, want in enumerate(stock.logits)
     )
 
 
-def _adapters_differ(base: Base, stock: Stock) -> bool:
-    """Whether two adapters in one row give other logits than each in a row of its own."""
-    count, share = len(stock.examples), base.shares_prefixes
-    halves = [range(count - 1), range(count - 1, count)]
-    rows = [pack(stock.examples, half, prompt_loss=True, share=share) for half in halves]
-    adapters = [_adapter(base, number) for number in range(2)]
-    edges = np.cumsum([0, *(row.tokens for row in rows)]).tolist()
-    with base.attached(*adapters):
-        both = _compared(base.logits(join(rows), edges))
-    start = 0
-    for adapter, row in zip(adapters, rows, strict=True):
-        with base.attached(adapter):
-            alone = _compared(base.logits(row))
-        if not _distance(both[start : start + len(alone)], alone) <= stock.tolerance:
-            return True
-        start += len(alone)
-    return False
+def _adapters_differ(
+    base: Base, stock: Stock, row: Pack, edges: Sequence[int], plain: Tensor
+) -> bool:
+    """Whether two adapters in one row reach other tokens than their own.
+
+    The first one is zero, so that its tokens have the ``plain`` logits of the model.
+    """
+    adapter = _adapter(base)
+    zero = {path: Factors(0 * f.B, f.A) for path, f in adapter.items()}
+    with base.attached(zero, adapter):
+        both = _compared(base.logits(row, edges))
+        with base.only(1):
+            whole = _compared(base.logits(row))
+    second = row.owners == len(stock.examples) - 1
+    pairs = (both[~second], plain[~second]), (both[second], whole[second])
+    return any(not _distance(got, want) <= stock.tolerance for got, want in pairs)
 
 
-def _adapter(base: Base, number: int) -> dict[str, Factors]:
+def _adapter(base: Base) -> dict[str, Factors]:
     """A random adapter of rank 1 whose updates are about as large as the layers' outputs."""
-    draw = torch.Generator().manual_seed(number)
+    draw = torch.Generator().manual_seed(0)
     return {
         path: Factors(
             0.02 * torch.randn(out, 1, generator=draw), torch.randn(1, in_, generator=draw)
@@ -239,9 +258,9 @@ def _examples(config: Any) -> TokenStore:
     draw = rng(0, "proof")
     # The upper half of a vocabulary often has tokens for images and the like.
     low, high = text.vocab_size // 8, max(text.vocab_size // 2, 2)
-    sizes = (_PREFIX, *_TAILS, _ALONE, long)
-    prefix, *parts = (draw.integers(low, high, size) for size in sizes)
-    rows = [np.concatenate([prefix, parts[0]]), np.concatenate([prefix, parts[1]]), *parts[2:]]
+    sizes = (_PREFIX, *_TAILS, long)
+    prefix, first, second, last = (draw.integers(low, high, size) for size in sizes)
+    rows = [np.concatenate([prefix, first]), np.concatenate([prefix, second]), last]
     return TokenStore(
         ids=np.concatenate(rows).astype(np.int32),
         offsets=np.cumsum([0, *map(len, rows)]),
@@ -314,7 +333,7 @@ def _culprit(base: Base, stock: Stock) -> str:
     The inputs and outputs are those of the longest example, alone and as rows are computed now.
     """
     index, rows = len(stock.examples) - 1, base.rows
-    row = pack(stock.examples, range(index + 1), prompt_loss=True, share=base.shares_prefixes)
+    row, _ = _row(base, stock)
     place = int(row.loss_positions[row.owners == index][0])
     with _states(base.model) as packed:
         base.logits(row)

@@ -38,8 +38,13 @@ class Layout:
 
     @contextmanager
     def of(self, edges: Sequence[int] | None, only: int | None = None) -> Iterator[None]:
-        """Set these edges, or the only adapter, within the context."""
+        """Set these edges, or the only adapter, within the context.
+
+        Without either the only adapter stays as it was.
+        """
         previous = self.edges, self.only
+        if edges is None and only is None:
+            only = self.only
         self.edges, self.only = None if edges is None else tuple(edges), only
         try:
             yield
