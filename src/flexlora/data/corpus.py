@@ -217,6 +217,8 @@ class Corpus:
 def concatenated(parts: Sequence[Corpus], notices: Iterable[str] = ()) -> Corpus:
     """The rows of several corpora with the same columns, one after the other."""
     every = (*notices, *(notice for part in parts for notice in part.notices))
+    if len(parts) == 1:
+        return replace(parts[0], notices=tuple(dict.fromkeys(every)))
     tables = [part.table.select(parts[0].columns) for part in parts]
     whole = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
     return Corpus(whole, notices=tuple(dict.fromkeys(every)))

@@ -61,7 +61,7 @@ def texts(name: str, source: str, rows: Rows) -> pa.ChunkedArray:
     """
     column = rows.columns[source]
     if isinstance(column, list):
-        array = pa.chunked_array([pa.array(_of_values(name, source, rows), pa.large_string())])
+        array = pa.chunked_array([_utf8(_of_values(name, source, rows), source, rows)])
     else:
         array = _of_array(name, source, rows, column)
     if not array.null_count:
@@ -125,6 +125,31 @@ def _of_values(name: str, source: str, rows: Rows) -> list[str | None]:
         except TypeError:
             raise DataError(_not_text(name, source, rows.place(row), value)) from None
     return values
+
+
+def _utf8(values: list[str | None], source: str, rows: Rows) -> pa.Array:
+    """The texts as an Arrow array.
+
+    Raises:
+        DataError: one is not text that can be written, as JSON's escapes can make.
+    """
+    try:
+        return pa.array(values, pa.large_string())
+    except UnicodeEncodeError:
+        row = next(row for row, value in enumerate(values) if value and not is_text(value))
+        raise DataError(
+            f"{rows.place(row)} has half of a character (a lone surrogate such as \\ud83d) in the "
+            f"column '{source}'; correct the text, or remove the row."
+        ) from None
+
+
+def is_text(value: str) -> bool:
+    """Whether the string can be written as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _scalar(value: Any, name: str) -> str | None:

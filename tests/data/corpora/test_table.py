@@ -235,3 +235,16 @@ def test_few_clients_of_many_are_read_alone():
     some = read(REAL / "clients.parquet", clients=["3", "1300"])
     assert set(some.keys("client")) == {"3", "1300"}
     assert len(some) < 1300
+
+
+def test_half_a_character_is_refused_with_its_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"instruction": "a", "output": "b"}\n{"instruction": "\\ud83d", "output": "b"}\n'
+    )
+    with pytest.raises(DataError, match="line 2, has half of a character"):
+        read(path)
+    turns = '[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "b"}]'
+    path.write_text(f'{{"messages": {turns}}}')
+    with pytest.raises(DataError, match="column 'messages': a message has half of a character"):
+        read(path)

@@ -13,7 +13,7 @@ from flexlora.seeds import rng
 
 
 def read(
-    folder: Path,
+    folder: str | Path,
     *,
     share: float = 0.1,
     most: int = 650,
@@ -39,6 +39,7 @@ def read(
     columns: dict[str, list[str]] = {
         name: [] for name in ("client", "category", "instruction", "input", "output")
     }
+    folder = Path(folder)
     for path in _files(folder, tasks):
         task = _parsed(path)
         instances = _instances(task, path)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from flexlora.data.columns import Chosen, Columns, choose
 from flexlora.data.conversation import Fault, parse
 from flexlora.data.corpus import Corpus, Encoded, concatenated
 from flexlora.data.format import Source
 from flexlora.data.formats import arrow_files, delimited, records
-from flexlora.data.rows import Rows, texts
+from flexlora.data.rows import Rows, is_text, texts
 from flexlora.data.sources import SPLIT_NAMES, sources_of, split_name
 from flexlora.errors import DataError
 
@@ -191,13 +192,13 @@ def _of_clients(corpus: Corpus, wanted: set[str], place: str, source: str) -> Co
 
 def _splits(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Usual names of splits as the corpus's; others stay, and are refused with their name."""
-    encoded = column.dictionary_encode() if not pa.types.is_dictionary(column.type) else column
-    chunks = []
-    for chunk in encoded.chunks:
-        names = chunk.dictionary.to_pylist()
-        usual = [SPLIT_NAMES.get(str(name).strip().casefold(), name) for name in names]
-        chunks.append(pa.array(usual, pa.large_string()).take(chunk.indices))
-    return pa.chunked_array(chunks, pa.large_string())
+    found = [str(name) for name in pc.unique(column).to_pylist()]
+    usual = [SPLIT_NAMES.get(name.strip().casefold(), name) for name in found]
+    if usual == found:
+        return column
+    plain = column.cast(pa.large_string())
+    places = pc.index_in(plain, pa.array(found, pa.large_string()))
+    return pa.chunked_array([pa.array(usual, pa.large_string()).take(places.combine_chunks())])
 
 
 def _conversations(rows: Rows, chosen: Chosen, place: str) -> tuple[pa.Array, list[str], list[str]]:
@@ -217,6 +218,11 @@ def _conversations(rows: Rows, chosen: Chosen, place: str) -> tuple[pa.Array, li
             continue
         kept.append(row)
         conversations.append(conversation.text())
+        if not is_text(conversations[-1]):
+            raise DataError(
+                f"{rows.place(row)} column '{source}': a message has half of a character (a lone "
+                "surrogate such as \\ud83d); correct the text, or remove the row."
+            )
         cut += conversation.messages_cut > 0
         several += conversation.earlier_answers > 0
     of = f"of {rows.length} conversations in {place}"

@@ -89,6 +89,8 @@ def join(address: str, config: NodeConfig, keys: NodeKey | None, print_line: Pri
         )
     node = Node(config)
     print_line(f"{len(node.rows)} training rows, which stay on this machine")
+    for notice in node.rows.notices:
+        print_line(notice)
     sockets = Path(tempfile.mkdtemp(prefix="flexlora-"))
     worker = Worker(sockets / "worker", LoggedNode(node, print_line).handle)
     process = supernode(address, config.state / "flower", sockets / "worker", keys)
