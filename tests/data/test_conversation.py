@@ -24,6 +24,12 @@ def test_sharegpt_is_the_same_as_messages():
     assert parse(json.dumps(given)) == parse(given)
 
 
+def test_conversations_of_arrow_are_read():
+    columns = {"from": ["human", "gpt"], "value": ["hi", "yo"]}
+    maps = [[("role", "user"), ("content", "hi")], [("role", "assistant"), ("content", "yo")]]
+    assert messages(*parse(columns).messages) == messages(*maps) == [USER, ANSWER]
+
+
 def test_text_parts_are_joined_and_others_refused():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image_url": None}]
     assert messages({**USER, "content": parts}, ANSWER)[0]["content"] == "a\nb"

@@ -261,6 +261,27 @@ def test_a_layout_says_what_a_file_contains(tmp_path):
     assert inspect_table(str(tmp_path / "rows.parquet")).rows == 5
 
 
+def test_a_row_without_a_client_is_refused_and_one_without_a_category_is_not(tmp_path):
+    rows = "client,category,instruction,output\nc1,,a,b\n,x,a,b\n"
+    with pytest.raises(DataError, match=r"row 2, has no client: .* is null or empty there"):
+        read(write(tmp_path, rows))
+    corpus = read(write(tmp_path, rows), Columns(client=""))
+    assert corpus.keys("category").tolist() == ["none", "x"]
+
+
+def test_a_long_value_and_an_open_quote_in_the_header_are_no_crash(tmp_path):
+    long = "x" * 200_000
+    path = write(tmp_path, f"instruction,output\na,{long}\n")
+    assert len(read(path).example(0).output) == 200_000 and inspect_table(path).rows == 1
+    with pytest.raises(DataError):
+        read(write(tmp_path, f'instruction,"output\na,{long}\n'))
+
+
+def test_an_address_is_no_path():
+    with pytest.raises(DataError, match=r"is an address \('https:/x.org/a.csv'\); download"):
+        read("https://x.org/a.csv")
+
+
 def test_quotes_inside_of_values_are_kept(tmp_path):
     rows = CSV + 'c1,a,5" pipe,b\nc1,"a ""b"", c\nd",,e\n'
     corpus = read(write(tmp_path, rows, "rows.csv"))

@@ -77,7 +77,8 @@ def parse(value: Any, tools: Any = None) -> Conversation | None:
     Raises:
         Fault: a message cannot be read, or has parts other than text.
     """
-    messages = [_message(each) for each in _list(_decoded(value), "a conversation", "messages")]
+    listed = _list(_rows_of_columns(_decoded(value)), "a conversation", "messages")
+    messages = [_message(each) for each in listed]
     learnt = [
         place
         for place, (message, is_trained) in enumerate(messages)
@@ -104,6 +105,19 @@ def _decoded(value: Any) -> Any:
         ) from error
 
 
+def _rows_of_columns(value: Any) -> Any:
+    """The messages of a dict of lists, as ``datasets`` stores a sequence of dicts."""
+    keys = value.keys() if isinstance(value, Mapping) else ()
+    if not any(key in keys for key in _ROLE_KEYS):
+        return value
+    columns = [column for column in value.values() if isinstance(column, Sequence)]
+    if len(columns) != len(keys) or len({len(column) for column in columns}) > 1:
+        return [value]
+    if any(isinstance(column, str) for column in columns):
+        return [value]
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def _list(value: Any, what: str, items: str) -> list[Any]:
     if isinstance(value, Mapping) and isinstance(value.get(items), Sequence):
         value = value[items]
@@ -116,6 +130,8 @@ def _list(value: Any, what: str, items: str) -> list[Any]:
 
 def _message(raw: Any) -> tuple[Message, bool]:
     """One message in the stored form, and whether it may be learnt."""
+    if isinstance(raw, list) and raw and all(isinstance(each, tuple) for each in raw):
+        raw = dict(raw)  # a map of Arrow
     if not isinstance(raw, Mapping):
         raise Fault(f"a message is {raw!r:.60}; it must have a role and a content")
     given = {str(key): value for key, value in raw.items() if value is not None}

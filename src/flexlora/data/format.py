@@ -5,13 +5,14 @@ from __future__ import annotations
 import bz2
 import codecs
 import csv
+import dataclasses
 import gzip
 import io
 import json
 import lzma
 import string
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,8 +277,8 @@ def _delimiter(source: Source, text: str) -> tuple[str, tuple[str, ...]]:
         lines = lines[:-1]
     best, widths = ",", (1, 0.0)
     for delimiter in _DELIMITERS:
-        rows = list(csv.reader(lines[:200], delimiter=delimiter))
-        rows = [row for row in rows if row]
+        attempt = dataclasses.replace(source, delimiter=delimiter)
+        rows = list(records_of(lines[:200], attempt))
         if not rows or len(rows[0]) < 2:
             continue
         equal = sum(len(row) == len(rows[0]) for row in rows) / len(rows)
@@ -300,5 +301,19 @@ def _delimiter(source: Source, text: str) -> tuple[str, tuple[str, ...]]:
 def first_record(source: Source) -> list[str]:
     """The header of a table in text."""
     with source.text() as stream:
-        records = csv.reader(stream, delimiter=source.delimiter)
-        return next((record for record in records if record), [])
+        return next(records_of(stream, source), [])
+
+
+def records_of(lines: Iterable[str], source: Source) -> Iterator[list[str]]:
+    """The records of a table in text, its header first; empty lines are left out.
+
+    Raises:
+        DataError: the text cannot be such a table.
+    """
+    csv.field_size_limit(2**31 - 1)
+    try:
+        yield from (record for record in csv.reader(lines, delimiter=source.delimiter) if record)
+    except csv.Error as error:
+        raise DataError(
+            f"{source.place} cannot be read as a table in text ({error}); save it again as CSV."
+        ) from error

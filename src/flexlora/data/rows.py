@@ -64,6 +64,8 @@ def texts(name: str, source: str, rows: Rows) -> pa.ChunkedArray:
         array = pa.chunked_array([_utf8(_of_values(name, source, rows), source, rows)])
     else:
         array = _of_array(name, source, rows, column)
+    if name in ("client", "category", "split"):
+        array = _without_empty(array)
     if not array.null_count:
         return array
     if name in ("instruction", "input"):
@@ -72,12 +74,22 @@ def texts(name: str, source: str, rows: Rows) -> pa.ChunkedArray:
         return pc.fill_null(array, NO_CATEGORY)
     row = pc.index(array.is_null(), pa.scalar(True)).as_py()
     others = f" and in {array.null_count - 1} more rows" if array.null_count > 1 else ""
+    nothing = "null or empty" if name in ("client", "split") else "null"
     remedy = f"fill in the {name}, or remove such rows"
     if name == "split":
         remedy += ', or set data.columns.split = "" to draw new splits'
     raise DataError(
-        f"{rows.place(row)} has no {name}: the column '{source}' is null there{others}; {remedy}."
+        f"{rows.place(row)} has no {name}: the column '{source}' is {nothing} there{others}; "
+        f"{remedy}."
     )
+
+
+def _without_empty(array: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column with null for empty texts, which is how CSV writes null."""
+    if "" not in pc.unique(array).to_pylist():
+        return array
+    plain = array.cast(pa.large_string())
+    return pc.if_else(pc.equal(plain, ""), pa.scalar(None, pa.large_string()), plain)
 
 
 def _of_array(name: str, source: str, rows: Rows, column: pa.ChunkedArray) -> pa.ChunkedArray:

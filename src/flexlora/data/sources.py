@@ -45,6 +45,11 @@ def sources_of(path: str | Path, encoding: str | None = None) -> list[Source]:
         DataError: there is no file of rows, or one of a kind that is not read.
     """
     path = Path(path).expanduser()
+    if address := re.search(r"\w{2,}:/.*", str(path)):
+        raise DataError(
+            f"data.path is an address ('{address[0]}'); download the file first, or name a dataset "
+            'of the Hugging Face hub with data.format = "hub".'
+        )
     if path.is_dir():
         return _of_folder(path, encoding)
     if not path.exists() and glob.has_magic(str(path)):

@@ -36,6 +36,8 @@ def check(name: str) -> None:
         return
     near = difflib.get_close_matches(name, names(), 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if name.lower().strip(".") in ("csv", "tsv", "json", "jsonl", "parquet", "arrow", "file"):
+        hint = ' Files are recognized by their content: set data.format = "table".'
     raise ConfigError(f"data.format is {name!r}.{hint} There are: {', '.join(names())}.")
 
 

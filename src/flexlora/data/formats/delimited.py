@@ -11,7 +11,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.csv
 
-from flexlora.data.format import Source, first_record
+from flexlora.data.format import Source, first_record, records_of
 from flexlora.data.rows import Rows
 from flexlora.errors import DataError
 
@@ -98,8 +98,7 @@ def _wrong_width(source: Source, values: int, width: int, line: int, last: int) 
 def head(source: Source, most: int) -> dict[str, list[Any]]:
     """The values of all columns in the first rows."""
     with source.text() as stream:
-        records = (row for row in csv.reader(stream, delimiter=source.delimiter) if row)
-        header, *rows = itertools.islice(records, most + 1)
+        header, *rows = itertools.islice(records_of(stream, source), most + 1)
     return {
         name: [row[place] for row in rows if place < len(row)] for place, name in enumerate(header)
     }
@@ -108,4 +107,4 @@ def head(source: Source, most: int) -> dict[str, list[Any]]:
 def count(source: Source) -> int:
     """The number of rows; the whole text is read."""
     with source.text() as stream:
-        return sum(1 for row in csv.reader(stream, delimiter=source.delimiter) if row) - 1
+        return sum(1 for _ in records_of(stream, source)) - 1
