@@ -10,6 +10,7 @@ from flexlora.cli.progress import WIDE, live_line, show
 from flexlora.cli.sentences import sentences
 from flexlora.cli.tally import Tally, left_text
 from flexlora.journal import Meter
+from flexlora.reporting.watch import Estimate
 
 CONFIG = {
     "federation": {"rounds": 3, "cohort": 2, "over_selection": 0.5},
@@ -153,6 +154,25 @@ def test_no_time_is_left_at_the_end_and_none_is_guessed_at_the_beginning():
     assert tallied(events).time_left.left(2000.0) is None
     assert tallied(events[:2]).time_left.left(1020.0) is None
     assert left_text(None) == ""
+
+
+def test_the_time_left_in_words():
+    assert left_text(Estimate(68.0, False)) == "about 68 s left"
+    assert left_text(Estimate(400.0, True)) == "about 6 min + evaluation left"
+    assert left_text(Estimate(0.4, True)) == "evaluation left"
+    assert left_text(Estimate(0.4, False)) == ""
+
+
+def test_the_next_run_knows_how_long_an_evaluation_takes():
+    events = timed((event, 10) for event in whole_run())
+    tally = tallied(events).next_run()
+    start = {**START, "config": {**CONFIG, "evaluation": {"base": False, "truncated": True}}}
+    for event in timed((event, 10) for event in [start, upload(1, "a")]):
+        tally.add(event)
+    estimate = tally.time_left.left(1020.0)
+    # All evaluations before took 10 s for each adapter; half a round and two rounds are left.
+    assert estimate.seconds == pytest.approx(10 + 2 * 20 + 2 * 10)
+    assert not estimate.without_evaluations
 
 
 def test_a_resumed_run_goes_on_where_it_was():

@@ -296,13 +296,13 @@ def test_the_command_compares_and_says_where(call, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "names", lambda: ["fedit", "flexlora", "hetlora"])
     code, said, _ = call("--methods", "all", "--seeds", "1", "--out", tmp_path / "c")
     assert code == 0
-    assert "★" in said and "fedit: refused: " in said
+    assert "★" in said and "Skipped, it needs the same rank for all clients: fedit" in said
     assert "One seed does not show how much" in said
     found = json.loads((tmp_path / "c/comparison.json").read_text())
     assert [m["cells"][0]["state"] for m in found["methods"]].count("finished") == 2
     assert found["methods"][-1]["method"] == "fedit"
     for name in ("comparison.md", "comparison.html"):
-        assert "refused" in (tmp_path / "c" / name).read_text()
+        assert "it needs the same rank" in (tmp_path / "c" / name).read_text()
     # A method that was asked for by its name is to run.
     code, said, _ = call("--methods", "flexlora,fedit", "--seeds", "1", "--out", tmp_path / "c")
     assert code == 1 and "flexlora, seed" not in said

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import sqlite3
+import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from flexlora.cli.progress import Display
 from flexlora.cli.run import run_and_report
+from flexlora.errors import ConfigError
 from flexlora.federation import rounds, setup
 from flexlora.journal.record import Record
 from flexlora.reporting import tracker, trackers
@@ -202,7 +204,7 @@ def test_trackers_are_chosen_by_name(tmp_path):
     assert chosen.run.trackers == ("tensorboard", "mlflow")
     with pytest.raises(ValueError, match=r"no tracker 'tensorbord'\. Did you mean 'tensorboard'"):
         trackers.of(["tensorbord"], tmp_path)
-    assert trackers.names() == ["mlflow", "tensorboard"]
+    assert trackers.names() == ["mlflow", "tensorboard", "wandb"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
@@ -411,3 +413,99 @@ def test_a_config_as_parameters():
     found = dict(flat(config))
     assert found["a.b"] == "1" and found["a.c.d"] == "[2, 3]" and "e" not in found
     assert len(found["f"]) == 6000 and found["f"].endswith("…")
+
+
+# --- Weights & Biases ------------------------------------------------------------------------
+
+
+class WandBServer:
+    """A stand-in for the package ``wandb``: its runs by id, each with all that was ever logged."""
+
+    def __init__(self):
+        self.runs, self.calls = {}, []
+
+    def init(self, **given):
+        self.calls.append(given)
+        id = given["id"] or f"run{len(self.runs)}"
+        run = self.runs.setdefault(id, WandBRun(id))
+        run.exit_codes.append(None)
+        return run
+
+
+class WandBRun:
+    def __init__(self, id):
+        self.id, self.lines, self.axes, self.exit_codes = id, [], {}, []
+
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, numbers):
+        self.lines.append(numbers)
+
+    def finish(self, exit_code):
+        self.exit_codes[-1] = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    server = WandBServer()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    monkeypatch.setattr(tracker, "find_spec", lambda name: name)
+    monkeypatch.setenv("NETRC", "/nowhere")
+    monkeypatch.setattr("netrc.netrc", lambda: (_ for _ in ()).throw(FileNotFoundError()))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_SILENT", "WANDB_CONSOLE"):
+        monkeypatch.setenv(name, "as it was")
+    return server
+
+
+def test_wandb_gets_every_number_once_although_the_run_is_resumed(ready, tmp_path, wandb):
+    interrupted(ready, tmp_path, ["wandb"])
+    resumed(ready, tmp_path, ["wandb"])
+    (run,) = wandb.runs.values()
+    found = [(name, line["round"]) for line in run.lines for name in line if name != "round"]
+    assert len(found) == len(set(found))
+    assert set(found) == expected(tmp_path).keys()
+    assert run.exit_codes == [1, 0]
+    assert [call["id"] for call in wandb.calls] == [None, run.id]
+    assert all(call["resume"] == "allow" for call in wandb.calls)
+    assert wandb.calls[0]["config"]["training"]["learning_rate"] == 0.02
+    prefixes = {name.split("/")[0] for name, _ in found}
+    assert {run.axes[f"{prefix}/*"] for prefix in prefixes} == {"round"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "key"}, "online"),
+        ({"WANDB_API_KEY": "key", "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_MODE": "disabled"}, "disabled"),
+    ],
+)
+def test_wandb_sends_nothing_unless_it_has_a_key_and_may(
+    tmp_path, wandb, monkeypatch, variables, mode
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (one,) = trackers.of(["wandb"], tmp_path)
+    one.on({"event": "start", "config": {}})
+    one.close()
+    assert wandb.calls[0]["mode"] == mode
+    assert ("wandb sync" in one.view) == (mode == "offline")
+
+
+def test_wandb_missing_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'flexlora\[wandb\]'"):
+        trackers.of(["wandb"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("tensorboard", "tensorboard --logdir "), ("mlflow", "mlflow ui --backend-store-uri sqlite:")],
+)
+def test_a_tracker_says_how_it_is_looked_at(tmp_path, monkeypatch, name, command):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert trackers.kind(name)(tmp_path).view.startswith(command)

@@ -79,7 +79,7 @@ class Display:
         """Show a run's events as they come and return them."""
         seen: list[Event] = []
         self.meter.end()
-        self.tally = Tally()
+        self.tally = self.tally.next_run()
         for event in events:
             seen.append(event)
             self.tally.add(event)

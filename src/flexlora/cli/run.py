@@ -187,6 +187,8 @@ def run_and_report(
     ready = setup.prepare(settings, meter=display.meter)
     content = (settings if resume else _with_threads(settings)).model_dump_json(indent=1)
     write_atomically(folder / "config.json", content.encode())
+    for view in (f"{one.title}: {one.view}" for one in followers if one.view):
+        display.console.print(view, soft_wrap=True, highlight=False, markup=False)
     at_once = point.clients_at_once if point else None
     transport = cluster.federation(ready, folder, at_once) if cluster else nullcontext()
     try:

@@ -23,6 +23,13 @@ class Tally:
     def __post_init__(self) -> None:
         self.time_left = TimeLeft(self.now)
 
+    def next_run(self) -> Tally:
+        """The tally of another run on the same model: evaluations take as long as in this one."""
+        tally = Tally()
+        tally.time_left.adapters_timed = self.time_left.adapters_timed
+        tally.time_left.evaluation_seconds = self.time_left.evaluation_seconds
+        return tally
+
     def add(self, event: Event) -> None:
         """Account for the next event."""
         self.now.add(event)
@@ -89,7 +96,8 @@ class Tally:
 
 def left_text(estimate: Estimate | None) -> str:
     """The time left in words; nothing if it is not known or under a second."""
-    if estimate is None or (estimate.seconds < 1 and not estimate.without_evaluations):
+    if estimate is None:
         return ""
-    more = " + evaluation" if estimate.without_evaluations else ""
-    return f"about {age(estimate.seconds)}{more} left"
+    parts = [f"about {age(estimate.seconds)}"] if estimate.seconds >= 1 else []
+    parts += ["evaluation"] if estimate.without_evaluations else []
+    return f"{' + '.join(parts)} left" if parts else ""

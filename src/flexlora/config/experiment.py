@@ -127,7 +127,7 @@ class RunSettings(BaseModel):
     """The run's folder, its number of threads, and how many clients train at a time.
 
     ``clients_at_once`` is measured if not given; it changes results only by rounding.
-    ``trackers`` receive the events of the run: tensorboard, mlflow.
+    ``trackers`` receive the events of the run: tensorboard, mlflow, wandb.
     """
 
     model_config = CLOSED

@@ -37,6 +37,11 @@ class Tracker(ABC):
             ConfigError: a package that it needs is not installed.
         """
 
+    @property
+    def view(self) -> str:
+        """Where people look at what it records: an address or a command; empty if unknown."""
+        return ""
+
     @abstractmethod
     def on(self, event: Event) -> None:
         """Record the next event; an exception ends the tracker, not the run."""
@@ -174,8 +179,10 @@ def _plain(block: str) -> str:
     return block.replace("–", "-").replace(" ", "_")
 
 
-def require(title: str, *packages: str) -> None:
+def require(title: str, *packages: str, extra: str = "track") -> None:
     """Check that the packages a tracker needs are installed, without importing them.
+
+    ``extra`` is the extra of flexlora that installs them.
 
     Raises:
         ConfigError: one of them is not.
@@ -184,5 +191,5 @@ def require(title: str, *packages: str) -> None:
         if find_spec(package) is None:
             raise ConfigError(
                 f"The tracker {title} needs the package {package!r}; install it with: "
-                "pip install 'flexlora[track]'."
+                f"pip install 'flexlora[{extra}]'."
             )

@@ -49,6 +49,13 @@ class MLflow(Tracker):
             require(cls.title, "sqlalchemy", "alembic")
         return cls(folder)
 
+    @property
+    def view(self) -> str:
+        """The server, or the command that opens the store in the folder."""
+        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+            return uri
+        return f"mlflow ui --backend-store-uri sqlite:///{self._folder / STORE}"
+
     def on(self, event: Event) -> None:
         """Log the event's numbers, one request for all of them."""
         if event["event"] in ("start", "finish"):

@@ -34,6 +34,11 @@ class TensorBoard(Tracker):
         require(cls.title, "tensorboard")
         return cls(folder)
 
+    @property
+    def view(self) -> str:
+        """The command that opens it."""
+        return f"tensorboard --logdir {self._folder}"
+
     def on(self, event: Event) -> None:
         """Write the event's numbers and flush them."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
