@@ -96,8 +96,8 @@ def reproduce(comparison: Comparison) -> Section:
         "seed": comparison.seeds[0],
         "method": {"name": comparison.rows[0].method},
     }
-    names = ",".join(row.method for row in comparison.rows)
-    options = "".join(f" --option {option}" for row in comparison.rows for option in _options(row))
+    names = ",".join(row.method for row in comparison.used)
+    options = "".join(f" --option {option}" for row in comparison.used for option in _options(row))
     command = (
         f"flexlora compare config.toml --methods {names} --seeds {len(comparison.seeds)}{options}"
     )
