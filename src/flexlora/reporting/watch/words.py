@@ -197,12 +197,13 @@ def _facts(now: RunState, at: float) -> list[list[str]]:
     rate = "in the last round" if last else ""
     took, server = last.get("seconds"), last.get("aggregate_seconds")
     sent = {way: f"{size(last[way])} in the last round" if last else "" for way in _WAYS}
-    unused, rejected = now.losses[LossKind.NOT_NEEDED], totals["refused"]
-    notes = [f"{counted(unused, 'upload')} not needed"] if unused else []
-    notes += [f"{counted(rejected, 'node')} rejected"] if rejected else []
-    losses = ", ".join(
+    unused = now.losses[LossKind.NOT_NEEDED]
+    notes = [
         f"{n:,} {kind.text}" for kind, n in now.losses.items() if kind is not LossKind.NOT_NEEDED
-    )
+    ]
+    notes += [f"{counted(unused, 'upload')} not needed"] if unused else []
+    notes += [f"{counted(totals['strays'], 'late answer')} ignored"] if totals["strays"] else []
+    notes += [f"{counted(totals['refused'], 'client')} rejected"] if totals["refused"] else []
     failed = sum(now.losses.values()) - unused
     aggregation = f"of which {duration(server, 1)} aggregation" if last else ""
     return [
@@ -212,8 +213,7 @@ def _facts(now: RunState, at: float) -> list[list[str]]:
         ["Last event", _ago(now.last_time, at), "in the journal"],
         ["Received", size(totals["bytes_up"]), sent["bytes_up"]],
         ["Sent", size(totals["bytes_down"]), sent["bytes_down"]],
-        ["Client failures", f"{failed:,}", losses],
-        ["Late or repeated answers", f"{totals['strays']:,}", ", ".join(notes)],
+        ["Client failures", f"{failed:,}", ", ".join(notes)],
     ]
 
 
