@@ -254,6 +254,8 @@ def test_ranks_are_spelled():
         joined("c", rank_type="r8", ranks=[8]),
         joined("d", rank_type="", ranks=[]),
         upload("e", rank_type="small"),
+        joined("f", rank_type="attention 4, feed_forward 0", ranks=[0, 4]),
+        joined("g", rank_type="rank 8", ranks=[8]),
     )
     assert [row["cells"][1] for row in said["clients"]] == [
         "wide: attention 2, feed_forward 5",
@@ -261,6 +263,8 @@ def test_ranks_are_spelled():
         "rank 8",
         "–",
         "small: rank 2",
+        "attention 4, feed_forward 0",
+        "rank 8",
     ]
 
 

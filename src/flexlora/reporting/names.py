@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _OF_A_CLIENT = re.compile(r"r([0-9]+)(?:-([0-9]+))?")
-"""The rank type of a real client: its rank, or those of attention and feed-forward layers."""
+"""The rank type of a real client in journals of earlier versions: its rank, or two."""
+
+_SPELLED = re.compile(r"rank [0-9]+|attention [0-9]+, feed_forward [0-9]+")
+"""The rank type of a real client: its ranks in words."""
 
 
 def natural(name: str) -> list[Any]:
@@ -40,6 +43,8 @@ def rank_text(rank_type: str, ranks: Sequence[int], config: Mapping[str, Any]) -
     by_kind = types.get(rank_type) if isinstance(types, Mapping) else None
     if isinstance(by_kind, Mapping) and by_kind.keys() == {"attention", "feed_forward"}:
         return _both(by_kind["attention"], by_kind["feed_forward"])
+    if _SPELLED.fullmatch(rank_type):
+        return rank_type
     if own := _OF_A_CLIENT.fullmatch(rank_type):
         return _both(own[1], own[2] or own[1])
     if not ranks:
@@ -52,7 +57,7 @@ def rank_text(rank_type: str, ranks: Sequence[int], config: Mapping[str, Any]) -
 def rank_type_text(rank_type: str, ranks: Sequence[int], config: Mapping[str, Any]) -> str:
     """A rank type with its ranks; of a real client, whose type is made of them, the ranks alone."""
     spelled = rank_text(rank_type, ranks, config)
-    if not rank_type or _OF_A_CLIENT.fullmatch(rank_type):
+    if not rank_type or _OF_A_CLIENT.fullmatch(rank_type) or spelled == rank_type:
         return spelled
     name = shortened(rank_type)
     return f"{name}: {spelled}" if spelled else name

@@ -128,7 +128,7 @@ def between(interval: Interval | None, digits: int, sign: str = "") -> str:
 
 
 def _rank_type(row: RankTypeRow) -> str:
-    ranks = f" of {row.ranks}" if row.ranks else ""
+    ranks = f" of {row.ranks}" if row.ranks not in ("", row.name) else ""
     return f"{row.name} ({counted(row.clients, 'client')}{ranks})"
 
 
