@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flexlora.cli.configs import refuse_missing
 from flexlora.cli.options import Changes, last_adapter, make_folder, run_folder, stored
 from flexlora.cli.progress import Display
 from flexlora.cli.sentences import notices
@@ -74,11 +75,13 @@ def _evaluated(
         adapter = adapter or last_adapter(folder)
         print(f"adapter: {adapter}")
     else:
+        refuse_missing(path)
         settings = compose.load(path, changes)
     loaded = peft_format.read(adapter).adapter if adapter else Adapter({})
     for file, option in ((out, "--out"), (answers, "--answers")):
         if file is not None:
             _prepare_file(file, option)
+    settings.evaluation.require_engine()
     ready, meter = setup.prepare(settings, train=False, meter=display.meter), display.meter
     for line in notices(ready.notices):
         print(line, file=sys.stderr)

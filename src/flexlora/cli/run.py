@@ -149,6 +149,7 @@ def compare(
 
     The same command resumes an interrupted comparison.
     """
+    refuse_missing(path)
     with Display() as display:
         from flexlora.federation import compare, compose
 
@@ -184,6 +185,7 @@ def run_and_report(
     # Refused before the data is read, if another version wrote it.
     point = checkpoint.load(folder) if resume else None
     followers = trackers.of(settings.run.trackers, folder)
+    settings.evaluation.require_engine()
     ready = setup.prepare(settings, meter=display.meter)
     content = (settings if resume else _with_threads(settings)).model_dump_json(indent=1)
     write_atomically(folder / "config.json", content.encode())
