@@ -84,7 +84,7 @@ REFUSED = {
     "`target_parameters`": [{"target_parameters": ["x"]}, {"tensors": CONV}],
     "ZeRO-3": [{"tensors": EMPTY}],
 }
-ELSEWHERE = {"shards", "pickles", "MLX"}
+ELSEWHERE = {"shards", "tied", "pickles", "MLX"}
 """Rows that other tests hold: test_merging_with_peft.py and test_layouts.py."""
 
 

@@ -81,6 +81,28 @@ def test_the_mean_is_that_of_pefts_deltas(tmp_path, case, copies):
         assert not any(value.is_meta for value in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_tied_weights_is_merged_with_both(tmp_path, name):
+    """PEFT stores the factors of both modules, which are each other's, and names one."""
+    base = llama(tie_word_embeddings=True)
+    settings = {"target_modules": ["q_proj", name], "ensure_weight_tying": True}
+    one = trained(base, tmp_path / "one", 1, r=2, **settings)
+    two = trained(base, tmp_path / "two", 2, r=3, **settings)
+    for folder in (one, two):
+        values, start = load_file(folder / WEIGHTS), "base_model.model."
+        for half, other in ("AB", "BA"):
+            tied = values[f"{start}model.embed_tokens.lora_embedding_{other}"].T.contiguous()
+            values[f"{start}lm_head.lora_{half}.weight"] = tied
+        save_file(values, folder / WEIGHTS)
+    merge([one, two], tmp_path / "out", weights=[3, 1])
+    expected = weighted((0.75, deltas(base, one)), (0.25, deltas(base, two)))
+    assert len(expected) == 4
+    assert difference(deltas(base, tmp_path / "out"), expected) < ROUNDING
+    base.config.save_pretrained(tmp_path / "base")
+    assert check(one, tmp_path / "base").verdicts[0].outcome == "reads"
+    assert check(tmp_path / "out", tmp_path / "base").verdicts[0].outcome == "reads"
+
+
 def test_short_names_are_kept_where_every_adapter_trained_all_that_they_choose(tmp_path):
     base = llama()
     one = trained(base, tmp_path / "one", 1, r=2, target_modules=["q_proj"])
@@ -454,6 +476,13 @@ def test_whole_modules_that_cannot_be_averaged(tmp_path):
     with pytest.raises(AdapterError, match=r"'score.weight' contains NaN"):
         merge([one, two], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_tied_whole_modules_are_refused(tmp_path):
+    one = trained_classifier(tmp_path / "one", 1, r=2)
+    rewrite(one, ensure_weight_tying=True)
+    with pytest.raises(AdapterError, match="ensure_weight_tying"):
+        merge([one], tmp_path / "out")
 
 
 def test_a_whole_module_without_tensors_is_what_peft_refuses(tmp_path):

@@ -99,10 +99,15 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise AdapterError(
+            f"{path} cannot be read ({error.strerror}); check its permissions and the disk."
+        ) from error
+    try:
         if data.startswith(b"version https://"):
             raise AdapterError("it is a Git LFS pointer; fetch the file with `git lfs pull`")
         config = parse_json(data)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(
             f"{path} is not valid JSON ({short(error)}); save the adapter again with PEFT."
         ) from error

@@ -155,7 +155,7 @@ def _with_base(adapter: PeftAdapter, base: BaseModules) -> Loading:
         )
         verdict = Verdict("PEFT", "misreads", why, command)
     else:
-        why = "" if chosen is not None else "as far as its regular expressions are evaluated here"
+        why = "" if chosen is not None else "as far as target_modules is evaluated here"
         verdict = Verdict("PEFT", "reads", why)
     return Loading(verdict, dropped, added)
 

@@ -28,7 +28,8 @@ class Targets:
     ``modules`` and ``exclude`` are names, each of which stands for the modules whose path it is
     or ends, or one regular expression for whole paths. ``layers``, if not empty, restricts names
     that are not whole paths to layers of these numbers. ``saved`` are the modules that are trained
-    as a whole, in which none is chosen. ``place`` is where the settings stand, for errors.
+    as a whole, in which none is chosen. ``tied`` says that a head or embedding is adapted together
+    with the one whose weights it shares. ``place`` is where the settings stand, for errors.
     """
 
     modules: tuple[str, ...] | str | None
@@ -36,6 +37,7 @@ class Targets:
     layers: tuple[int, ...]
     layers_pattern: tuple[str, ...]
     saved: tuple[str, ...]
+    tied: bool
     place: str
 
     @classmethod
@@ -60,13 +62,15 @@ class Targets:
             layers=tuple(numbers),
             layers_pattern=(pattern,) if isinstance(pattern, str) else pattern,
             saved=(saved,) if isinstance(saved, str) else saved,
+            tied=bool(config.get("ensure_weight_tying")),
             place=place,
         )
 
     @property
     def plain(self) -> bool:
         """Whether names alone choose the modules, with nothing that restricts them."""
-        return isinstance(self.modules, tuple) and not self.exclude and not self.layers
+        restricted = self.exclude or self.layers or self.tied
+        return isinstance(self.modules, tuple) and not restricted
 
     @property
     def every_linear_layer(self) -> bool:
@@ -76,10 +80,10 @@ class Targets:
     def chosen(self, modules: Collection[str]) -> set[str] | None:
         """Those of ``modules`` that PEFT would choose; None if that cannot be said.
 
-        It cannot for ``all-linear``, which depends on the base model, and for regular
-        expressions that are not evaluated, being too costly or of unsupported constructs.
+        It cannot for ``all-linear`` and tied weights, which depend on the base model, and for
+        regular expressions that are not evaluated, being too costly or of unsupported constructs.
         """
-        if self.modules is None or self.every_linear_layer:
+        if self.modules is None or self.every_linear_layer or self.tied:
             return None
         try:
             excluded = self._matching(self.exclude, modules)

@@ -28,6 +28,13 @@ def mean_of_whole(adapters: Sequence[PeftAdapter], weights: Sequence[float]) -> 
         _refuse_others(adapter, adapters[0])
     if not adapters[0].parts.whole:
         return {}
+    tied = [adapter.directory for adapter in adapters if adapter.targets.tied]
+    if tied:
+        raise AdapterError(
+            f"{tied[0]} has whole tensors ({', '.join(saved_names(adapters[0]))}: modules_to_save) "
+            f"that are tied to others of the base model (ensure_weight_tying), which is not "
+            f"supported; merge it into its base model with PEFT."
+        )
     if not math.isclose(sum(weights), 1.0, rel_tol=1e-9):
         raise AdapterError(
             f"{adapters[0].directory} has whole tensors ({', '.join(saved_names(adapters[0]))}: "
