@@ -319,11 +319,11 @@ def test_the_curve_has_the_losses_of_training_and_of_evaluation():
     found = curve.loss_curve(
         standing(start(), evaluation("base", 0, 6.0), *rounds, evaluation("global", 3, 3.0))
     )
-    training, unseen, seen = found.lines
+    training, unseen, seen, own = found.lines
     assert (found.top, found.bottom, found.first, found.last) == (
         "4.000", "1.000", "round 0", "round 3",
     )  # fmt: skip
-    assert (training.last, unseen.last, seen.last) == ("1.000", "1.500", "1.500")
+    assert (training.last, unseen.last, seen.last) == ("1.000", "1.500", "1.500") and not own.last
 
     def places(path):
         return [tuple(map(float, xy)) for xy in re.findall(r"([\d.]+) ([\d.]+)", path)]
@@ -336,9 +336,20 @@ def test_the_curve_has_the_losses_of_training_and_of_evaluation():
     assert training.points.count("h0") == 3 and len(places(training.points)) == 3
 
 
+def test_what_clients_evaluate_themselves_is_in_the_curve_and_the_log():
+    event = {"event": "client_evaluation", "round": 2, "clients": [{}, {}], "loss": 1.25}
+    said = shown(start(), event | {"missing": {"north": "It did not answer."}})
+    assert said["curve"]["lines"][3] | {"line": "", "points": ""} == {
+        "name": "clients' own rows", "last": "1.250", "line": "", "points": "",
+    }  # fmt: skip
+    assert said["events"][0]["cells"][2] == "2 clients evaluated rows of their own; 1 did not"
+    none = event | {"clients": [], "missing": {}, "loss": None}
+    assert shown(start(), none)["curve"]["top"] == ""
+
+
 def test_a_curve_of_one_round_is_a_point_and_one_of_none_is_hidden():
     nothing = curve.loss_curve(standing(start()))
-    assert nothing.top == "" and len(nothing.lines) == 3
+    assert nothing.top == "" and len(nothing.lines) == 4
     assert 'id="loss" hidden' in page.render(shown(start()))
     one = curve.loss_curve(standing(start(), finished_round()))
     assert one.lines[0].points == "M500.0 100.0h0" and one.last == ""

@@ -36,7 +36,7 @@ class Curve:
     last: str = ""
 
 
-NAMES = ("training", "unseen clients", "seen clients")
+NAMES = ("training", "unseen clients", "seen clients", "clients' own rows")
 
 
 def loss_curve(now: RunState) -> Curve:
@@ -60,7 +60,7 @@ def loss_curve(now: RunState) -> Curve:
 
 
 def _evaluated(now: RunState) -> tuple[Mapping[int, float], ...]:
-    return tuple(now.curves.get(group, {}) for group in ("unseen", "seen"))
+    return tuple(now.curves.get(group, {}) for group in ("unseen", "seen", "own"))
 
 
 def _line(

@@ -76,7 +76,8 @@ class RunState:
 
     ``current`` is the latest round that any client took part in, ``rounds`` the last completed one.
     ``losses_by_round`` are the mean training losses, ``curves`` the losses of the global adapter by
-    round (0: of the base model), by group of clients; all in nats per token.
+    round (0: of the base model), by group of clients, ``own`` being all on their own rows; all in
+    nats per token.
     """
 
     start: Event = field(default_factory=dict)
@@ -115,6 +116,8 @@ class RunState:
                 self._round(event)
             case "evaluation":
                 self._evaluated(event)
+            case "client_evaluation" if event["loss"] is not None:
+                self.curves.setdefault("own", {})[event["round"]] = event["loss"]
             case "refused":
                 self.totals["refused"] += 1
             case "finish":
@@ -211,6 +214,10 @@ class RunState:
                 text = f"round aggregated: {counted(event.get('received') or 0, 'upload')}"
             case "evaluation":
                 text = f"evaluated: {shortened(str(event['adapter']))}"
+            case "client_evaluation":
+                missing = len(event["missing"])
+                text = f"{counted(len(event['clients']), 'client')} evaluated rows of their own"
+                text += f"; {missing:,} did not" if missing else ""
             case "stopped":
                 text, bad = f"run stopped: {reason}", True
             case "finish":
