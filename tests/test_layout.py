@@ -58,6 +58,7 @@ ENTRANCES = (
     "model.layers.attention",
     "model.smollm2",
     "reporting.comparison",
+    "reporting.names",
     "reporting.page",
     "reporting.tracker",
     "reporting.trackers",

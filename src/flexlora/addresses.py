@@ -58,6 +58,15 @@ def in_brackets(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def is_free(host: str, port: int) -> bool:
+    """Whether this machine can listen there now."""
+    try:
+        listener(host, port).close()
+    except OSError:
+        return False
+    return True
+
+
 def listener(host: str, port: int, backlog: int | None = None) -> socket.socket:
     """A TCP socket that listens there, IPv4 or IPv6 by the form of the host.
 

@@ -8,16 +8,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("flwr", reason="needs flexlora[flower]")
 
+from flexlora import peft_format
 from flexlora.cli import deploy, main
 from flexlora.data import Columns
 from flexlora.deployment import certificates, keys
 from flexlora.deployment.node import join as joining
 from flexlora.deployment.node.capacity import Capacity
 from flexlora.deployment.server import server_run
+from flexlora.deployment.server.delivery import Ledger, digest_of
 from flexlora.journal import Record
+from flexlora.lowrank import Factors
 
 
 @pytest.fixture
@@ -140,7 +144,7 @@ def test_serve_wants_a_config_or_a_run(refused, plan, tmp_path):
     assert "Give a CONFIG.toml, or --resume DIR." in refused("serve", "--insecure")
     said = refused("serve", "none.toml", "--insecure")
     assert "none.toml cannot be read" in said
-    for extra in ([plan], ["--out", "x"], ["--clients", "2"], ["--set", "seed=1"]):
+    for extra in ([plan], ["--out", "x"], ["--clients", "2"]):
         said = refused("serve", *extra, "--resume", tmp_path, "--insecure")
         assert "--resume takes the folder of a run" in said
 
@@ -240,10 +244,63 @@ def test_a_finished_run_is_not_served_again_and_stays_finished(call, plan, serve
     """With exit code 0: a service that restarts failed commands must not restart this one."""
     call("serve", plan, "--insecure", "--out", "run")
     Record(tmp_path / "run").append("finish", rounds=2, adapter="run/adapter")
+    journal = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     served.clear()
     code, out, _ = call("serve", "--resume", "run", "--insecure")
-    assert (code, served) == (0, []) and "has finished; adapter: run/adapter" in out
-    assert len(list(Record(tmp_path / "run").events("finish"))) == 1
+    assert (code, served) == (0, [])
+    assert "the federation is finished: 2 rounds\nadapter: run/rounds/00002/adapter" in out
+    assert "--set federation.rounds=3" in out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == journal
+
+
+def test_a_finished_run_can_have_more_rounds_and_nothing_else(call, plan, served, tmp_path):
+    call("serve", plan, "--insecure", "--out", "run")
+    Record(tmp_path / "run").append("finish", rounds=2, adapter="run/adapter")
+    served.clear()
+    for change in ("federation.rounds=2", "seed=4", "federation.rounds=x", "rounds"):
+        code, _, err = call("serve", "--resume", "run", "--insecure", "--set", change)
+        assert code == 2 and "federation.rounds=" in err
+    assert served == [] and server_run.read_config(tmp_path / "run").federation.rounds == 2
+    code, out, _ = call("serve", "--resume", "run", "--insecure", "--set", "federation.rounds=5")
+    assert code == 0 and out == ""
+    ((settings, *_),) = served
+    assert settings == server_run.read_config(tmp_path / "run")
+    assert settings.federation.rounds == 5
+
+
+def test_a_finished_run_is_served_for_a_client_that_does_not_have_the_adapter(
+    call, plan, served, tmp_path
+):
+    run = tmp_path / "run"
+    call("serve", plan, "--insecure", "--out", "run")
+    journal = Record(run)
+    journal.append("finish", rounds=2, adapter="run/adapter")
+    before = journal.path.read_bytes()
+    module = Factors(torch.ones(3, 2), torch.ones(2, 5))
+    peft_format.write({"model.layers.0.q_proj": module}, run / "rounds" / "00002" / "adapter")
+    entry = {"node": 3, "attention": 2, "feed_forward": 2, "examples": 7, "device": "cpu"}
+    entry["tokens_per_second"] = None
+    (run / "clients.json").write_text(json.dumps({"ash": entry, "birch": entry}))
+    ledger = Ledger(run, digest_of(run / "rounds" / "00002" / "adapter"))
+    ledger.add("ash")
+    served.clear()
+    code, out, _ = call("serve", "--resume", "run", "--insecure")
+    assert code == 0 and len(served) == 1
+    assert "clients that have it: ash\nclients that do not have it yet: birch;" in out
+    ledger.add("birch")
+    code, out, _ = call("serve", "--resume", "run", "--insecure")
+    assert code == 0 and len(served) == 1 and "clients that have it: ash, birch\n" in out
+    assert journal.path.read_bytes() == before
+
+
+def test_a_port_in_use_is_refused_before_anything_is_written(refused, plan, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        said = refused("serve", plan, "--insecure", "--out", "run", "--listen", address)
+        assert f"The server cannot listen on {address}: Address already in use." in said
+        said = refused("serve", plan, "--insecure", "--out", "run", "--status", address)
+        assert f"The status page cannot listen on {address}" in said
+    assert not (tmp_path / "run").exists()
 
 
 # join
@@ -263,7 +320,7 @@ def test_without_keys_a_client_needs_a_name(refused, rows):
     assert "Without keys this client needs a --name." in said
 
 
-@pytest.mark.parametrize("address", ["example.org:8090", "10.0.0.1:8090", "0.0.0.0:8090", "8090"])
+@pytest.mark.parametrize("address", ["example.org:8090", "10.0.0.1:8090", "0.0.0.0:8090"])
 def test_without_keys_no_other_machine_is_joined(refused, rows, address):
     said = refused("join", address, "--data", rows, "--insecure", "--name", "ash")
     assert f"--insecure is for a server on this machine, not for {address}" in said
@@ -388,7 +445,7 @@ def test_without_words_the_machine_is_measured(call, rows, joined, tmp_path):
 
 def test_keys_of_nobody_are_refused(refused):
     said = refused("keys", "mine")
-    assert "give --host for the server or --node for a client" in said
+    assert "give --host to make the server" in said and "--add to admit a client" in said
 
 
 def test_a_servers_keys_and_its_nodes_are_made_at_once(call, tmp_path):

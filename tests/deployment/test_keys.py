@@ -18,7 +18,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from flexlora.deployment import certificates
 from flexlora.deployment.certificates import ServerKeys, make_server
-from flexlora.deployment.keys import NodeKey, make_node, node_keys
+from flexlora.deployment.keys import (
+    NODES,
+    NodeKey,
+    admit,
+    fingerprint,
+    fingerprint_of_private,
+    make_node,
+    node_keys,
+)
 
 
 @pytest.fixture(scope="module")
@@ -336,3 +344,56 @@ def test_keys_are_private_whatever_the_mask(tmp_path):
     finally:
         os.umask(before)
     assert (mode(made.key), mode(made.ca), mode(made.key.parent)) == (0o600, 0o644, 0o700)
+
+
+# Admitting
+
+
+@pytest.fixture
+def server_folder(tmp_path):
+    (tmp_path / "server" / NODES).mkdir(mode=0o700, parents=True)
+    return tmp_path / "server"
+
+
+def test_a_client_is_admitted_by_its_public_key(server_folder, tmp_path):
+    public = make_node(tmp_path / "mary", "mary")
+    assert admit(server_folder, public) == "mary"
+    copied = node_keys(server_folder / NODES)["mary"]
+    assert fingerprint(copied) == fingerprint(public)
+    assert fingerprint_of_private(tmp_path / "mary" / "mary.key") == fingerprint(public)
+    assert admit(server_folder, public) == "mary"  # twice is no fault
+
+
+def test_only_a_new_name_with_a_new_key_is_admitted(server_folder, tmp_path):
+    public = make_node(tmp_path / "mary", "mary")
+    admit(server_folder, public)
+    other = make_node(tmp_path / "other", "mary")
+    with pytest.raises(ValueError, match=r"mary\.pub is the key of client mary, another than"):
+        admit(server_folder, other)
+    copy = tmp_path / "north.pub"
+    copy.write_bytes(public.read_bytes())
+    with pytest.raises(ValueError, match=r"the same as .*north\.pub; each client needs a key"):
+        admit(server_folder, copy)
+    assert list(node_keys(server_folder / NODES)) == ["mary"]
+
+
+@pytest.mark.parametrize("content", [b"", b"ssh-rsa AAAA", b"\xff" * 70000])
+def test_what_is_no_public_key_admits_nobody(server_folder, tmp_path, content):
+    (tmp_path / "mary.pub").write_bytes(content)
+    with pytest.raises(ValueError, match=r"mary\.pub"):
+        admit(server_folder, tmp_path / "mary.pub")
+    assert node_keys(server_folder / NODES) == {}
+
+
+def test_a_private_key_is_not_admitted(server_folder, tmp_path):
+    make_node(tmp_path / "mary", "mary")
+    with pytest.raises(ValueError, match=r"mary\.key is not an OpenSSH public key"):
+        admit(server_folder, tmp_path / "mary" / "mary.key")
+    with pytest.raises(ValueError, match=r"give the file NAME\.pub"):
+        admit(server_folder, tmp_path / "nowhere.pub")
+
+
+def test_a_client_is_admitted_to_a_server_alone(tmp_path):
+    public = make_node(tmp_path / "mary", "mary")
+    with pytest.raises(ValueError, match="does not hold a server's keys; make them first"):
+        admit(tmp_path / "mary", public)

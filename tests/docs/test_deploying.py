@@ -1,5 +1,6 @@
 """docs/deploying.md and deploy/: the commands are those that there are, and they work."""
 
+import hashlib
 import itertools
 import os
 import re
@@ -15,9 +16,11 @@ import pytest
 import typer
 import yaml
 
+from flexlora import peft_format
 from flexlora.cli import main
 from flexlora.deployment.flower.processes import free_port
 from flexlora.journal.record import Record
+from flexlora.peft_format import WEIGHTS
 from support import flower, models
 
 ROOT = Path(__file__).parents[2]
@@ -84,16 +87,19 @@ def test_files_that_the_page_names_are_there():
         assert (ROOT / target).exists(), target
 
 
+SITES = ("mary", "north", "lake")
+
+
 @pytest.fixture
 def places(tmp_path):
-    """The three machines of the page, as folders, with what their owners have."""
-    places = {name: tmp_path / name for name in ("server", "ada", "bo")}
+    """The four machines of the page, as folders, with what their owners have."""
+    places = {name: tmp_path / name for name in ("server", *SITES)}
     for place in places.values():
         place.mkdir()
     models.save(tmp_path / "model")
-    rows = flower.data_of(models.corpus(), tmp_path)
-    rows["client0"].rename(places["ada"] / "ada.jsonl")
-    rows["client1"].rename(places["bo"] / "bo.jsonl")
+    rows = flower.data_of(models.corpus(rows=15), tmp_path)
+    for number, site in enumerate(SITES):
+        rows[f"client{number}"].rename(places[site] / f"{site}.jsonl")
     text = (ROOT / "configs" / "federation.toml").read_text(encoding="utf-8")
     text = text.replace("smollm2-135m-instruct", str(tmp_path / "model"))
     text = text.replace('prompt = "alpaca"', 'prompt = "plain"')
@@ -103,64 +109,117 @@ def places(tmp_path):
     return places
 
 
-@pytest.mark.slow
-def test_two_laptops_as_the_page_says(places, tmp_path):
-    port, page_port = free_port(), free_port()
-    running: dict[str, subprocess.Popen] = {}
+@pytest.fixture
+def start(places, tmp_path):
+    """Starts a command of the page at a place, with free ports in place of the page's."""
+    port, page_port, status_port = free_port(), free_port(), free_port()
+    running: list[subprocess.Popen] = []
 
     def start(place: str, command: str) -> subprocess.Popen:
         command = command.replace("server.example", "localhost").replace(":8090", f":{port}")
-        command = command.replace("0.0.0.0", "127.0.0.1").replace(
-            "127.0.0.1:8800", f"127.0.0.1:{page_port}"
-        )
-        extra = ["--model", str(tmp_path / "model")] if " join " in command else []
+        command = command.replace("0.0.0.0", "127.0.0.1")
+        command = command.replace("127.0.0.1:8800", f"127.0.0.1:{page_port}")
+        extra = {"join": ["--model", str(tmp_path / "model")]}
+        extra["serve"] = ["--status", f"127.0.0.1:{status_port}"]
+        words = shlex.split(command)
         with (tmp_path / f"{place}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", *shlex.split(command), *extra],
-                cwd=places[place],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *words, *extra.get(words[1], [])],
+                    cwd=places[place],
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+                )
             )
+        return running[-1]
 
-    until = time.monotonic() + 280
-    try:
-        for number, (place, background, text) in enumerate(BLOCK.findall(PAGE)):
-            for line in text.strip().splitlines():
-                if " watch " in line:  # nobody is that quick
-                    while not (places["server"] / "runs" / "federation" / "config.json").exists():
-                        assert time.monotonic() < until, logs(tmp_path)
-                        time.sleep(0.2)
-                process = start(place, line)
-                if background or " watch " in line:
-                    running[f"{number} {line}"] = process
-                else:
-                    assert process.wait(120) == 0
-                if line.startswith("flexlora keys my-keys"):
-                    exchange_keys(places["server"] / "server-keys", places[place] / "my-keys")
-        journal = Record(places["server"] / "runs" / "federation")
-        seen = ""
-        while not list(journal.events("finish", "stopped")):
-            assert time.monotonic() < until, logs(tmp_path)
-            seen = fetched(f"http://127.0.0.1:{page_port}/") or seen
-            time.sleep(1)
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait(60)
+    start.page = f"http://127.0.0.1:{page_port}/"
+    yield start
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.wait(60)
+
+
+@pytest.mark.slow
+def test_three_sites_as_the_page_says(places, start, tmp_path):
+    """Every command of the page, by processes: at the end all four have the same adapter."""
+    until, background = time.monotonic() + 400, {}
+    run = places["server"] / "runs" / "federation"
+    for place, waits, text in BLOCK.findall(PAGE):
+        for line in text.strip().splitlines():
+            if " watch " in line:  # nobody is that quick
+                wait(lambda: (run / "config.json").exists(), until, tmp_path)
+            process = start(place, line)
+            if waits or " watch " in line:
+                background[place, line.split()[1]] = process
+                continue
+            assert process.wait(120) == 0, logs(tmp_path)
+            if place in SITES:
+                shutil.copy(places[place] / "my-keys" / f"{place}.pub", places["server"])
+            elif "--host" in line:
+                for site in SITES:
+                    shutil.copy(
+                        places["server"] / "server-keys" / "ca.crt", places[site] / "my-keys"
+                    )
+    seen = ""
+    while background["server", "serve"].poll() is None:
+        assert time.monotonic() < until, logs(tmp_path)
+        seen = fetched(start.page) or seen
+        time.sleep(1)
+    for site in SITES:
+        assert background[site, "join"].wait(60) == 0, logs(tmp_path)
+
+    journal = Record(run)
     assert [e["event"] for e in journal.events("finish", "stopped")] == ["finish"], logs(tmp_path)
     joined = {e["client"]: e["ranks"] for e in journal.events("joined")}
-    assert joined == {"ada": [64], "bo": [8]}
-    assert "ada" in seen and "flexlora" in seen.lower()
-    assert all(e["received"] == 2 for e in journal.events("round"))
+    assert joined == {"mary": [64], "north": [16], "lake": [8]}
+    assert "north" in seen and "flexlora" in seen.lower()
+    assert [e["received"] for e in journal.events("round")] == [3, 3, 3]
+    assert_evaluated(journal, tmp_path)
+    assert_delivered(run, places, tmp_path)
+    before = journal.path.read_bytes()
+    resumed = start("server", f"flexlora serve --resume {run} --keys server-keys")
+    assert resumed.wait(60) == 0 and journal.path.read_bytes() == before, logs(tmp_path)
 
 
-def exchange_keys(server: Path, client: Path) -> None:
-    """Copy the files of the page's table."""
-    for public in client.glob("*.pub"):
-        shutil.copy(public, server / "nodes")
-    shutil.copy(server / "ca.crt", client)
+def assert_evaluated(journal: Record, folder: Path) -> None:
+    """Every site evaluated the base and every round; the report has each of them."""
+    evaluations = list(journal.events("client_evaluation"))
+    assert [e["round"] for e in evaluations] == [0, 1, 2, 3]
+    for event in evaluations:
+        assert [row["client"] for row in event["clients"]] == sorted(SITES), logs(folder)
+        assert event["missing"] == {} and event["worst"] in SITES
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    report = (journal.folder / "report.html").read_text(encoding="utf-8")
+    table = report[report.index("Scores on the clients") :]
+    assert all(site in table for site in SITES)
+    assert f"{evaluations[-1]['loss']:.3f}" in table
+    console = (folder / "server.log").read_text()
+    assert "evaluation by the clients after round 3 (3 clients" in console
+    # Numbers travel, rows do not: the journal has no text of a row.
+    assert "sees" not in journal.path.read_text()
+
+
+def assert_delivered(run: Path, places: dict[str, Path], folder: Path) -> None:
+    """The same file of weights everywhere, and the same digest in what everybody was told."""
+    weights = (run / "rounds" / "00003" / "adapter" / WEIGHTS).read_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
+    assert digest in (folder / "server.log").read_text()
+    for site in SITES:
+        adapter = places[site] / f"flexlora-{site}" / "adapter"
+        assert (adapter / WEIGHTS).read_bytes() == weights
+        assert peft_format.read(adapter).loaded().adapter.keys()
+        said = (folder / f"{site}.log").read_text()
+        assert f"SHA-256: {digest} (the same file as the server's)" in said
+        assert "load it with PEFT: PeftModel.from_pretrained(" in said
+
+
+def wait(true, until: float, folder: Path) -> None:
+    while not true():
+        assert time.monotonic() < until, logs(folder)
+        time.sleep(0.2)
 
 
 def fetched(url: str) -> str:

@@ -20,7 +20,7 @@ from flexlora.deployment.flower.client_app import WORKER, app
 from flexlora.deployment.node.capacity import Capacity, Modules
 from flexlora.deployment.node.node import Node, NodeConfig
 from flexlora.deployment.node.worker_socket import Response, Worker
-from flexlora.deployment.server.registry import NODES
+from flexlora.deployment.server.run_files import NODES
 from support import models
 
 OFFLINE = 5
@@ -101,6 +101,9 @@ class FakeGrid:
             self.pushed.append(message)
             self.waiting[id] = message
             taken.append(id)
+            if records.opened(message.content)[0]["kind"] == "over":
+                # As `flexlora join` does: it stops its node.
+                self.nodes[message.metadata.dst_node_id].online = False
         return taken
 
     def _look(self) -> None:

@@ -230,5 +230,6 @@ class Site:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         for pid in self.pids(str(self.folder)):
             os.kill(pid, signal.SIGKILL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -21,12 +21,26 @@ from flexlora.cli.join import interrupt
 from flexlora.cli.join import join as join
 from flexlora.cli.options import Changes, refuse_file
 from flexlora.errors import ConfigError, FlexloraError
+from flexlora.journal import counted
 
 if TYPE_CHECKING:
     from flexlora.config import Experiment
     from flexlora.deployment.server.supervisor import Listening
+    from flexlora.journal import Event
+
+Stay = Annotated[
+    float,
+    typer.Option(
+        metavar="MINUTES",
+        min=0,
+        help="How long to wait after the last round for clients without the adapter.",
+    ),
+]
 
 PORT = 8090
+PAGE_PORT = 8091
+STOPPED = 130
+"""The exit code of a command that was interrupted, as shells have it."""
 MOST_DIFFERENCE = 1e-6
 """The largest relative difference between the products of the demonstration's two adapters."""
 
@@ -46,20 +60,31 @@ def make_keys(
             "May be repeated."
         ),
     ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="NAME.pub", help="Admit a client by its public key. May be repeated."),
+    ] = None,
 ) -> None:
-    """Create the server's certificate and the key pairs of clients."""
+    """Create the server's certificate and the key pairs of clients, and admit clients.
+
+    A client makes its own key pair: flexlora keys my-keys --node NAME. It sends NAME.pub to the
+    server's owner, who admits it: flexlora keys server-keys --add NAME.pub.
+    """
     from flexlora.deployment import certificates, keys
 
-    if not host and not node:
-        raise ConfigError("Nothing to create: give --host for the server or --node for a client.")
+    if not host and not node and not add:
+        raise ConfigError(
+            "Nothing to do: give --host to make the server's certificate, --node to make a "
+            "client's key pair, or --add to admit a client."
+        )
     if host:
         server = certificates.make_server(folder, host)
         print(f"wrote {server.certificate} and {server.key}; keep {folder} private")
+        print(f"send {folder / 'ca.crt'} to the clients' owners")
         (folder / keys.NODES).mkdir(mode=0o700, exist_ok=True)
     for name in node or ():
         if not host and not (folder / keys.NODES).is_dir():
-            public = keys.make_node(folder, name)
-            print(f"send {public} to the server's owner; put the server's ca.crt into {folder}")
+            _print_own_key(keys.make_node(folder, name), folder)
             continue
         public = keys.make_node(folder / name, name)
         shutil.copy(folder / "ca.crt", folder / name)
@@ -68,6 +93,17 @@ def make_keys(
             f"send {folder / name} to client {name!r} over a secure channel: anyone holding its "
             "private key can join"
         )
+    for file in add or ():
+        name = keys.admit(folder, file)
+        print(f"admitted client {name}, whose key is {keys.fingerprint(file)}")
+
+
+def _print_own_key(public: Path, folder: Path) -> None:
+    from flexlora.deployment import keys
+
+    print(f"wrote {public} and {public.with_suffix('.key')}; the latter never leaves this machine")
+    print(f"send {public} to the server's owner, and compare: {keys.fingerprint(public)}")
+    print(f"put the server's ca.crt into {folder}")
 
 
 def serve(
@@ -101,16 +137,23 @@ def serve(
     status: Annotated[
         str,
         typer.Option(
-            metavar="HOST:PORT|off", help="Address of a read-only status page; port 0 is any free."
+            metavar="HOST:PORT|off",
+            help=f"Address of a read-only status page; by default 127.0.0.1:{PAGE_PORT}; port 0 "
+            "is any free.",
         ),
-    ] = "127.0.0.1:0",
+    ] = "",
+    stay: Stay = 60.0,
 ) -> None:
     """Run a federation whose clients join from other machines."""
     listening = _listening(listen, key_folder, insecure)
+    _check_page(status)
     if resume is not None:
-        if path is not None or changes or folder is not None or clients is not None:
-            raise ConfigError("--resume takes the folder of a run, --listen and --keys only.")
-        settings, target = _resumed(resume, insecure), resume
+        if path is not None or folder is not None or clients is not None:
+            raise ConfigError(
+                "--resume takes the folder of a run, --listen, --keys, and --set "
+                "federation.rounds=N for more rounds."
+            )
+        settings, target = _resumed(resume, listening, changes or ()), resume
     else:
         if path is None:
             raise ConfigError("Give a CONFIG.toml, or --resume DIR.")
@@ -119,7 +162,7 @@ def serve(
         settings = compose.load(path, changes or ())
         target = folder or Path(settings.run.folder or f"runs/{path.stem}")
         _begin(target, settings, clients, listening)
-    _serve(settings, target, listening, status)
+    _serve(settings, target, listening, status, 60 * stay)
 
 
 def _begin(folder: Path, settings: Experiment, clients: int | None, listening: Listening) -> None:
@@ -161,36 +204,80 @@ def show_demo(
         raise ConfigError(f"The two adapters differ by more than {MOST_DIFFERENCE}.")
 
 
-def _serve(settings: Experiment, folder: Path, listening: Listening, status: str) -> None:
+def _serve(
+    settings: Experiment, folder: Path, listening: Listening, status: str, stay_seconds: float
+) -> None:
     """Serve and show progress; print how to resume if it is interrupted."""
     from rich.console import Console
 
     from flexlora.cli import progress
-    from flexlora.deployment.server import supervisor
+    from flexlora.deployment.server import server_run, supervisor
     from flexlora.reporting import page, tracker, trackers
 
     console = Console()
     followers = trackers.of(settings.run.trackers, folder)
     signal.signal(signal.SIGTERM, interrupt)
+    is_interrupted = False
     with _page(folder, status) as url:
         lines = f"listening on {listening.address}\njournal:     {folder}\nstatus page: {url}"
         console.print(lines, highlight=False, soft_wrap=True)
         try:
-            run = tracker.following(supervisor.serve(folder, listening), followers, folder)
+            served = supervisor.serve(folder, listening, stay_seconds)
+            run = tracker.following(served, followers, folder)
             with closing(run) as events:
-                shown = progress.show(events, console)
+                progress.show(events, console)
         except KeyboardInterrupt:
-            command = f"flexlora serve --resume {folder}, and --listen and --keys as before"
-            print(f"\nstopped; resume with: {command}", file=sys.stderr)
-            raise SystemExit(130) from None
-    console.print("the federation is finished", highlight=False)
-    console.print(f"adapter: {shown[-1]['adapter']}", soft_wrap=True)
-    console.print(f"report:  {page.write(folder)}", soft_wrap=True)
+            is_interrupted = True
+    finish = server_run.finish_of(folder, settings)
+    if finish is None:
+        command = f"flexlora serve --resume {folder}, and --listen and --keys as before"
+        print(f"\nstopped; resume with: {command}", file=sys.stderr)
+        raise SystemExit(STOPPED)
+    _print_end(folder, finish)
+    print(f"report:  {page.write(folder)}")
+    if is_interrupted:
+        raise SystemExit(STOPPED)
+
+
+def _print_end(folder: Path, finish: Event) -> None:
+    """Print where the adapter of a finished run is, and which clients have it."""
+    from flexlora.deployment.server import server_run
+    from flexlora.peft_format import WEIGHTS
+    from flexlora.storage import sha256
+
+    adapter = server_run.adapter_of(folder, finish)
+    with_adapter, without = server_run.delivered(folder, finish)
+    print(f"the federation is finished: {counted(finish['rounds'], 'round')}")
+    print(f"adapter: {adapter}")
+    if (adapter / WEIGHTS).exists():
+        print(f"SHA-256: {sha256(adapter / WEIGHTS)}")
+    print(f"clients that have it: {', '.join(with_adapter) or 'none'}")
+    if without:
+        print(
+            f"clients that do not have it yet: {', '.join(without)}; to send it to them when they "
+            f"join again: flexlora serve --resume {folder}, and --listen and --keys as before"
+        )
+
+
+def _check_page(status: str) -> None:
+    """Refuse an address of the status page that is in use, before anything is written."""
+    if status in ("", "off"):
+        return
+    host, port = addresses.parse(status, "--status", f"127.0.0.1:{PAGE_PORT}")
+    if port and not addresses.is_free(host, port):
+        raise ConfigError(
+            f"The status page cannot listen on {status}: another program does, or it is no address "
+            "of this machine; give --status another HOST:PORT, or off."
+        )
 
 
 @contextmanager
 def _page(folder: Path, status: str) -> Iterator[str]:
-    """Serve the status page during the run; yields its address, or why there is none."""
+    """Serve the status page during the run; yields its address, or why there is none.
+
+    Raises:
+        ConfigError: the address that the user gave cannot be used.
+    """
     if status == "off":
         yield "off"
         return
@@ -201,8 +288,13 @@ def _page(folder: Path, status: str) -> Iterator[str]:
     except FlexloraError as error:
         yield f"not served: {error}"
         return
+    note = ""
+    if not status:
+        status = f"127.0.0.1:{PAGE_PORT}"
+        if not addresses.is_free("127.0.0.1", PAGE_PORT):
+            status, note = "127.0.0.1:0", f" (port {PAGE_PORT} is in use)"
     with start(folder, *watch.address(status)) as served:
-        yield served.url
+        yield f"{served.url}{note}"
 
 
 def _listening(listen: str, folder: Path | None, insecure: bool) -> Listening:
@@ -218,26 +310,51 @@ def _listening(listen: str, folder: Path | None, insecure: bool) -> Listening:
     return Listening(host, port, folder)
 
 
-def _resumed(folder: Path, insecure: bool) -> Experiment:
-    """The experiment of a run that can be resumed, with keys if and only if it had keys."""
+def _resumed(folder: Path, listening: Listening, changes: Sequence[str]) -> Experiment:
+    """The experiment of a run that goes on, with keys if and only if it had keys.
+
+    Exits if the run is finished, no more rounds are asked for, and every client has the adapter.
+    """
     from flexlora.deployment.server import server_run
-    from flexlora.journal import Record
 
     if not (folder / server_run.PLAN).exists():
         raise ConfigError(
             f"There is no served run to resume in {folder}: it has no {server_run.PLAN}."
         )
+    insecure = listening.keys is None
     if server_run.ServePlan.read(folder).bound is insecure:
         before, option = ("with", "--keys DIR") if insecure else ("without", "--insecure")
         raise ConfigError(
             f"The run in {folder} was started {before} keys, which decide whether names of clients "
             f"belong to keys; resume it with {option}."
         )
-    if finish := list(Record(folder).events("finish")):
-        # No error: services that restart a failed command must not restart this one.
-        print(f"The run in {folder} has finished; adapter: {finish[-1]['adapter']}")
-        raise SystemExit(0)
-    return server_run.read_config(folder)
+    settings = server_run.read_config(folder)
+    if changes:
+        settings = server_run.with_more_rounds(folder, settings, _rounds(changes))
+    if finish := server_run.finish_of(folder, settings):
+        _print_end(folder, finish)
+        print(
+            f"for more rounds: flexlora serve --resume {folder} --set "
+            f"federation.rounds={finish['rounds'] + 1}, and --listen and --keys as before"
+        )
+        if not server_run.delivered(folder, finish)[1]:
+            # No error: services that restart a failed command must not restart this one.
+            raise SystemExit(0)
+    listening.check_free()
+    if changes:
+        server_run.write_config(folder, settings)
+    return settings
+
+
+def _rounds(changes: Sequence[str]) -> int:
+    """The number of rounds in the one change that a run that goes on can have."""
+    key, _, value = changes[0].partition("=")
+    if len(changes) > 1 or key.strip() != "federation.rounds" or not value.strip().isdecimal():
+        raise ConfigError(
+            f"A run that is resumed can have more rounds, --set federation.rounds=N, and no other "
+            f"change, not {' '.join(changes)!r}."
+        )
+    return int(value)
 
 
 def _refuse_existing(folder: Path) -> None:

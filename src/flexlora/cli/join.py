@@ -63,6 +63,21 @@ State = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Directory for local client state; by default flexlora-NAME."),
 ]
+Holdout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of your rows that never train and are evaluated on; 0 for none; by default "
+        "the server's.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder for the finished adapter; default: STATE/adapter."),
+]
+OwnRank = Annotated[
+    bool, typer.Option("--own-rank", help="Truncate the finished adapter to your own rank.")
+]
 
 
 def join(
@@ -80,8 +95,14 @@ def join(
     columns: ColumnNames = None,
     rows_of: RowsOf = None,
     state: State = None,
+    holdout: Holdout = None,
+    out: Out = None,
+    own_rank: OwnRank = False,
 ) -> None:
-    """Take part in a federation with your own rows, which stay on this machine."""
+    """Take part in a federation with your own rows, which stay on this machine.
+
+    At the end the finished adapter is on this machine too, for PEFT.
+    """
     from flexlora.deployment import keys
     from flexlora.deployment.node import join as joining
     from flexlora.deployment.node.capacity import Capacity
@@ -103,6 +124,9 @@ def join(
         rows_of=rows_of,
         model=model,
         device=device,
+        holdout=_holdout(holdout),
+        out=out,
+        own_rank=own_rank,
     )
     signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -124,6 +148,12 @@ def _bytes(gibibytes: float) -> int:
     if not 0 < gibibytes < math.inf:
         raise ConfigError(f"--memory takes a number of GiB above 0, not {gibibytes}.")
     return int(gibibytes * 2**30)
+
+
+def _holdout(share: float | None) -> float | None:
+    if share is not None and not 0 <= share < 1:
+        raise ConfigError(f"--holdout takes a share from 0 to below 1, such as 0.2, not {share}.")
+    return share
 
 
 def _rank(text: str) -> int | None:

@@ -17,6 +17,7 @@ from flexlora.journal import (
     number,
     size,
 )
+from flexlora.reporting.names import rank_text
 
 _KEEP = "\N{NO-BREAK SPACE}"
 
@@ -41,6 +42,8 @@ def sentences(event: Event, tally: Tally) -> list[str]:
             return [_round(event)]
         case "evaluation":
             return _evaluation(event)
+        case "client_evaluation":
+            return _client_evaluation(event)
         case "finish":
             return [_finish(event, tally)]
     return []
@@ -53,7 +56,7 @@ def notices(texts: Iterable[str]) -> list[str]:
 
 def _start(event: Event) -> str:
     types = ", ".join(
-        f"{_keep(f'{n} of type')} {name} ({_keep(_ranks(event['ranks'][name]))})"
+        f"{_keep(f'{n} of')} {_keep(_rank_type(name, event['ranks'][name]))}"
         for name, n in event["rank_types"].items()
     )
     return (
@@ -63,15 +66,24 @@ def _start(event: Event) -> str:
     )
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {' and '.join(map(str, ranks))}"
+def _rank_type(name: str, ranks: list[int]) -> str:
+    """A rank type with its ranks; of a real client, whose type is made of them, the ranks alone."""
+    if _is_of_a_client(name):
+        return rank_text(name, ranks, {})
+    return f"type {name} ({'rank' if len(ranks) == 1 else 'ranks'} {' and '.join(map(str, ranks))})"
+
+
+def _is_of_a_client(name: str) -> bool:
+    # A type whose ranks are known from its name alone.
+    return bool(rank_text(name, (), {}))
 
 
 def _client(event: Event, tally: Tally) -> str:
     left = left_text(tally.time_left.left(event.get("time", 0.0)))
     of = f" of {tally.now.wanted}" if tally.now.wanted else ""
+    kind = rank_text(event["rank_type"], (), {}) or event["rank_type"]
     return (
-        f"  round {event['round']}: client {event['client']} ({event['rank_type']}): "
+        f"  round {event['round']}: client {event['client']} ({kind}): "
         f"loss {_loss(event):.3f}, {event['tokens']:,} tokens in {duration(event['seconds'], 1)}, "
         f"upload {tally.uploads}{of}{f', {left}' if left else ''}"
     )
@@ -116,6 +128,23 @@ def _evaluation(event: Event) -> list[str]:
         rows = [row for row in event["clients"] if row["seen"] is seen]
         if rows:
             lines.append(f"  {_keep(f'{group:<6} clients')}  {_scores(rows)}")
+    return lines
+
+
+def _client_evaluation(event: Event) -> list[str]:
+    rows = event["clients"]
+    when = f"after round {event['round']}" if event["round"] else "before training"
+    lines = [f"  {id} did not evaluate: {reason}" for id, reason in event["missing"].items()]
+    if rows:
+        examples = sum(row["examples"] for row in rows)
+        where = f"{counted(len(rows), 'client')}, {counted(examples, 'held-out row')}"
+        spread = f"{event['loss_min']:.3f} to {event['loss_max']:.3f}"
+        parts = (
+            f"loss {event['loss']:.3f}",
+            *([f"by client {spread}", f"worst {event['worst']}"] if len(rows) > 1 else []),
+        )
+        head = f"evaluation by the clients {when} ({_keep(where)}): "
+        lines.insert(0, head + ", ".join(map(_keep, parts)))
     return lines
 
 

@@ -2,7 +2,15 @@
 
 from flexlora.config.experiment import DataSettings, Experiment, Ranks, parse
 from flexlora.config.plugins import Plugins
-from flexlora.config.ranks import PAPER_TYPES, Assignment, RankType, assign, distribution, several
+from flexlora.config.ranks import (
+    PAPER_TYPES,
+    Assignment,
+    RankType,
+    assign,
+    distribution,
+    rank_text,
+    several,
+)
 from flexlora.config.toml import apply_changes, dump, load, rank_table
 
 __all__ = [
@@ -20,5 +28,6 @@ __all__ = [
     "load",
     "parse",
     "rank_table",
+    "rank_text",
     "several",
 ]

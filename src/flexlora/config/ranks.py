@@ -39,6 +39,9 @@ class RankType:
                 "does not train."
             )
 
+    def __str__(self) -> str:
+        return rank_text(self.attention, self.feed_forward)
+
     @property
     def targets(self) -> tuple[bool, bool]:
         """Whether the client trains attention layers, and whether feed-forward layers."""
@@ -54,6 +57,13 @@ class RankType:
             return dict.fromkeys(modules, self.attention)
         ranks = {module: getattr(self, kind(module)) for module in modules}
         return {module: rank for module, rank in ranks.items() if rank}
+
+
+def rank_text(attention: int, feed_forward: int) -> str:
+    """The ranks of a client in words: "rank 8", or "attention 4, feed_forward 0"."""
+    if attention == feed_forward:
+        return f"rank {attention}"
+    return f"attention {attention}, feed_forward {feed_forward}"
 
 
 PAPER_TYPES: Mapping[str, RankType] = {

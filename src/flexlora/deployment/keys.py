@@ -25,6 +25,7 @@ from flexlora.deployment.key_files import (
     write_private_key,
 )
 from flexlora.errors import ProtocolError
+from flexlora.storage import write_atomically
 
 # isort: split
 # After key_files, which reports that the package is missing.
@@ -101,6 +102,41 @@ def make_node(folder: Path, name: str) -> Path:
     return public
 
 
+def admit(folder: Path, public: Path) -> str:
+    """Admit the client of a public key ``NAME.pub`` to the server with keys in ``folder``.
+
+    Returns the client's name.
+
+    Raises:
+        ProtocolError: the folder is not that of a server's keys, the file is no public key of a
+            client, another client has the key, or the name has another key.
+    """
+    nodes = folder / NODES
+    if not nodes.is_dir():
+        raise ProtocolError(
+            f"{folder} does not hold a server's keys; make them first: flexlora keys {folder} "
+            "--host NAME."
+        )
+    require(public, "give the file NAME.pub that the client's owner has sent")
+    name, key = public.stem, read_public_key(public)
+    _check_name(name)
+    if public.suffix != ".pub":
+        raise ProtocolError(f"{public} is not called NAME.pub, with the name of its client.")
+    for other, path in node_keys(nodes).items():
+        is_same = read_public_key(path) == key
+        if is_same != (other == name):
+            raise ProtocolError(
+                f"{path} is the key of client {other}, "
+                + (
+                    f"the same as {public}; each client needs a key of its own."
+                    if is_same
+                    else f"another than {public}; remove it first if that client has a new one."
+                )
+            )
+    write_atomically(nodes / f"{name}.pub", key + f" {name}\n".encode())
+    return name
+
+
 def node_keys(folder: Path) -> dict[str, Path]:
     """The public keys in a folder by node name, each ``NAME.pub`` checked to be one.
 
@@ -136,7 +172,20 @@ def fingerprint(path: Path) -> str:
     Raises:
         ProtocolError: the file is no public key on a NIST curve.
     """
-    blob = base64.b64decode(read_public_key(path).split()[1])
+    return _fingerprint(read_public_key(path))
+
+
+def fingerprint_of_private(path: Path) -> str:
+    """The fingerprint of the public key that belongs to a private key's file.
+
+    Raises:
+        ProtocolError: the file cannot be read, or other users may read it.
+    """
+    return _fingerprint(public_bytes(read_private_key(path, openssh=True).public_key()))
+
+
+def _fingerprint(public: bytes) -> str:
+    blob = base64.b64decode(public.split()[1])
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 

@@ -25,7 +25,8 @@ class RunSpec(BaseModel):
     """What the server sends to every node, as JSON; it has no path and no address.
 
     ``run`` is the run's random id. ``attention`` and ``feed_forward`` are the largest ranks. The
-    method and the regulariser are the server's, so that both sides compute the same.
+    method and the regulariser are the server's, so that both sides compute the same. Clients hold
+    out ``holdout_share`` of their rows, unless their owners choose another share.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class RunSpec(BaseModel):
     wire_dtype: Literal["float32", "bfloat16", "float16"]
     attention: int = Field(ge=0)
     feed_forward: int = Field(ge=0)
+    holdout_share: float = Field(0.0, ge=0, lt=1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +81,7 @@ def of(settings: Experiment, run: str, limit: Mapping[str, int]) -> RunSpec:
         wire_dtype=settings.federation.wire_dtype,
         attention=limit["attention"],
         feed_forward=limit["feed_forward"],
+        holdout_share=settings.evaluation.client_share,
     )
 
 

@@ -1,5 +1,6 @@
 """Evaluation of a model by the text that it generates and by its held-out loss."""
 
+from flexlora.evaluation.held_out_loss import losses
 from flexlora.evaluation.scoring import (
     Answer,
     Evaluated,
@@ -18,6 +19,7 @@ __all__ = [
     "Question",
     "evaluate_each",
     "evaluate_with_answers",
+    "losses",
     "pick",
     "sample",
 ]

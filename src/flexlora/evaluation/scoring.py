@@ -41,6 +41,11 @@ class Evaluation:
     from ``vllm``, which loads the base model a second time; the loss always from our own.
     Of every evaluation the answers to ``answers`` questions are kept, for people to read.
 
+    Every client that trains holds out a ``client_share`` of its own rows, or those that its data
+    marks as "validation", and evaluates the loss of the global adapter on at most ``client_rows``
+    of them, after every ``client_every`` rounds (0: only after the last) and, with ``base``,
+    before the first. With a share of 0 no client holds out rows.
+
     Raises:
         ConfigError: a number is too small, or there is no such engine.
     """
@@ -58,14 +63,23 @@ class Evaluation:
     batch_tokens: int = 8192
     engine: Literal["own", "vllm"] = "own"
     answers: int = 20
+    client_share: float = 0.0
+    client_every: int = 1
+    client_rows: int = 64
 
     def __post_init__(self) -> None:
         least = {"every": 0, "seen_clients": 0, "unseen_clients": 0, "rows_per_client": 1}
         least |= {"answers": 0, "max_new_tokens": 1, "max_prompt_tokens": 2, "batch_tokens": 1}
+        least |= {"client_every": 0, "client_rows": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value < bound:
                 raise ConfigError(f"evaluation.{name} is {value}; give at least {bound}.")
+        if not 0 <= self.client_share < 1:
+            raise ConfigError(
+                f"evaluation.client_share is {self.client_share}; give a share from 0 to below 1, "
+                "such as 0.2."
+            )
         if self.engine not in ENGINES:
             raise ConfigError(
                 f"evaluation.engine is {self.engine!r}; give one of {', '.join(ENGINES)}."

@@ -3,10 +3,13 @@
 from flexlora.federation.client_store import ClientStore, LostBase
 from flexlora.federation.client_turn import ClientRuntime, TurnRequest, turn
 from flexlora.federation.compare import FILES, Outcome
+from flexlora.federation.holdout import drawn, holdout_loss
 from flexlora.federation.population import Population
 from flexlora.federation.transport import (
     LateReply,
     Lost,
+    Query,
+    QueryAnswer,
     Received,
     Reply,
     Transport,
@@ -23,11 +26,15 @@ __all__ = [
     "LostBase",
     "Outcome",
     "Population",
+    "Query",
+    "QueryAnswer",
     "Received",
     "Reply",
     "Transport",
     "TransportEvent",
     "TurnRequest",
     "WaitPolicy",
+    "drawn",
+    "holdout_loss",
     "turn",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from flexlora.data.corpora import (
 from flexlora.errors import ConfigError, DataError
 from flexlora.evaluation import Question, pick
 from flexlora.federation import corpora
+from flexlora.federation.holdout import drawn
 from flexlora.model import smollm2
 from flexlora.seeds import rng
 
@@ -130,8 +131,11 @@ def limited(corpus: Corpus, experiment: Experiment) -> Corpus:
 
 def partitioned(
     corpus: Corpus, experiment: Experiment
-) -> tuple[list[str], Corpus, partition.Partition]:
-    """The clients held out, the corpus with clients and splits, and each client's rows."""
+) -> tuple[list[str], Corpus, partition.Partition, Mapping[str, Any]]:
+    """The clients held out, the corpus with clients and splits, and the clients' rows.
+
+    First the training rows of each client, then those that it holds out of its training.
+    """
     seed = experiment.seed
     natural = "client" in corpus.columns
     if not natural:
@@ -143,12 +147,33 @@ def partitioned(
         owner[partitioned.rows] = np.repeat(np.arange(len(partitioned)), partitioned.sizes)
         owners = pa.DictionaryArray.from_arrays(owner, pa.array(list(partitioned), pa.string()))
         corpus = corpus.with_column("client", owners)
-    if "split" not in corpus.columns:
+    if not (has_splits := "split" in corpus.columns):
         corpus = split_rows(corpus, seed)
     rows = partitioned.where(_in_split(corpus, "train"))
     if not rows:
         raise DataError("No client has a training row; look at the data's split column.")
-    return unseen, corpus, rows
+    return unseen, corpus, *_without_holdout(corpus, rows, has_splits, experiment)
+
+
+def _without_holdout(
+    corpus: Corpus, rows: partition.Partition, has_splits: bool, experiment: Experiment
+) -> tuple[partition.Partition, Mapping[str, Any]]:
+    """The training rows of each client without those it holds out, and the latter by client.
+
+    ``corpus`` and ``rows`` are those of ``partitioned``; ``has_splits`` is whether the splits are
+    the data's own. A client whose data marks rows as "validation" holds out these.
+    """
+    share, seed = experiment.evaluation.client_share, experiment.seed
+    if not share:
+        return rows, {}
+    everything = partition.by_code(*corpus.codes("client"))
+    marked = everything.where(_in_split(corpus, "validation")) if has_splits else {}
+    held_out = np.zeros(len(corpus), np.bool_)
+    for client in rows:
+        own = rows[client]
+        held = marked.get(client)
+        held_out[own[drawn(len(own), share, seed, client)] if held is None else held] = True
+    return rows.where(~held_out), everything.where(held_out)
 
 
 def _check_no_client_is_needed(experiment: Experiment) -> None:

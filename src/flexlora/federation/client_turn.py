@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -63,6 +63,7 @@ class ClientRuntime:
     """What a client's machine has: the base model, tokens, its rows, and the run's settings.
 
     ``clients`` is where it keeps what never travels; None where a method keeps nothing.
+    ``holdout`` has the rows that a client never trains on; only clients that have some are in it.
     """
 
     base: Base
@@ -73,6 +74,7 @@ class ClientRuntime:
     wire_dtype: torch.dtype
     seed: int
     clients: ClientStore | None = None
+    holdout: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def start(self, request: TurnRequest, probe: Probe | None = None) -> Download:
         """The request's download, completed on the client; after a probe, cut to its choice."""

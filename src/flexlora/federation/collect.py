@@ -89,12 +89,10 @@ class Collector:
         if isinstance(outcome, Upload):
             self.uploads[outcome.client] = outcome
             return record.append("client", **client_facts(outcome, self.prepared))
-        if isinstance(outcome, TransportEvent):
-            return record.append(outcome.event, round=self.number, **outcome.facts)
+        if isinstance(outcome, TransportEvent | LateReply):
+            return recorded(outcome, self.number, record)
         facts = {"round": self.number, "client": outcome.client, "reason": outcome.reason}
         self.last_reason = outcome.reason
-        if isinstance(outcome, LateReply):
-            return record.append("stray", **facts)
         if outcome.lost_base:
             self.lost_base.add(outcome.client)
             self.state = self.remaining(self.state)
@@ -175,6 +173,14 @@ class Collector:
             path.unlink()
             return Lost(id, str(error), LossKind.INVALID_UPLOAD)
         return replace(upload, metrics={**upload.metrics, "bytes_up": path.stat().st_size})
+
+
+def recorded(outcome: TransportEvent | LateReply, number: int, record: Record) -> Event:
+    """Write down what happened in a round beside its uploads."""
+    if isinstance(outcome, TransportEvent):
+        return record.append(outcome.event, round=number, **outcome.facts)
+    facts = {"client": outcome.client, "reason": outcome.reason}
+    return record.append("stray", round=number, **facts)
 
 
 def turn_requests(

@@ -85,7 +85,7 @@ class Evaluations:
         answers: list[Answer] = []
         self.meter.begin(stage, len(prepared.questions))
         for id, questions in itertools.groupby(prepared.questions, lambda q: q.client):
-            model = _personal_model(prepared, store, id, number + 1, state)
+            model = personal_model(prepared, store, id, number + 1, state)
             (result,) = evaluate_with_answers(
                 prepared.base, [model], list(questions), prepared.prompt, settings, self.meter
             )
@@ -124,7 +124,7 @@ def line(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _personal_model(
+def personal_model(
     prepared: PreparedRun, store: ClientStore, id: str, round: int, state: State
 ) -> Adapter:
     """What a client would start the next round from; a held-out client at the largest ranks."""

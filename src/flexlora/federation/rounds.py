@@ -18,6 +18,7 @@ from flexlora.config import Experiment
 from flexlora.errors import ProtocolError
 from flexlora.federation import checkpoint
 from flexlora.federation.checkpoint import Checkpoint
+from flexlora.federation.client_evaluations import of_clients
 from flexlora.federation.client_store import PRIVATE, ClientStore
 from flexlora.federation.collect import Collector, client_facts
 from flexlora.federation.evaluations import Evaluations
@@ -89,8 +90,10 @@ def _run(
     facts = start_facts(prepared, resume, point.round)
     yield record.append("start", **facts, clients_at_once=transport.clients_at_once)
     evaluations = Evaluations(prepared, record, meter)
-    if point.round == 0 and prepared.experiment.evaluation.base:
-        yield from evaluations.of_base()
+    if point.round == 0:
+        if prepared.experiment.evaluation.base:
+            yield from evaluations.of_base()
+        yield from of_clients(record, prepared, transport, 0, Adapter({}), point.state)
     whole = _Run(prepared, transport, record, folder, evaluations, meter)
     for number in range(point.round + 1, prepared.experiment.federation.rounds + 1):
         point = yield from _round(whole, number, point)
@@ -163,6 +166,8 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     )
     yield record.append("spectrum", round=number, **spectrum(prepared, adapter, state))
     yield from run.evaluations.after(number, adapter, state)
+    run.meter.begin(f"{of}: clients evaluate")
+    yield from of_clients(run.record, prepared, run.transport, number, adapter, state)
     run.meter.begin(f"{of}: writing the checkpoint")
     point = checkpoint.save(
         run.folder, number, record.bytes, state, point.identity, point.clients_at_once

@@ -41,7 +41,7 @@ def prepare(
     data, cache, meter = experiment.data, client_data.cache_folder(experiment), meter or Meter()
     meter.begin("reading the data")
     corpus = client_data.rows_of(experiment, cache, rows)
-    unseen, corpus, partition = client_data.partitioned(corpus, experiment)
+    unseen, corpus, partition, holdout = client_data.partitioned(corpus, experiment)
     # Ranks and refusals come before the model: they are quick to check.
     assigned = assignment.assigned(experiment.ranks, list(partition), experiment.seed, unseen)
     method = assignment.suited(method, assigned)
@@ -60,6 +60,7 @@ def prepare(
         training=experiment.training,
         wire_dtype=dtype(experiment.federation.wire_dtype),
         seed=experiment.seed,
+        holdout=holdout,
     )
     meter.end()
     prepared = PreparedRun(

@@ -49,6 +49,27 @@ class TransportEvent:
     facts: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Query:
+    """A request to a client that trains nothing, such as to evaluate an adapter.
+
+    ``payload`` is an adapter as it travels; ``facts`` are values of JSON for the client.
+    """
+
+    client: str
+    round: int
+    payload: bytes
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class QueryAnswer:
+    """What a client answered to a query: values of JSON, not checked yet."""
+
+    client: str
+    facts: Mapping[str, Any]
+
+
 Received = Reply | Lost | LateReply | TransportEvent
 """What an exchange yields."""
 
@@ -83,6 +104,21 @@ class Transport(Protocol):
         are in memory at once. Once the policy has enough, clients still at work are not waited
         for, and nothing is yielded for them.
         """
+        ...
+
+
+@runtime_checkable
+class Evaluating(Protocol):
+    """A transport whose clients evaluate an adapter on rows of their own."""
+
+    def evaluators(self) -> list[str]:
+        """The clients that can be reached now and have held out rows."""
+        ...
+
+    def evaluate(
+        self, queries: Iterable[Query], patience: WaitPolicy
+    ) -> Iterator[QueryAnswer | Lost | LateReply | TransportEvent]:
+        """One answer or loss for each query, as they arrive, in any order."""
         ...
 
 

@@ -5,7 +5,15 @@ from flexlora.journal.events import EVENTS, JOURNAL, Event, EventType, LossKind,
 from flexlora.journal.meter import Meter
 from flexlora.journal.reader import Journal, events_after
 from flexlora.journal.record import Record, mean_scores
-from flexlora.journal.units import NOTHING, age, byte_unit, counted, duration, number, size
+from flexlora.journal.units import (
+    NOTHING,
+    age,
+    byte_unit,
+    counted,
+    duration,
+    number,
+    size,
+)
 
 __all__ = [
     "ANSWERS",

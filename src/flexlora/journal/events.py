@@ -115,7 +115,10 @@ EVENTS: Mapping[str, EventType] = {
     ),
     "joined": _type(
         "A client of a real federation connected, or connected again.",
-        {"note": "a remark for people, such as that its weight is limited"},
+        {
+            "note": "a remark for people, such as that its weight is limited",
+            "holdout": "examples that it holds out of its training for evaluation",
+        },
         round=_ROUND,
         client=_CLIENT,
         rank_type="its rank type",
@@ -192,6 +195,19 @@ EVENTS: Mapping[str, EventType] = {
             "[{client, category, seen, examples, rouge_l, exact_match (sums over examples), "
             "loss_total, loss_tokens}]"
         ),
+    ),
+    "client_evaluation": _type(
+        "Clients evaluated the global adapter on rows of their own that never train.",
+        round="the number of the round; 0 is the base model before training",
+        clients="[{client, examples, loss_total (nats), loss_tokens}], in the order of the names",
+        missing="{client: why it did not evaluate, for people}",
+        loss="mean loss in nats per token, weighted by tokens; null if no client evaluated",
+        loss_min="the lowest of the clients' own mean losses, or null",
+        loss_max="the highest of them, or null",
+        loss_std="their standard deviation, every client counted once, or null",
+        worst="name of the client with the highest loss, or null",
+        seconds="seconds of the whole evaluation",
+        bytes_down="bytes of the adapters that were sent for it; 0 in a simulation",
     ),
     "stopped": _type("A real federation stopped with an error.", reason="the error, for people"),
     "finish": _type(

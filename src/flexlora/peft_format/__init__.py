@@ -8,7 +8,7 @@ from flexlora.peft_format.patterns import matched
 from flexlora.peft_format.reading import Layer, PeftAdapter, StoredFactors, read
 from flexlora.peft_format.report import Report, Verdict
 from flexlora.peft_format.targets import targets
-from flexlora.peft_format.writing import CARD, VLLM_RANKS, write
+from flexlora.peft_format.writing import CARD, VLLM_RANKS, check_target, write
 
 __all__ = [
     "CARD",
@@ -24,6 +24,7 @@ __all__ = [
     "Unsupported",
     "Verdict",
     "check",
+    "check_target",
     "locate",
     "matched",
     "merge",

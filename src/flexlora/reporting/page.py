@@ -51,6 +51,7 @@ def render(events: Sequence[Event], name: str = "", files: RunFiles | None = Non
             sections.scores(rows),
             sections.fairness(rows),
             sections.samples(files.samples),
+            *sections.client_scores(events),
             sections.learning(events, rows),
             sections.ranks(events, rows),
             sections.spectrum(events),

@@ -152,6 +152,9 @@ def scalars(event: Event) -> dict[str, float]:
                 for name, mean in mean_scores(rows).items()
                 if name != "examples"
             }
+        case "client_evaluation" if event["clients"]:
+            names = ("loss", "loss_min", "loss_max", "loss_std")
+            return {f"client_evaluation/{name}": float(event[name]) for name in names}
         case "spectrum" if event["energy"]:
             blocks = energy_table([event])
             return {f"energy/ranks_{_plain(row.block)}": row.share for row in blocks}

@@ -3,6 +3,6 @@
 ``tensors`` is imported from its module: it needs PyTorch, which takes seconds to import.
 """
 
-from flexlora.storage.files import is_locked, locked, write_atomically
+from flexlora.storage.files import is_locked, locked, sha256, write_atomically
 
-__all__ = ["is_locked", "locked", "write_atomically"]
+__all__ = ["is_locked", "locked", "sha256", "write_atomically"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)  # after a full disk, half a file would stay for good
         raise
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from flexlora.deployment.flower.grid import FlowerTransport
 from flexlora.deployment.node import node
 from flexlora.deployment.server import server_run
 from flexlora.deployment.server.limits import RankLimits
-from flexlora.deployment.server.registry import ARRIVALS, ClientRegistry
+from flexlora.deployment.server.registry import ClientRegistry
+from flexlora.deployment.server.run_files import ARRIVALS
 from flexlora.federation import rounds, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.transport import LateReply, Lost, Reply, TransportEvent, WaitPolicy
@@ -147,6 +148,80 @@ def test_three_rounds_give_the_numbers_of_the_simulation(
             assert mine[key] == theirs[key]
 
 
+EVALUATED = {
+    **{"seen_clients": 0, "unseen_clients": 0, "truncated": False, "base": True},
+    **{"client_share": 0.3, "client_rows": 2},
+}
+
+
+@pytest.mark.parametrize("method", ["flexlora", "flora", "fedsalora"])
+def test_evaluations_by_the_clients_give_the_numbers_of_the_simulation(
+    folder, nodes, tmp_path, method
+):
+    """On the same rows, to the bit; of a method with personal models each evaluates its own."""
+    how = {"method": {"name": method}, "federation": {"rounds": 2, "cohort": 3}}
+    ranks, corpus = ranks_of(method), models.corpus()
+    mine = corpus.select([owner in RANKS for owner in corpus.keys("client")])
+    here = flower.settings(folder, ranks, evaluation=EVALUATED, **how)
+    wanted = list(rounds.run(setup.prepare(here, mine), tmp_path / "simulated"))
+    there = remote(folder, ranks, evaluation=EVALUATED, **how)
+    got = serve(tmp_path / "served", nodes(ranks), there)
+    assert weights(got, 2) == weights(wanted, 2)
+    pairs = list(zip(of(got, "client_evaluation"), of(wanted, "client_evaluation"), strict=True))
+    assert [one["round"] for one, _ in pairs] == [0, 1, 2]
+    for one, other in pairs:
+        assert one["clients"] == other["clients"] and one["missing"] == other["missing"] == {}
+        assert [row["client"] for row in one["clients"]] == list(RANKS)
+        assert one["loss"] == other["loss"] and one["worst"] == other["worst"]
+    assert of(got, "client_evaluation")[1]["bytes_down"] > 0
+    assert all(e["holdout"] > 0 for e in of(got, "joined"))
+
+
+def test_a_client_that_refuses_to_evaluate_or_fails_keeps_nobody_from_it(folder, nodes, tmp_path):
+    grid = nodes()
+    first, second, _ = grid.nodes.values()
+
+    def spoil(message, node):
+        header, _ = records.opened(message.content)
+        if node is first and header["kind"] == "enrol":
+            answer = node.handle(message)
+            said, _ = records.opened(answer.content)
+            return Message(records.record({**said, "holdout": 0}), reply_to=message)
+        if node is second and header["kind"] == "evaluate":
+            return Message(records.record({"loss_total": "none"}), reply_to=message)
+        return None
+
+    grid.spoil = spoil
+    how = {"evaluation": {**EVALUATED, "base": False}, "federation": {"rounds": 1, "cohort": 3}}
+    got = serve(tmp_path / "served", grid, remote(folder, **how))
+    (event,) = of(got, "client_evaluation")
+    assert [row["client"] for row in event["clients"]] == ["client2"]
+    assert event["missing"] == {"client1": "It sent [None, None] as numbers of rows and tokens."}
+    assert grid.asked("evaluate") == list(grid.nodes)[1:]
+
+
+def test_an_upload_that_was_not_used_is_said_to_its_client(folder, nodes, tmp_path):
+    """With its next request, in words that are no failure."""
+    grid, told = nodes(), []
+    slow = list(grid.nodes.values())[-1]
+
+    def spoil(message, node):
+        header, _ = records.opened(message.content)
+        if node is slow:
+            told.append(header.get("unused"))
+            if header["kind"] == "turn" and header["round"] == 1:
+                enough = [m for m in grid.waiting.values() if m is not message]
+                return "later" if enough else None
+        return None
+
+    grid.spoil = spoil
+    how = {"federation": {"rounds": 2, "cohort": 2, "over_selection": 0.5}}
+    got = serve(tmp_path / "served", grid, remote(folder, **how))
+    lost = of(got, "lost", round=1)
+    assert [(e["client"], e["kind"]) for e in lost] == [("client2", "not_needed")]
+    assert {"1": "enough uploads had arrived before it"} in told
+
+
 def test_clients_of_different_modules_give_the_numbers_of_the_simulation(folder, sockets, tmp_path):
     """One trains the attention alone, which its owner and not the server decides."""
     (tmp_path / "model").symlink_to(folder / "model")
@@ -245,6 +320,8 @@ def test_a_node_that_is_gone_at_the_start_of_a_round_is_not_waited_for(folder, n
 
     def spoil(message, node):
         header, _ = records.opened(message.content)
+        if header["kind"] == "store":
+            gone.online = True  # it gets the adapter when it is back
         if node is not gone or header.get("round") != 1:
             return None
         gone.online = False

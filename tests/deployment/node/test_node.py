@@ -7,18 +7,19 @@ import shutil
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flexlora import model, wire
+from flexlora import model, peft_format, wire
 from flexlora.config.experiment import Experiment
 from flexlora.data import Columns
 from flexlora.data.corpus import Corpus
 from flexlora.deployment import run_spec
 from flexlora.deployment.node import node
 from flexlora.deployment.node.capacity import Capacity
-from flexlora.deployment.node.node import Node, NodeConfig, training_rows
+from flexlora.deployment.node.node import Node, NodeConfig, own_rows
 from flexlora.federation.client_turn import METRICS
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method.averagers.plain import Plain
@@ -30,6 +31,7 @@ from flexlora.method.interface import (
     RoundContext,
     Upload,
 )
+from flexlora.storage import sha256
 from support import models
 
 RUN = "0123456789abcdef"
@@ -169,6 +171,7 @@ def fault(said: dict) -> str:
 def test_a_node_says_who_it_is_and_what_it_can_do(server, here):
     assert server.enrolled(here) == {
         "client": NAME,
+        "holdout": 0,
         "examples": 10,
         "attention": 3,
         "feed_forward": 3,
@@ -528,7 +531,7 @@ def row(number: int, **more) -> dict:
 
 def rows_of(data: Path, **options) -> list[str]:
     """The inputs of the rows that an owner of this file would train on."""
-    return texts(training_rows(NodeConfig("mine", data, data.parent, **options)), "input")
+    return texts(own_rows(NodeConfig("mine", data, data.parent, **options)), "input")
 
 
 def texts(corpus: Corpus, column: str) -> list[str]:
@@ -546,7 +549,7 @@ def test_what_may_be_missing(tmp_path):
     rows = '[{"prompt": null, "output": "red"}, {"prompt": "", "output": "blue"}]'
     (tmp_path / "a.json").write_text(rows)
     for suffix in ("jsonl", "csv", "json"):
-        corpus = training_rows(NodeConfig("mine", tmp_path / f"a.{suffix}", tmp_path))
+        corpus = own_rows(NodeConfig("mine", tmp_path / f"a.{suffix}", tmp_path))
         assert texts(corpus, "output") == ["red", "blue"]
         assert texts(corpus, "input") == texts(corpus, "instruction") == ["", ""]
 
@@ -559,7 +562,7 @@ def test_an_output_may_not_be_missing(tmp_path):
 def test_columns_may_have_other_names(tmp_path):
     data = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b", "input": "not this"}])
     columns = Columns(instruction="question", input="", output="answer")
-    corpus = training_rows(NodeConfig("mine", data, tmp_path, columns=columns))
+    corpus = own_rows(NodeConfig("mine", data, tmp_path, columns=columns))
     assert texts(corpus, "output") == ["b"] and texts(corpus, "input") == [""]
 
 
@@ -587,10 +590,13 @@ def test_choosing_among_clients_needs_a_column_that_names_them(tmp_path):
         rows_of(data, rows_of="c1")
 
 
-def test_of_a_split_file_the_train_rows_are_taken(tmp_path):
+def test_of_a_split_file_the_rows_to_train_on_and_to_validate_are_taken(tmp_path):
     splits = ["train", "test", "validation", "train"]
     data = write(tmp_path / "a.jsonl", [row(n, split=s) for n, s in enumerate(splits)])
-    assert rows_of(data) == ["sees 0", "sees 3"]
+    assert rows_of(data) == ["sees 0", "sees 2", "sees 3"]
+    made = Node(NodeConfig("mine", data, tmp_path))
+    for share, held in ((0.0, []), (0.5, [1])):
+        assert made._divided(SimpleNamespace(holdout_share=share, seed=3)) == ([0, 2], held)
 
 
 def test_rows_are_of_the_client_and_of_the_split(tmp_path):
@@ -614,3 +620,119 @@ def test_a_file_of_an_unknown_kind_is_said(tmp_path):
     (tmp_path / "a.txt").write_text("red")
     with pytest.raises(ValueError, match="neither JSON nor a table"):
         rows_of(tmp_path / "a.txt")
+
+
+# Evaluating, and the finished adapter
+
+
+def agreed(server: Server, **changes) -> str:
+    """The server's run specification with other fields."""
+    return json.dumps({**json.loads(server.told), **changes})
+
+
+def evaluation(server: Server, **changes) -> dict:
+    terms = agreed(server, holdout_share=0.3)
+    usual = {"kind": "evaluate", "terms": terms, "client": NAME, "round": 1, "rows": 2}
+    return {**usual, **changes}
+
+
+def adapter_bytes(server: Server) -> bytes:
+    return wire.encode(server.state.model, {"kind": "adapter"}, torch.float32)
+
+
+def test_an_evaluation_returns_numbers_alone(server, here):
+    said, data = here.handle(evaluation(server), adapter_bytes(server))
+    assert set(said) == {"round", "examples", "loss_total", "loss_tokens"} and data == b""
+    assert said["round"] == 1 and said["examples"] == 2
+    assert said["loss_total"] > 0 < said["loss_tokens"]
+    again, _ = here.handle(evaluation(server), adapter_bytes(server))
+    assert again == said
+
+
+def test_held_out_rows_do_not_train(server, here, folder, tmp_path):
+    said, _ = here.handle({"kind": "enrol", "terms": agreed(server, holdout_share=0.3)}, b"")
+    assert (said["examples"], said["holdout"]) == (7, 3)
+    other = Node(owner(folder, tmp_path / "other", holdout=0.5))
+    said, _ = other.handle({"kind": "enrol", "terms": agreed(server, holdout_share=0.3)}, b"")
+    assert (said["examples"], said["holdout"]) == (5, 5)
+
+
+def test_an_owner_may_take_no_part_in_evaluations(server, folder, tmp_path):
+    mine = Node(owner(folder, tmp_path / "mine", holdout=0.0))
+    said, _ = mine.handle({"kind": "enrol", "terms": agreed(server, holdout_share=0.3)}, b"")
+    assert (said["examples"], said["holdout"]) == (10, 0)
+    said, _ = mine.handle(evaluation(server), adapter_bytes(server))
+    assert "holds out no rows and evaluates nothing" in fault(said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rows": 0}, "an evaluation on '0' rows"),
+        ({"rows": "all"}, "an evaluation on 'all' rows"),
+        ({"rows": True}, "an evaluation on 'True' rows"),
+        ({"round": -1}, "in round -1"),
+        ({"client": "other"}, "is for client 'other'"),
+    ],
+)
+def test_an_evaluation_of_another_form_is_refused(server, here, changes, words):
+    said, _ = here.handle(evaluation(server, **changes), adapter_bytes(server))
+    assert words in fault(said)
+
+
+def test_an_adapter_of_another_model_is_not_evaluated(server, here):
+    module, factors = next(iter(server.state.model.items()))
+    wrong = Adapter({module: Factors(factors.B[:-1], factors.A)})
+    data = wire.encode(wrong, {"kind": "adapter"}, torch.float32)
+    assert "in the base model of this client it is" in fault(
+        here.handle(evaluation(server), data)[0]
+    )
+
+
+def stored(server: Server, digest: str, **changes) -> dict:
+    return {"kind": "store", "terms": server.told, "digest": digest, "rounds": 3, **changes}
+
+
+@pytest.fixture
+def digest(server, tmp_path) -> str:
+    """That of the server's own file."""
+    peft_format.write(server.state.model, tmp_path / "at-the-server")
+    return sha256(tmp_path / "at-the-server" / peft_format.WEIGHTS)
+
+
+def test_the_finished_adapter_is_written_and_confirmed(server, here, digest, tmp_path):
+    """Also by a client that was restarted and has not enrolled."""
+    said, data = here.handle(stored(server, digest), adapter_bytes(server))
+    out = tmp_path / "state" / "adapter"
+    assert data == b"" and said["digest"] == digest == sha256(out / peft_format.WEIGHTS)
+    assert (said["client"], said["rounds"], said["adapter"]) == (NAME, 3, str(out))
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+    assert not list((tmp_path / "state" / RUN).glob("finished*"))
+    assert here.handle(stored(server, digest), adapter_bytes(server))[0] == said
+    assert here.handle({"kind": "over"}, b"") == ({}, b"")
+
+
+def test_the_owner_decides_where_it_is_written_and_at_which_rank(server, folder, digest, tmp_path):
+    mine = owner(folder, tmp_path / "mine", out=tmp_path / "out", own_rank=True)
+    mine = replace(mine, capacity=Capacity(2, modules="attention"))
+    said, _ = Node(mine).handle(stored(server, digest), adapter_bytes(server))
+    assert said["digest"] == digest
+    ranks = peft_format.read(tmp_path / "out").ranks
+    assert set(ranks.values()) == {2} and all("self_attn" in module for module in ranks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"digest": "ab" * 32}, "The adapter that arrived has the SHA-256"),
+        ({"rounds": 0}, "an adapter of '0' rounds"),
+        ({"rounds": None}, "an adapter of 'None' rounds"),
+        ({"terms": "{}"}, "run specification cannot be read"),
+    ],
+)
+def test_a_finished_adapter_of_another_form_is_refused(
+    server, here, digest, tmp_path, changes, words
+):
+    said, _ = here.handle({**stored(server, digest), **changes}, adapter_bytes(server))
+    assert words in fault(said)
+    assert not (tmp_path / "state" / "adapter").exists()

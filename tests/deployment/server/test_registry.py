@@ -10,10 +10,10 @@ from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.registry import (
     FILE,
     MOST_EXAMPLES,
-    NODES,
     ClientInfo,
     ClientRegistry,
 )
+from flexlora.deployment.server.run_files import NODES
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
 LABELS = {
@@ -78,7 +78,11 @@ def test_a_rank_is_within_both_limits(tmp_path, own, most, given, kind):
 
 
 @pytest.mark.parametrize(
-    ("own", "most", "kind"), [((5, 0), (8, 8), "r5-0"), ((5, 5), (0, 4), "r0-4")]
+    ("own", "most", "kind"),
+    [
+        ((5, 0), (8, 8), "r5-0"),
+        ((5, 5), (0, 4), "r0-4"),
+    ],
 )
 def test_a_client_may_train_some_modules_alone(tmp_path, own, most, kind):
     clients = roll(tmp_path, RankLimits(RankType(*most), {}))
@@ -114,7 +118,7 @@ def test_a_client_without_a_module_is_refused_before_it_is_written_down(tmp_path
 def test_where_all_must_train_all_modules_fewer_are_refused(tmp_path):
     clients = roll(tmp_path, all_modules=True)
     with pytest.raises(
-        ValueError, match=r"with attention rank 5, feed-forward rank 0, .* join with --modules all"
+        ValueError, match=r"with attention 5, feed_forward 0, .* join with --modules all"
     ):
         clients.admit(said(feed_forward=0), NODE)
     clients.admit(said(), NODE)

@@ -15,11 +15,11 @@ import pytest
 from flexlora import model
 from flexlora.config.ranks import RankType
 from flexlora.deployment import run_spec
-from flexlora.deployment.server import admission, server_run
+from flexlora.deployment.server import admission, delivery, server_run
 from flexlora.deployment.server.limits import RankLimits
-from flexlora.deployment.server.registry import ARRIVALS, NODES
+from flexlora.deployment.server.run_files import ARRIVALS, NODES
 from flexlora.deployment.server.server_run import ServePlan
-from flexlora.federation import checkpoint
+from flexlora.federation import checkpoint, compose
 from flexlora.journal.record import Record
 from flexlora.lowrank import Adapter
 from flexlora.method.interface import State
@@ -322,12 +322,12 @@ def serving(monkeypatch):
     monkeypatch.setattr(supervisor.time, "sleep", nap)
     FakeLink.known, FakeLink.out = [], []
 
-    def events(folder, *acts, keys=None, then=()):
+    def events(folder, *acts, keys=None, then=(), stay_seconds=0.0):
         """``then`` is what happens between one look and the next."""
         FakeLink.acts = iter(acts)
         meanwhile[:] = then
         listening = supervisor.Listening("127.0.0.1", 8090, keys)
-        return supervisor.serve(folder, listening)
+        return supervisor.serve(folder, listening, stay_seconds)
 
     return events
 
@@ -358,6 +358,39 @@ def test_events_are_told_as_they_come_until_the_run_has_finished(serving, tmp_pa
     found = list(serving(tmp_path, ran(LONG, ("asked", {"client": "ash"}), FINISH)))
     assert [event["event"] for event in found] == ["start", "asked", "finish"]
     assert FakeLink.last.process.ended == -15 and FakeLink.last.submitted == 1
+
+
+def test_after_the_last_round_it_stays_until_the_delivery_is_over(serving, tmp_path):
+    """And cuts nothing from the journal if a process is restarted meanwhile."""
+    config = {"federation": {"rounds": 1, "cohort": 1}, "ranks": {"rank": 2}}
+    made = compose.parse({"model": {"name": "m"}, "data": {"format": "remote"}, **config}, "-")
+    server_run.write_config(tmp_path, made)
+    round_(tmp_path, 1, LONG)
+    naps = [lambda: None] * 3
+    naps += [lambda: setattr(FakeLink.last.process, "ended", 1)]  # the SuperLink is killed
+    naps += [lambda: None] * 3 + [lambda: delivery.close(tmp_path)]
+    found = list(serving(tmp_path, ran(FINISH), ran(), then=naps, stay_seconds=1e9))
+    assert [event["event"] for event in found] == ["finish"]
+    assert FakeLink.last.submitted == 2 and naps
+    assert [e["event"] for e in Record(tmp_path).events()] == ["start", "finish"]
+    journal = Record(tmp_path).path.read_bytes()
+    naps = [lambda: None] * 3 + [lambda: delivery.close(tmp_path)]
+    assert list(serving(tmp_path, ran(), then=naps, stay_seconds=1e9)) == []
+    assert Record(tmp_path).path.read_bytes() == journal
+
+
+def test_a_run_that_gets_more_rounds_forgets_who_had_the_last_adapter(serving, tmp_path):
+    config = {"federation": {"rounds": 3, "cohort": 1}, "ranks": {"rank": 2}}
+    made = compose.parse({"model": {"name": "m"}, "data": {"format": "remote"}, **config}, "-")
+    server_run.write_config(tmp_path, made)
+    round_(tmp_path, 1, LONG)
+    ran(FINISH)(tmp_path)
+    delivery.close(tmp_path)
+    more = ran(("start", {}), ("finish", {"rounds": 3}))
+    found = list(serving(tmp_path, more))
+    assert [event["event"] for event in found] == ["start", "finish"]
+    assert [e["event"] for e in Record(tmp_path).events()] == ["start", "start", "finish"]
+    assert not delivery.is_closed(tmp_path)
 
 
 def test_a_clients_line_is_printed_before_the_events_that_follow_from_it(serving, tmp_path, capsys):
@@ -598,6 +631,7 @@ def test_nodes_are_not_registered_again(serving, pairs, held, tmp_path):
     comes(pairs, held, "ash")
     list(serving(run, ran(FINISH), keys=held))
     known = FakeLink.known
+    (run / "metrics.jsonl").unlink()
     list(serving(run, ran(FINISH), keys=held))
     assert known == FakeLink.known and nodes(run) == {"ash": 1001}
 

@@ -18,8 +18,14 @@ app = ClientApp()
 
 
 @app.query()
-def enrol(message: Message, context: Context) -> Message:
-    """The client's name, its examples and its limits."""
+def query(message: Message, context: Context) -> Message:
+    """The client's name and limits; or, after the last round, that it has the adapter."""
+    return _passed_on(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The loss of an adapter on the rows that the client holds out."""
     return _passed_on(message, context)
 
 

@@ -35,7 +35,7 @@ except ImportError as error:
         "pip install 'flexlora[flower]'."
     ) from error
 
-from flexlora.deployment.flower import gate_rules
+from flexlora.deployment.flower import gate_rules, reception
 from flexlora.deployment.flower.gate_rules import Refused, RequestLimits
 from flexlora.deployment.flower.long_poll import (
     MOST_WAITING_BYTES,
@@ -43,6 +43,7 @@ from flexlora.deployment.flower.long_poll import (
     LongPoll,
     body_chunks,
 )
+from flexlora.deployment.flower.reception import Reception
 
 _MOST_HEADER_BYTES = 16384
 _MOST_CONNECTIONS = 4096
@@ -56,12 +57,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Gate:
-    """An ASGI application that forwards the ten calls of a registered node to one SuperLink."""
+    """An ASGI application that forwards the ten calls of a registered node to one SuperLink.
+
+    With a ``reception`` it answers one more request itself, a client's hello.
+    """
 
     upstream: str
     client: httpx.AsyncClient
     limits: RequestLimits
     long_poll: LongPoll
+    reception: Reception | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or start and end with the server."""
@@ -69,6 +74,8 @@ class Gate:
             await self._live(receive, send)
         elif scope["type"] != "http":
             raise ConfigError(f"The gate accepts only HTTP, not '{scope['type']}'.")
+        elif self.reception is not None and reception.is_hello(scope):
+            await self.reception.answer(scope, send)
         else:
             await self._answer(scope, receive, send)
 
@@ -136,6 +143,7 @@ def app(
     verify: Path | None,
     limits: RequestLimits | None = None,
     long_poll: LongPoll | None = None,
+    run: Path | None = None,
 ) -> ASGIApp:
     """The gate to the SuperLink at ``upstream``, as an ASGI application.
 
@@ -144,6 +152,8 @@ def app(
         verify: the CA certificate that must have signed the SuperLink's; None with http.
         limits: bytes and times of a request.
         long_poll: how long a node's request waits while the SuperLink has nothing for it.
+        run: the folder of the served run, by which the gate tells a client whether its key is
+            registered; None for a gate that does not tell.
 
     Raises:
         ConfigError: the upstream is not such an address, or ``verify`` does not go with it.
@@ -161,7 +171,8 @@ def app(
             max_connections=_UPSTREAM_CONNECTIONS, keepalive_expiry=_KEEPALIVE_SECONDS
         ),
     )
-    return Gate(upstream.rstrip("/"), client, limits, long_poll or LongPoll())
+    greets = None if run is None else Reception(run)
+    return Gate(upstream.rstrip("/"), client, limits, long_poll or LongPoll(), greets)
 
 
 def serve(
@@ -260,6 +271,7 @@ def main() -> None:
     parser.add_argument("--ca", type=Path, help="the CA's certificate, as ca.crt")
     parser.add_argument("--cert", type=Path, help="the gate's certificate, as server.crt")
     parser.add_argument("--key", type=Path, help="its private key, as server.key")
+    parser.add_argument("--run", type=Path, help="the folder of the served run")
     parser.add_argument("--ready", type=Path, help="a file to write when connections are accepted")
     args = parser.parse_args()
     files = (args.ca, args.cert, args.key)
@@ -273,7 +285,8 @@ def main() -> None:
     try:
         keys = None if None in files else ServerKeys(*files)
         verify = args.ca if args.upstream.startswith("https:") else None
-        serve(app(args.upstream, verify), args.listen[0], args.listen[1], keys, args.ready)
+        gate = app(args.upstream, verify, run=args.run)
+        serve(gate, args.listen[0], args.listen[1], keys, args.ready)
     except (FlexloraError, OSError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-import httpx
 from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from flexlora.deployment.flower import records
+from flexlora.deployment.flower.answers import (
+    LONGEST_REASON,
+    Answer,
+    flower_error,
+    has_client_error,
+    header_of,
+    is_away,
+    pulled,
+)
+from flexlora.deployment.flower.handover import Handover
+from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.registry import ClientInfo, ClientRegistry
 from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.federation import (
     LateReply,
     Lost,
+    Query,
+    QueryAnswer,
     Received,
     Reply,
     TransportEvent,
@@ -33,20 +45,19 @@ _AGAIN_SECONDS: Final = 30.0
 """After this time a node that was rejected or has not replied is sent another enrolment request:
 its owner may have repaired it, or its reply may be lost with a SuperLink that was killed."""
 
-_AWAY: Final = (3, 4, 5)
-"""Flower's codes for a message or a reply that is gone, and a node that is."""
-
 _LONGEST_SECONDS: Final = 12 * 3600.0
 """Lifetime of a message in a round without a deadline."""
 
-_LONGEST_REASON: Final = 500
+NOT_NEEDED: Final = "enough uploads had arrived before it"
+TOO_LATE: Final = "it came after the deadline"
 
 
-Request = tuple[str, int]
-"""A client, and the round of a request to it."""
+class Request(NamedTuple):
+    """A request to a client: of a "turn" of training or to "evaluate", in a round."""
 
-Answer = Message | ProtocolError
-"""A message from a node, or the error with which Flower could not read it."""
+    client: str
+    round: int
+    kind: str = "turn"
 
 
 @dataclass
@@ -70,6 +81,7 @@ class FlowerTransport:
     _enrol_sent_at: dict[int, float] = field(default_factory=dict)
     _re_enrolling: set[int] = field(default_factory=set)
     _late: dict[str, Request] = field(default_factory=dict)
+    _unused: dict[tuple[str, int], str] = field(default_factory=dict)
     _events: list[TransportEvent] = field(default_factory=list)
 
     def wait_for_clients(self, count: int) -> None:
@@ -83,95 +95,130 @@ class FlowerTransport:
         """
         return self._wait_for(self.quorum)
 
+    def deliver(self, finished: Finished, ledger: Ledger) -> None:
+        """Send the finished adapter to every client; returns once all have confirmed it."""
+        Handover(self.grid, self.registry, self.spec, finished, ledger, self.poll_seconds).run()
+
+    def evaluators(self) -> list[str]:
+        """The clients that are connected and have held out rows."""
+        connected = set(self._clients.values())
+        entries = self.registry.entries.items()
+        return [client for client, entry in entries if entry.holdout and client in connected]
+
     def exchange(self, jobs: Iterable[TurnRequest], patience: WaitPolicy) -> Iterator[Received]:
         """Send the requests, then yield replies as they arrive.
 
         Replies to requests of earlier rounds are yielded as ``LateReply``.
         """
+        payloads = _Payloads()
+        for answer in self._exchanged(
+            ((Request(job.client, job.round), payloads.of(job), {}) for job in jobs), patience
+        ):
+            if not isinstance(answer, QueryAnswer):
+                yield answer
+
+    def evaluate(
+        self, queries: Iterable[Query], patience: WaitPolicy
+    ) -> Iterator[QueryAnswer | Lost | LateReply | TransportEvent]:
+        """Ask clients to evaluate an adapter, then yield answers as they arrive."""
+        payloads = _Payloads()
+        requests = (
+            (Request(q.client, q.round, "evaluate"), payloads.of_bytes(q.payload), q.facts)
+            for q in queries
+        )
+        for answer in self._exchanged(requests, patience):
+            if not isinstance(answer, Reply):
+                yield answer
+
+    def _exchanged(
+        self,
+        requests: Iterable[tuple[Request, ArrayRecord, Mapping[str, Any]]],
+        patience: WaitPolicy,
+    ) -> Iterator[Received | QueryAnswer]:
+        """See ``exchange``; each request with its payload and the facts of its header."""
         yield from self._take_events()
         started, seconds = time.monotonic(), patience.seconds
         pending: dict[str, Request] = {}
-        payloads = _Payloads()
-        for job in jobs:
-            yield self._sent(job, self._message(job, payloads, seconds), pending)
+        for request, payload, facts in requests:
+            sent = self._sent(request, self._message(request, payload, facts, seconds), pending)
+            if sent is not None:
+                yield sent
         while pending and not patience.enough():
             if seconds is not None and time.monotonic() - started > seconds:
                 reason = f"It did not answer within {seconds:g} s."
                 kind = LossKind.NO_ANSWER
-                yield from (Lost(client, reason, kind) for client, _ in pending.values())
+                yield from (Lost(request.client, reason, kind) for request in pending.values())
                 break
             yield from self._poll(pending)
         self._late |= pending
+        reason = NOT_NEEDED if patience.enough() else TOO_LATE
+        self._unused |= {r[:2]: reason for r in pending.values() if r.kind == "turn"}
 
     def _sent(
-        self, job: TurnRequest, message: Message | None, pending: dict[str, Request]
-    ) -> Lost | TransportEvent:
+        self, request: Request, message: Message | None, pending: dict[str, Request]
+    ) -> Lost | TransportEvent | None:
         """Send a request, if its node is online, and add it to ``pending``."""
         if message is None:
-            return Lost(job.client, "Its node is not online.", LossKind.UNREACHABLE)
+            return Lost(request.client, "Its node is not online.", LossKind.UNREACHABLE)
         id = next(iter(self.grid.push_messages([message])), None)
         if not id:
             reason = "Flower did not accept the message to it."
-            return Lost(job.client, reason, LossKind.UNREACHABLE)
-        pending[id] = job.client, job.round
-        return TransportEvent("asked", {"client": job.client})
+            return Lost(request.client, reason, LossKind.UNREACHABLE)
+        pending[id] = request
+        if request.kind == "turn":
+            return TransportEvent("asked", {"client": request.client})
+        return None
 
-    def _poll(self, pending: dict[str, Request]) -> Iterator[Received]:
+    def _poll(self, pending: dict[str, Request]) -> Iterator[Received | QueryAnswer]:
         """Poll the grid once; requests with a reply are removed from ``pending``."""
         idle = True
-        for id, answer in self._pulled([*pending, *self._late, *self._enrolling]):
+        for id, answer in pulled(self.grid, [*pending, *self._late, *self._enrolling]):
             idle = False
             if id in self._enrolling:
                 self._on_enrolled(answer, self._enrolling.pop(id))
             elif id in self._late:
                 yield self._late_reply(answer, self._late.pop(id), pending)
             elif id in pending:
-                if _has_client_error(answer):
-                    self._enrol_again(pending[id][0])
+                if has_client_error(answer) and pending[id].kind == "turn":
+                    self._enrol_again(pending[id].client)
                 yield _reply(answer, pending.pop(id))
         yield from self._take_events()
         if idle:
             time.sleep(self.poll_seconds)
 
-    def _pulled(self, ids: list[str]) -> Iterator[tuple[str, Answer]]:
-        """The answers to these messages that have arrived, by id, one in memory at a time.
-
-        Flower makes objects of a node's bytes while it pulls; everything that is pulled together
-        with a message that it cannot read is lost. So each message is pulled by itself.
-        """
-        for id in ids:
-            try:
-                for message in self.grid.pull_messages([id]):
-                    yield id, message
-            except httpx.HTTPError:
-                raise  # the SuperLink is away
-            # A node's bytes decide what Flower raises: KeyError, ValueError, TypeError, ...
-            except Exception as error:
-                reason = f"Flower cannot read its answer ({type(error).__name__}: {error})."
-                yield id, ProtocolError(reason[:_LONGEST_REASON])
-
     def _late_reply(
         self, answer: Answer, request: Request, pending: dict[str, Request]
-    ) -> Received:
+    ) -> Received | QueryAnswer:
         """An answer to an earlier request, used if the same request is pending again."""
-        client, round = request
         again = next((id for id, other in pending.items() if other == request), None)
         if again is None or isinstance(answer, ProtocolError) or answer.has_error():
-            return LateReply(client, f"It answers an earlier request, for round {round}.")
+            return LateReply(
+                request.client, f"It answers an earlier request, for round {request.round}."
+            )
+        self._unused.pop(request[:2], None)
         self._late[again] = request
         return _reply(answer, pending.pop(again))
 
     def _message(
-        self, job: TurnRequest, payloads: _Payloads, seconds: float | None
+        self,
+        request: Request,
+        payload: ArrayRecord,
+        facts: Mapping[str, Any],
+        seconds: float | None,
     ) -> Message | None:
         """The request as a message to its client's node; None if no node is online."""
-        node = next((n for n, client in self._clients.items() if client == job.client), None)
+        client, round, kind = request
+        node = next((n for n, name in self._clients.items() if name == client), None)
         if node is None:
             return None
-        header = {"kind": "turn", "terms": self.spec, "client": job.client, "round": job.round}
-        content = records.record(header, payloads.of(job))
+        header = {"kind": kind, "terms": self.spec, "client": client, "round": round, **facts}
+        if unused := {number: why for (id, number), why in self._unused.items() if id == client}:
+            header["unused"] = unused
+            self._unused = {key: why for key, why in self._unused.items() if key[0] != client}
         ttl = _LONGEST_SECONDS if seconds is None else seconds + _ENROL_SECONDS
-        return Message(content, node, MessageType.TRAIN, ttl=ttl, group_id=str(job.round))
+        message_type = MessageType.TRAIN if kind == "turn" else MessageType.EVALUATE
+        content = records.record(header, payload)
+        return Message(content, node, message_type, ttl=ttl, group_id=str(round))
 
     def _wait_for(self, count: int) -> list[str]:
         while True:
@@ -180,7 +227,7 @@ class FlowerTransport:
             self._enrol_sent_at = {n: at for n, at in self._enrol_sent_at.items() if n in online}
             self._enrol(online - self._clients.keys())
             if self._enrolling:
-                for id, answer in self._pulled(list(self._enrolling)):
+                for id, answer in pulled(self.grid, list(self._enrolling)):
                     self._on_enrolled(answer, self._enrolling.pop(id))
             connected = set(self._clients.values())
             if len(connected) >= count:
@@ -211,12 +258,12 @@ class FlowerTransport:
         """Record the client of a node, or the reason why it is rejected."""
         if node in self._clients:
             return  # it had several requests while it loaded its model
-        if isinstance(answer, Message) and _is_away(answer):
+        if isinstance(answer, Message) and is_away(answer):
             self._enrol_sent_at.pop(node, None)  # it is enrolled when it is back
             return
         entries = dict(self.registry.entries)
         try:
-            client, entry = self.registry.admit(_report(answer), node)
+            client, entry = self.registry.admit(header_of(answer), node)
         except FlexloraError as error:
             self._reject(node, str(error))
             return
@@ -248,6 +295,7 @@ class FlowerTransport:
             "examples": entry.examples,
             "device": entry.device,
             "tokens_per_second": entry.tokens_per_second,
+            "holdout": entry.holdout,
         }
         if note := self.registry.capped(client):
             self.registry.note(note)
@@ -264,67 +312,37 @@ class _Payloads:
     """The downloads of an exchange as Flower's arrays: one of each file, for all its clients."""
 
     files: dict[Path, ArrayRecord] = field(default_factory=dict)
+    last: tuple[bytes, ArrayRecord] | None = None
 
     def of(self, job: TurnRequest) -> ArrayRecord:
         """The download of a request."""
         if not isinstance(job.download, Path):
-            return records.payload(job.download)
+            return self.of_bytes(job.download)
         if job.download not in self.files:
             self.files[job.download] = records.payload(job.download.read_bytes())
         return self.files[job.download]
 
-
-def _is_away(message: Message) -> bool:
-    return message.has_error() and message.error.code in _AWAY
-
-
-def _report(answer: Answer) -> dict[str, Any]:
-    """What a node reports of itself when it enrols.
-
-    Raises:
-        ProtocolError: it sent an error, or what Flower or this library cannot read.
-    """
-    if isinstance(answer, ProtocolError):
-        raise answer
-    if answer.has_error():
-        raise ProtocolError(_flower_error(answer))
-    report, _ = records.opened(answer.content)
-    if "error" in report:
-        raise ProtocolError(str(report["error"])[:2000])
-    return report
+    def of_bytes(self, data: bytes) -> ArrayRecord:
+        """Bytes as an array, made once of the same bytes in consecutive requests."""
+        if self.last is None or self.last[0] is not data:
+            self.last = data, records.payload(data)
+        return self.last[1]
 
 
-def _flower_error(message: Message) -> str:
-    """An error of Flower's in words."""
-    reason = message.error.reason or "no reason"
-    return f"Flower's error {message.error.code}: {reason}"[:_LONGEST_REASON]
-
-
-def _has_client_error(answer: Answer) -> bool:
-    """Whether a client reports an error of its own, other than lost state."""
-    if isinstance(answer, ProtocolError) or answer.has_error():
-        return False
-    try:
-        header, _ = records.opened(answer.content)
-    except ProtocolError:
-        return False
-    return "error" in header and header.get("forgot") is not True
-
-
-def _reply(answer: Answer, request: Request) -> Reply | Lost:
-    """A client's upload, or its error, or Flower's."""
-    client, _ = request
+def _reply(answer: Answer, request: Request) -> Reply | QueryAnswer | Lost:
+    """A client's upload or other answer, or its error, or Flower's."""
+    client = request.client
     if isinstance(answer, ProtocolError):
         return Lost(client, str(answer), LossKind.UNREACHABLE)
     if answer.has_error():
-        return Lost(client, _flower_error(answer), LossKind.UNREACHABLE)
+        return Lost(client, flower_error(answer), LossKind.UNREACHABLE)
     try:
         header, data = records.opened(answer.content)
     except ProtocolError as error:
         return Lost(client, str(error), LossKind.INVALID_UPLOAD)
     if "error" in header:
-        reason = str(header["error"])[:_LONGEST_REASON]
+        reason = str(header["error"])[:LONGEST_REASON]
         lost_base = header.get("forgot") is True
         kind = LossKind.LOST_STATE if lost_base else LossKind.CLIENT_ERROR
         return Lost(client, reason, kind, lost_base)
-    return Reply(client, data)
+    return Reply(client, data) if request.kind == "turn" else QueryAnswer(client, header)

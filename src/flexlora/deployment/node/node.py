@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,20 @@ from flexlora.config import RankType
 from flexlora.data import Columns, Corpus, TokenStore
 from flexlora.data.corpora import table
 from flexlora.deployment import run_spec
+from flexlora.deployment.node import finished
 from flexlora.deployment.node.capacity import Capacity, Proposal
 from flexlora.deployment.node.worker_socket import Response
 from flexlora.deployment.run_spec import RunSpec
 from flexlora.errors import DataError, FlexloraError, ProtocolError
-from flexlora.federation import ClientRuntime, ClientStore, LostBase, TurnRequest, turn
+from flexlora.federation import (
+    ClientRuntime,
+    ClientStore,
+    LostBase,
+    TurnRequest,
+    drawn,
+    holdout_loss,
+    turn,
+)
 from flexlora.method import Download, Feature
 from flexlora.model import Base, smollm2
 from flexlora.storage import write_atomically
@@ -35,6 +44,10 @@ class NodeConfig:
     ``name`` identifies the client in all runs. ``columns`` None takes the standard column names
     that the data has. ``model`` is a path of the base model or its name on the hub; None takes the
     server's, unless that is a path. ``state`` is the folder of local client state.
+
+    ``holdout`` is the share of the rows that never train, 0 for none; None takes the server's. The
+    finished adapter is written to ``out``, None for ``adapter`` in ``state``; with ``own_rank``
+    truncated to the rank that this client trains.
     """
 
     name: str
@@ -45,6 +58,14 @@ class NodeConfig:
     rows_of: str | None = None
     model: str | None = None
     device: str = "cpu"
+    holdout: float | None = None
+    out: Path | None = None
+    own_rank: bool = False
+
+    @property
+    def adapter(self) -> Path:
+        """Where the finished adapter is written."""
+        return self.out or self.state / "adapter"
 
 
 @dataclass
@@ -57,15 +78,29 @@ class Node:
     _enrolment: dict[str, _Enrolment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rows = training_rows(self.config)
+        self.rows = own_rows(self.config)
+
+    @property
+    def is_enrolled(self) -> bool:
+        """Whether it takes part in a run already, so that the base model is in memory."""
+        return bool(self._enrolment)
 
     def handle(self, header: Mapping[str, Any], payload: bytes) -> Response:
-        """The response to a request of the server: "enrol" in a run, or a "turn" of training.
+        """The response to a request of the server.
+
+        These are: to "enrol" in a run, a "turn" of training, to "evaluate" an adapter, and, after
+        the last round, to "store" the finished adapter and that the run is "over".
 
         An error is returned in the header's ``error``; the next request is handled as usual.
         """
         try:
-            handlers = {"enrol": self._enrol, "turn": self._turn}
+            handlers = {
+                "enrol": self._enrol,
+                "turn": self._turn,
+                "evaluate": self._evaluate,
+                "store": self._store,
+                "over": self._over,
+            }
             kind = header.get("kind")
             if not isinstance(kind, str) or kind not in handlers:
                 raise ProtocolError(
@@ -92,17 +127,13 @@ class Node:
             "feed_forward": proposal.rank.feed_forward,
             "tokens_per_second": proposal.tokens_per_second,
             "device": str(runtime.base.device),
+            "holdout": len(runtime.holdout.get(self.config.name, ())),
             "kept": (enrolment.folder / "private").exists(),
         }, b""
 
     def _turn(self, header: Mapping[str, Any], payload: bytes) -> Response:
         """Train on a download. The upload is stored, in case the connection breaks."""
-        enrolment, round = self._enrolled(header), header.get("round")
-        if type(round) is not int or round < 1 or header.get("client") != self.config.name:
-            raise ProtocolError(
-                f"The request is for client {header.get('client')!r} in round {round!r}; this is "
-                f"client {self.config.name!r}."
-            )
+        enrolment, round = self._enrolled(header), self._round(header, least=1)
         digest = hashlib.sha256(payload).hexdigest()[:16]
         stored = enrolment.folder / f"upload-{round:05d}-{digest}"
         if not stored.exists():
@@ -111,6 +142,59 @@ class Node:
                 if old != stored:
                     old.unlink()
         return {"round": round}, stored.read_bytes()
+
+    def _evaluate(self, header: Mapping[str, Any], payload: bytes) -> Response:
+        """The loss of an adapter on the held-out rows; only numbers are returned."""
+        enrolment, round = self._enrolled(header), self._round(header, least=0)
+        client, rows = self.config.name, header.get("rows")
+        if not enrolment.runtime.holdout.get(client):
+            raise ProtocolError(f"Client {client!r} holds out no rows and evaluates nothing.")
+        if type(rows) is not int or rows < 1:
+            raise ProtocolError(f"The server asks for an evaluation on {str(rows)[:30]!r} rows.")
+        file = enrolment.stored("evaluated", payload)
+        if header.get("personal") is True:
+            adapter = enrolment.runtime.start(TurnRequest(client, round + 1, file)).adapter
+        else:
+            adapter = finished.opened(file, enrolment.runtime.base)
+        loss = holdout_loss(enrolment.runtime, client, adapter, rows)
+        return {"round": round, **asdict(loss)}, b""
+
+    def _store(self, header: Mapping[str, Any], payload: bytes) -> Response:
+        """Check the finished adapter and write it to the client's disk, for PEFT."""
+        spec, rounds = run_spec.parse(str(header.get("terms"))), header.get("rounds")
+        if type(rounds) is not int or rounds < 1:
+            raise ProtocolError(f"The server sends an adapter of {str(rounds)[:30]!r} rounds.")
+        base = self._model(spec)
+        ranks = None
+        if self.config.own_rank:
+            rank = self._enrolled(header).proposal.rank
+            ranks = rank.by_module(list(base.shapes))
+        file = _file(self._folder(spec), "finished", payload)
+        try:
+            digest = finished.write(file, base, self.config.adapter, header.get("digest"), ranks)
+        finally:
+            file.unlink(missing_ok=True)
+        return {
+            "client": self.config.name,
+            "rounds": rounds,
+            "digest": digest,
+            "base": base.published,
+            "adapter": str(self.config.adapter),
+        }, b""
+
+    def _over(self, header: Mapping[str, Any], payload: bytes) -> Response:
+        """The federation is finished; the caller ends."""
+        return {}, b""
+
+    def _round(self, header: Mapping[str, Any], least: int) -> int:
+        """The round of a request to this client."""
+        round = header.get("round")
+        if type(round) is not int or round < least or header.get("client") != self.config.name:
+            raise ProtocolError(
+                f"The request is for client {header.get('client')!r} in round {round!r}; this is "
+                f"client {self.config.name!r}."
+            )
+        return round
 
     def _enrolled(self, header: Mapping[str, Any]) -> _Enrolment:
         """The run of a request; each has the specification, as this process may be new."""
@@ -123,24 +207,41 @@ class Node:
 
     def _prepared(self, spec: RunSpec) -> _Enrolment:
         base = self._model(spec)
-        folder = self.config.state / spec.run
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.state.chmod(0o700)  # it has rows as tokens, and the client's own factors
+        folder = self._folder(spec)
         cache = self.config.state / "tokens"
         store = TokenStore.build(self.rows, base.tokenizer, spec.prompt, spec.max_tokens, cache)
+        train, held_out = self._divided(spec)
         runtime = ClientRuntime(
             base=base,
             store=store,
-            rows={self.config.name: range(len(self.rows))},
+            rows={self.config.name: train},
             method=spec.composed(),
             training=spec.training,
             wire_dtype=spec.dtype,
             seed=spec.seed,
             clients=ClientStore(folder / "private"),
+            holdout={self.config.name: held_out} if len(held_out) else {},
         )
         limit = RankType(spec.attention, spec.feed_forward)
         proposal = self.config.capacity.propose(runtime, limit)
         return _Enrolment(spec, folder, runtime, proposal)
+
+    def _folder(self, spec: RunSpec) -> Path:
+        """The folder of a run in the client's state."""
+        folder = self.config.state / spec.run
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.state.chmod(0o700)  # it has rows as tokens, and the client's own factors
+        return folder
+
+    def _divided(self, spec: RunSpec) -> tuple[Sequence[int], Sequence[int]]:
+        """The rows that train, and those that are held out, as a simulation divides them."""
+        share = spec.holdout_share if self.config.holdout is None else self.config.holdout
+        train = np.flatnonzero(_in_split(self.rows, "train"))
+        marked = np.flatnonzero(_in_split(self.rows, "validation"))
+        if not share or len(marked):
+            return train.tolist(), marked.tolist() if share else []
+        held_out = train[drawn(len(train), share, spec.seed, self.config.name)]
+        return np.setdiff1d(train, held_out).tolist(), held_out.tolist()
 
     def _model(self, spec: RunSpec) -> Base:
         """The base model, on this client's device; loaded once."""
@@ -170,13 +271,13 @@ class _Enrolment:
 
     def train(self, client: str, round: int, download: bytes) -> bytes:
         """The upload of one round. The download is read from the disk, module by module."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
-        file = self.folder / "download"
-        file.unlink(missing_ok=True)
-        file.write_bytes(download)
-        job = TurnRequest(client, round, file)
+        job = TurnRequest(client, round, self.stored("download", download))
         self._check(job)
         return turn(job, self.runtime)
+
+    def stored(self, name: str, payload: bytes) -> Path:
+        """A file with what the server sent, from which it is read module by module."""
+        return _file(self.folder, name, payload)
 
     def _ranks(self, download: Download) -> dict[str, int]:
         """The ranks to train at, by module, in a download that does not state them.
@@ -210,8 +311,17 @@ class _Enrolment:
                 )
 
 
-def training_rows(config: NodeConfig) -> Corpus:
-    """The client's training rows: those of the split "train", if the data has splits.
+def _file(folder: Path, name: str, content: bytes) -> Path:
+    """A new file of this name; the folder may have been deleted meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    file.unlink(missing_ok=True)  # not written over: its pages may still be mapped
+    file.write_bytes(content)
+    return file
+
+
+def own_rows(config: NodeConfig) -> Corpus:
+    """The client's rows: those of the splits "train" and "validation", if the data has splits.
 
     Raises:
         ProtocolError: there is none, or the file has rows of several clients.
@@ -237,11 +347,17 @@ def training_rows(config: NodeConfig) -> Corpus:
             f"{config.data} has no column of client names, so --rows-of {config.rows_of} cannot "
             "select rows; leave it out, or name the column: --columns client=NAME,..."
         )
-    if "split" in corpus.columns:
-        codes, splits = corpus.codes("split")
-        corpus = corpus.select(np.array([name == "train" for name in splits], np.bool_)[codes])
-    if not len(corpus):
+    corpus = corpus.select(_in_split(corpus, "train") | _in_split(corpus, "validation"))
+    if not _in_split(corpus, "train").any():
         raise ProtocolError(
             f"{config.data} has no training rows; check the values of its split column for 'train'."
         )
     return corpus
+
+
+def _in_split(corpus: Corpus, split: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which rows are in a split; without splits all are for training."""
+    if "split" not in corpus.columns:
+        return np.full(len(corpus), split == "train")
+    codes, splits = corpus.codes("split")
+    return np.array([name == split for name in splits], np.bool_)[codes]

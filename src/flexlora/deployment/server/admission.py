@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexlora.deployment.server.registry import NODES
+from flexlora.deployment.server.run_files import NODES, NUMBERS
 from flexlora.storage import write_atomically
 
 if TYPE_CHECKING:
     from flexlora.deployment.flower.superlink import SuperLink
-
-NUMBERS = "node_keys.json"
-"""Flower's number of every key that was ever registered, by the key's fingerprint."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexlora.config import RankType
+from flexlora.config import RankType, rank_text
+from flexlora.deployment.server import run_files
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.errors import ProtocolError
 from flexlora.federation import Population
@@ -17,20 +18,17 @@ from flexlora.method import Client
 from flexlora.storage import write_atomically
 
 FILE = "clients.json"
-ARRIVALS = "arrivals.log"
-"""Sentences on clients that connected or were rejected; also from before the first round, when
-the journal has not begun."""
-NODES = "nodes.json"
-"""Flower's number of every authorised node, by the node's name."""
 MOST_EXAMPLES = 10**9
 _LONGEST_NAME = 100
-_LONGEST_LINE = 500
 _FASTEST = 1e12
 
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """One client: Flower's number of its ``node``, its ranks, and what it reported of itself."""
+    """One client: Flower's number of its ``node``, its ranks, and what it reported of itself.
+
+    ``examples`` are those that it trains on, ``holdout`` those that it evaluates on.
+    """
 
     node: int
     attention: int
@@ -38,10 +36,11 @@ class ClientInfo:
     examples: int
     device: str
     tokens_per_second: float | None
+    holdout: int = 0
 
     @property
     def rank_type(self) -> str:
-        """The name of its ranks in reports."""
+        """The name of its ranks in the journal."""
         if self.attention == self.feed_forward:
             return f"r{self.attention}"
         return f"r{self.attention}-{self.feed_forward}"
@@ -49,9 +48,7 @@ class ClientInfo:
     @property
     def rank_text(self) -> str:
         """Its ranks in words."""
-        if self.attention == self.feed_forward:
-            return f"rank {self.attention}"
-        return f"attention rank {self.attention}, feed-forward rank {self.feed_forward}"
+        return rank_text(self.attention, self.feed_forward)
 
 
 @dataclass
@@ -143,9 +140,11 @@ class ClientRegistry(Population):
 
     def note(self, line: str) -> None:
         """Append a sentence for the server's console."""
-        with (self.folder / ARRIVALS).open("a", encoding="utf-8") as file:
-            # Text of a client must not begin a line of its own.
-            file.write(" ".join(line.split())[:_LONGEST_LINE] + "\n")
+        run_files.note(self.folder, line)
+
+    def is_authorised(self, id: str) -> bool:
+        """Whether a client may take part now; without keys every client may."""
+        return not self.bound or id in self._registered()
 
     def name_of(self, node: int) -> str | None:
         """The name under which a node's key is registered; None without keys."""
@@ -154,7 +153,7 @@ class ClientRegistry(Population):
 
     def _registered(self) -> dict[str, int]:
         """The authorised nodes by name, read again each time, as there may be new ones."""
-        file = self.folder / NODES
+        file = self.folder / run_files.NODES
         nodes: dict[str, int] = (
             json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         )
@@ -198,10 +197,15 @@ def _info(report: Mapping[str, Any], node: int, client: str, limit: RankType) ->
         examples=_count(report, "examples", client),
         device=str(report.get("device"))[:40],
         tokens_per_second=float(speed) if speed is not None and usable else None,
+        holdout=_count(report, "holdout", client, least=0) if "holdout" in report else 0,
     )
 
 
-_LABELS = {"attention": "attention rank", "feed_forward": "feed-forward rank"}
+_LABELS = {
+    "attention": "attention rank",
+    "feed_forward": "feed-forward rank",
+    "holdout": "number of held-out examples",
+}
 
 
 def _count(report: Mapping[str, Any], name: str, client: str, least: int = 1) -> int:

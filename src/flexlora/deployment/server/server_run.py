@@ -15,11 +15,13 @@ import torch
 
 from flexlora.config import Experiment
 from flexlora.deployment import run_spec
+from flexlora.deployment.server import delivery
+from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.registry import ClientRegistry
-from flexlora.errors import ProtocolError
+from flexlora.errors import ConfigError, FlexloraError, ProtocolError
 from flexlora.federation import Transport, checkpoint, compose, rounds, served
-from flexlora.journal import Record
+from flexlora.journal import Event, Record, counted
 from flexlora.method import Feature, for_mixed_modules, require
 from flexlora.storage import is_locked, locked, write_atomically
 
@@ -60,6 +62,10 @@ class ConnectingTransport(Transport, Protocol):
         """Wait until this many clients have connected."""
         ...
 
+    def deliver(self, finished: Finished, ledger: Ledger) -> None:
+        """Send the finished adapter to every client; returns once all have confirmed it."""
+        ...
+
 
 def write_run_folder(folder: Path, settings: Experiment, plan: ServePlan) -> None:
     """Write what ``run_server`` needs into the run's folder.
@@ -69,8 +75,13 @@ def write_run_folder(folder: Path, settings: Experiment, plan: ServePlan) -> Non
     """
     check(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG, settings.model_dump_json(indent=1).encode())
+    write_config(folder, settings)
     write_atomically(folder / PLAN, json.dumps(asdict(plan)).encode())
+
+
+def write_config(folder: Path, settings: Experiment) -> None:
+    """Write the config into a run's folder."""
+    write_atomically(folder / CONFIG, settings.model_dump_json(indent=1).encode())
 
 
 def read_config(folder: Path) -> Experiment:
@@ -140,17 +151,69 @@ def run_server(folder: Path, connect: Connect) -> None:
         try:
             _run(folder, connect)
         except Exception as error:
-            Record(folder).append("stopped", reason=f"{type(error).__name__}: {error}")
+            # A finished run's journal ends with its finish, whatever happens to the delivery.
+            if finish_of(folder) is None:
+                Record(folder).append("stopped", reason=f"{type(error).__name__}: {error}")
             raise
+
+
+def finish_of(folder: Path, settings: Experiment | None = None) -> Event | None:
+    """The ``finish`` event of a run that has all the rounds of its config; else None.
+
+    ``settings`` replaces the config in the folder.
+    """
+    events = list(Record(folder).events("start", "finish"))
+    if not events or events[-1]["event"] != "finish":
+        return None
+    planned = (settings or read_config(folder)).federation.rounds
+    return events[-1] if events[-1]["rounds"] >= planned else None
+
+
+def adapter_of(folder: Path, finish: Event) -> Path:
+    """The finished adapter of a run, wherever its folder has been moved since."""
+    return rounds.adapter_folder(folder, finish["rounds"])
+
+
+def delivered(folder: Path, finish: Event) -> tuple[list[str], list[str]]:
+    """The clients of a finished run that have its adapter, and those that may still get it."""
+    adapter = adapter_of(folder, finish)
+    if not adapter.is_dir():
+        return [], []
+    ledger = Ledger(folder, delivery.digest_of(adapter))
+    registry = ClientRegistry(
+        folder=folder,
+        limits=RankLimits.of(read_config(folder).ranks),
+        modules=[],
+        bound=ServePlan.read(folder).bound,
+    )
+    return sorted(ledger.entries), ledger.without(filter(registry.is_authorised, registry))
+
+
+def with_more_rounds(folder: Path, settings: Experiment, count: int) -> Experiment:
+    """The settings of the run in ``folder`` with this number of rounds in all.
+
+    Raises:
+        ConfigError: the run has as many rounds already.
+    """
+    if finish := finish_of(folder, settings):
+        done = finish["rounds"]
+        if count <= done:
+            raise ConfigError(
+                f"The run in {folder} is finished after {counted(done, 'round')}; give more than "
+                f"that: --set federation.rounds={done + 1}."
+            )
+    federation = settings.federation.model_copy(update={"rounds": count})
+    return settings.model_copy(update={"federation": federation})
 
 
 def _run(folder: Path, connect: Connect) -> None:
     settings = read_config(folder)
     plan = ServePlan.read(folder)
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
-    base = settings.model.load()
-    modules = list(base.shapes)
     limits, method = RankLimits.of(settings.ranks), compose.method_of(settings)
+    finish = finish_of(folder, settings)
+    base = None if finish else settings.model.load()
+    modules = list(base.shapes) if base else []
     largest = limits.largest()
     registry = ClientRegistry(
         folder=folder,
@@ -164,8 +227,31 @@ def _run(folder: Path, connect: Connect) -> None:
     spec = run_spec.of(settings, plan.run, asdict(largest)).model_dump_json()
     quorum = settings.federation.quorum
     transport = connect(registry, spec, quorum)
-    resume = (folder / checkpoint.POINTER).exists()
-    transport.wait_for_clients(quorum if resume else plan.clients)
-    ready = served.served(settings, base, registry, largest.by_module(modules))
-    for _ in rounds.run(ready, folder, transport, resume=resume):
-        pass
+    if base is not None:
+        resume = (folder / checkpoint.POINTER).exists()
+        transport.wait_for_clients(quorum if resume else plan.clients)
+        ready = served.served(settings, base, registry, largest.by_module(modules))
+        for event in rounds.run(ready, folder, transport, resume=resume):
+            finish = event
+    if finish is not None:
+        _deliver(folder, finish, registry, transport)
+
+
+def _deliver(
+    folder: Path, finish: Event, registry: ClientRegistry, transport: ConnectingTransport
+) -> None:
+    """Send the finished adapter to the clients, until all that may take part have it."""
+    try:
+        finished = Finished.of(adapter_of(folder, finish), finish["rounds"])
+    except FlexloraError as error:
+        registry.note(f"the adapter cannot be sent to the clients: {error}")
+        delivery.close(folder)
+        return
+    ledger = Ledger(folder, finished.digest)
+    ledger.open()
+    clients = counted(len(registry), "client")
+    registry.note(
+        f"the federation is finished: sending the adapter (SHA-256 {finished.digest}) to {clients}"
+    )
+    transport.deliver(finished, ledger)
+    delivery.close(folder)

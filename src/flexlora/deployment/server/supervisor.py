@@ -14,9 +14,9 @@ from flexlora.deployment.certificates import ServerKeys
 from flexlora.deployment.flower.processes import Process, environment, free_port
 from flexlora.deployment.flower.superlink import SuperLink
 from flexlora.deployment.keys import NODES
-from flexlora.deployment.server import server_run
+from flexlora.deployment.server import delivery, server_run
 from flexlora.deployment.server.admission import Admission
-from flexlora.deployment.server.registry import ARRIVALS
+from flexlora.deployment.server.run_files import ARRIVALS
 from flexlora.errors import ConfigError, FlexloraError, ProtocolError
 from flexlora.federation import checkpoint
 from flexlora.journal import Event, Record, events_after
@@ -89,7 +89,7 @@ class Server:
         keys = None if listening.keys is None else ServerKeys.of(listening.keys)
         # Without keys the clients, on this machine, connect to the SuperLink itself.
         self.link = SuperLink(home, listening.port if keys is None else free_port(), keys)
-        self.gate = None if keys is None else _gate(home, listening, self.link.url, keys)
+        self.gate = None if keys is None else _gate(self.folder, listening, self.link.url, keys)
         self.admission = (
             None
             if listening.keys is None
@@ -111,8 +111,14 @@ class Server:
         that the run is about to discard.
         """
         server_run.clear_pid(self.folder)
-        Record(self.folder).rewind(checkpoint.journal_bytes(self.folder))
+        if not self.is_finished:
+            Record(self.folder).rewind(checkpoint.journal_bytes(self.folder))
         self.run, self.submitted = self.link.submit(self.folder), time.monotonic()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has all its rounds, and the server only delivers the adapter."""
+        return server_run.finish_of(self.folder) is not None
 
     def update_nodes(self) -> list[str]:
         """Authorise and revoke nodes by their public keys; returns a line on each change."""
@@ -147,7 +153,9 @@ class Server:
             late = time.monotonic() - self.submitted > _BEGIN_SECONDS
             ended = late and self.link.status(self.run).startswith("finished")
             self.submitted = time.monotonic() if late else self.submitted
-        return ended and not any(Record(self.folder).events("finish", "stopped"))
+        if not ended or delivery.is_closed(self.folder):
+            return False
+        return not any(Record(self.folder).events("stopped"))
 
     def _count_restart(self, process: Process) -> None:
         self.restarts += 1
@@ -166,8 +174,11 @@ class Server:
             self.link.process.stop()
 
 
-def serve(folder: Path, listening: Listening) -> Iterator[Event]:
+def serve(folder: Path, listening: Listening, stay_seconds: float) -> Iterator[Event]:
     """Run the federation that is prepared in ``folder``, yielding its journal as it grows.
+
+    After the last round it stays up until every client has the finished adapter, at most for
+    ``stay_seconds``. Of a run that is finished already there is only that to do.
 
     Raises:
         ProtocolError: the run stopped, with its reason; Flower's processes cannot be started; or
@@ -178,36 +189,54 @@ def serve(folder: Path, listening: Listening) -> Iterator[Event]:
         "process first."
     )
     with locked(folder, _LOCK, refusal):  # a second server would end the processes of the first
-        yield from _served(folder, listening)
+        yield from _served(folder, listening, stay_seconds)
 
 
-def _served(folder: Path, listening: Listening) -> Iterator[Event]:
+def _served(folder: Path, listening: Listening, stay_seconds: float) -> Iterator[Event]:
     """See ``serve``."""
     console, server = _ConsoleLines(folder / ARRIVALS), Server(folder, listening)
+    journal, finished_at, offset_bytes = Record(folder).path, None, None
+    if server.is_finished:
+        delivery.reopen(folder)
+        finished_at = time.monotonic()
+    else:
+        delivery.forget(folder)
+        offset_bytes = checkpoint.journal_bytes(folder)
     try:
         server.start()
-        offset_bytes = checkpoint.journal_bytes(folder)
         while True:
-            events = list(events_after(Record(folder).path, offset_bytes))
+            # Closed before the lines on the last clients are read.
+            is_over = finished_at is not None and (
+                delivery.is_closed(folder) or time.monotonic() - finished_at > stay_seconds
+            )
+            news = iter(()) if offset_bytes is None else events_after(journal, offset_bytes)
+            events = list(news)
             # Read after the events, so that a client's line comes before those that follow from it.
             console.print_change(_update_nodes(server))
             console.print_new()
-            for event, after in events:
-                offset_bytes = after
+            for event, offset_bytes in events:
                 yield event
-                if event["event"] == "finish":
-                    return
                 if event["event"] == "stopped":
-                    raise ProtocolError(
-                        f"The run stopped: {event['reason']} Resume it with: flexlora serve "
-                        f"--resume {folder}, and --listen and --keys as before."
-                    )
-            if server.restart_ended():
+                    raise _stopped(folder, event)
+                if event["event"] == "finish":
+                    finished_at, offset_bytes = time.monotonic(), None
+                    break
+            if is_over:
+                return
+            if server.restart_ended() and offset_bytes is not None:
                 # The journal was cut back to the checkpoint.
                 offset_bytes = checkpoint.journal_bytes(folder)
             time.sleep(_LOOK_SECONDS)
     finally:
         server.stop()
+
+
+def _stopped(folder: Path, event: Event) -> ProtocolError:
+    """What the user reads of a run that stopped with an error."""
+    return ProtocolError(
+        f"The run stopped: {event['reason']} Resume it with: flexlora serve --resume {folder}, and "
+        "--listen and --keys as before."
+    )
 
 
 def _update_nodes(server: Server) -> str:
@@ -246,10 +275,12 @@ class _ConsoleLines:
         print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
 
-def _gate(home: Path, listening: Listening, upstream: str, keys: ServerKeys) -> Process:
+def _gate(folder: Path, listening: Listening, upstream: str, keys: ServerKeys) -> Process:
+    home = folder / "flower"
     arguments = [
         *(sys.executable, "-m", "flexlora.deployment.flower.gate"),
         *("--listen", listening.address, "--upstream", upstream),
         *("--ca", str(keys.ca), "--cert", str(keys.certificate), "--key", str(keys.key)),
+        *("--run", str(folder.resolve())),
     ]
     return Process(arguments, home / "gate.log", environment(home))

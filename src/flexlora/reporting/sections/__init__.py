@@ -13,12 +13,13 @@ from flexlora.reporting.sections.header import (
     title,
 )
 from flexlora.reporting.sections.operation import clients, reproduce, rounds
-from flexlora.reporting.sections.results import categories, scores
+from flexlora.reporting.sections.results import categories, client_scores, scores
 from flexlora.reporting.sections.training import learning, ranks, spectrum
 
 __all__ = [
     "categories",
     "client_count",
+    "client_scores",
     "clients",
     "fairness",
     "flat",

@@ -43,6 +43,46 @@ def scores(rows: Sequence[EvaluationRow]) -> Section:
     return Section("Scores", parts)
 
 
+def client_scores(events: Sequence[Event]) -> list[Section]:
+    """The loss on the clients' own held-out rows, by round and by client; nothing without any."""
+    rounds, clients = tables.client_evaluation_table(events), tables.client_loss_table(events)
+    if not rounds:
+        return []
+    note = Paragraph(
+        "Every client evaluated the global adapter on rows of its own that never train. Losses are "
+        "in nats per token. The mean is weighted by tokens; lowest, highest and standard deviation "
+        "are over the clients' own means. Round 0 is the base model."
+    )
+    head = ["Round", "Clients", "Rows", "Mean", "Lowest", "Highest", "Std. dev.", "Worst client"]
+    by_round = [
+        [
+            f"{row.round:,}",
+            f"{row.clients:,}" + (f" ({row.missing:,} missing)" if row.missing else ""),
+            f"{row.examples:,}",
+            *(number(v, 3) for v in (row.loss, row.lowest, row.highest, row.deviation)),
+            row.worst or "–",
+        ]
+        for row in rounds
+    ]
+    parts: list[Part] = [note, Table(head, by_round, {7})]
+    if clients:
+        cells = [
+            [
+                row.client,
+                f"{row.examples:,}",
+                number(row.before, 3),
+                number(row.after, 3),
+                "–" if row.before is None else f"{row.after - row.before:+.3f}",
+            ]
+            for row in clients
+        ]
+        by_client = Table(["Client", "Rows", "Before training", "Last", "Change"], cells, {0})
+        parts.append(
+            Details(f"{counted(len(clients), 'client')}, the highest loss first", [by_client])
+        )
+    return [Section("Scores on the clients' own rows", parts)]
+
+
 def categories(events: Sequence[Event], rows: Sequence[EvaluationRow]) -> Section:
     """The scores by category before and after training, drawn if there are many."""
     metric = tables.main_metric(rows)

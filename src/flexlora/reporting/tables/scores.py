@@ -104,6 +104,79 @@ class CategoryRow:
     gain: float
 
 
+@dataclass(frozen=True)
+class ClientEvaluationRow:
+    """The global adapter on the clients' own held-out rows after one round; 0 is the base model.
+
+    Losses are in nats per token. ``loss`` is weighted by tokens; ``lowest``, ``highest`` and
+    ``deviation`` are over the clients' own means, each counted once. ``worst`` is the client with
+    the highest loss. All are None if no client evaluated.
+    """
+
+    round: int
+    clients: int
+    missing: int
+    examples: int
+    loss: float | None
+    lowest: float | None
+    highest: float | None
+    deviation: float | None
+    worst: str | None
+
+
+@dataclass(frozen=True)
+class ClientLossRow:
+    """One client's loss on its own held-out rows, before training and after the last round.
+
+    ``before`` is None if the base model was not evaluated by it.
+    """
+
+    client: str
+    examples: int
+    before: float | None
+    after: float
+
+
+def client_evaluation_table(events: Iterable[Event]) -> list[ClientEvaluationRow]:
+    """The evaluations by the clients, rounds ascending; of a repeated one the last counts."""
+    return [
+        ClientEvaluationRow(
+            round=event["round"],
+            clients=len(event["clients"]),
+            missing=len(event["missing"]),
+            examples=total(event["clients"], "examples"),
+            loss=event["loss"],
+            lowest=event["loss_min"],
+            highest=event["loss_max"],
+            deviation=event["loss_std"],
+            worst=event["worst"],
+        )
+        for event in _client_evaluations(events)
+    ]
+
+
+def client_loss_table(events: Iterable[Event]) -> list[ClientLossRow]:
+    """The clients' own losses at their last evaluation, the highest first."""
+    evaluations = [event for event in _client_evaluations(events) if event["clients"]]
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    before = {row["client"]: _mean(row) for row in first["clients"]} if first["round"] == 0 else {}
+    rows = [
+        ClientLossRow(row["client"], row["examples"], before.get(row["client"]), _mean(row))
+        for row in last["clients"]
+    ]
+    return sorted(rows, key=lambda row: (-row.after, row.client))
+
+
+def _client_evaluations(events: Iterable[Event]) -> list[Event]:
+    return sorted(last_of(events, "client_evaluation", "round"), key=lambda e: e["round"])
+
+
+def _mean(row: Mapping[str, Any]) -> float:
+    return float(row["loss_total"] / row["loss_tokens"])
+
+
 def evaluation_table(events: Iterable[Event]) -> list[EvaluationRow]:
     """The scores by round and adapter, a row each for the seen and the unseen clients.
 

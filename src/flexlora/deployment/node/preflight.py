@@ -1,0 +1,167 @@
+"""What can be wrong between a client and its server, found out before Flower's SuperNode starts.
+
+A plain connection, a TLS handshake and one small request to the server's gate tell within seconds
+what the SuperNode would hide.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import Any, Final
+
+from flexlora import __version__, addresses
+from flexlora.deployment.greeting import HELLO, KEY_HEADER, NAME_HEADER, KeyState
+from flexlora.deployment.keys import NodeKey, fingerprint_of_private
+
+_SECONDS: Final = 5.0
+_MOST_BYTES: Final = 4096
+_EXPIRED, _NOT_YET_VALID, _OTHER_HOST, _OTHER_ADDRESS = 10, 9, 62, 64
+"""OpenSSL's numbers of the faults of a certificate that are not those of another CA."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why this client cannot take part now; ``is_final`` if it is no use to try again."""
+
+    sentence: str
+    is_final: bool = False
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What the server's gate says of itself; ``notes`` are sentences for the client's owner."""
+
+    notes: tuple[str, ...] = ()
+
+
+def greet(address: str, keys: NodeKey | None) -> Greeting | Fault:
+    """Connect to the server at ``address`` and ask whether this client may take part.
+
+    Takes at most some ten seconds.
+    """
+    if (fault := unreachable(address)) is not None:
+        return fault
+    target = addresses.parse(address, "join", "server.example:8090")
+    try:
+        return _insecure(address, target) if keys is None else _secure(address, target, keys)
+    except ssl.SSLCertVerificationError as error:
+        return Fault(_untrusted(error, target[0]), is_final=True)
+    except ssl.SSLError:
+        return Fault(
+            f"The server at {address} does not use TLS: it was started with --insecure, or it is "
+            "another program. Start it with --keys, or join the right address.",
+            is_final=True,
+        )
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return Fault(f"The server at {address} does not answer as it should ({reason}).")
+
+
+def unreachable(address: str) -> Fault | None:
+    """Why no connection to the server can be made; None if one can."""
+    target = addresses.split(address)
+    if target is None:
+        return Fault(f"'{address}' is not of the form HOST:PORT.", is_final=True)
+    try:
+        socket.create_connection(target, _SECONDS).close()
+    except socket.gaierror:
+        return Fault(
+            f"There is no machine of the name '{target[0]}' ({address}): check its spelling and "
+            "this machine's network.",
+            is_final=True,
+        )
+    except TimeoutError:
+        return Fault(
+            f"Nothing answers at {address} within {_SECONDS:.0f} s: the machine is down, or a "
+            "firewall drops the connection."
+        )
+    except ConnectionRefusedError:
+        return Fault(
+            f"Nothing listens at {address}: `flexlora serve` is not running there (yet, or any "
+            "more), or it listens at another port."
+        )
+    except OSError as error:
+        return Fault(f"The server at {address} cannot be reached ({error.strerror or error}).")
+    return None
+
+
+def _untrusted(error: ssl.SSLCertVerificationError, host: str) -> str:
+    """A sentence on a certificate that this client does not trust."""
+    if error.verify_code in (_OTHER_HOST, _OTHER_ADDRESS):
+        return (
+            f"The server's certificate does not name '{host}': join with a name for which it was "
+            "made, or have its owner make another: flexlora keys DIR --host NAME."
+        )
+    if error.verify_code == _EXPIRED:
+        return (
+            "The server's certificate has expired: its owner renews it, and you keep your ca.crt."
+        )
+    if error.verify_code == _NOT_YET_VALID:
+        return "The server's certificate is not valid yet: check the clock of this machine."
+    return (
+        "The server's certificate is not signed by your ca.crt, so it is another server, or your "
+        "ca.crt is that of another one: get the server's ca.crt from its owner."
+    )
+
+
+def _secure(address: str, target: tuple[str, int], keys: NodeKey) -> Greeting | Fault:
+    context = ssl.create_default_context(cafile=keys.ca)
+    connection = http.client.HTTPSConnection(*target, timeout=_SECONDS, context=context)
+    headers = {KEY_HEADER: fingerprint_of_private(keys.key), NAME_HEADER: keys.name}
+    answer = _answer(connection, headers)
+    if answer is None:  # a proxy of the owner's in place of the gate
+        return Greeting()
+    if answer.get("key") == KeyState.UNKNOWN:
+        return Fault(
+            f"The server at {address} does not know the key of this client (yet): send "
+            f"{keys.name}.pub, whose fingerprint is {headers[KEY_HEADER]}, to the server's owner, "
+            f"who admits it: flexlora keys DIR --add {keys.name}.pub."
+        )
+    if answer.get("key") == KeyState.REVOKED:
+        return Fault(
+            f"The server's owner has revoked the key of this client, {keys.name}.key. To take part "
+            "in this run again, make a new key and have it admitted."
+        )
+    version = str(answer.get("version"))[:30]
+    notes = []
+    if version != __version__:
+        notes.append(
+            f"the server has flexlora {version}, this client {__version__}; install the same "
+            "version if one refuses the other's messages"
+        )
+    if answer.get("finished") is True:
+        notes.append("the federation is finished; asking for the adapter")
+    return Greeting(tuple(notes))
+
+
+def _insecure(address: str, target: tuple[str, int]) -> Greeting | Fault:
+    try:
+        _answer(http.client.HTTPConnection(*target, timeout=_SECONDS), {})
+    except (http.client.HTTPException, ConnectionResetError):
+        return Fault(
+            f"The server at {address} answers, but not to plain HTTP: it was started with --keys. "
+            "Join with --keys instead of --insecure.",
+            is_final=True,
+        )
+    return Greeting()
+
+
+def _answer(
+    connection: http.client.HTTPConnection, headers: dict[str, str]
+) -> dict[str, Any] | None:
+    """What the gate answers; None if what answers is not the gate."""
+    try:
+        connection.request("GET", HELLO, headers=headers)
+        response = connection.getresponse()
+        body = response.read(_MOST_BYTES)
+    finally:
+        connection.close()
+    try:
+        answer = json.loads(body) if response.status == http.client.OK else None
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) else None

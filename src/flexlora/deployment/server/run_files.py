@@ -1,0 +1,32 @@
+"""Files in the folder of a served run that several processes read and write.
+
+Imports nothing slow: the gate is started again whenever it ends.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+ARRIVALS: Final = "arrivals.log"
+"""Sentences on clients that connected, were rejected or have the adapter; also from before the
+first round, when the journal has not begun."""
+
+NODES: Final = "nodes.json"
+"""Flower's number of every authorised node, by the node's name."""
+
+NUMBERS: Final = "node_keys.json"
+"""Flower's number of every key that was ever registered, by the key's fingerprint."""
+
+DELIVERED: Final = "delivered.json"
+"""Which clients have the finished adapter; it exists once the run is finished. Not in the journal,
+which ends with the last round."""
+
+_LONGEST_LINE: Final = 500
+
+
+def note(folder: Path, line: str) -> None:
+    """Append a sentence for the server's console."""
+    with (folder / ARRIVALS).open("a", encoding="utf-8") as file:
+        # Text of a client must not begin a line of its own.
+        file.write(" ".join(line.split())[:_LONGEST_LINE] + "\n")
