@@ -119,3 +119,9 @@ def test_a_vision_tower_is_not_adapted():
     assert not any("vision" in path for path in base.shapes)
     assert "linear layers, such as" in base.notices[0]
     assert "vision" in base.notices[0]
+
+
+def test_only_the_layers_of_gpt_2_have_transposed_weights():
+    gpt, llama = proven("gpt2"), proven("llama")
+    assert (gpt.fan_in_fan_out, llama.fan_in_fan_out) == (True, False)
+    assert gpt.shapes["transformer.h.0.attn.c_attn"] == (96, 32)

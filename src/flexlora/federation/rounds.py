@@ -245,5 +245,6 @@ def _export(prepared: PreparedRun, adapter: Adapter, target: Path) -> None:
         base_model=prepared.base.published,
         task_type="CAUSAL_LM",
         target_modules=peft_format.targets(adapter, prepared.base.paths),
+        settings={"fan_in_fan_out": prepared.base.fan_in_fan_out},
         replace=True,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from flexlora.config import Experiment
-from flexlora.data import TokenStore, named
+from flexlora.config import Assignment, Experiment
+from flexlora.data import Corpus, Prompt, TokenStore, named
 from flexlora.federation import assignment, client_data, compose, notes
 from flexlora.federation.client_turn import ClientRuntime
 from flexlora.federation.prepared import PreparedRun, dtype
@@ -74,14 +75,17 @@ def prepare(
         local=runtime,
         questions=client_data.questions(corpus, partition, unseen, experiment),
         prompt=prompt,
-        notices=(
-            *base.notices,
-            *corpus.notices,
-            *prompt.notices,
-            *store.notices(data.max_tokens),
-        ),
+        notices=_notices(base, assigned, corpus, prompt, store.notices(data.max_tokens)),
     )
     return dataclasses.replace(prepared, notices=notes.of(prepared)) if train else prepared
+
+
+def _notices(
+    base: Base, assigned: Assignment, corpus: Corpus, prompt: Prompt, of_rows: Sequence[str]
+) -> tuple[str, ...]:
+    """What the user must know of the model, the ranks, the data and the prompts."""
+    of_ranks = assignment.unused_ranks(assigned, list(base.shapes))
+    return (*base.notices, *of_ranks, *corpus.notices, *prompt.notices, *of_rows)
 
 
 def _with_method(experiment: Experiment, method: Method | None) -> tuple[Experiment, Method]:

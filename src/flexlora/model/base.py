@@ -81,6 +81,11 @@ class Base:
         return {path: shape_of(layer.base) for path, layer in self._layers.items()}
 
     @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether adapted layers store their weights as (in, out), as PEFT calls it."""
+        return any(isinstance(layer.base, Conv1D) for layer in self._layers.values())
+
+    @property
     def published(self) -> str:
         """The model's public name: of the hub, or as configured."""
         return smollm2.HUB if self.name == smollm2.NAME else self.name
