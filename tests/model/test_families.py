@@ -31,6 +31,18 @@ from support.rows import sharing_store
 peft = pytest.importorskip("peft")
 
 FAMILIES = {**families.PACKED, **families.SINGLE}
+ALIKE = (
+    *("arcee", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "apertus", "helium", "glm", "granite"),
+    *("olmo", "olmo2", "cohere", "ministral", "exaone4", "persimmon", "gpt_bigcode", "dbrx"),
+    *("qwen3_moe", "olmoe", "granitemoe", "codegen", "xglm", "stablelm", "nemotron"),
+    *("falcon_mamba", "zamba", "jamba", "bamba", "granitemoehybrid"),
+)
+"""Families whose layers are, for these tests, those of another one."""
+
+PARAMETERS = [
+    pytest.param(family, marks=pytest.mark.slow) if family in ALIKE else family
+    for family in FAMILIES
+]
 NEW = 5
 RANK = 3
 CLOSE = 2e-5
@@ -85,7 +97,7 @@ class Family:
         return F.cross_entropy(self.alone(model, index), labels, reduction="sum")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def family(request, tmp_path_factory) -> Family:
     model = families.build(request.param, FAMILIES[request.param])
     stock = copy.deepcopy(model)
