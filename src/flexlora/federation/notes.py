@@ -35,7 +35,7 @@ def _of_cohort(experiment: Experiment, clients: int) -> list[str]:
 
 def _of_questions(experiment: Experiment, questions: int) -> list[str]:
     settings = experiment.evaluation
-    if questions:
+    if questions or settings.client_share:
         return []
     if not settings.seen_clients and not settings.unseen_clients:
         reason = "evaluation.seen_clients and evaluation.unseen_clients are 0."

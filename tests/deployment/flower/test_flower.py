@@ -398,7 +398,7 @@ def test_an_upload_whose_facts_are_zero_does_not_stop_who_watches(folder, nodes,
     grid.spoil = spoil
     one = {"federation": {"rounds": 1, "cohort": 3}}
     events = serve(tmp_path / "served", grid, remote(folder, **one))
-    progress.show(events, Console(file=io.StringIO()), 3)
+    progress.show(events, Console(file=io.StringIO()))
 
 
 def test_a_client_that_lost_what_it_had_merged_is_handed_all_of_it_again(
