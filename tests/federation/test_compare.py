@@ -8,11 +8,15 @@ import pytest
 
 from flexlora import methods
 from flexlora.cli import main
+from flexlora.config import ComparisonSettings
+from flexlora.errors import ConfigError
 from flexlora.federation import compare, setup
 from flexlora.journal.record import Record
 from flexlora.methods.hetlora import HetLoRA
 from flexlora.model.source import Source
 from flexlora.peft_format import WEIGHTS
+from flexlora.reporting import comparison
+from flexlora.reporting.comparison import texts
 from support import models
 
 ROUNDS = 2
@@ -345,3 +349,66 @@ def test_wrong_words_are_one_message(call, tmp_path, words, message):
 def test_a_missing_config_is_one_message(call, tmp_path):
     code, _, said = call(config=tmp_path / "missing.toml")
     assert code == 2 and "missing.toml cannot be read" in said
+
+
+def test_variants_and_settings_of_methods_are_compared(settings, tmp_path):
+    compared = ComparisonSettings(
+        settings={"HetLoRA": {"keep": 0.9, "training.learning_rate": 0.005}},
+        variants={"rank 2": {"ranks.rank": 2}, "mixed": {}},
+    )
+    names, target = ["flexlora", "fedit", "hetlora"], tmp_path / "c"
+    cells = compare.plan(settings(), names, 1, target, compared=compared)
+    assert [(cell.variant, cell.method) for cell in cells] == [
+        (variant, name) for variant in ("rank 2", "mixed") for name in names
+    ]
+    assert len({cell.folder for cell in cells}) == 6
+    assert [cell.experiment.ranks.rank for cell in cells] == [2, 2, 2, None, None, None]
+    rates = [cell.experiment.training.learning_rate for cell in cells]
+    assert rates == [0.02, 0.02, 0.005] * 2
+    assert cells[2].experiment.method == {"name": "hetlora", "keep": 0.9}
+    outcomes = run(cells)
+    states = {outcome.cell.name: outcome.state for outcome in outcomes}
+    assert states["fedit, rank 2"] == "finished" and states["fedit, mixed"] == "refused"
+    bases = [
+        cell.variant
+        for cell in cells
+        for event in of(cell, "evaluation")
+        if event["adapter"] == "base"
+    ]
+    assert bases == ["rank 2", "mixed"]
+    found = comparison.write(target, outcomes)
+    assert [row.method for row in found.rows if row.refused] == ["fedit, mixed"]
+    assert texts.title(found) == "3 methods and 2 variants compared"
+    written = json.loads((target / "comparison.json").read_text())
+    assert {(row["method"], row["variant"]) for row in written["methods"]} == {
+        (cell.method, cell.variant) for cell in cells
+    }
+    assert compare.plan(settings(), names, 1, target, compared=compared) == cells
+
+
+@pytest.mark.parametrize(
+    ("compared", "message"),
+    [
+        (ComparisonSettings(variants={"a": {"ranks.rnk": 2}}), "variant 'a'.*ranks.rnk"),
+        (ComparisonSettings(settings={"hetlora": {"training.rate": 1}}), "settings of hetlora"),
+        (ComparisonSettings(settings={"hetlora": {"keeps": 1}}), "no option 'keeps'"),
+        (ComparisonSettings(settings={"hetlore": {"keep": 1}}), "Did you mean 'hetlora'"),
+    ],
+)
+def test_wrong_variants_and_settings_are_refused_before_anything_runs(
+    settings, tmp_path, compared, message
+):
+    with pytest.raises(ConfigError, match=message):
+        compare.plan(settings(), ["hetlora"], 1, tmp_path / "c", compared=compared)
+
+
+def test_the_command_varies_a_setting_and_takes_the_table_of_the_file(call, tmp_path):
+    code, said, _ = call(
+        *("--methods", "FlexLoRA", "--seeds", "1", "--vary", "ranks.rank=2,3"),
+        *("--option", "flexlora.training.learning_rate=0.01", "--out", tmp_path / "c"),
+    )
+    assert code == 0
+    assert "1 of 2: flexlora, rank=2, seed 3" in said
+    assert "1 method and 2 variants compared" in said
+    stored = json.loads((tmp_path / "c/cells/rank=3/flexlora/seed-3/config.json").read_text())
+    assert (stored["ranks"]["rank"], stored["training"]["learning_rate"]) == (3, 0.01)

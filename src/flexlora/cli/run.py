@@ -123,44 +123,74 @@ def _loaded(path: Path, changes: Sequence[str], plugin: Path | None) -> Experime
     return settings if plugin is None else compose.with_plugin(settings, plugin)
 
 
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        metavar="all|A,B,C",
+        help="List: flexlora methods. Default: compare.methods, or all.",
+    ),
+]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Number of seeds, from the config's on. Default: compare.seeds, or 3."
+    ),
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="METHOD.KEY=VALUE",
+        help="Set an option of a method, or a setting for it: hetlora.training.learning_rate=1e-3.",
+    ),
+]
+Vary = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=A,B", help="Compare these values: ranks.rank=4,8,16."),
+]
+ComparisonFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="The comparison's folder; default: the run's with -compare."
+    ),
+]
+
+
 def compare(
     path: ConfigFile,
-    names: Annotated[
-        str, typer.Option("--methods", metavar="all|A,B,C", help="List: flexlora methods.")
-    ] = "all",
-    seeds: Annotated[
-        int, typer.Option(metavar="N", help="Number of seeds, from the config's seed on.")
-    ] = 3,
+    names: Methods = None,
+    seeds: Seeds = None,
     changes: Changes = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--option", metavar="METHOD.KEY=VALUE", help="Set an option of a method."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="The comparison's folder; default: the run's with -compare.",
-        ),
-    ] = None,
+    options: MethodOptions = None,
+    vary: Vary = None,
+    output: ComparisonFolder = None,
 ) -> None:
-    """Compare methods on one config, all else being equal.
+    """Compare methods, and settings, on one config, all else being equal.
 
     The same command resumes an interrupted comparison.
     """
     refuse_missing(path)
     with Display() as display:
+        from dataclasses import replace
+
+        from flexlora.config import read_comparison, varied
         from flexlora.federation import compare, compose
 
         settings = compose.load(path, changes or ())
+        compared = read_comparison(path)
+        if vary:
+            compared = replace(compared, variants=varied(vary))
+        chosen = names or ",".join(compared.methods) or compare.ALL
+        count = compared.seeds or 3 if seeds is None else seeds
         target = output or Path(f"{settings.run.folder or f'runs/{path.stem}'}-compare")
-        cells = compare.plan(settings, compare.chosen(names), seeds, target, options or ())
+        methods = compare.chosen(chosen)
+        cells = compare.plan(settings, methods, count, target, options or (), compared)
         states = _compare(cells, target, display)
     if "open" in states:
         print("stopped; resume with the same command", file=sys.stderr)
         raise SystemExit(STOPPED)
-    if "failed" in states or ("refused" in states and names.strip() != compare.ALL):
+    if "failed" in states or ("refused" in states and chosen.strip().lower() != compare.ALL):
         raise typer.Exit(1)
 
 
@@ -249,7 +279,7 @@ def _compare(cells: Sequence[Cell], target: Path, display: Display) -> set[str]:
     followers = {c.folder: trackers.of(c.experiment.run.trackers, c.folder) for c in cells}
 
     def watch(cell: Cell, events: Iterator[Event]) -> None:
-        name = f"{len(outcomes) + 1} of {len(cells)}: {cell.method}, seed {cell.seed}"
+        name = f"{len(outcomes) + 1} of {len(cells)}: {cell.name}, seed {cell.seed}"
         display.print()
         display.print(name, "bold")
         at = cell.folder

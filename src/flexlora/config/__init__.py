@@ -1,5 +1,6 @@
 """A TOML file as frozen settings, and back. Only the form of the settings is checked."""
 
+from flexlora.config.comparison import ComparisonSettings, read_comparison, varied, with_values
 from flexlora.config.experiment import DataSettings, Experiment, Ranks, parse
 from flexlora.config.plugins import Plugins
 from flexlora.config.ranks import (
@@ -16,6 +17,7 @@ from flexlora.config.toml import apply_changes, dump, load, rank_table
 __all__ = [
     "PAPER_TYPES",
     "Assignment",
+    "ComparisonSettings",
     "DataSettings",
     "Experiment",
     "Plugins",
@@ -29,5 +31,8 @@ __all__ = [
     "parse",
     "rank_table",
     "rank_text",
+    "read_comparison",
     "several",
+    "varied",
+    "with_values",
 ]

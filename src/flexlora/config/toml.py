@@ -30,6 +30,8 @@ def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
     path = _checked_path(path)
     text, content = _read(path, "config")
     places = {key: f"{path}, line {line}" for key, line in _lines(text).items()}
+    # It is read by ``read_comparison``; a single run has nothing to compare.
+    content.pop("compare", None)
     changed = apply_changes(content, changes)
     _make_paths_absolute(content, path.parent, changed)
     return parse(content, path, places | changed)

@@ -8,17 +8,19 @@ messages are encoded. So the cells of one seed differ only in their method.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from flexlora import methods
-from flexlora.config import Experiment
+from flexlora.config import ComparisonSettings, Experiment
 from flexlora.data import Corpus
 from flexlora.data.corpora import hub, procedural
 from flexlora.errors import ConfigError, FlexloraError
@@ -26,7 +28,7 @@ from flexlora.federation import checkpoint, compose, rounds, setup
 from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import Event, Meter, Record
 from flexlora.method import Feature, UnsupportedFeature
-from flexlora.model import Base
+from flexlora.model import Base, Source
 from flexlora.storage import write_atomically
 
 ALL = "all"
@@ -40,12 +42,24 @@ NEUTRAL = {"method": {"name": "flexlora"}, "server_optimizer": None, "regularize
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one seed, run in ``folder``."""
+    """One method with one seed, run in ``folder``.
+
+    ``variant`` is the name of the variant of the config, if several are compared, and ``changes``
+    are its values by dotted key; ``own`` are those of the method.
+    """
 
     method: str
     seed: int
     folder: Path
     experiment: Experiment
+    variant: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The method, and the variant if there are several."""
+        return f"{self.method}, {self.variant}" if self.variant else self.method
 
 
 @dataclass(frozen=True)
@@ -86,26 +100,44 @@ def plan(
     seeds: int,
     folder: Path,
     options: Sequence[str] = (),
+    compared: ComparisonSettings | None = None,
 ) -> list[Cell]:
     """The cells of a comparison in ``folder``, seed by seed; nothing is written.
 
     The seeds are the config's and those that follow it. ``options`` are texts
-    ``METHOD.KEY=VALUE``; the method that the config names also has the config's options.
+    ``METHOD.KEY=VALUE``, of options of the method or, if the key has a dot, of the config; the
+    method that the config names also has the config's options. ``compared`` has settings by
+    method, and variants of the config, with each of which every method is run.
 
     Raises:
-        ConfigError: ``seeds`` is below 1, an option is wrong, or the folder holds other files or
-            the cells of another config.
+        ConfigError: ``seeds`` is below 1, an option or a variant is wrong, or the folder holds
+            other files or the cells of another config.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds is {seeds}; give at least 1, and 3 or more to see a spread.")
-    sections = _options(settings, names, options)
-    cells = [
-        Cell(
-            name, seed, folder / CELLS / name / f"seed-{seed}", _of(settings, sections[name], seed)
-        )
-        for seed in range(settings.seed, settings.seed + seeds)
-        for name in names
-    ]
+    compared = compared or ComparisonSettings()
+    given = _settings(names, options, compared.settings)
+    sections = _sections(settings, names, given)
+    cells = []
+    for variant, changes in (compared.variants or {"": {}}).items():
+        changed = compose.with_values(settings, changes, f"variant {variant!r}")
+        for name in names:
+            own = {key: value for key, value in given[name].items() if "." in key}
+            experiment = compose.with_values(changed, own, f"settings of {name}")
+            place = folder / CELLS / _file_name(variant) / name
+            cells += [
+                Cell(
+                    name,
+                    seed,
+                    place / f"seed-{seed}",
+                    _of(experiment, sections[name], seed),
+                    variant,
+                    changes,
+                    own,
+                )
+                for seed in range(settings.seed, settings.seed + seeds)
+            ]
+    cells.sort(key=lambda cell: cell.seed)
     _refuse_something_else(folder)
     for cell in cells:
         _refuse_another_config(cell)
@@ -116,7 +148,8 @@ def run(cells: Sequence[Cell], watch: Watch, meter: Meter | None = None) -> Iter
     """Run the unfinished cells one after the other, yielding the outcome of every cell.
 
     An interrupted cell resumes from its last checkpoint. The model is loaded once. The base
-    model's scores do not depend on the method, so it is evaluated in one cell of each seed. The
+    model's scores do not depend on the method, so it is evaluated in one cell of each seed (and
+    variant). The
     first cell measures how many clients train at a time, and the others use the same number.
     Unless the config says otherwise, a cell keeps only the adapter of its last round.
 
@@ -124,24 +157,28 @@ def run(cells: Sequence[Cell], watch: Watch, meter: Meter | None = None) -> Iter
         ConfigError: the data or the model cannot be used with any method.
     """
     base: Base | None = None
+    source: Source | None = None
     clients_at_once: int | None = None
-    corpora: dict[int, Corpus | None] = {}
-    seeds_with_base: set[int] = set()
+    corpora: dict[tuple[int, str], Corpus | None] = {}
+    with_base: set[tuple[int, str]] = set()
     for cell in cells:
         outcome = Outcome(cell, "finished")
         if not is_finished(cell.folder):
-            if cell.seed not in corpora:
-                corpora = {cell.seed: _corpus(cell.experiment)}
-            if base is None:
+            data = (cell.seed, cell.experiment.data.model_dump_json())
+            if data not in corpora:
+                corpora = {data: _corpus(cell.experiment)}
+            if base is None or source != cell.experiment.model:
                 neutral = cell.experiment.model_copy(update=NEUTRAL)
-                base = setup.prepare(neutral, corpora[cell.seed], train=False, meter=meter).base
-            settings = _settled(cell, clients_at_once, cell.seed not in seeds_with_base)
-            outcome = _run(cell, settings, corpora[cell.seed], base, watch, meter)
+                base = setup.prepare(neutral, corpora[data], train=False, meter=meter).base
+                source = cell.experiment.model
+            is_base_due = (cell.seed, cell.variant) not in with_base
+            settings = _settled(cell, clients_at_once, is_base_due)
+            outcome = _run(cell, settings, corpora[data], base, watch, meter)
         for event in Record(cell.folder).events("start", "evaluation"):
             if event["event"] == "start":
                 clients_at_once = clients_at_once or event["clients_at_once"]
             elif event["adapter"] == "base":
-                seeds_with_base.add(cell.seed)
+                with_base.add((cell.seed, cell.variant))
         yield outcome
 
 
@@ -209,30 +246,52 @@ def _of(settings: Experiment, method: Mapping[str, Any], seed: int) -> Experimen
     return settings.model_copy(update={"method": dict(method), "seed": seed, "run": run_settings})
 
 
-def _options(
-    settings: Experiment, names: Sequence[str], texts: Sequence[str]
+def _settings(
+    names: Sequence[str], texts: Sequence[str], tables: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The settings of each method, from the config's table and from ``METHOD.KEY=VALUE`` texts."""
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for written, values in tables.items():
+        name = methods.resolve(written)
+        # The file may set more methods than are compared this time.
+        if name in given:
+            given[name] |= values
+    for text in texts:
+        dotted, equals, value = text.partition("=")
+        written, _, key = (part.strip() for part in dotted.partition("."))
+        if not equals or not written or not key or key == "name":
+            raise ConfigError(
+                "--option takes METHOD.KEY=VALUE, such as hetlora.keep=0.9 or "
+                f"hetlora.training.learning_rate=1e-3, not {text!r}."
+            )
+        name = methods.resolve(written)
+        if name not in given:
+            raise ConfigError(
+                f"--option {text!r} is for a method that is not compared; the methods are "
+                f"{', '.join(names)}."
+            )
+        given[name][key] = _value(value)
+    return given
+
+
+def _sections(
+    settings: Experiment, names: Sequence[str], given: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """The method section of each method."""
     sections: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
     if settings.method["name"] in sections:
         sections[settings.method["name"]] |= settings.options()
-    for text in texts:
-        dotted, equals, value = text.partition("=")
-        name, _, key = (part.strip() for part in dotted.partition("."))
-        if not equals or not name or not key or key == "name":
-            raise ConfigError(
-                f"--option takes METHOD.KEY=VALUE, such as hetlora.keep=0.9, not {text!r}."
-            )
-        name = methods.resolve(name)
-        if name not in sections:
-            raise ConfigError(
-                f"--option {text!r} is for a method that is not compared; the methods are "
-                f"{', '.join(names)}."
-            )
-        sections[name][key] = _value(value)
+    for name, values in given.items():
+        sections[name] |= {key: value for key, value in values.items() if "." not in key}
         # Checked here: in the cell, a wrong option would look like the method's refusal.
         methods.make(name, {k: v for k, v in sections[name].items() if k != "name"})
     return sections
+
+
+def _file_name(variant: str) -> str:
+    """A folder's name for a variant; different variants have different ones."""
+    plain = re.sub(r"[^A-Za-z0-9_.=+-]+", "_", variant)[:60]
+    return plain if plain == variant else f"{plain}-{zlib.crc32(variant.encode()):08x}"
 
 
 def _value(text: str) -> Any:

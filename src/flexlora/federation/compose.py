@@ -58,6 +58,18 @@ def parse(content: Mapping[str, Any], place: str, changes: Sequence[str] = ()) -
     return _checked(config.parse(changed, place, places), place)
 
 
+def with_values(settings: Experiment, values: Mapping[str, Any], place: str) -> Experiment:
+    """The experiment with these values by dotted key, checked like any config.
+
+    Raises:
+        ConfigError: a key or a value is wrong; ``place`` says where it was given.
+    """
+    if not values:
+        return settings
+    content = settings.model_dump(mode="json", exclude_unset=True)
+    return _checked(config.parse(config.with_values(content, values), place), place)
+
+
 def with_plugin(settings: Experiment, path: str | Path) -> Experiment:
     """The experiment with the plug-in in this Python file, which replaces the one of its kind.
 

@@ -44,7 +44,7 @@ def reports(folder: Path, outcomes: Sequence[Outcome]) -> dict[tuple[str, int], 
             page.write(cell.folder)
         if path.resolve().is_relative_to(folder.resolve()):
             relative = path.resolve().relative_to(folder.resolve())
-            paths[cell.method, cell.seed] = relative.as_posix()
+            paths[cell.name, cell.seed] = relative.as_posix()
     return paths
 
 

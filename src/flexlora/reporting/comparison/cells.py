@@ -94,16 +94,41 @@ def reproduce(comparison: Comparison) -> Section:
     config: dict[str, Any] = {
         **runs[0].facts.config,
         "seed": comparison.seeds[0],
-        "method": {"name": comparison.rows[0].method},
+        "method": {"name": comparison.rows[0].kind},
     }
-    names = ",".join(row.method for row in comparison.used)
-    options = "".join(f" --option {option}" for row in comparison.used for option in _options(row))
+    if table := _compare_table(comparison):
+        config["compare"] = table
+    names = ",".join(dict.fromkeys(row.kind for row in comparison.used))
+    given = dict.fromkeys(option for row in comparison.used for option in _options(row))
+    options = "".join(f" --option {option}" for option in given)
     command = (
         f"flexlora compare config.toml --methods {names} --seeds {len(comparison.seeds)}{options}"
     )
     text = f"Save this config as config.toml and start it (flexlora {runs[0].facts.version})."
     listing = Details("config.toml", [Code(dump(config))])
     return Section("Reproduce", [Paragraph(text), Code(command), listing])
+
+
+def _compare_table(comparison: Comparison) -> dict[str, Any]:
+    """The variants, and for each method the settings in which any method differs."""
+    keys = sorted({key for row in comparison.rows for key in row.own})
+    table: dict[str, Any] = {}
+    if any(row.variant for row in comparison.rows):
+        table["variants"] = {row.variant: dict(row.changes) for row in comparison.rows}
+    if keys:
+        table["settings"] = {
+            row.kind: {key: _at(row.runs[0].facts.config, key) for key in keys}
+            for row in comparison.rows
+            if row.runs
+        }
+    return table
+
+
+def _at(config: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _run_cells(
@@ -150,4 +175,4 @@ def _options(row: Row) -> Iterator[str]:
     section = row.runs[0].facts.config.get("method") if row.runs else None
     for key, value in (section if isinstance(section, Mapping) else {}).items():
         if key != "name":
-            yield f"{row.method}.{key}={value}"
+            yield f"{row.kind}.{key}={value}"

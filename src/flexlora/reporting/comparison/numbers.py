@@ -54,14 +54,16 @@ def content(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, An
 
 
 def _row(row: Row, comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    kind, standing = methods.make(row.method), comparison.standing(row)
-    cells = [outcome for outcome in outcomes if outcome.cell.method == row.method]
+    kind, standing = methods.make(row.kind), comparison.standing(row)
+    cells = [outcome for outcome in outcomes if outcome.cell.name == row.method]
     groups, blocks = groups_of(comparison), blocks_of(comparison)
     series: dict[str, Series] = {"training_loss": lambda run: run.training}
     series |= {f"{key} ({group})": curve(group, key) for group in groups for key in DIGITS}
     series |= {f"energy of ranks {name}": block(name) for name in blocks}
     return {
-        "method": row.method,
+        "method": row.kind,
+        "variant": row.variant,
+        "changes": dict(row.changes),
         "title": kind.title,
         "paper": kind.info.paper,
         "exact": kind.info.exact,

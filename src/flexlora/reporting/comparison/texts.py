@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexlora import methods
-from flexlora.journal import NOTHING, size
+from flexlora.journal import NOTHING, counted, size
 from flexlora.method import Feature, Method
 from flexlora.reporting import sections
 from flexlora.reporting.comparison.numbers import COSTS, DIGITS
@@ -191,7 +191,7 @@ def _costs(comparison: Comparison) -> Listing:
 
 
 def _kinds(comparison: Comparison) -> Listing:
-    compared = {row.method: methods.make(row.method) for row in comparison.used}
+    compared = {row.kind: methods.make(row.kind) for row in comparison.used}
     lines = [
         [
             name,
@@ -244,6 +244,11 @@ def _energy(comparison: Comparison, blocks: Sequence[str], whole: bool) -> Listi
 def title(comparison: Comparison) -> str:
     """The title of the comparison."""
     names = [row.method for row in comparison.used]
+    kinds, variants = (
+        {getattr(row, key) for row in comparison.used} for key in ("kind", "variant")
+    )
+    if len(variants) > 1:
+        return f"{counted(len(kinds), 'method')} and {len(variants)} variants compared"
     if not names:
         return "No method can be used"
     return f"{' and '.join(names)} compared" if len(names) < 3 else f"{len(names)} methods compared"
@@ -259,7 +264,11 @@ def facts(comparison: Comparison) -> dict[str, str]:
     return {
         "Base model": common.base_model or "",
         "Clients": sections.client_count(common),
-        "Rank types": sections.rank_types(run.rank_types),
+        "Rank types": " or ".join(
+            dict.fromkeys(
+                sections.rank_types(each.rank_types) for row in comparison.rows for each in row.runs
+            )
+        ),
         "Rounds": f"{common.rounds_done:,}",
         "Seeds": seeds,
         "flexlora": common.version or "",

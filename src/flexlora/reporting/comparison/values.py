@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flexlora.federation import Outcome
 from flexlora.journal import Event, Record
@@ -78,11 +79,20 @@ Series = Callable[[Measured], Mapping[int, float | None]]
 
 @dataclass(frozen=True)
 class Row:
-    """One method: what its complete runs measured, and the ``others``, which are not complete."""
+    """One method: what its complete runs measured, and the ``others``, which are not complete.
+
+    ``method`` is what it is called here, with the variant of the config if there are several;
+    ``kind`` is the method alone. ``changes`` are the values of the variant by dotted key, ``own``
+    those of the method.
+    """
 
     method: str
     runs: tuple[Measured, ...]
     others: tuple[Outcome, ...]
+    kind: str = ""
+    variant: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def spread(self, value: Value) -> Spread | None:
         """A value over the seeds; None if one of them lacks it."""
@@ -209,7 +219,9 @@ def compared(outcomes: Sequence[Outcome]) -> Comparison:
     """The comparison of these runs, from the journals of the complete ones."""
     runs = _with_base(
         {
-            (o.cell.method, o.cell.seed): measured(o.cell.seed, Record(o.cell.folder).events(*READ))
+            (o.cell.name, o.cell.variant, o.cell.seed): measured(
+                o.cell.seed, Record(o.cell.folder).events(*READ)
+            )
             for o in outcomes
             if o.state == "finished"
         }
@@ -217,10 +229,14 @@ def compared(outcomes: Sequence[Outcome]) -> Comparison:
     rows = [
         Row(
             method=name,
-            runs=tuple(run for (method, _), run in runs.items() if method == name),
-            others=tuple(o for o in outcomes if o.cell.method == name and o.state != "finished"),
+            runs=tuple(run for (method, *_), run in runs.items() if method == name),
+            others=tuple(o for o in outcomes if o.cell.name == name and o.state != "finished"),
+            kind=cell.method,
+            variant=cell.variant,
+            changes=cell.changes,
+            own=cell.own,
         )
-        for name in dict.fromkeys(o.cell.method for o in outcomes)
+        for name, cell in {o.cell.name: o.cell for o in outcomes}.items()
     ]
     evaluated = {group for run in runs.values() for group in run.scores if run.last(group)}
     group = next((g for g in ("unseen", "seen") if g in evaluated), None)
@@ -303,24 +319,26 @@ def block(name: str) -> Series:
     return lambda run: {n: blocks.get(name) for n, blocks in run.energy.items()}
 
 
-Runs = dict[tuple[str, int], Measured]
+Runs = dict[tuple[str, str, int], Measured]
+"""By what a row is called, the variant and the seed."""
 
 
 def _with_base(runs: Runs) -> Runs:
-    """Each run with the base model's scores, which one run of each seed contains."""
+    """Each run with the base model's scores, which one run of each seed and variant contains."""
     base = {
-        (seed, group): row
-        for (_, seed), run in runs.items()
+        (variant, seed, group): row
+        for (_, variant, seed), run in runs.items()
         for group in run.scores
         if (row := run.before(group))
     }
     return {
-        (method, seed): replace(
+        (name, variant, seed): replace(
             run,
             scores={
-                group: ({0: base[seed, group]} if (seed, group) in base else {}) | dict(rows)
+                group: ({0: before} if (before := base.get((variant, seed, group))) else {})
+                | dict(rows)
                 for group, rows in run.scores.items()
             },
         )
-        for (method, seed), run in runs.items()
+        for (name, variant, seed), run in runs.items()
     }
