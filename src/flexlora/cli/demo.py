@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexlora.cli.options import refuse_file
-from flexlora.cli.progress import Display
 from flexlora.cli.run import run_and_report, stoppable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from flexlora.cli.progress import Display
     from flexlora.config import Experiment
     from flexlora.journal import Event
 
@@ -44,6 +44,8 @@ def demo(
 
     With the folder of an interrupted demonstration it goes on where that one stopped.
     """
+    from flexlora.cli.progress import Display
+
     target = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     refuse_file(target, "--out")
     events_by_arm: dict[str, list[Event]] = {}

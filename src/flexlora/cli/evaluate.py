@@ -6,16 +6,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flexlora.cli.configs import refuse_missing
 from flexlora.cli.options import Changes, last_adapter, make_folder, run_folder, stored
-from flexlora.cli.progress import Display
 from flexlora.cli.sentences import notices
 from flexlora.errors import ConfigError
 from flexlora.journal import counted
+
+if TYPE_CHECKING:
+    from flexlora.cli.progress import Display
 
 
 def evaluate(
@@ -47,6 +49,8 @@ def evaluate(
     flexlora eval RUN_DIR evaluates the last adapter of a run.
     """
     from rich.console import Console
+
+    from flexlora.cli.progress import Display
 
     # The scores alone are the output.
     with Display(Console(stderr=True), lines=False) as display:

@@ -20,10 +20,10 @@ from flexlora.cli.options import (
     refuse_file,
     stored,
 )
-from flexlora.cli.progress import Display
 from flexlora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flexlora.cli.progress import Display
     from flexlora.config import Experiment
     from flexlora.federation.compare import Cell
     from flexlora.federation.ray.cluster import Cluster
@@ -79,6 +79,8 @@ def run(
     ray: RayAddress = None,
 ) -> None:
     """Simulate a federation, or resume an interrupted simulation."""
+    from flexlora.cli.progress import Display
+
     if dry and (resume is not None or workers is not None or ray is not None):
         raise ConfigError("--dry-run trains nothing: leave out --resume, --workers and --ray.")
     if resume is not None:
@@ -170,6 +172,8 @@ def compare(
 
     The same command resumes an interrupted comparison.
     """
+    from flexlora.cli.progress import Display
+
     refuse_missing(path)
     with Display() as display:
         from dataclasses import replace
