@@ -5,7 +5,10 @@ import torch
 from flexlora.evaluation import decoding, padded
 from flexlora.evaluation.decoding import decode
 from flexlora.evaluation.generation import answers_of_each
+from flexlora.evaluation.kv_cache import DecodeStep
 from flexlora.evaluation.prefix_tree import tree
+from flexlora.model import proof
+from support import families, models
 
 NEW = 11
 STOPS = (2, 3)
@@ -141,3 +144,18 @@ def test_models_with_layers_that_cannot_be_cached_are_left_to_generate(base, mon
         decode(base, prompts, 2, STOPS, 50)
     monkeypatch.setattr(padded, "decode", lambda *_: [[[7, 2] for _ in prompts]])
     assert answers_of_each(base, 1, prompts, NEW, 500) != expected
+
+
+def test_a_cache_that_gives_other_answers_is_found(monkeypatch):
+    """A window that is forgotten while answers are written: ``generate`` writes them then."""
+    model = families.build("mistral", {"sliding_window": families.WINDOW})
+    base = proof.proven(model, models.words_tokenizer(), "mistral")
+    prompts = arrays([[*range(3, 15), *range(3, 9)], [*range(9, 15), *range(3, 9)]])
+    right = decode(base, prompts, NEW, STOPS, 500)
+    assert decoding.checked(base, prompts, NEW, STOPS, 500) == right
+    assert padded.decode(base, prompts, NEW, STOPS, 500) == right
+    monkeypatch.setattr(DecodeStep, "_mask", lambda step, number, layer: step.masks[number])
+    assert decode(base, prompts, NEW, STOPS, 500) != right
+    assert decoding.checked(base, prompts, NEW, STOPS, 500) is None
+    expected = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in right[0]]
+    assert answers_of_each(base, 1, prompts, NEW, 500) == [[text.strip() for text in expected]]

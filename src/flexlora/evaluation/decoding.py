@@ -5,21 +5,62 @@ sequences leave the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexlora.data import Int32s
+from flexlora.data import Forest, Int32s, Pack
 from flexlora.evaluation.kv_cache import DecodeStep, Prefill, SequenceGroup
 from flexlora.evaluation.prefix_tree import Path, PrefixNode, groups, tree
 from flexlora.journal import Meter
 from flexlora.model import AttentionPass, Base
 
+_SLACK: Final = {torch.float32: 1e-3}
+_SLACK_OF_HALF: Final = 0.25
+"""How far, in standard deviations of the logits, rounding may part two nearly equal ones."""
+
 
 class UncachedLayersError(Exception):
     """Some layers of a model keep what they have read in another way than as keys and values."""
+
+
+def checked(
+    base: Base,
+    prompts: Sequence[Int32s],
+    max_new_tokens: int,
+    stops: Sequence[int],
+    batch_tokens: int,
+    adapters: int = 1,
+    meter: Meter | None = None,
+) -> list[list[list[int]]] | None:
+    """The answers of ``decode``, or None if the model's caches do not give its own answers.
+
+    The longest prompt's answer is checked: every token must be the most likely one when prompt
+    and answer are computed in one row without a cache, up to rounding.
+    """
+    try:
+        answers = decode(base, prompts, max_new_tokens, stops, batch_tokens, adapters, meter)
+    except UncachedLayersError:
+        return None
+    longest = max(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
+    first = answers[0][longest]
+    return answers if _is_likeliest(base, prompts[longest].tolist(), first) else None
+
+
+def _is_likeliest(base: Base, prompt: list[int], answer: list[int]) -> bool:
+    """Whether the first adapter's answer is the most likely one, computed in one row."""
+    ids = torch.tensor([*prompt, *answer])
+    tokens, at = torch.arange(len(ids)), torch.arange(len(prompt) - 1, len(ids) - 1)
+    labels = ids[len(prompt) :]
+    forest = Forest((0, len(ids)), (-1,))
+    row = Pack(ids[None], tokens[None], forest, at, labels, torch.zeros_like(at))
+    with torch.inference_mode(), base.only(0):
+        logits = base.logits(row).float().cpu()
+    chosen = logits.gather(1, labels[:, None])[:, 0]
+    slack = _SLACK.get(base.model.dtype, _SLACK_OF_HALF) * logits.std(dim=-1)
+    return bool((chosen >= logits.amax(dim=-1) - slack).all())
 
 
 def decode(

@@ -52,9 +52,10 @@ def answers_of_each(
     answers.
 
     The shared first tokens of prompts are computed once (``decoding``) where the model's rows
-    can share them; others use transformers' ``generate`` (``padded``). In both cases the other
-    prompts of a batch affect an answer only by rounding: in float32 this is hardly ever visible,
-    in bfloat16 two nearly equal logits may swap and the answers differ from that token on.
+    can share them, and one answer is checked without a cache; other models use transformers'
+    ``generate`` (``padded``). In both cases the other prompts of a batch affect an answer only by
+    rounding: in float32 this is hardly ever visible, in bfloat16 two nearly equal logits may swap
+    and the answers differ from that token on.
 
     Raises:
         ConfigError: a prompt and its answer exceed the model's context, or its attention is
@@ -65,12 +66,12 @@ def answers_of_each(
     if not prompts:
         return [[] for _ in range(adapters)]
     ends = stops(base, end)
-    arguments = base, prompts, max_new_tokens, ends, batch_tokens, adapters, meter
-    try:
-        shares = base.decodes(longest + max_new_tokens)
-        ids_by_adapter = (decoding.decode if shares else padded.decode)(*arguments)
-    except decoding.UncachedLayersError:
-        ids_by_adapter = padded.decode(*arguments)
+    arguments = base, prompts, max_new_tokens, ends, batch_tokens, adapters
+    ids_by_adapter = None
+    if base.decodes(longest + max_new_tokens):
+        ids_by_adapter = decoding.checked(*arguments, meter)
+    if ids_by_adapter is None:
+        ids_by_adapter = padded.decode(*arguments, meter)
     return [[text(base.tokenizer, ids, ends) for ids in answers] for answers in ids_by_adapter]
 
 
