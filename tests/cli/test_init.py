@@ -39,7 +39,7 @@ def test_the_columns_of_a_file_become_a_config(call, tmp_path):
     assert settings.data.columns.client == "hospital"
     assert settings.data.columns.instruction == "question"
     assert settings.data.columns.output == "answer"
-    assert settings.data.columns.input is settings.data.columns.split == ""
+    assert settings.data.columns.input == settings.data.columns.split == ""
     assert settings.data.unseen_clients == 1 and settings.federation.cohort == 4
 
 

@@ -7,12 +7,11 @@ from flexlora.data.layout import Layout, inspect_table
 from flexlora.data.packing import Forest, Pack, first_fit, join, pack, packs, steps
 from flexlora.data.partition import by_key
 from flexlora.data.prompt import Prompt
-from flexlora.data.prompts import NAMES, check_name, fields_of, is_template, named
+from flexlora.data.prompts import check_name, fields_of, is_template, named
 from flexlora.data.sources import sources_of
 from flexlora.data.tokens import TokenStore
 
 __all__ = [
-    "NAMES",
     "Columns",
     "Corpus",
     "Example",

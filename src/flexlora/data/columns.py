@@ -115,9 +115,8 @@ def choose(
     if missing:
         raise DataError(_missing(missing, names, place))
     finder = _Finder(columns, names, taken, place)
-    if finder.are_conversations():
-        if "messages" not in sources:
-            sources["messages"] = finder.one("messages") or ""
+    if conversations := finder.conversations():
+        sources["messages"] = conversations
         tools = next((name for name in TOOLS if name in names), None)
     else:
         sources |= finder.texts()
@@ -167,8 +166,10 @@ class _Finder:
         Raises:
             DataError: the source has several of them.
         """
-        if self.columns.is_absent(name) or (found := self.standard(name)):
-            return None if self.columns.is_absent(name) else found
+        if self.columns.is_absent(name):
+            return None
+        if found := self.standard(name):
+            return found
         others = [
             each
             for each in self.names
@@ -181,15 +182,15 @@ class _Finder:
             )
         return others[0] if others else None
 
-    def are_conversations(self) -> bool:
-        """Whether the rows are conversations.
+    def conversations(self) -> str | None:
+        """The column of conversations; None if the rows are instructions and outputs.
 
         Raises:
             DataError: the source has conversations and outputs, and nothing says which to read.
         """
         columns = self.columns
         if columns.messages or any(getattr(columns, name) for name in TEXTS):
-            return bool(columns.messages)
+            return columns.messages or None
         conversations, output = self.one("messages"), self.standard("output")
         if conversations and output and not columns.is_absent("output"):
             raise DataError(
@@ -197,7 +198,7 @@ class _Finder:
                 f'Say which to read: data.columns = {{ messages = "{conversations}" }} or '
                 f'data.columns = {{ output = "{output}" }}.'
             )
-        return bool(conversations)
+        return conversations
 
     def texts(self) -> dict[str, str]:
         """The columns of the prompt and the response.
