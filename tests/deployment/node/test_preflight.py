@@ -174,6 +174,7 @@ def test_a_host_of_no_such_name_is_named(monkeypatch, key):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure"), "cannot be looked up now"),
         (TimeoutError(), "Nothing answers at host:8090 within 5 s"),
         (ConnectionRefusedError(), "Nothing listens at host:8090: `flexlora serve` is not"),
         (OSError(113, "No route to host"), "cannot be reached (No route to host)"),

@@ -68,10 +68,13 @@ def unreachable(address: str) -> Fault | None:
         return Fault(f"'{address}' is not of the form HOST:PORT.", is_final=True)
     try:
         socket.create_connection(target, _SECONDS).close()
-    except socket.gaierror:
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_AGAIN:  # without a network, such as right after the start
+            return Fault(
+                f"The name '{target[0]}' cannot be looked up now: check this machine's network."
+            )
         return Fault(
-            f"There is no machine of the name '{target[0]}' ({address}): check its spelling and "
-            "this machine's network.",
+            f"There is no machine of the name '{target[0]}' ({address}): check its spelling.",
             is_final=True,
         )
     except TimeoutError:
