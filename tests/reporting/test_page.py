@@ -451,3 +451,34 @@ def test_a_score_that_never_changes_is_said_and_not_drawn(make_journal: Make):
     html = page.render(events)
     assert "Exact match of the global adapter is 0.00 % in every evaluation" in words(html)
     assert "<h3>Exact match of the global adapter</h3>" not in html
+
+
+def own_rows(round_: int, **losses: float) -> Event:
+    clients = [
+        {"client": name, "examples": 5 + i, "loss_total": 10 * loss, "loss_tokens": 10}
+        for i, (name, loss) in enumerate(losses.items())
+    ]
+    values = list(losses.values())
+    return {
+        "event": "client_evaluation", "round": round_, "clients": clients,
+        "missing": {"south": "It did not answer."}, "loss": sum(values) / len(values),
+        "loss_min": min(values), "loss_max": max(values), "loss_std": 0.5,
+        "worst": max(losses, key=lambda name: losses[name]), "seconds": 1.0, "bytes_down": 0,
+    }  # fmt: skip
+
+
+def test_without_rows_of_the_server_the_clients_own_rows_are_the_outcome(make_journal: Make):
+    events = [e for e in make_journal() if e["event"] != "evaluation"]
+    events += [own_rows(0, lake=3.0, mary=4.0), own_rows(6, lake=2.0, mary=2.5)]
+    html = page.render(events)
+    said = words(html)
+    assert (
+        "Loss on the own held-out rows of 2 clients (11 examples) went from 3.500 to 2.250 nats "
+        "per token after 6 rounds. The worst client is mary at 2.500."
+    ) in said
+    assert "<h3>Loss on the clients&#39; own rows</h3>" in html
+    assert "<h3>Loss of each client before and after training</h3>" in html
+    # One evaluation is a number and no curve, and says nothing of before.
+    said = words(page.render(events[:-2] + events[-1:]))
+    assert "(11 examples) is 2.250 nats per token after 6 rounds." in said
+    assert "Loss on the clients' own rows Mean weighted" not in said

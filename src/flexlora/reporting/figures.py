@@ -12,6 +12,7 @@ from flexlora.reporting import canvas
 from flexlora.reporting.tables import (
     CategoryRow,
     ClientChange,
+    ClientEvaluationRow,
     EnergyRow,
     EvaluationRow,
     KeptRow,
@@ -64,6 +65,38 @@ def learning_curve(rows: Sequence[EvaluationRow], metric: Metric) -> go.Figure:
                 hovertemplate=f"%{{y:.{_digits(metric)}f}}",
             )
     return figure.update_yaxes(rangemode="tozero") if metric.unit == "%" else figure
+
+
+def own_losses(rows: Sequence[ClientEvaluationRow]) -> go.Figure:
+    """The loss on the clients' own rows by round: the mean, in a band of all clients."""
+    figure = canvas.by_round({r.round for r in rows}, "Loss (nats per token)")
+    ends = [
+        (r.round, r.lowest, r.highest)
+        for r in rows
+        if r.lowest is not None and r.highest is not None
+    ]
+    rounds = [number for number, _, _ in ends]
+    figure.add_scatter(
+        x=[*rounds, *reversed(rounds)],
+        y=[*(high for _, _, high in ends), *(low for _, low, _ in reversed(ends))],
+        name="from the best to the worst client",
+        fill="toself",
+        mode="none",
+        fillcolor=canvas.GREY,
+        opacity=0.25,
+        hoverinfo="skip",
+    )
+    measured = [r for r in rows if r.loss is not None]
+    figure.add_scatter(
+        x=[r.round for r in measured],
+        y=[r.loss for r in measured],
+        name="mean",
+        mode=_mode(len(measured)),
+        line={"color": canvas.BLUE, "width": 2.5},
+        marker={"size": 7},
+        hovertemplate="%{y:.3f}",
+    )
+    return figure
 
 
 def sorted_clients(rows: Sequence[ClientChange], metric: Metric) -> go.Figure:

@@ -9,6 +9,7 @@ from typing import Any
 from flexlora.journal import NOTHING, Event, LossKind, counted, duration, number
 from flexlora.reporting import tables
 from flexlora.reporting.document import Header, Link
+from flexlora.reporting.names import shortened
 from flexlora.reporting.run_files import RunFiles
 from flexlora.reporting.tables import (
     METRICS,
@@ -49,12 +50,15 @@ def outcome(facts: RunFacts, events: Sequence[Event], rows: Sequence[EvaluationR
     """The main result in one sentence, with its numbers.
 
     The score is that of the global adapter on unseen clients, or on seen ones if no others were
-    evaluated; without any evaluation it is the training loss.
+    evaluated; without any evaluation by the server it is the loss on the clients' own rows, and
+    without that the training loss.
     """
     metric = tables.main_metric(rows)
     first, last = tables.before_and_after(rows, _main_group(rows))
     if metric and last and last.score(metric) is not None:
         return _gain(metric, first, last)
+    if own := _own_rows(events):
+        return own
     losses = [
         r for r in tables.training_table(events) if r.rank_type is None and r.loss is not None
     ]
@@ -158,6 +162,25 @@ def _gain(metric: Metric, first: EvaluationRow | None, last: EvaluationRow) -> s
         f"{metric.title} on {on} {'rose' if after > before else 'fell'} from "
         f"{number(before, 2)} to {number(after, 2)}{unit} ({after - before:+.2f} {points}"
         f"{_change(first, last, metric)}) in {rounds}."
+    )
+
+
+def _own_rows(events: Sequence[Event]) -> str:
+    """The loss on the clients' own held-out rows; empty if no client evaluated."""
+    rows = [r for r in tables.client_evaluation_table(events) if r.loss is not None]
+    if not rows or not rows[-1].round:
+        return ""
+    first, last = rows[0], rows[-1]
+    on = f"{counted(last.clients, 'client')} ({counted(last.examples, 'example')})"
+    worst = ""
+    if last.worst is not None and last.clients > 1:
+        worst = f" The worst client is {shortened(last.worst)} at {number(last.highest, 3)}."
+    change = f"is {number(last.loss, 3)}"
+    if first.round == 0:
+        change = f"went from {number(first.loss, 3)} to {number(last.loss, 3)}"
+    return (
+        f"Loss on the own held-out rows of {on} {change} nats per token after "
+        f"{counted(last.round, 'round')}.{worst}"
     )
 
 

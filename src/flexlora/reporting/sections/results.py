@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexlora.journal import Event, counted, number
+from flexlora.journal import NOTHING, Event, counted, number
 from flexlora.reporting import figures, tables
 from flexlora.reporting.document import (
     Details,
@@ -17,7 +17,14 @@ from flexlora.reporting.document import (
     missing,
 )
 from flexlora.reporting.sections.header import INTERVALS, between
-from flexlora.reporting.tables import CategoryRow, EvaluationRow, Metric
+from flexlora.reporting.tables import (
+    CategoryRow,
+    ClientChange,
+    ClientEvaluationRow,
+    ClientLossRow,
+    EvaluationRow,
+    Metric,
+)
 
 LONGEST_TABLE = 16
 FEW_CATEGORIES = 5
@@ -60,11 +67,11 @@ def client_scores(events: Sequence[Event]) -> list[Section]:
             f"{row.clients:,}" + (f" ({row.missing:,} missing)" if row.missing else ""),
             f"{row.examples:,}",
             *(number(v, 3) for v in (row.loss, row.lowest, row.highest, row.deviation)),
-            row.worst or "–",
+            row.worst or NOTHING,
         ]
         for row in rounds
     ]
-    parts: list[Part] = [note, Table(head, by_round, {7})]
+    parts: list[Part] = [note, Table(head, by_round, {7}), *grid(_own_rows(rounds, clients))]
     if clients:
         cells = [
             [
@@ -72,15 +79,34 @@ def client_scores(events: Sequence[Event]) -> list[Section]:
                 f"{row.examples:,}",
                 number(row.before, 3),
                 number(row.after, 3),
-                "–" if row.before is None else f"{row.after - row.before:+.3f}",
+                NOTHING if row.before is None else f"{row.after - row.before:+.3f}",
             ]
             for row in clients
         ]
-        by_client = Table(["Client", "Rows", "Before training", "Last", "Change"], cells, {0})
+        head = ["Client", "Rows", "Before training", "Last", "Change"]
+        by_client = Table(head, cells, {0}, sortable=True)
         parts.append(
             Details(f"{counted(len(clients), 'client')}, the highest loss first", [by_client])
         )
     return [Section("Scores on the clients' own rows", parts)]
+
+
+def _own_rows(
+    rounds: Sequence[ClientEvaluationRow], clients: Sequence[ClientLossRow]
+) -> list[Figure]:
+    """The losses on the clients' own rows by round, and of each client before and after."""
+    drawn = []
+    if len([row for row in rounds if row.loss is not None]) > 1:
+        caption = "Mean weighted by tokens; the band reaches from the best to the worst client."
+        drawn.append(Figure("Loss on the clients' own rows", figures.own_losses(rounds), caption))
+    changes = [
+        ClientChange(row.client, "seen", row.examples, row.before, row.after) for row in clients
+    ]
+    if len([change for change in changes if change.before is not None]) > 1:
+        plot = figures.client_changes(changes, tables.METRICS[-1])
+        caption = "Each point is a client. Clients below the line gained by training."
+        drawn.append(Figure("Loss of each client before and after training", plot, caption))
+    return drawn
 
 
 def categories(events: Sequence[Event], rows: Sequence[EvaluationRow]) -> Section:
