@@ -519,6 +519,24 @@ def test_a_method_looks_the_same_wherever_it_stands(three, outcome):
     assert method_style("my_own").dash not in {style.dash for style in styles}
 
 
+def test_variants_have_their_method_s_colour_and_a_look_of_their_own(three):
+    found = values.compared(three)
+
+    def with_variants(rows):
+        return replace(found, rows=tuple(
+            replace(row, method=f"{row.kind}, rank={rank}", variant=f"rank={rank}")
+            for row in rows for rank in (10, 8, 9)))  # fmt: skip
+
+    styles = curves.styles_of(with_variants(found.rows[:2]))
+    assert len(set(styles.values())) == 6
+    for name, style in styles.items():
+        assert style.colour == method_style(name.split(",")[0]).colour
+    dashes = [styles[f"flexlora, rank={n}"].dash for n in (8, 9, 10)]
+    assert dashes == ["solid", "dash", "dot"]
+    alone = curves.styles_of(with_variants(found.rows[:1]))
+    assert len({style.colour for style in alone.values()}) == 3
+
+
 def test_quality_stands_against_all_bytes_sent(three):
     found = values.compared(three)
     assert {values.sent(run) for row in found.rows for run in row.runs} == {3 * 3072}

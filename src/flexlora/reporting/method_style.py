@@ -15,8 +15,8 @@ COLOURS = (
     "#6f7782",
     "#b04a3c",
 )
-DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "diamond", "square", "triangle-up")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 LIBRARY = (
     ("flexlora", "fedit", "flora", "hetlora", "flexfold", "ffalora", "replication", "slora"),
     ("fedsvd", "rolora", "raflora", "florist", "fedexlora", "lorafair", "fullrank", "loraa2"),
@@ -41,4 +41,14 @@ def method_style(name: str) -> MethodStyle:
         if name in names:
             return MethodStyle(COLOURS[names.index(name)], DASHES[row], SYMBOLS[row])
     place = hashlib.sha256(name.encode(errors="replace")).digest()[0] % len(COLOURS)
-    return MethodStyle(COLOURS[place], DASHES[-1], SYMBOLS[-1])
+    own = len(LIBRARY)
+    return MethodStyle(COLOURS[place], DASHES[own], SYMBOLS[own])
+
+
+def variant_style(name: str, place: int, alone: bool) -> MethodStyle:
+    """The look of a method with the variant of a config in this place, from 0.
+
+    It has the method's colour, or, if the method stands ``alone``, a colour for each variant.
+    """
+    colour = COLOURS[place % len(COLOURS)] if alone else method_style(name).colour
+    return MethodStyle(colour, DASHES[place % len(DASHES)], SYMBOLS[place % len(SYMBOLS)])

@@ -6,7 +6,7 @@ of the table, and a double click on a name isolates that method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
@@ -21,13 +21,24 @@ from flexlora.reporting.comparison.values import (
     sent,
     text_of,
 )
-from flexlora.reporting.method_style import method_style
+from flexlora.reporting.method_style import MethodStyle, method_style, variant_style
+from flexlora.reporting.names import natural
 
 FEW = 4
 """Up to this number of methods the legend stands above the figure, with more beside it."""
 
 LINE = 21
 """Pixels that a method takes in a legend or on an axis."""
+
+
+def styles_of(comparison: Comparison) -> dict[str, MethodStyle]:
+    """The look of each row by its name: by its method, and by its variant if there are several."""
+    rows = comparison.rows
+    variants = sorted({row.variant for row in rows}, key=natural)
+    alone = len({row.kind for row in rows}) == 1
+    if len(variants) < 2:
+        return {row.method: method_style(row.kind or row.method) for row in rows}
+    return {row.method: variant_style(row.kind, variants.index(row.variant), alone) for row in rows}
 
 
 def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> go.Figure:
@@ -41,6 +52,7 @@ def ranking(comparison: Comparison, value: Value, x_title: str, digits: int) -> 
     _seeds(figure, [spread.values for _, spread in measured])
     _means(
         figure,
+        styles_of(comparison),
         [row.method for row, _ in measured],
         [spread.mean for _, spread in measured],
         [spread.deviation or 0.0 for _, spread in measured],
@@ -70,6 +82,7 @@ def differences(comparison: Comparison, x_title: str) -> go.Figure:
     intervals = [tables.mean_interval(spread.values) for _, spread in behind]
     _means(
         figure,
+        styles_of(comparison),
         [name for name, _ in behind],
         [spread.mean for _, spread in behind],
         [interval.high - s.mean if interval else 0.0
@@ -94,8 +107,9 @@ def quality_by_bytes(comparison: Comparison, y_title: str, digits: int) -> go.Fi
     ]
     divisor, unit = byte_unit(max((t.mean for _, _, t in measured), default=1))
     figure = canvas.blank(f"Bytes up and down, all rounds ({unit})", y_title)
+    styles = styles_of(comparison)
     for row, loss, total in reversed(measured):
-        style = method_style(row.method)
+        style = styles[row.method]
         name = canvas.shown(row.method, 24)
         figure.add_scatter(
             x=[value / divisor for value in total.values],
@@ -142,8 +156,9 @@ def by_bytes(comparison: Comparison, series: Series, y_title: str, digits: int) 
             drawn.append((row, points))
     divisor, unit = byte_unit(max((points[-1][1] for _, points in drawn), default=1))
     figure = canvas.blank(f"Bytes sent so far, up and down ({unit})", y_title)
+    styles = styles_of(comparison)
     for row, points in reversed(drawn):
-        style = method_style(row.method)
+        style = styles[row.method]
         name = canvas.shown(row.method, 24)
         figure.add_scatter(
             x=[spent / divisor for _, spent, _ in points],
@@ -168,13 +183,13 @@ def by_round(comparison: Comparison, series: Series, y_title: str, digits: int) 
         if (averages := row.by_round(series))
     }
     figure = canvas.by_round({n for averages in drawn.values() for n in averages}, y_title)
-    many = len(drawn) > FEW
+    many, styles = len(drawn) > FEW, styles_of(comparison)
     # In reverse, so that the best lie on top; the legend has an order of its own.
     for place in reversed(drawn):
         row = comparison.rows[place]
         if len(row.runs) > 1:
-            _thin(figure, row, series, 0.18 if many else 0.45)
-        _thick(figure, row, place, drawn[place], digits)
+            _thin(figure, row, styles[row.method], series, 0.18 if many else 0.45)
+        _thick(figure, row, styles[row.method], place, drawn[place], digits)
     figure.update_layout(hovermode="closest").update_yaxes(rangemode="nonnegative")
     return _with_legend(figure, len(drawn))
 
@@ -203,13 +218,14 @@ def _seeds(figure: go.Figure, values: Sequence[Sequence[float]]) -> None:
 
 def _means(
     figure: go.Figure,
+    styles_by_name: Mapping[str, MethodStyle],
     names: Sequence[str],
     means: Sequence[float],
     whiskers: Sequence[float],
     texts: Sequence[str],
     label: str,
 ) -> None:
-    styles = [method_style(name) for name in names]
+    styles = [styles_by_name[name] for name in names]
     figure.add_scatter(
         x=means,
         y=list(range(len(names))),
@@ -244,9 +260,14 @@ def _by_name(figure: go.Figure, names: Sequence[str]) -> go.Figure:
 
 
 def _thick(
-    figure: go.Figure, row: Row, place: int, averages: dict[int, Spread], digits: int
+    figure: go.Figure,
+    row: Row,
+    style: MethodStyle,
+    place: int,
+    averages: dict[int, Spread],
+    digits: int,
 ) -> None:
-    name, style = canvas.shown(row.method, 24), method_style(row.method)
+    name = canvas.shown(row.method, 24)
     figure.add_scatter(
         x=list(averages),
         y=[spread.mean for spread in averages.values()],
@@ -261,8 +282,7 @@ def _thick(
     )
 
 
-def _thin(figure: go.Figure, row: Row, series: Series, opacity: float) -> None:
-    style = method_style(row.method)
+def _thin(figure: go.Figure, row: Row, style: MethodStyle, series: Series, opacity: float) -> None:
     for run in row.runs:
         values = series(run)
         figure.add_scatter(
