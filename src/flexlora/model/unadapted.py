@@ -23,21 +23,27 @@ def unadapted(model: Any, idle: Collection[str]) -> tuple[str, ...]:
     others = [path for path in linears if path in idle and last(path) not in refused]
     if others:
         notices.append(
-            f"{_some(others, 'linear layer')} not adapted: text does not reach them, or they "
-            "compute more than a product."
+            f"{_some(others, 'linear layer')} not adapted: not called for text, or more "
+            "than a product."
         )
     experts = [
         f"{path}.{name}"
         for path, module in model.named_modules()
         for name, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3 and not isinstance(module, nn.Conv1d | nn.LayerNorm)
+        if weight.dim() > 1 and _holds_experts(path, module)
     ]
     if experts:
         notices.append(
-            f"{_some(experts, 'parameter')} not adapted: experts in 3-dimensional parameters are "
-            "not linear layers."
+            f"{_some(experts, 'parameter')} not adapted: experts joined in one parameter are not "
+            "linear layers."
         )
     return tuple(notices)
+
+
+def _holds_experts(path: str, module: nn.Module) -> bool:
+    """Whether parameters of a module are those of experts, which are not layers of their own."""
+    named = "expert" in f"{path} {type(module).__name__}".lower()
+    return named and not isinstance(module, nn.Linear)
 
 
 def _some(paths: list[str], noun: str) -> str:
