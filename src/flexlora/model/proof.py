@@ -57,7 +57,8 @@ class Stock:
 
     ``logits`` are (tokens, columns) of each example, ``tolerance`` is the relative error up to
     which two results count as equal. ``idle`` are the paths of linear layers that are not
-    called for text, such as those of a vision tower, or whose result is more than a product, such as a router's.
+    called for text, such as those of a vision tower, or whose result is more than a product, such
+    as a router's.
     """
 
     examples: TokenStore
