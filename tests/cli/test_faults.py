@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import sys
 
 import pytest
 
 from flexlora.cli import main
+from flexlora.errors import ConfigError
+from flexlora.federation import compose
 from support import commands
 
 CONFIG = """
@@ -26,7 +29,19 @@ FAULTS = [
     ("run", [], "Give a CONFIG.toml, or --resume DIR;"),
     ("run", ["missing.toml"], "missing.toml cannot be read"),
     ("run", ["folder"], "folder cannot be read"),
-    ("run", ["latin.toml"], "valid TOML"),
+    ("run", ["latin.toml"], "save it as UTF-8"),
+    ("run", ["empty.toml"], "the sections [model], [data], [ranks], [federation] are missing"),
+    ("run", ["windows.toml"], "line 1, is not valid TOML"),
+    ("run", ["rows.jsonl"], "write a config for them with: flexlora init rows.jsonl"),
+    ("run", ["quickstart.toml"], "copy it with: flexlora configs quickstart"),
+    ("run", ["config.toml", "--set", "evaluation.engine=vllm"], "pip install vllm"),
+    ("run", ["config.toml", "--set", "run.trackers=['wnadb']"], "There is no tracker 'wnadb'"),
+    ("run", ["config.toml", "--set", "data.cache=file"], "set data.cache to another folder"),
+    ("run", ["config.toml", "--plugin", "faulty.py"], "line 1, cannot be imported"),
+    ("run", ["--resume"], "There is no run in"),
+    ("laws", ["faulty.py"], "line 1, cannot be imported"),
+    ("eval", ["folder"], "There is no run in folder"),
+    ("eval", ["quickstart.toml"], "flexlora configs quickstart"),
     ("run", ["config.toml", "--set", "seed"], "--set takes KEY=VALUE"),
     ("run", ["config.toml"], "d.parquet"),
     ("run", ["config.toml", "--out", "file"], "The folder file cannot be made"),
@@ -95,6 +110,39 @@ FAULTS = [
 ]
 
 
+RAW = (
+    "Traceback",
+    "Input should",
+    "alue error",
+    "[Errno",
+    "codec can't",
+    "pydantic",
+    "no attribute",
+)
+"""What other libraries and Python itself say."""
+
+CHANGES = [
+    ("federation.rounds=many", "'many'; give a whole number of at least 1."),
+    ("federation.rounds=2.5", "is 2.5; give a whole number"),
+    ("federation.fraction=2", "give a number above 0 and at most 1, or leave it out."),
+    ("ranks.distribution=3", "give a text in quotes or a table whose values are each a number"),
+    ("ranks.types.a={attention='x',feed_forward=1}", "'x'; give a whole number of at least 0."),
+    ("model=3", "give a section with the keys name, dtype"),
+    ("model.dtype=float23", 'Did you mean "float32"?'),
+    ("model.targets=q_proj", 'give a list of texts, such as ["a", "b"], or leave it out.'),
+    ("training.schedule=linaer", 'Did you mean "linear"?'),
+    ("training.learning_rate=nan", "give a finite number above 0."),
+    ("training.max_steps=none", "give a whole number, or leave it out."),
+    ("data.columns=3", "give a section with the keys instruction"),
+    ("data.colums={}", "Did you mean 'data.columns'?"),
+    ("evaluation.base=1", "give true or false."),
+    ("evaluation.every=-1", "evaluation.every is -1; give at least 0."),
+    ("run.trackers=tensorboard", "give a list of texts"),
+    ("method=flexlora", 'give a section, such as { name = "..." }'),
+    ("seed=-1", "give a whole number of at least 0."),
+]
+
+
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """A function that runs ``flexlora words`` in a folder of wrong inputs."""
@@ -103,6 +151,9 @@ def call(monkeypatch, capsys, tmp_path):
     (tmp_path / "config.toml").write_text(CONFIG)
     (tmp_path / "remote.toml").write_text(REMOTE)
     (tmp_path / "latin.toml").write_bytes(b'seed = "\xe9"')
+    (tmp_path / "empty.toml").touch()
+    (tmp_path / "windows.toml").write_text('path = "C:\\data"')
+    (tmp_path / "faulty.py").write_text("import nothing_of_this_name")
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "input": "b", "output": "c"}\n')
     (tmp_path / "damaged").mkdir()
     for name in ("config.json", "metrics.jsonl"):
@@ -118,8 +169,35 @@ def call(monkeypatch, capsys, tmp_path):
 def test_a_wrong_input_is_one_sentence(call, command, words, message):
     result = call(command, *words)
     assert result.code == 2, result
-    assert result.err.startswith("error: ") and "Traceback" not in result.err
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    assert not any(raw in result.err for raw in RAW), result.err
     assert message in result.err
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_wrong_value_is_one_sentence_with_its_place(call, change, message):
+    result = call("run", "config.toml", "--set", change)
+    assert result.code == 2 and result.err.count("\n") == 1, result.err
+    assert result.err.startswith(f"error: --set {change}: ") and message in result.err
+    assert not any(raw in result.err for raw in RAW), result.err
+
+
+@pytest.mark.parametrize(
+    "changes", [["ranks.distribution=uniform"], ["ranks.types={}", "ranks.table=x"]]
+)
+def test_a_remedy_is_accepted_when_it_is_typed(tmp_path, changes):
+    """A sentence that says "set KEY to VALUE" is followed until the config is accepted."""
+    path = tmp_path / "c.toml"
+    path.write_text(CONFIG, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        compose.load(path, changes)
+    remedies = re.findall(r"(?:set|and) (ranks\.\w+) to (\S+?)(?:,|\.$| )", str(caught.value))
+    assert remedies and compose.load(path, [*changes, *map("=".join, remedies)]).ranks.rank == 8
+
+
+def test_a_config_in_utf_8_with_a_mark_is_read(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf" + CONFIG.encode())
+    assert compose.load(tmp_path / "c.toml").ranks.rank == 8
 
 
 def test_every_command_has_three_wrong_inputs():

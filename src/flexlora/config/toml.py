@@ -191,7 +191,8 @@ def _make_paths_absolute(
     """
     for section, key in (("data", "path"), ("data", "prompt"), ("ranks", "table")):
         table = content.get(section)
-        if not isinstance(table, dict) or not isinstance(table.get(key), str):
+        # "" stands for a path that is not there.
+        if not isinstance(table, dict) or not isinstance(table.get(key), str) or not table[key]:
             continue
         if key == "path" and table.get("format") == "hub":
             continue
