@@ -25,6 +25,7 @@ from flexlora.data import Corpus
 from flexlora.data.corpora import hub, procedural
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.federation import checkpoint, compose, rounds, setup
+from flexlora.federation.identity import differing
 from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import Event, Meter, Record
 from flexlora.method import Feature, UnsupportedFeature
@@ -350,7 +351,7 @@ def _refuse_another_config(cell: Cell) -> None:
     if not cell.folder.exists() or not any(cell.folder.iterdir()):
         return
     stored, wanted = _compared(_stored(cell.folder)), _compared(cell.experiment)
-    if keys := list(_differing(stored, wanted)):
+    if keys := list(differing(stored, wanted)):
         raise ConfigError(
             f"{cell.folder} was run with another config (it differs in {', '.join(keys)}); "
             "give the same config again, or another --out."
@@ -365,15 +366,3 @@ def _compared(settings: Experiment) -> dict[str, Any]:
     content = settings.model_dump(mode="json", exclude={"run": True, "data": {"source"}})
     content["evaluation"].pop("base")
     return content
-
-
-def _differing(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[str]:
-    """The dotted keys of the values that differ."""
-    for key in sorted(ours.keys() | theirs.keys()):
-        one, other, place = ours.get(key), theirs.get(key), (*path, key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differing(one, other, place)
-        elif one != other:
-            yield ".".join(place)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import shutil
 import time
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from flexlora import peft_format
-from flexlora.config import Experiment
 from flexlora.errors import ProtocolError
 from flexlora.federation import checkpoint
 from flexlora.federation.checkpoint import Checkpoint
@@ -22,6 +19,7 @@ from flexlora.federation.client_evaluations import of_clients
 from flexlora.federation.client_store import PRIVATE, ClientStore
 from flexlora.federation.collect import Collector, client_facts
 from flexlora.federation.evaluations import Evaluations
+from flexlora.federation.identity import check_same, identity, is_over
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.run_facts import spectrum, start_facts
 from flexlora.federation.simulated import SimulatedTransport
@@ -44,8 +42,9 @@ def run(
 
     A run can be stopped anywhere, also by a kill, and goes on with ``resume`` from its last
     checkpoint and the uploads received since; the adapters are then the same to the bit.
-    Without a ``transport`` all clients are simulated in this process. ``meter`` tells how far an
-    evaluation is, from which nothing is yielded until its end.
+    More rounds than before continue a finished run; one that has all its rounds yields nothing
+    and is not touched. Without a ``transport`` all clients are simulated in this process.
+    ``meter`` tells how far an evaluation is, from which nothing is yielded until its end.
 
     Raises:
         ProtocolError: there is nothing to resume or it was another experiment, the folder holds
@@ -56,6 +55,8 @@ def run(
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        if resume and is_over(prepared.experiment, Record(folder)):
+            return
         yield from _run(prepared, folder, transport, resume, meter or Meter())
 
 
@@ -119,7 +120,7 @@ def _begun(prepared: PreparedRun, folder: Path, transport: Transport | None) -> 
         0,
         0,
         prepared.method.start(prepared.fresh(), prepared.context(0)),
-        _identity(prepared.experiment),
+        identity(prepared.experiment),
         at_once,
     )
 
@@ -127,11 +128,7 @@ def _begun(prepared: PreparedRun, folder: Path, transport: Transport | None) -> 
 def _resumed(prepared: PreparedRun, record: Record) -> Checkpoint:
     """The last checkpoint of a run that goes on, the files and events after it removed."""
     point = checkpoint.load(record.folder)
-    if point.identity != _identity(prepared.experiment):
-        raise ProtocolError(
-            f"The run in {record.folder} was started with another config; only federation.rounds "
-            "and the run section may change when it is resumed."
-        )
+    check_same(prepared.experiment, point.identity, record)
     _remove_leftovers(record.folder, point)
     record.rewind(point.journal_bytes)
     SampleAnswers(record.folder).rewind(point.round)
@@ -207,15 +204,6 @@ def _clients_at_once(prepared: PreparedRun) -> int:
         sum(rank * sum(shapes[module]) for module, rank in prepared.ranks.items()),
         prepared.cohort_size,
     )
-
-
-def _identity(experiment: Experiment) -> str:
-    """A hash of all settings that a resumed run must share with its beginning."""
-    settings = experiment.model_dump(
-        mode="json", exclude={"run": True, "federation": {"rounds"}, "data": {"source"}}
-    )
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _remove_leftovers(folder: Path, point: Checkpoint) -> None:
