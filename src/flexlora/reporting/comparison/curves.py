@@ -27,6 +27,7 @@ from flexlora.reporting.names import natural
 FEW = 4
 """Up to this number of methods the legend stands above the figure, with more beside it."""
 
+LONGEST_NAME = 36
 LINE = 21
 """Pixels that a method takes in a legend or on an axis."""
 
@@ -110,7 +111,7 @@ def quality_by_bytes(comparison: Comparison, y_title: str, digits: int) -> go.Fi
     styles = styles_of(comparison)
     for row, loss, total in reversed(measured):
         style = styles[row.method]
-        name = canvas.shown(row.method, 24)
+        name = canvas.shown(row.method, LONGEST_NAME)
         figure.add_scatter(
             x=[value / divisor for value in total.values],
             y=list(loss.values),
@@ -159,7 +160,7 @@ def by_bytes(comparison: Comparison, series: Series, y_title: str, digits: int) 
     styles = styles_of(comparison)
     for row, points in reversed(drawn):
         style = styles[row.method]
-        name = canvas.shown(row.method, 24)
+        name = canvas.shown(row.method, LONGEST_NAME)
         figure.add_scatter(
             x=[spent / divisor for _, spent, _ in points],
             y=[spread.mean for *_, spread in points],
@@ -253,7 +254,7 @@ def _by_name(figure: go.Figure, names: Sequence[str]) -> go.Figure:
     # Without a legend: its symbols would have the colour of the first method.
     return figure.update_layout(showlegend=False).update_yaxes(
         tickvals=list(range(len(names))),
-        ticktext=[canvas.shown(name, 24) for name in names],
+        ticktext=[canvas.shown(name, LONGEST_NAME) for name in names],
         range=[len(names) - 0.4, -0.6],
         showgrid=False,
     )
@@ -267,7 +268,7 @@ def _thick(
     averages: dict[int, Spread],
     digits: int,
 ) -> None:
-    name = canvas.shown(row.method, 24)
+    name = canvas.shown(row.method, LONGEST_NAME)
     figure.add_scatter(
         x=list(averages),
         y=[spread.mean for spread in averages.values()],
@@ -288,7 +289,7 @@ def _thin(figure: go.Figure, row: Row, style: MethodStyle, series: Series, opaci
         figure.add_scatter(
             x=list(values),
             y=list(values.values()),
-            name=f"{canvas.shown(row.method, 24)}, seed {run.seed}",
+            name=f"{canvas.shown(row.method, LONGEST_NAME)}, seed {run.seed}",
             legendgroup=row.method,
             showlegend=False,
             hoverinfo="skip",

@@ -75,9 +75,11 @@ def _header(comparison: Comparison, name: str) -> Header:
     measured = [run for row in comparison.rows for run in row.runs]
     subtitle = [texts.title(comparison)]
     if measured:
-        common = measured[0].facts
-        facts["Local training per round"] = report_sections.local_training(common)
-        facts["Learning rate"] = report_sections.learning_rate(common)
+        # Variants may differ in them.
+        local = dict.fromkeys(report_sections.local_training(run.facts) for run in measured)
+        rates = dict.fromkeys(report_sections.learning_rate(run.facts) for run in measured)
+        facts["Local training per round"] = " or ".join(local)
+        facts["Learning rate"] = " or ".join(rates)
         dates = [run.facts for run in measured if run.facts.started is not None]
         if dates:
             first_run = min(dates, key=lambda facts: facts.started or 0.0)
