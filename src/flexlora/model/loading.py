@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import transformers
 from safetensors import SafetensorError
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexlora.errors import ConfigError
 
@@ -45,7 +44,7 @@ def load(name: str, path: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(
             path, local_files_only=options["local_files_only"]
         )
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = config.model_type
         raise _error(name, f"models of the type {kind!r} do not predict the next token")
     with _one_sentence(name, "its tokenizer", options):
