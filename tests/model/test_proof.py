@@ -125,3 +125,10 @@ def test_only_the_layers_of_gpt_2_have_transposed_weights():
     gpt, llama = proven("gpt2"), proven("llama")
     assert (gpt.fan_in_fan_out, llama.fan_in_fan_out) == (True, False)
     assert gpt.shapes["transformer.h.0.attn.c_attn"] == (96, 32)
+
+
+def test_a_precision_in_which_the_model_overflows_is_named():
+    model = families.build("llama", {})
+    model.lm_head.weight.data *= 1e6
+    with pytest.raises(ConfigError, match=r"not finite in torch.float16; set model\.dtype"):
+        proof.proven(model.to(torch.float16), None, "llama")
