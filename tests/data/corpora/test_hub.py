@@ -91,7 +91,9 @@ def test_a_dataset_that_cannot_be_loaded_is_one_sentence(monkeypatch):
     assert "\n" not in str(refusal.value)
 
 
-def test_without_the_package_the_remedy_is_named(monkeypatch):
+def test_without_the_package_the_remedy_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r'read without it: data.format = "table"'):
+        hub.read(str(tmp_path), COLUMNS)
     with pytest.raises(ConfigError, match=r"pip install 'flexlora\[hub\]'"):
         hub.read("some/name", COLUMNS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from flexlora.data.columns import Columns
 from flexlora.data.corpora.objects import exported
@@ -33,9 +34,10 @@ def read(
     try:
         from datasets import load_dataset
     except ImportError as error:
+        own = ' A folder or file is read without it: data.format = "table".'
         raise ConfigError(
             f"Reading '{name}' from the hub needs the package 'datasets'; install it with: "
-            "pip install 'flexlora[hub]'."
+            f"pip install 'flexlora[hub]'.{own if Path(name).exists() else ''}"
         ) from error
     place = f"The dataset '{name}'"
     try:
