@@ -1,5 +1,6 @@
 """A config for one's own rows, written by `flexlora init`, runs as it stands."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def test_another_client_column_can_be_named(call, tmp_path):
     assert compose.load(tmp_path / "qa.toml").data.columns.client == "answer"
     call("init", "qa.jsonl", "--client-column", "", "--out", "none.toml")
     assert compose.load(tmp_path / "none.toml").data.columns.client == ""
+
+
+def test_the_config_of_a_compressed_file_has_its_name(call, tmp_path):
+    data = rows(tmp_path / "qa.jsonl").read_bytes()
+    (tmp_path / "qa.jsonl.gz").write_bytes(gzip.compress(data))
+    assert "written: qa.toml" in call("init", "qa.jsonl.gz").out
 
 
 def test_a_missing_model_is_said(call, monkeypatch, tmp_path):

@@ -59,7 +59,8 @@ def init(
         target = configs.copy(configs.QUICKSTART, out)
         print(f"written: {target}")
     else:
-        target = out or Path(f"{file.stem}.toml")
+        rows = file.with_suffix("") if file.suffix in (".gz", ".bz2", ".xz", ".zst") else file
+        target = out or Path(f"{rows.stem}.toml")
         configs.refuse_existing(target)
         configs.write_new(target, _config(file, target, model, client_column, clients))
         print(f"written: {target}")
@@ -95,6 +96,8 @@ def _config(
         raise DataError(f"--clients is {clients}, but {file} has {len(corpus)} rows.")
     facts = starter.facts_of(corpus, clients)
     print(f"rows:    {facts.rows} in {file}, columns {', '.join(names)}")
+    for notice in layout.notices:
+        print(f"note:    {notice}")
     print(f"columns: {_mapped(columns)}")
     print(f"clients: {facts.clients}, {_whose(columns)}")
     return starter.text(file, target, model, columns, facts)
