@@ -38,6 +38,7 @@ ENTRANCES = (
     "deployment.node.capacity",
     "deployment.node.join",
     "deployment.node.node",
+    "deployment.node.preflight",
     "deployment.server.server_run",
     "deployment.server.supervisor",
     "federation.checkpoint",

@@ -17,7 +17,9 @@ from flexlora.cli import deploy, main
 from flexlora.data import Columns
 from flexlora.deployment import certificates, keys
 from flexlora.deployment.node import join as joining
+from flexlora.deployment.node import preflight
 from flexlora.deployment.node.capacity import Capacity
+from flexlora.deployment.node.preflight import Fault, Greeting
 from flexlora.deployment.server import server_run
 from flexlora.deployment.server.delivery import Ledger, digest_of
 from flexlora.journal import Record
@@ -33,6 +35,7 @@ def call(monkeypatch, capsys, tmp_path):
         raise AssertionError(f"started a process: {arguments}")
 
     monkeypatch.setattr(subprocess, "Popen", none)
+    monkeypatch.setattr(preflight, "greet", lambda *_: Greeting())
 
     def called(*words):
         monkeypatch.setattr(sys, "argv", ["flexlora", *map(str, words)])
@@ -424,6 +427,17 @@ def test_an_owner_is_what_the_words_say(call, rows, joined, held):
     assert owner.capacity == Capacity(16, int(1.5 * 2**30), 600.0)
     assert (owner.model, owner.device, owner.rows_of) == ("/models/base", "cuda:0", "ward 7")
     assert owner.columns is None
+
+
+def test_a_server_that_cannot_be_the_right_one_is_named_before_anything_is_loaded(
+    call, refused, rows, joined, held, monkeypatch
+):
+    words = ("join", "fed.example.org:8090", "--data", rows, "--keys", held / "clinic")
+    monkeypatch.setattr(preflight, "greet", lambda *_: Fault("Another server.", is_final=True))
+    assert "Another server." in refused(*words) and joined == []
+    monkeypatch.setattr(preflight, "greet", lambda *_: Fault("Nothing listens."))
+    code, out, _ = call(*words)
+    assert code == 0 and "Nothing listens." in out and len(joined) == 1
 
 
 def test_columns_that_are_not_named_are_not_there(call, rows, joined):

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from flexlora.errors import ConfigError
+from flexlora.errors import ConfigError, ProtocolError
 
 if TYPE_CHECKING:
     from flexlora.data import Columns
+    from flexlora.deployment.keys import NodeKey
     from flexlora.deployment.node.capacity import Modules
 
 
@@ -104,9 +105,6 @@ def join(
     At the end the finished adapter is on this machine too, for PEFT.
     """
     from flexlora.deployment import keys
-    from flexlora.deployment.node import join as joining
-    from flexlora.deployment.node.capacity import Capacity
-    from flexlora.deployment.node.node import NodeConfig
 
     if (key_folder is None) is not insecure:
         raise ConfigError("Give --keys DIR, or, for a test on this machine, --insecure and --name.")
@@ -115,16 +113,22 @@ def join(
     if client is None:
         raise ConfigError("Without keys this client needs a --name.")
     memory_bytes = None if memory is None else _bytes(memory)
+    most_rank, share = _rank(rank), _holdout(holdout)
+    _check_server(server, key)
+    from flexlora.deployment.node import join as joining
+    from flexlora.deployment.node.capacity import Capacity
+    from flexlora.deployment.node.node import NodeConfig
+
     config = NodeConfig(
         name=client,
         data=data,
         state=state or Path(f"flexlora-{client}"),
-        capacity=Capacity(_rank(rank), memory_bytes, seconds, _modules(modules)),
+        capacity=Capacity(most_rank, memory_bytes, seconds, _modules(modules)),
         columns=_columns(columns),
         rows_of=rows_of,
         model=model,
         device=device,
-        holdout=_holdout(holdout),
+        holdout=share,
         out=out,
         own_rank=own_rank,
     )
@@ -133,6 +137,23 @@ def join(
         joining.join(server, config, key, _print_line)
     except KeyboardInterrupt:
         print("left the federation", file=sys.stderr)
+
+
+def _check_server(server: str, key: NodeKey | None) -> None:
+    """Name a fault of the connection before PyTorch is loaded, which takes seconds.
+
+    Raises:
+        ConfigError: the address is not HOST:PORT.
+        ProtocolError: the server cannot be the right one.
+    """
+    from flexlora.deployment.node import preflight
+
+    preflight.check_address(server, insecure=key is None)
+    greeting = preflight.greet(server, key)
+    if isinstance(greeting, preflight.Fault):
+        if greeting.is_final:
+            raise ProtocolError(greeting.sentence)
+        _print_line(greeting.sentence)
 
 
 def interrupt(*_: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from flexlora import addresses, peft_format
+from flexlora import peft_format
 from flexlora.config import RankType
 from flexlora.deployment.flower.processes import Process
 from flexlora.deployment.flower.supernode import supernode
@@ -126,7 +126,7 @@ def join(address: str, config: NodeConfig, keys: NodeKey | None, print_line: Pri
     """
     _check(address, config, keys)
     node = Node(config)
-    print_line(f"{counted(len(node.rows), 'row')}, which stay on this machine")
+    print_line(f"{counted(len(node.rows), 'row')}, kept on this machine")
     for notice in node.rows.notices:
         print_line(notice)
     logged = LoggedNode(node, print_line)
@@ -146,23 +146,7 @@ def join(address: str, config: NodeConfig, keys: NodeKey | None, print_line: Pri
 
 def _check(address: str, config: NodeConfig, keys: NodeKey | None) -> None:
     """Refuse what can be seen to be wrong before anything is read or started."""
-    host, colon, port = address.rpartition(":")
-    if "://" in address:
-        raise ConfigError(
-            f"join takes HOST:PORT, not the URL {address!r}; join "
-            f"{address.partition('://')[2].rstrip('/') or 'server.example:8090'}."
-        )
-    if not colon or not port:
-        raise ConfigError(
-            f"join takes HOST:PORT, and {address!r} has no port; that of `flexlora serve` is 8090 "
-            f"unless its owner chose another: join {(host or address).rstrip(':')}:8090."
-        )
-    addresses.parse(address, "join", "server.example:8090", free=False)
-    if keys is None and not addresses.is_loopback(host):
-        raise ProtocolError(
-            f"--insecure is for a server on this machine, not for {address}: give --keys, the "
-            "folder with your key and the server's ca.crt."
-        )
+    preflight.check_address(address, insecure=keys is None)
     _check_device(config.device)
     peft_format.check_target(config.adapter, replace=True)
 

@@ -1,7 +1,8 @@
 """What can be wrong between a client and its server, found out before Flower's SuperNode starts.
 
 A plain connection, a TLS handshake and one small request to the server's gate tell within seconds
-what the SuperNode would hide.
+what the SuperNode would hide. This module imports nothing slow, so that a fault is named before
+PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Final
 from flexlora import __version__, addresses
 from flexlora.deployment.greeting import HELLO, KEY_HEADER, NAME_HEADER, KeyState
 from flexlora.deployment.keys import NodeKey, fingerprint_of_private
+from flexlora.errors import ConfigError, ProtocolError
 
 _SECONDS: Final = 5.0
 _MOST_BYTES: Final = 4096
@@ -36,6 +38,32 @@ class Greeting:
     """What the server's gate says of itself; ``notes`` are sentences for the client's owner."""
 
     notes: tuple[str, ...] = ()
+
+
+def check_address(address: str, insecure: bool) -> None:
+    """Refuse an address that cannot be a server's.
+
+    Raises:
+        ConfigError: it is not HOST:PORT.
+        ProtocolError: an insecure server is not on this machine.
+    """
+    host, colon, port = address.rpartition(":")
+    if "://" in address:
+        raise ConfigError(
+            f"join takes HOST:PORT, not the URL {address!r}; join "
+            f"{address.partition('://')[2].rstrip('/') or 'server.example:8090'}."
+        )
+    if not colon or not port:
+        raise ConfigError(
+            f"join takes HOST:PORT, and {address!r} has no port; that of `flexlora serve` is 8090 "
+            f"unless its owner chose another: join {(host or address).rstrip(':')}:8090."
+        )
+    addresses.parse(address, "join", "server.example:8090", free=False)
+    if insecure and not addresses.is_loopback(host):
+        raise ProtocolError(
+            f"--insecure is for a server on this machine, not for {address}: give --keys, the "
+            "folder with your key and the server's ca.crt."
+        )
 
 
 def greet(address: str, keys: NodeKey | None) -> Greeting | Fault:
