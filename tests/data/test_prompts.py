@@ -59,7 +59,7 @@ def test_chat_reads_the_same_on_every_day():
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"no chat template; set data\.prompt to 'alpaca'"):
+    with pytest.raises(ValueError, match=r"no chat template; set model\.name"):
         prompt.named("chat", byte_tokenizer(chat_template=None))
     with pytest.raises(ValueError, match="'alpaca' cannot format a conversation of 4"):
         prompt.alpaca(CONVERSATION)

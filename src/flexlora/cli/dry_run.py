@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 START, END = ">>>", "<<<"
 """What stands around the part of an example that is trained."""
+
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:s|min|h|B|KiB|MiB|GiB)\b)")
 
 
 def dry_run(settings: Experiment, display: Display) -> None:
@@ -117,5 +120,7 @@ def _text(prepared: PreparedRun, ids: Sequence[int]) -> str:
 
 def _print(console: Console, line: str) -> None:
     indent = " " * (13 if line[:13].rstrip().endswith(":") else 2)
-    text = textwrap.fill(line, max(console.width, 20), subsequent_indent=indent)
-    console.print(text, highlight=False, markup=False)
+    # A number keeps its unit on its line.
+    joined = _BEFORE_UNIT.sub("\u00a0", line)
+    text = textwrap.fill(joined, max(console.width, 20), subsequent_indent=indent)
+    console.print(text.replace("\u00a0", " "), highlight=False, markup=False)

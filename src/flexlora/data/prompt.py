@@ -54,7 +54,8 @@ def refuse_messages(example: Example, name: str) -> None:
     if example.messages is not None:
         raise ConfigError(
             f"The prompt '{name}' cannot format a conversation of {len(example.messages)} "
-            "messages; set data.prompt to 'chat', or read columns instruction, input and output."
+            "messages; set data.prompt to 'chat' or to a template of your own such as 'mine.jinja' "
+            "(docs/data.md), or read columns instruction, input and output."
         )
 
 

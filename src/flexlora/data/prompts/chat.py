@@ -35,8 +35,10 @@ def chat(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Pro
     """
     if template is None and not tokenizer.chat_template:
         raise ConfigError(
-            f"The tokenizer '{tokenizer.name_or_path}' has no chat template; set data.prompt to "
-            "'alpaca' or 'plain', or model.name to a model trained for chat."
+            f"The tokenizer '{tokenizer.name_or_path}' has no chat template; set "
+            "model.name to a model trained for chat, data.prompt to 'mine.jinja', a template of "
+            "your own (docs/data.md), or, for rows that are no conversations, to 'alpaca' or "
+            "'plain'."
         )
     probe = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     name = "data.prompt" if template else f"the tokenizer '{tokenizer.name_or_path}'"
