@@ -51,6 +51,6 @@ def test_a_method_says_what_it_is(name):
 
 def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'flexlora'"):
-        methods.make("FlexLora")
+        methods.make("FlexLoar")
     with pytest.raises(ValueError, match=r"no option 'splt'.*Did you mean 'split'"):
         methods.make("flexlora", {"splt": "left"})

@@ -105,7 +105,7 @@ def test_a_client_that_its_limit_leaves_nothing_is_refused(tmp_path):
     ("modules", "message"),
     [
         (MODULES[:1], "none of the adapted modules is of that type"),
-        ([*MODULES, "model.layers.0.fc1"], "is neither in an attention nor"),
+        ([*MODULES, "model.layers.0.mixer.w"], "is neither in an attention nor"),
     ],
 )
 def test_a_client_without_a_module_is_refused_before_it_is_written_down(tmp_path, modules, message):

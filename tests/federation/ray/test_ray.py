@@ -111,7 +111,8 @@ def test_a_resumed_run_may_have_workers_and_nothing_else(monkeypatch, capsys, tm
     monkeypatch.setattr(sys, "argv", ["flexlora", "run", "--resume", str(tmp_path), "--exact"])
     with pytest.raises(SystemExit):
         main.main()
-    assert "--resume takes the folder of a run, --workers and --ray" in capsys.readouterr().err
+    stderr = capsys.readouterr().err
+    assert "--resume takes the folder of a run, --set, --workers and --ray" in stderr
 
 
 @pytest.fixture(scope="module")
