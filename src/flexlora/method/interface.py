@@ -345,7 +345,7 @@ class Method(ABC):
         return {}
 
     def private_from(self, turn: Turn) -> Mapping[str, Adapter]:
-        """What the client keeps to itself until its next round, by name."""
+        """What stays on the client until its next round, by name."""
         return {}
 
     def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:

@@ -1,4 +1,4 @@
-"""The status page: one HTML file that is complete as it is served, and renews itself.
+"""The status page: one HTML file that is complete as it is served, and refreshes itself.
 
 The template escapes all text of the journal, and the script inserts it as text. The policy allows
 the browser this style, this script, and requests to the server that served it; nothing else.
