@@ -26,6 +26,7 @@ from flexlora.journal.events import LossKind
 from flexlora.journal.record import Record
 from flexlora.laws.dense import product, relative_error, weighted_sum
 from flexlora.lowrank.factors import Adapter, Factors
+from flexlora.model import export
 from flexlora.peft_format import WEIGHTS
 from support import models
 
@@ -224,7 +225,7 @@ def test_an_adapter_of_some_layers_gives_peft_no_others(folder, done, tmp_path):
     state = checkpoint.load(done.folder).state
     adapter = done.ready.method.global_adapter(state, done.ready.context(3))
     some = adapter.only([module for module in adapter if "layers.1" not in module])
-    rounds._export(done.ready, some, tmp_path / "adapter")
+    export(done.ready.base, some, tmp_path / "adapter")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", low_cpu_mem_usage=True)
     assert sum(".lora_A." in name for name, _ in adapted.named_parameters()) == len(some) == 7

@@ -18,7 +18,7 @@ from flexlora.data import Int32s
 from flexlora.errors import ConfigError
 from flexlora.evaluation.generation import stops, text
 from flexlora.lowrank import Factors
-from flexlora.model import Base, smollm2
+from flexlora.model import Base, export, smollm2
 
 NAME = "vllm"
 """The package."""
@@ -93,14 +93,7 @@ def _requests(base: Base, adapters: Sequence[Mapping[str, Factors]], folder: Pat
             yield None
             continue
         name, path = f"adapter{number}", folder / f"adapter{number}"
-        targets = peft_format.targets(adapter, base.paths)
-        peft_format.write(
-            adapter,
-            path,
-            base_model=base.published,
-            task_type="CAUSAL_LM",
-            target_modules=targets,
-        )
+        export(base, adapter, path)
         yield vllm.LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexlora import peft_format
 from flexlora.errors import ProtocolError
 from flexlora.federation import checkpoint
 from flexlora.federation.checkpoint import Checkpoint
@@ -27,6 +26,7 @@ from flexlora.federation.transport import Aggregating, Transport
 from flexlora.journal import Event, Meter, Record, SampleAnswers
 from flexlora.lowrank import Adapter, norm
 from flexlora.method import State, Upload
+from flexlora.model import export
 from flexlora.storage import locked
 from flexlora.training import clients_at_once
 
@@ -149,7 +149,7 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     adapter = prepared.method.global_adapter(state, prepared.context(number))
     aggregate_seconds = time.perf_counter() - aggregating
     run.meter.begin(f"{of}: writing the adapter")
-    _export(prepared, adapter, adapter_folder(run.folder, number))
+    export(prepared.base, adapter, adapter_folder(run.folder, number), replace=True)
     yield record.append(
         "round",
         round=number,
@@ -223,16 +223,3 @@ def _totals(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def adapter_folder(folder: Path, number: int) -> Path:
     """Where the global adapter of a round lies."""
     return folder / "rounds" / f"{number:05d}" / "adapter"
-
-
-def _export(prepared: PreparedRun, adapter: Adapter, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    peft_format.write(
-        adapter,
-        target,
-        base_model=prepared.base.published,
-        task_type="CAUSAL_LM",
-        target_modules=peft_format.targets(adapter, prepared.base.paths),
-        settings={"fan_in_fan_out": prepared.base.fan_in_fan_out},
-        replace=True,
-    )

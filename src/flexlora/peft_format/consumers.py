@@ -56,7 +56,7 @@ class Description:
         return [module for module in self.layers if not re.search(r"\.\d+\.", module)]
 
     def rewrite(self, rank: str = "max") -> str:
-        """The command that writes the adapter as a standard PEFT adapter of one rank and scale 1."""
+        """The command that writes a standard PEFT adapter of one rank and scale 1."""
         return rewrite(self.adapter.directory, rank)
 
     def misscaled(self, scale: Callable[[Layer], float]) -> str:

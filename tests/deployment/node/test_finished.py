@@ -57,6 +57,9 @@ def test_it_is_the_servers_file_to_the_bit_with_a_config_of_the_clients_own(
     assert (out / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     config = json.loads((out / CONFIG).read_text())
     assert config["base_model_name_or_path"] == base.published
+    # As a simulation writes it: PEFT's classes find it, and its modules are named once.
+    assert config["task_type"] == "CAUSAL_LM"
+    assert set(config["target_modules"]) == {name.rpartition(".")[2] for name in adapter}
     assert [path.name for path in out.parent.iterdir()] == ["adapter"]
 
 

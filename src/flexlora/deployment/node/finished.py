@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from flexlora import peft_format, wire
 from flexlora.errors import ProtocolError
 from flexlora.lowrank import Adapter, Factors, LowRankSum
-from flexlora.model import Base
+from flexlora.model import Base, export
 from flexlora.storage import sha256
 
 
@@ -57,7 +57,7 @@ def write(
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as draft:
         whole = Path(draft) / "adapter"
-        peft_format.write(adapter, whole, base_model=base.published)
+        export(base, adapter, whole)
         computed = sha256(whole / peft_format.WEIGHTS)
     if computed != digest:
         raise ProtocolError(
@@ -66,7 +66,7 @@ def write(
             "sides."
         )
     chosen = adapter if ranks is None else truncated(adapter, ranks)
-    peft_format.write(chosen, target, base_model=base.published, replace=True)
+    export(base, chosen, target, replace=True)
     return computed
 
 
