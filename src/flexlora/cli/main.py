@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
+import click
 import typer
 
 from flexlora.cli import adapters, configs, demo, deploy, evaluate, init, laws, methods, run, watch
@@ -129,20 +130,33 @@ def main() -> None:
     of flexlora: its traceback, a line that says so, and exit code 1.
     """
     try:
-        app(with_last_run(sys.argv[1:]))
+        code = app(with_last_run(sys.argv[1:]), prog_name="flexlora", standalone_mode=False)
     except FlexloraError as error:
         _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.message)
+        raise SystemExit(error.exit_code) from None
+    except click.ClickException as error:
+        _fail(_misused(error))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _REFUSED_BY_THE_SYSTEM:
             _fail(_sentence(error))
         traceback.print_exc()
         print(BUG, file=sys.stderr)
         raise SystemExit(1) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _misused(error: click.ClickException) -> str:
+    """What is wrong with the words of a command, as one sentence."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "flexlora"
+    return f"{error.format_message().rstrip('.')}; see: {command} --help"
 
 
 def _sentence(error: OSError) -> str:

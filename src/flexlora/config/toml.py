@@ -80,7 +80,12 @@ def _read(path: Path, label: str) -> tuple[str, dict[str, Any]]:
             f"The {label} {path} cannot be read: it is a folder; name a TOML file."
         ) from error
     except OSError as error:
-        raise ConfigError(f"The {label} {path} cannot be read: {error.strerror}.") from error
+        remedy = (
+            "" if path.exists() else "; give the path of a TOML file (flexlora init writes one)"
+        )
+        raise ConfigError(
+            f"The {label} {path} cannot be read: {error.strerror}{remedy}."
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not valid TOML: byte {error.start} is not UTF-8; save it as UTF-8 text."
