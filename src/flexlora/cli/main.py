@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from flexlora.cli import adapters, configs, demo, deploy, evaluate, init, laws, methods, run, watch
@@ -80,6 +79,12 @@ app = typer.Typer(
     },
 )
 
+_MISUSED: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+"""What is raised for wrong words: click's exception, or that of the click which newer versions of
+typer have in themselves; both are bases of the class that typer offers."""
+
 STOPPED = 130
 """The exit code of a command that was interrupted, as shells have it."""
 
@@ -133,11 +138,8 @@ def main() -> None:
         code = app(with_last_run(sys.argv[1:]), prog_name="flexlora", standalone_mode=False)
     except FlexloraError as error:
         _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.message)
-        raise SystemExit(error.exit_code) from None
-    except click.ClickException as error:
-        _fail(_misused(error))
+    except _MISUSED as error:
+        _end_misused(error)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _REFUSED_BY_THE_SYSTEM:
             _fail(_sentence(error))
@@ -152,11 +154,15 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _misused(error: click.ClickException) -> str:
-    """What is wrong with the words of a command, as one sentence."""
-    context = getattr(error, "ctx", None)
+def _end_misused(error: Exception) -> NoReturn:
+    """Say in one sentence what is wrong with the words of a command; no words ask for help."""
+    misused: Any = error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(misused.message)
+        raise SystemExit(misused.exit_code)
+    context = getattr(misused, "ctx", None)
     command = context.command_path if context else "flexlora"
-    return f"{error.format_message().rstrip('.')}; see: {command} --help"
+    _fail(f"{misused.format_message().rstrip('.')}; see: {command} --help")
 
 
 def _sentence(error: OSError) -> str:

