@@ -340,7 +340,6 @@ def _resumed(folder: Path, listening: Listening, changes: Sequence[str]) -> Expe
         if not server_run.delivered(folder, finish)[1]:
             # No error: services that restart a failed command must not restart this one.
             raise SystemExit(0)
-    listening.check_free()
     if changes:
         server_run.write_config(folder, settings)
     return settings

@@ -19,6 +19,8 @@ from flexlora.deployment.server import admission, delivery, server_run
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.run_files import ARRIVALS, NODES
 from flexlora.deployment.server.server_run import ServePlan
+from flexlora.deployment.server.supervisor import Listening
+from flexlora.errors import ConfigError
 from flexlora.federation import checkpoint, compose
 from flexlora.journal.record import Record
 from flexlora.lowrank import Adapter
@@ -259,6 +261,9 @@ class FakeProcess:
 
     def start(self):
         self.ended, self.starts = None, self.starts + 1
+
+    def end_left_behind(self):
+        assert self.starts == 0  # before anything of this server runs
 
     def stop(self):
         self.ended = -15
@@ -510,6 +515,24 @@ def test_what_a_crash_left_behind_is_ended_before_it_is_started_again(sleeper):
     second.start()
     assert first._running.wait(5) == -signal.SIGKILL
     assert identity(second).pid == second._running.pid and second.ended is None
+
+
+def test_a_server_that_goes_on_may_have_the_port_of_the_one_that_was_killed(sleeper):
+    """Its gate outlives it, and listens still."""
+    first, second = sleeper(), sleeper()
+    code = (
+        "import socket, time\n"
+        "listener = socket.create_server(('127.0.0.1', 0))\n"
+        "print(listener.getsockname()[1], flush=True)\n"
+        "time.sleep(60)"
+    )
+    first.arguments = [sys.executable, "-c", code]
+    up(first)
+    listening = Listening("127.0.0.1", int(first.last_lines()), None)
+    with pytest.raises(ConfigError, match="Address already in use"):
+        listening.check_free()
+    second.end_left_behind()
+    listening.check_free()
 
 
 def test_what_it_had_started_in_another_group_is_ended_too(sleeper, tmp_path):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +151,14 @@ def _log_of(process: psutil.Process) -> str | None:
     return variables.get(_LOG, "")
 
 
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; it is not waited for, as a parent does."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
 @dataclass
 class Process:
     """A program with all that it starts, its log, and a file that identifies it.
@@ -170,7 +179,7 @@ class Process:
     def start(self) -> None:
         """Start it in a process group of its own, after ending one that a crash left behind."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._end_left_behind()
+        self.end_left_behind()
         with self.log.open("ab") as log:
             self._running = subprocess.Popen(
                 list(self.arguments),
@@ -183,20 +192,24 @@ class Process:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
             ProcessId.of(self._running.pid).write(self.id_file)
 
-    def _end_left_behind(self) -> None:
+    def end_left_behind(self) -> None:
         """End what an earlier start left behind, if the process that started it was killed.
 
         These are the processes with this log in their environment. Of processes whose environment
         cannot be read, only that with the number and the start time in the file: after a reboot
         the number may belong to another program.
         """
-        earlier, log = ProcessId.read(self.id_file), str(self.log.resolve())
+        earlier, log, ending = ProcessId.read(self.id_file), str(self.log.resolve()), []
         for process in psutil.process_iter():
             started_with = _log_of(process)
             unreadable = started_with is None and earlier is not None and earlier.is_of(process)
             if started_with == log or unreadable:
                 with contextlib.suppress(psutil.Error):  # psutil compares the start time again
                     process.kill()
+                    ending.append(process)
+        until = time.monotonic() + _STOP_SECONDS
+        while any(map(_runs, ending)) and time.monotonic() < until:  # then their ports are free
+            time.sleep(0.02)
         self.id_file.unlink(missing_ok=True)
 
     @property

@@ -96,6 +96,17 @@ class Server:
             else Admission(self.folder, listening.keys / NODES, self.link)
         )
 
+    def check_free(self) -> None:
+        """Check that the address is free, once what a killed server left behind has ended.
+
+        Raises:
+            ConfigError: another program listens there, or it is no address of this machine.
+        """
+        for process in (self.gate, self.link.process):
+            if process is not None:
+                process.end_left_behind()
+        self.listening.check_free()
+
     def start(self) -> None:
         """Start both, authorise the nodes with keys, and submit the run."""
         self.link.start()
@@ -196,6 +207,7 @@ def _served(folder: Path, listening: Listening, stay_seconds: float) -> Iterator
     """See ``serve``."""
     console, server = _ConsoleLines(folder / ARRIVALS), Server(folder, listening)
     journal, finished_at, offset_bytes = Record(folder).path, None, None
+    server.check_free()
     if server.is_finished:
         delivery.reopen(folder)
         finished_at = time.monotonic()
