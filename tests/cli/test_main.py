@@ -133,3 +133,20 @@ def test_one_method_is_described_with_its_options(call):
     code, out, _ = call("methods", "flexlora")
     assert code == 0 and "arXiv 2402.11505" in out
     assert "accuracy = 'bounded'" in out and "mixed ranks:   yes" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("methods flexl", ["flexlora"]),
+        ("compare c.toml --methods flexlora,hetl", ["flexlora,hetlora"]),
+        ("configs qui", ["quickstart"]),
+        ("che", ["check"]),
+    ],
+)
+def test_a_shell_completes_commands_methods_and_configs(tmp_path, words, offered):
+    variables = {"_FLEXLORA_COMPLETE": "complete_bash", "COMP_WORDS": f"flexlora {words}"}
+    variables["COMP_CWORD"] = str(len(words.split()))
+    program = "from flexlora.cli.main import main; main()"
+    done = commands.python("-c", program, cwd=tmp_path, **variables)
+    assert done.out.split() == offered

@@ -18,7 +18,13 @@ QUICKSTART = "quickstart"
 
 def list_configs(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Copy this config.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Copy this config.",
+            show_default=False,
+            autocompletion=lambda incomplete: [n for n in names() if n.startswith(incomplete)],
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to copy it; default: NAME.toml.")

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 def list_methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Describe this method, with its options.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Describe this method, with its options.",
+            autocompletion=lambda incomplete: completed(incomplete),
+        ),
     ] = None,
 ) -> None:
     """List the federated methods, or describe one with its options."""
@@ -32,6 +37,13 @@ LISTED = Path(flexlora.__file__).parent / "methods" / "listed.json"
 
 To ask the methods themselves PyTorch is imported, which takes seconds.
 """
+
+
+def completed(incomplete: str) -> list[str]:
+    """The methods that shells offer after the beginning of a name, or of a list of names."""
+    listed, comma, last = incomplete.rpartition(",")
+    names = (name for name, *_ in json.loads(LISTED.read_text(encoding="utf-8")))
+    return [f"{listed}{comma}{name}" for name in names if name.startswith(last)]
 
 
 def row(name: str) -> list[str]:

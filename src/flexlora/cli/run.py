@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexlora.cli.configs import refuse_missing
+from flexlora.cli.methods import completed
 from flexlora.cli.options import (
     Changes,
     ConfigFile,
@@ -131,6 +132,7 @@ Methods = Annotated[
         "--methods",
         metavar="all|A,B,C",
         help="List: flexlora methods. Default: compare.methods, or all.",
+        autocompletion=completed,
     ),
 ]
 Seeds = Annotated[
