@@ -62,9 +62,12 @@ def main() -> None:
         folder = Path(temporary)
         tree = _checked_out(arguments.base, folder / "tree")
         before = (arguments.keep or folder) / f"before-{_hash(arguments.base)}"
+        config = _config_of(tree, folder / "smoke.toml")
         try:
             differ = [
-                name for name in arguments.only if not _same(name, tree, before, folder / "after")
+                name
+                for name in arguments.only
+                if not _same(name, config, tree, before, folder / "after")
             ]
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
@@ -83,21 +86,28 @@ def _checked_out(commit: str, tree: Path) -> Path:
     return tree
 
 
-def _same(name: str, tree: Path, before: Path, after: Path) -> bool:
+def _config_of(tree: Path, target: Path) -> Path:
+    """BASE's config for both versions, as it may not know the keys of a later one."""
+    text = (tree / SMOKE).read_text(encoding="utf-8")
+    target.write_text(text.replace("../../", f"{ROOT.parent}/"), encoding="utf-8")
+    return target
+
+
+def _same(name: str, config: Path, tree: Path, before: Path, after: Path) -> bool:
     """Whether one of ``RUNS`` is the same in both versions; says what is not."""
     for source, target in ((tree, before / name), (ROOT, after / name)):
         if not (target / "finished").exists():
             shutil.rmtree(target, ignore_errors=True)
-            _run(name, source, target)
+            _run(name, config, source, target)
             (target / "finished").touch()
     faults = _differences(before / name, after / name)
     print(f"{name}: {'; '.join(faults) or 'the same to the bit'}", flush=True)
     return not faults
 
 
-def _run(name: str, source: Path, target: Path) -> None:
+def _run(name: str, config: Path, source: Path, target: Path) -> None:
     changes = [*RUNS[name], "run.threads=2", "run.clients_at_once=2", "federation.rounds=2"]
-    command = [sys.executable, "-m", "flexlora", "run", str(ROOT / SMOKE), "--folder", str(target)]
+    command = [sys.executable, "-m", "flexlora", "run", str(config), "--folder", str(target)]
     for change in changes:
         command += ["--set", change]
     environment = {**os.environ, "PYTHONPATH": str(source / "src")}
