@@ -19,6 +19,9 @@ class Rows:
     def __init__(self, start, rows):
         self.numbers = range(start, start + rows)
 
+    def __len__(self):
+        return len(self.numbers)
+
     def with_format(self, kind):
         assert kind == "arrow"
         return self

@@ -49,6 +49,24 @@ class Dataset:
         assert kind == "arrow"
         return self.table
 
+    def __len__(self):
+        return len(self.table)
+
+
+class Streamed:
+    """What is used of ``datasets.IterableDataset``, which has no length and no rows by number."""
+
+    column_names = None
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def with_format(self, kind):
+        raise AssertionError("a streamed dataset has no table")
+
+    def __iter__(self):
+        return iter(self.rows)
+
 
 TABLE = pa.Table.from_pylist(ROWS)
 
@@ -64,8 +82,12 @@ TABLE = pa.Table.from_pylist(ROWS)
         TABLE,
         Arrow(TABLE),
         Dataset(TABLE),
+        Streamed(ROWS),
     ],
-    ids=["list", "tuple", "generator", "columns", "arrays", "arrow", "exported", "dataset"],
+    ids=[
+        *("list", "tuple", "generator", "columns", "arrays"),
+        *("arrow", "exported", "dataset", "streamed"),
+    ],
 )
 def test_every_form_of_rows_gives_the_same_corpus(rows):
     corpus = read(rows, COLUMNS)
@@ -82,6 +104,8 @@ def test_a_dict_of_datasets_has_their_splits():
     corpus = read({"train": Dataset(TABLE), "test": Dataset(TABLE.slice(0, 2))}, COLUMNS)
     assert corpus.keys("split").tolist() == ["train"] * 5 + ["test"] * 2
     assert "split" not in read({"train": Dataset(TABLE)}, COLUMNS).columns
+    streamed = read({"train": Streamed(ROWS), "test": Streamed(ROWS[:2])}, COLUMNS)
+    assert streamed.keys("split").tolist() == ["train"] * 5 + ["test"] * 2
 
 
 def test_a_corpus_stays_as_it_is():

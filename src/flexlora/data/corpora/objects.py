@@ -25,9 +25,10 @@ def read(
 ) -> Corpus:
     """The corpus of rows in memory.
 
-    ``rows`` is a list (or any iterable) of dicts, a dict of columns, a ``datasets.Dataset`` or
-    ``DatasetDict``, or a table that can be exported to Arrow: of pandas, Polars or PyArrow. None
-    of these packages is imported here. ``needs`` and ``fields`` are as of ``table.read``.
+    ``rows`` is a list (or any iterable) of dicts, a dict of columns, a ``Dataset`` or
+    ``DatasetDict`` of datasets, also a streamed one, or a table that can be exported to Arrow: of
+    pandas, Polars or PyArrow. None of these packages is imported here. ``needs`` and ``fields``
+    are as of ``table.read``.
 
     Raises:
         DataError: the object is none of these, a column is missing, or a value cannot be used.
@@ -82,12 +83,14 @@ def _of_columns(columns: Mapping[Any, Any]) -> list[dict[Any, Any]]:
 
 
 def _is_dataset(rows: Any) -> bool:
-    """Whether this is a ``datasets.Dataset``."""
+    """Whether this is a ``datasets.Dataset`` or ``IterableDataset``."""
     return hasattr(rows, "with_format") and hasattr(rows, "column_names")
 
 
 def exported(rows: Any) -> pa.Table:
-    """The rows of a ``datasets.Dataset``, in the dataset's order."""
+    """The rows of a ``datasets.Dataset`` or ``IterableDataset``, in the dataset's order."""
+    if not hasattr(rows, "__len__"):  # it is streamed
+        return pa.Table.from_pylist(list(rows))
     table: pa.Table = rows.with_format("arrow")[:]
     return table
 
