@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from flexlora.deployment import certificates
+from flexlora.deployment import certificates, key_files
 from flexlora.deployment.certificates import ServerKeys, make_server
 from flexlora.deployment.keys import (
     NODES,
@@ -397,3 +397,17 @@ def test_a_client_is_admitted_to_a_server_alone(tmp_path):
     public = make_node(tmp_path / "mary", "mary")
     with pytest.raises(ValueError, match="does not hold a server's keys; make them first"):
         admit(tmp_path / "mary", public)
+
+
+@pytest.mark.parametrize(
+    ("read", "remedy"),
+    [(key_files.read_public_key, r"NAME\.pub"), (key_files.read_certificate, "--host")],
+)
+def test_a_file_of_another_kind_is_refused_with_the_remedy_and_no_foreign_words(
+    tmp_path, read, remedy
+):
+    file = tmp_path / "other"
+    file.write_bytes(b"-----BEGIN NONSENSE-----\n")
+    with pytest.raises(ValueError, match=remedy) as refused:
+        read(file)
+    assert "BEGIN" not in str(refused.value)

@@ -77,7 +77,9 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         certificate = x509.load_pem_x509_certificate(content)
     except ValueError as error:
-        raise ProtocolError(f"{path} is not a certificate in PEM: {error}.") from error
+        raise ProtocolError(
+            f"{path} is not a certificate in PEM; give the one that flexlora keys --host wrote."
+        ) from error
     if certificate.not_valid_after_utc <= datetime.now(UTC):
         raise ProtocolError(
             f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; move it away and "
@@ -115,7 +117,9 @@ def read_public_key(path: Path) -> bytes:
     try:
         key = serialization.load_ssh_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ProtocolError(f"{path} is not an OpenSSH public key: {error}.") from error
+        raise ProtocolError(
+            f"{path} is not an OpenSSH public key; give the NAME.pub of flexlora keys --node."
+        ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ProtocolError(f"{path} is not an elliptic-curve key, which Flower requires.")
     return public_bytes(key)
