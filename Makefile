@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-flower test test-slow test-all test-numeric test-kills test-kills-short check bench docs clean
+.PHONY: help demo demo-flower test test-slow test-all test-numeric test-kills test-kills-short trust check bench docs clean
 
 help:  ## Say what the targets are
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -27,7 +27,7 @@ test: $(READY)  ## The quick tests, on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(READY)  ## The slow tests, one at a time: real processes, kills, Ray, planted faults
-	$(BIN)/python -m pytest -m slow --durations=25
+	$(BIN)/python -m pytest -m 'slow and not trust' --durations=25
 
 test-all: test test-slow  ## All tests
 
@@ -40,11 +40,14 @@ test-numeric: $(READY)  ## The numeric tests with the sums of processors without
 	  $(BIN)/python -m pytest $(PARALLEL) $(NUMERIC)
 
 test-kills: $(READY)  ## Real clients whose processes are killed, and the commands of docs/deploying.md
-	$(BIN)/python -m pytest -m '' tests/deployment/test_kills.py \
+	$(BIN)/python -m pytest -m 'not trust' tests/deployment/test_kills.py \
 	  tests/deployment/test_namespaces.py tests/docs/test_deploying.py
 
 test-kills-short: $(READY)  ## The most telling of these kills, in two rounds and two and a half minutes
-	$(BIN)/python -m pytest -m '' tests/deployment/test_kills.py -k most_telling
+	$(BIN)/python -m pytest -m 'not trust' tests/deployment/test_kills.py -k most_telling
+
+trust: $(READY)  ## The security tests at full size: 200,000 fuzzed uploads, corruptions, fault points; 15 minutes
+	$(BIN)/python -m pytest $(PARALLEL) -m trust --durations=25
 
 check: $(READY)  ## Lint and types
 	$(BIN)/ruff check .
