@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexlora import addresses
+from flexlora.cli.interrupts import STOPPED
 from flexlora.cli.join import interrupt
 from flexlora.cli.join import join as join
 from flexlora.cli.options import Changes, refuse_file
@@ -39,8 +40,6 @@ Stay = Annotated[
 
 PORT = 8090
 PAGE_PORT = 8091
-STOPPED = 130
-"""The exit code of a command that was interrupted, as shells have it."""
 MOST_DIFFERENCE = 1e-6
 """The largest relative difference between the products of the demonstration's two adapters."""
 

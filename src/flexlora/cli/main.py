@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from flexlora.cli import adapters, configs, demo, deploy, evaluate, init, laws, methods, run, watch
+from flexlora.cli.interrupts import STOPPED, raised
 from flexlora.cli.options import with_last_run
 from flexlora.errors import FlexloraError
 
@@ -85,9 +86,6 @@ _MISUSED: type[Exception] = next(
 """What is raised for wrong words: click's exception, or that of the click which newer versions of
 typer have in themselves; both are bases of the class that typer offers."""
 
-STOPPED = 130
-"""The exit code of a command that was interrupted, as shells have it."""
-
 
 def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command, which an interrupt ends with a word and the exit code that shells expect."""
@@ -95,7 +93,8 @@ def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*words: Any, **options: Any) -> Any:
         try:
-            return command(*words, **options)
+            with raised():
+                return command(*words, **options)
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             raise SystemExit(STOPPED) from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexlora.cli.configs import refuse_missing
+from flexlora.cli.interrupts import STOPPED
 from flexlora.cli.methods import completed
 from flexlora.cli.options import (
     Changes,
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from flexlora.federation.compare import Cell
     from flexlora.federation.ray.cluster import Cluster
     from flexlora.journal import Event
-
-STOPPED = 130
-"""The exit code of a command that was interrupted, as shells have it."""
-
 
 OutFolder = Annotated[
     Path | None,
