@@ -1,11 +1,14 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexlora.errors import AdapterError
 from flexlora.laws.dense import best, product, relative_error, weighted_sum
 from flexlora.lowrank.factors import Factors
-from flexlora.lowrank.sums import Accumulator, LowRankSum, norm
+from flexlora.lowrank.sums import Accumulator, LowRankSum, norm, normalized
 from flexlora.lowrank.svd import SVD
 from support.factors import random_factors
 
@@ -219,3 +222,13 @@ def test_accumulators_refuse_what_does_not_fit():
         total.finalize()
     with pytest.raises(ValueError, match=r"shape \(11, 7\)"):
         total.absorb(1.0, random_factors(11, 2, 7))
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (math.inf, 1.0), (math.nan, 1.0), (2.0, -1.0)])
+def test_weights_without_a_sum_are_refused(weights):
+    with pytest.raises(AdapterError, match="finite sum"):
+        normalized(weights)
+
+
+def test_weights_of_zero_are_equal():
+    assert normalized((0.0, 0.0)) == [0.5, 0.5] and normalized((3.0, 1.0)) == [0.75, 0.25]

@@ -168,6 +168,37 @@ def test_on_any_error_nothing_is_written(adapters, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("weights", "how"),
+    [
+        ((1e308, 1e308, 1e308), {}),
+        ((1e308, 1e308, 1.0), {"absent": "skip"}),
+        ((1e308, -1e308, 1e308), {"sum_weights": True}),
+        ((1.0, 2.0, 1e-300), {}),
+        ((1.0, -2.0, 1e-300), {"sum_weights": True}),
+        ((1e-300, 2e-300, 1e-300), {"sum_weights": True}),
+        ((1e200, 2e200, 1e200), {"sum_weights": True}),
+        ((1e40, 2e40, 1e40), {"sum_weights": True}),
+        ((1e-8, 2e-8, 1e-8), {"sum_weights": True, "dtype": torch.float16}),
+        ((1e6, 2e6, 1e6), {"sum_weights": True, "dtype": torch.float16}),
+    ],
+)
+def test_weights_that_would_lose_an_adapter_or_the_result_are_refused(
+    adapters, tmp_path, weights, how
+):
+    with pytest.raises(AdapterError, match="weights of ordinary size"):
+        merge([d for d, _ in adapters], tmp_path / "out", weights, **how)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("unit", [1e300, 1e-300])
+def test_only_the_ratio_of_weights_counts(adapters, tmp_path, unit):
+    merge([d for d, _ in adapters], tmp_path / "out", [3 * unit, 1 * unit, 2 * unit])
+    merge([d for d, _ in adapters], tmp_path / "plain", [3, 1, 2])
+    got, want = (product(merged(tmp_path / name)[Q]) for name in ("out", "plain"))
+    assert relative_error(got, want) < 1e-6
+
+
 def test_other_shapes_and_other_bases_are_refused(adapters, tmp_path):
     other = Adapter({Q: random_factors(7, 2, 11, dtype=torch.float32)})
     peft_format.write(other, tmp_path / "other", base_model="tiny/base")

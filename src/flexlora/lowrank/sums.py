@@ -5,6 +5,7 @@ No (out, in) matrix is formed while the factors need less memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -163,8 +164,16 @@ def norm(factors: Factors) -> float:
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
-    """The weights divided by their sum; equal weights if the sum is zero."""
+    """The weights divided by their sum; equal weights if the sum is zero.
+
+    Raises:
+        AdapterError: a weight is negative or no number, or their sum is not finite.
+    """
     total = sum(weights)
+    if not math.isfinite(total) or min(weights) < 0:
+        raise AdapterError(
+            f"Weights must not be negative and need a finite sum, got {list(weights)[:8]}."
+        )
     if total == 0:
         return [1 / len(weights)] * len(weights)
     return [weight / total for weight in weights]

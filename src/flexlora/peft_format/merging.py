@@ -27,6 +27,12 @@ ROUNDING = 1e-10
 CANCELLED = 1e-12
 """The same, as a share of the terms, where terms are subtracted and may cancel."""
 
+LEAST_SHARE = ROUNDING
+"""The smallest ratio of two weights: below it the smaller one's adapter is lost in rounding."""
+
+MOST_LOST = 2**-6
+"""The share of a factor's largest value that the file may lose; bfloat16 rounds by 2^-9."""
+
 StrPath = str | os.PathLike[str]
 Rank = int | float | Literal["max"]
 """A rank, a share of the energy from 0 to 1 (both excluded), or ``max`` for no loss."""
@@ -181,8 +187,9 @@ def _write(
     dtype: torch.dtype,
     replace: bool,
 ) -> None:
+    _refuse_vanished(merged, dtype)
     writing.write(
-        Adapter(merged),
+        Adapter(merged).to(torch.float32),
         out,
         base_model=agreed.base_model,
         dtype=dtype,
@@ -249,7 +256,7 @@ def _merged(
     final = max(content if wanted == "max" else min(int(wanted), content), 1)
     squared_norm = float(svd.S.double().square().sum()) + svd.beyond
     facts = MergedModule(module, total.rank, final, svd.energy(final), squared_norm, absent_from)
-    factors = svd.factors(final).to(torch.float32)
+    factors = svd.factors(final)
     return (factors if content else Factors(0 * factors.B, 0 * factors.A)), facts
 
 
@@ -316,7 +323,27 @@ def _checked_weights(weights: Sequence[float] | None, count: int, summed: bool) 
             else f"Weights must be positive and finite, got {weight}; leave out an adapter that "
             f"should not count, or add and subtract with --sum (from Python: sum_weights=True)."
         )
+    largest, smallest = max(map(abs, weights)), min(map(abs, weights))
+    if not math.isfinite(sum(map(abs, weights))) or smallest < LEAST_SHARE * largest:
+        raise AdapterError(
+            f"The weights {largest:g} and {smallest:g} cannot be added without losing one of them; "
+            f"give weights of ordinary size such as 3,1,2, or leave out the adapter that should "
+            f"not count."
+        )
     return list(weights)
+
+
+def _refuse_vanished(merged: Mapping[str, Factors], dtype: torch.dtype) -> None:
+    """Refuse a result that the precision of its file cannot hold."""
+    for path, factors in merged.items():
+        for exact in (factors.B, factors.A):
+            lost = exact - exact.to(torch.float32).to(dtype).to(torch.float64)
+            largest = float(exact.abs().max())
+            if not float(lost.abs().max()) <= MOST_LOST * largest:
+                raise AdapterError(
+                    f"The result's module {path!r} has values of up to {largest:.1g}, which "
+                    f"{dtype} cannot hold; give --dtype float32, or weights of ordinary size."
+                )
 
 
 def _check_rank(rank: int | float | str) -> None:
