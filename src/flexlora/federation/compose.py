@@ -17,6 +17,7 @@ from flexlora.method import (
     averagers,
     regularizers,
     require_means,
+    require_uploads,
     server_optimizers,
     with_server_optimizer,
 )
@@ -125,10 +126,11 @@ def averager_for(method: Method, experiment: Experiment) -> Averager:
     """The averager that a config names; plain averaging if it names none.
 
     Raises:
-        ConfigError: it does not compute what the method needs.
+        ConfigError: it does not compute what the method needs, or rounds may be too small for it.
     """
     averager = averagers.make(experiment.averager or PLAIN)
     require_means(averager, method)
+    require_uploads(averager, experiment.federation.quorum)
     return averager
 
 

@@ -23,9 +23,10 @@ from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.run_facts import spectrum, start_facts
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Aggregating, Transport
+from flexlora.federation.weighting import cohort_of, weights_facts
 from flexlora.journal import Event, Meter, Record, SampleAnswers
 from flexlora.lowrank import Adapter, norm
-from flexlora.method import State, Upload
+from flexlora.method import Cohort, State, Upload
 from flexlora.model import export
 from flexlora.storage import locked
 from flexlora.training import clients_at_once
@@ -145,7 +146,9 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     aggregating, of = time.perf_counter(), f"round {number}/{prepared.experiment.federation.rounds}"
     run.meter.begin(f"{of}: aggregating")
     uploads = [collector.uploads[id] for id in prepared.clients if id in collector.uploads]
-    state = _aggregated(run, collector.state, uploads, number)
+    uploads = _capped(prepared, uploads)
+    cohort = cohort_of(prepared, collector.state, uploads, number)
+    state = _aggregated(run, collector.state, cohort, number)
     adapter = prepared.method.global_adapter(state, prepared.context(number))
     aggregate_seconds = time.perf_counter() - aggregating
     run.meter.begin(f"{of}: writing the adapter")
@@ -161,6 +164,8 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
         # An exact sum: its order must not matter.
         update_norm=math.sqrt(math.fsum(norm(f) ** 2 for f in adapter.values())),
     )
+    if facts := weights_facts(cohort, uploads):
+        yield record.append("weights", round=number, **facts)
     yield record.append("spectrum", round=number, **spectrum(prepared, adapter, state))
     yield from run.evaluations.after(number, adapter, state)
     run.meter.begin(f"{of}: clients evaluate")
@@ -176,18 +181,17 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     return point
 
 
-def _aggregated(run: _Run, state: State, uploads: Sequence[Upload], number: int) -> State:
-    """The next state, with the help of workers where the transport has any for it.
-
-    No client weighs more than the config lets it.
-    """
-    prepared, context = run.prepared, run.prepared.context(number)
+def _capped(prepared: PreparedRun, uploads: Sequence[Upload]) -> list[Upload]:
+    """The uploads, none of which weighs more than the config lets it."""
     most = prepared.experiment.federation.most_examples
-    if most is not None:
-        uploads = [
-            dataclasses.replace(upload, examples=min(upload.examples, most)) for upload in uploads
-        ]
-    cohort = prepared.averager.cohort(uploads, prepared.method.weights, context)
+    if most is None:
+        return list(uploads)
+    return [dataclasses.replace(upload, examples=min(upload.examples, most)) for upload in uploads]
+
+
+def _aggregated(run: _Run, state: State, cohort: Cohort, number: int) -> State:
+    """The next state, with the help of workers where the transport has any for it."""
+    prepared, context = run.prepared, run.prepared.context(number)
     if isinstance(run.transport, Aggregating):
         return run.transport.aggregate(prepared.method, state, cohort, context)
     return prepared.method.aggregate(state, cohort, context)

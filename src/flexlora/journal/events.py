@@ -176,6 +176,15 @@ EVENTS: Mapping[str, EventType] = {
         aggregate_seconds="of these, seconds of aggregation",
         update_norm="Frobenius norm of the global update",
     ),
+    "weights": _type(
+        "An averager that compares clients has weighted those of a round.",
+        round=_ROUND,
+        shares="{client: its share of the weights; 0 if it was left out}",
+        scores=(
+            "{client: its distance to the geometric median, its score in multi-Krum, or its cosine "
+            "to the trusted client}"
+        ),
+    ),
     "spectrum": _type(
         "The singular values of the global update after a round.",
         round=_ROUND,

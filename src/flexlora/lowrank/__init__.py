@@ -2,6 +2,7 @@
 
 from flexlora.lowrank.decomposition import Accuracy, decompose
 from flexlora.lowrank.factors import Adapter, FactorNames, Factors
+from flexlora.lowrank.gram import cosines, norms, parameter_gram, product_gram, squared_distances
 from flexlora.lowrank.parametrization import Parametrization, as_vector
 from flexlora.lowrank.sums import Accumulator, LowRankSum, norm, normalized
 from flexlora.lowrank.svd import SVD, Split
@@ -17,7 +18,12 @@ __all__ = [
     "Parametrization",
     "Split",
     "as_vector",
+    "cosines",
     "decompose",
     "norm",
     "normalized",
+    "norms",
+    "parameter_gram",
+    "product_gram",
+    "squared_distances",
 ]

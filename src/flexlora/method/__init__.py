@@ -1,14 +1,23 @@
 """What a federated method decides: the interface, and what its authors build on."""
 
-from flexlora.method.averager import Averager, Cohort, Mean, Weights, require_means
+from flexlora.method.averager import (
+    Averager,
+    Cohort,
+    Mean,
+    Weights,
+    require_means,
+    require_uploads,
+)
 from flexlora.method.averaging import (
     WeightedCohort,
     client_weights,
     component_shares,
     factor_means,
     parameter_norm,
+    reweighted,
     update_norm,
 )
+from flexlora.method.client_changes import Changes, Untrained, space_of
 from flexlora.method.features import UnsupportedFeature, require
 from flexlora.method.handout import (
     changes,
@@ -51,6 +60,7 @@ from flexlora.method.wrapper import MethodWrapper
 
 __all__ = [
     "Averager",
+    "Changes",
     "Client",
     "Cohort",
     "Download",
@@ -73,6 +83,7 @@ __all__ = [
     "Truncation",
     "Turn",
     "UnsupportedFeature",
+    "Untrained",
     "Upload",
     "UploadSpec",
     "Weighted",
@@ -94,6 +105,9 @@ __all__ = [
     "random_components",
     "require",
     "require_means",
+    "require_uploads",
+    "reweighted",
+    "space_of",
     "stacked",
     "total",
     "truncated",

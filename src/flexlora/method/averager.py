@@ -9,11 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexlora.errors import ConfigError
 from flexlora.lowrank import Factors, LowRankSum
 from flexlora.method.interface import Method, RoundContext, Upload
+
+if TYPE_CHECKING:
+    from flexlora.method.client_changes import Changes
 
 Weights = Literal["examples", "uniform", "norms"]
 """How clients are weighted: by their examples, equally, or by the norm of their update."""
@@ -51,7 +54,7 @@ class Cohort(ABC):
     @property
     @abstractmethod
     def weights(self) -> Mapping[str, float]:
-        """The weight of every client whose upload arrived, in cohort order.
+        """The weight of every client whose upload counts, in cohort order.
 
         Before they are divided by their sum.
         """
@@ -114,8 +117,13 @@ class Cohort(ABC):
 
     @property
     def clients(self) -> list[str]:
-        """The clients whose uploads arrived, in cohort order."""
+        """The clients whose uploads count, in cohort order."""
         return list(self.weights)
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """What an averager that compares clients judged each of them by, for the journal."""
+        return {}
 
 
 class Averager(ABC):
@@ -128,10 +136,29 @@ class Averager(ABC):
     title: ClassVar[str]
     offers: ClassVar[frozenset[Mean]]
     """Which of them its cohorts compute."""
+    accepts: ClassVar[frozenset[Weights]] = frozenset({"examples", "uniform", "norms"})
+    """Which weights of a method it starts from."""
+    least: ClassVar[int] = 1
+    """The uploads without which it does not do what it is for."""
+
+    @property
+    def required(self) -> frozenset[str]:
+        """Clients that every round invites and waits for."""
+        return frozenset()
 
     @abstractmethod
-    def cohort(self, uploads: Sequence[Upload], weights: Weights, context: RoundContext) -> Cohort:
-        """The means over these uploads: validated, in cohort order, at least one."""
+    def cohort(
+        self,
+        uploads: Sequence[Upload],
+        weights: Weights,
+        context: RoundContext,
+        changes: Changes | None = None,
+    ) -> Cohort:
+        """The means over these uploads: validated, in cohort order, at least one.
+
+        ``changes`` are what they changed relative to what was handed out. An averager that reads
+        no ``changes`` need not take them. Raises ProtocolError where the uploads do not allow it.
+        """
 
 
 def require_means(averager: Averager, method: Method) -> None:
@@ -145,4 +172,24 @@ def require_means(averager: Averager, method: Method) -> None:
         raise ConfigError(
             f"The averager {averager.title!r} does not compute the {', the '.join(missing)}, which "
             f"{method.title!r} needs; use averager 'plain', or another method."
+        )
+    if method.weights not in averager.accepts:
+        raise ConfigError(
+            f"{method.title!r} weights clients by the {method.weights} of what they send, which "
+            f"they choose themselves, and the averager {averager.title!r} would be led by them; "
+            "set method.weights to 'examples' or 'uniform' where the method has the option, or "
+            "use averager 'plain', or another method."
+        )
+
+
+def require_uploads(averager: Averager, quorum: int) -> None:
+    """Refuse rounds that may have fewer uploads than the averager needs.
+
+    Raises:
+        ConfigError: naming the number to set.
+    """
+    if quorum < averager.least:
+        raise ConfigError(
+            f"The averager {averager.title!r} compares at least {averager.least} uploads, but a "
+            f"round may go on with {quorum}; set federation.quorum to {averager.least} or more."
         )

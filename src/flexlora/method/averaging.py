@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from flexlora.errors import ProtocolError
 from flexlora.lowrank import Adapter, Factors, LowRankSum, norm, normalized
 from flexlora.method.averager import Cohort, Weights
 from flexlora.method.interface import Upload
@@ -20,16 +21,23 @@ class WeightedCohort(Cohort):
     """Uploads in memory or on the disk, each with its weight; offers every mean.
 
     ``members`` are in cohort order; ``raw_weights`` are not negative, and need not add up to 1.
+    ``client_scores`` are what an averager gave the weights by; of clients left out too.
     """
 
     members: tuple[Upload, ...]
     raw_weights: tuple[float, ...]
+    client_scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weights(self) -> Mapping[str, float]:
         """Every client's weight, before they are divided by their sum."""
         ids = [upload.client for upload in self.members]
         return dict(zip(ids, self.raw_weights, strict=True))
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """What every client was judged by."""
+        return self.client_scores
 
     @property
     def uploads(self) -> Sequence[Upload]:
@@ -135,6 +143,25 @@ class WeightedCohort(Cohort):
             (p, list(u.component_ids[module]), u.adapter[module])
             for p, u in zip(shares, self.members, strict=True)
         ]
+
+
+def reweighted(
+    uploads: Sequence[Upload], weights: Sequence[float], scores: Sequence[float]
+) -> WeightedCohort:
+    """The cohort of the uploads whose weight is not zero; the ``scores`` are of all.
+
+    Raises:
+        ProtocolError: none is left, or a weight is not a number.
+    """
+    if not all(math.isfinite(weight) for weight in weights) or not any(weights):
+        raise ProtocolError(
+            "The averager gives no client of the round a weight; set averager.name to 'plain', or "
+            "look at the clients' changes in the journal."
+        )
+    counted = [(u, float(w)) for u, w in zip(uploads, weights, strict=True) if w]
+    members, raw_weights = zip(*counted, strict=True)
+    judged = {u.client: float(score) for u, score in zip(uploads, scores, strict=True)}
+    return WeightedCohort(members, raw_weights, judged)
 
 
 def client_weights(uploads: Sequence[Upload], weights: Weights) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flexlora.method.averager import Averager, Mean, Weights
 from flexlora.method.averaging import WeightedCohort, client_weights
+from flexlora.method.client_changes import Changes
 from flexlora.method.interface import RoundContext, Upload
 
 
@@ -18,7 +19,11 @@ class Plain(Averager):
     offers = frozenset(Mean)
 
     def cohort(
-        self, uploads: Sequence[Upload], weights: Weights, context: RoundContext
+        self,
+        uploads: Sequence[Upload],
+        weights: Weights,
+        context: RoundContext,
+        changes: Changes | None = None,
     ) -> WeightedCohort:
         """Weighted by what the method names."""
         return WeightedCohort(tuple(uploads), client_weights(uploads, weights))

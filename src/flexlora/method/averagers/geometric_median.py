@@ -1,0 +1,104 @@
+"""The geometric median of the clients' changes (RFA: Pillutla et al., arXiv 1912.13445).
+
+It minimises the weighted sum of the distances to the changes, so that clients with less than half
+of all weight cannot move it arbitrarily far. It is a weighted mean itself, with weights in inverse
+proportion to the distance, found by Weiszfeld's iteration on the Gram matrix of the changes.
+
+Differs: distances are between changes relative to what was handed out, all modules together,
+products where the method averages products; the first iterate is not the mean, which a single
+client can put anywhere, but starts at the client nearest to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexlora.errors import ConfigError, ProtocolError
+from flexlora.lowrank import normalized, squared_distances
+from flexlora.method.averager import Averager, Mean, Weights
+from flexlora.method.averaging import WeightedCohort, client_weights, reweighted
+from flexlora.method.client_changes import Changes
+from flexlora.method.interface import RoundContext, Upload
+
+_NEAREST = 1e-6
+"""The least distance that counts, relative to the usual one: a client at the median itself would
+have all weight."""
+
+
+@dataclass(frozen=True)
+class GeometricMedian(Averager):
+    """The geometric median of the changes.
+
+    At most ``iterations`` steps, until no client's share changes by more than ``tolerance``.
+    """
+
+    title = "geometric median"
+    offers = frozenset(Mean) - {Mean.UPLOADS, Mean.AUX_FACTORS}
+    accepts = frozenset({"examples", "uniform"})
+    least = 3
+
+    iterations: int = 1000
+    tolerance: float = 1e-9
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or not 0 < self.tolerance < 1:
+            raise ConfigError(
+                "iterations is at least 1 and tolerance in (0, 1), got "
+                f"{self.iterations} and {self.tolerance}."
+            )
+
+    def cohort(
+        self,
+        uploads: Sequence[Upload],
+        weights: Weights,
+        context: RoundContext,
+        changes: Changes | None = None,
+    ) -> WeightedCohort:
+        """Weighted in inverse proportion to the distance to the median; scores are distances."""
+        if changes is None:
+            raise ProtocolError(f"The averager {self.title!r} needs the clients' changes.")
+        declared = torch.tensor(normalized(client_weights(uploads, weights)), dtype=torch.float64)
+        shares, distances = median(
+            changes.gram(list(context.ranks)), declared, self.iterations, self.tolerance
+        )
+        return reweighted(uploads, shares.tolist(), distances.tolist())
+
+
+def median(
+    gram: Tensor, declared: Tensor, iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Each vector's share (n,) in the geometric median, and its distance (n,) to it.
+
+    ``gram`` (n, n) has the inner products of the vectors, ``declared`` (n,) their weights, which
+    add up to 1.
+    """
+    apart = squared_distances(gram).sqrt()
+    center = int((apart @ declared).argmin())
+    nearest = apart[center]
+    usual = nearest.median()
+    if usual == 0:
+        # At least half of the vectors are the same: that one is the median.
+        usual = nearest[nearest > 0].min() if (nearest > 0).any() else torch.ones_like(usual)
+    # Relative to the nearest: else distances would be differences of the largest norms.
+    gram = gram - gram[center] - gram[:, center, None] + gram[center, center]
+    shares, least = _shares(declared, nearest, usual), _NEAREST * usual
+    for _ in range(iterations):
+        before, shares = shares, _shares(declared, _distances(gram, shares), least)
+        if (shares - before).abs().max() <= tolerance:
+            break
+    return shares, _distances(gram, shares)
+
+
+def _distances(gram: Tensor, shares: Tensor) -> Tensor:
+    """The distance (n,) of each vector to the sum of all at these shares."""
+    inner = gram @ shares
+    return (gram.diagonal() - 2 * inner + shares @ inner).clamp_min(0).sqrt()
+
+
+def _shares(declared: Tensor, distances: Tensor, least: Tensor) -> Tensor:
+    inverse = declared / distances.clamp_min(least)
+    return inverse / inverse.sum()
