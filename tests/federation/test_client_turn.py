@@ -119,7 +119,7 @@ def test_the_methods_client_half_is_asked(ready, job, tmp_path):
 
 
 def test_what_is_no_download_is_refused(ready):
-    with pytest.raises(ValueError, match="not an adapter"):
+    with pytest.raises(ValueError, match="is not a valid safetensors file"):
         client_turn.turn(TurnRequest("client4", 2, b"noise"), ready.runtime)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexlora import wire
 from flexlora.lowrank.factors import Adapter
 from flexlora.method.interface import Download, Upload
-from flexlora.wire import adapters
+from flexlora.wire import fields
 from support.factors import random_factors
 
 ADAPTER = Adapter(
@@ -39,13 +39,16 @@ def raw(header: object, tensors=None) -> bytes:
 
 
 HEADER = {
-    "format": adapters.FORMAT,
+    "format": fields.FORMAT,
     "kind": "upload",
     "client": "anna",
     "round": 4,
     "examples": 17,
     "facts": {"seconds": 0.5},
 }
+
+
+DOWNLOAD = {"format": fields.FORMAT, "kind": "download"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -114,26 +117,29 @@ def test_what_cannot_be_said_in_json_is_refused():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "0 bytes received are not an adapter"),
-        (b"\x10" + b"\0" * 7, "header is cut off"),
-        (b"\xff" * 40, "header is cut off"),
-        (struct.pack("<Q", 2) + b"{}", "no flexlora header"),
-        (struct.pack("<Q", 4) + b"\xff\xfe[]", "no flexlora header"),
-        (struct.pack("<Q", 6) + b"[1, 2]", "no flexlora header"),
+        (b"", "was cut off at 0 bytes"),
+        (b"\x10" + b"\0" * 7, "was cut off at"),
+        (b"\xff" * 40, "was cut off at"),
+        (struct.pack("<Q", 2) + b"{}", "has format None"),
+        (struct.pack("<Q", 4) + b"{\xfe[]", "codec can't decode"),
+        (struct.pack("<Q", 6) + b"[1, 2]", "does not begin with {"),
         (raw({**HEADER, "format": 99}), "format 99; this version reads format 2"),
         (raw("[]"), "reads format 2"),
-        (raw({**HEADER, "kind": "upload"}), "Expected a message of kind 'download', not 'upload'"),
+        (raw({**HEADER, "kind": "upload"}), "expected a message of kind 'download', not 'upload'"),
         (raw("{"), "."),
         (raw("[" * 100_000), "."),
-        (wire.encode_download(Download(ADAPTER), torch.float32)[:-4], "not an adapter"),
-        (raw({**HEADER, "kind": "download"}, {"a.A": torch.ones(3, 7)}), "'a' has no B"),
         (
-            raw({**HEADER, "kind": "download"}, {"a.A": torch.ones(2, 7), "a.B": torch.ones(9, 3)}),
+            wire.encode_download(Download(ADAPTER), torch.float32)[:-4],
+            "does not lie within",
+        ),
+        (raw(DOWNLOAD, {"a.A": torch.ones(3, 7)}), "'a' has no B"),
+        (
+            raw(DOWNLOAD, {"a.A": torch.ones(2, 7), "a.B": torch.ones(9, 3)}),
             "ranks, 3 and 2, differ",
         ),
         (
             raw(
-                {**HEADER, "kind": "download"},
+                DOWNLOAD,
                 {"a.A": torch.ones(2, 7), "a.B": torch.ones(9, 2), "c": torch.ones(1)},
             ),
             "unknown tensor 'c'",
@@ -148,9 +154,9 @@ def test_bytes_that_are_no_download_are_refused(data, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "download"}, "Expected a message of kind 'upload', not 'download'"),
-        ({"client": 5}, "'client' is 5, not a str"),
-        ({"round": "4"}, "'round' is '4', not a int"),
+        ({"kind": "download"}, "expected a message of kind 'upload', not 'download'"),
+        ({"client": 5}, "'client' is 5, not a name"),
+        ({"round": "4"}, "'round' is '4', not a round"),
         ({"round": True}, "'round' is True"),
         ({"examples": 1.5}, "'examples' is 1.5"),
         ({"examples": None}, "'examples' is None"),
@@ -232,29 +238,29 @@ def test_a_download_may_be_ranks_only():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"factors": "AB"}, "to train factors 'AB'"),
-        ({"learning_rate_factor": 0}, "at a rate of 0"),
-        ({"learning_rate_factor": "1"}, "at a rate of '1'"),
-        ({"base_rounds": [0]}, "are no rounds"),
-        ({"base_rounds": {}}, "are no rounds"),
-        ({"ranks": {"model.q": -1}}, "ranks are not a table of whole numbers"),
-        ({"ranks": [3]}, "ranks are not a table of whole numbers"),
-        ({"ints": {"period": 0.5}}, "ints are not a table of whole numbers"),
-        ({"ints": {"period": True}}, "ints are not a table of whole numbers"),
+        ({"factors": "AB"}, "'factors' is 'AB', not BA, B or A"),
+        ({"learning_rate_factor": 0}, "'learning_rate_factor' is 0, not a number"),
+        ({"learning_rate_factor": "1"}, "'learning_rate_factor' is '1', not a number"),
+        ({"base_rounds": [0]}, "is \\[0\\], not a list of distinct rounds"),
+        ({"base_rounds": {}}, "is {}, not a list of distinct rounds"),
+        ({"ranks": {"model.q": -1}}, "not ranks by module"),
+        ({"ranks": [3]}, "not ranks by module"),
+        ({"ints": {"period": 0.5}}, "not whole numbers by name"),
+        ({"ints": {"period": True}}, "not whole numbers by name"),
     ],
 )
 def test_ill_typed_fields_of_a_download_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        wire.decode_download(raw({**HEADER, "kind": "download", **changes}))
+        wire.decode_download(raw({**DOWNLOAD, **changes}))
 
 
 def test_sections_that_are_unknown_are_refused(tmp_path):
     tensors = {"other/model.q.A": torch.ones(2, 7), "other/model.q.B": torch.ones(9, 2)}
-    with pytest.raises(ValueError, match="unknown section 'other'"):
-        wire.decode_download(raw({**HEADER, "kind": "download"}, tensors))
+    with pytest.raises(ValueError, match=r"unknown tensor 'other/model\.q\.A'"):
+        wire.decode_download(raw(DOWNLOAD, tensors))
     path = tmp_path / "upload"
     path.write_bytes(raw(HEADER, tensors))
-    with pytest.raises(ValueError, match="unknown section 'other'"):
+    with pytest.raises(ValueError, match=r"unknown tensor 'other/model\.q\.A'"):
         wire.open_upload(path)
 
 
@@ -345,7 +351,7 @@ def bare(**changes) -> bytes:
     mask[0], mask[5] = 0b10000010, 0b1
     data = torch.cat([torch.tensor([1.0, 2.0, 3.0]).view(torch.uint8), mask])
     tensors = {"a.A": changes.pop("data", data), "a.B": torch.ones(110, 3)}
-    return raw({**HEADER, "kind": "download", **LIST, **changes}, tensors)
+    return raw({**DOWNLOAD, **LIST, **changes}, tensors)
 
 
 def test_the_form_is_numbers_then_mask(tmp_path):
@@ -360,13 +366,13 @@ BYTES = torch.zeros(39, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sparse": []}, "does not say which tensors"),
-        ({"sparse": None}, "does not say which tensors"),
+        ({"sparse": []}, "not a table of the sparse tensors"),
+        ({"sparse": None}, "not a table of the sparse tensors"),
         ({"sparse": {"dtype": "F32"}}, "does not say which tensors"),
         ({"sparse": {"dtype": "F32", "shapes": [["a.A", 3, 70]]}}, "does not say which tensors"),
         ({"sparse": {"dtype": "I64", "shapes": {"a.A": [3, 70]}}}, "have the dtype 'I64'"),
         ({"sparse": {"dtype": ["F32"], "shapes": {"a.A": [3, 70]}}}, "have the dtype "),
-        ({"sparse": {"shapes": {"a.A": [3, 70]}}}, "have the dtype 'None'"),
+        ({"sparse": {"shapes": {"a.A": [3, 70]}}}, "does not say which tensors"),
         ({"sparse": {"dtype": "F32", "shapes": {}}}, "'a.A' is not both"),
         ({"sparse": {"dtype": "F32", "shapes": {"a.B": [110, 3]}}}, "'a.A' is not both"),
         ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 70], "z": [1, 1]}}}, "'z' is not both"),
@@ -396,8 +402,8 @@ BYTES = torch.zeros(39, dtype=torch.uint8)
         ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 2**31 - 1]}}}, "its mask takes"),
         ({"sparse": {"dtype": "F32", "shapes": {"a.A": [70, 3]}}}, "."),
         ({"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 69]}}}, "."),
-        ({"sparse": {"dtype": "F64", "shapes": {"a.A": [3, 70]}}}, "not a sparse matrix of shape"),
-        ({"sparse": {"dtype": "F16", "shapes": {"a.A": [3, 70]}}}, "marks 3 of 210 .* has 6"),
+        ({"sparse": {"dtype": "F64", "shapes": {"a.A": [3, 70]}}}, "have two dtypes"),
+        ({"sparse": {"dtype": "F16", "shapes": {"a.A": [3, 70]}}}, "have two dtypes"),
         ({"data": BYTES[:38]}, "not a sparse matrix of shape"),
         ({"data": BYTES}, "marks 0 of 210 entries but has 3"),
         ({"data": BYTES[:26]}, "its mask takes 27"),
@@ -422,7 +428,7 @@ def test_hostile_bytes_without_zeros_are_refused(tmp_path, changes, message):
 def test_bytes_that_no_header_names_are_no_numbers():
     tensors = {"a.A": torch.ones(3, 7, dtype=torch.uint8), "a.B": torch.ones(11, 3)}
     with pytest.raises(ValueError, match=r"'a\.A' is not both"):
-        wire.decode_download(raw({**HEADER, "kind": "download"}, tensors))
+        wire.decode_download(raw(DOWNLOAD, tensors))
 
 
 THIN = wire.encode_upload(Upload("anna", 4, holes(0.8), 17), torch.float32, sparse=True)

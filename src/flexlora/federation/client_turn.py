@@ -38,12 +38,15 @@ class TurnRequest:
     """What the server sends to one client in one round.
 
     ``download`` is as it travels, or the file that has it: then the adapter is read module
-    by module, and is in memory once, as the parameters in training.
+    by module, and is in memory once, as the parameters in training. ``most_bytes_up`` is the
+    largest number of bytes that the upload can have: a transport need not take more. None where
+    nobody has to know, as on the client.
     """
 
     client: str
     round: int
     download: bytes | Path
+    most_bytes_up: int | None = None
 
     @property
     def bytes_down(self) -> int:

@@ -29,6 +29,13 @@ from flexlora.seeds import rng
 from flexlora.storage import write_atomically
 from flexlora.wire import validate
 
+MOST_NATS = 1000.0
+"""Of a token's loss, on average: some hundred times that of guessing among 100,000 tokens."""
+
+MOST_SECONDS = 30 * 86400.0
+MOST_BYTES = 2**50
+"""Of a download; what was sent is counted where it was sent."""
+
 
 @dataclass
 class Collector:
@@ -194,6 +201,9 @@ def turn_requests(
     method, context = prepared.method, prepared.context(number)
     clients = tuple(clients)
 
+    def most(id: str) -> int:
+        return wire.most_upload_bytes(expected_upload(prepared, number, state, id))
+
     def encoded(id: str) -> bytes:
         download = method.handout(state, prepared.clients[id], context)
         download = replace(download, base_rounds=state.merge_log.merged(id))
@@ -201,7 +211,7 @@ def turn_requests(
         return wire.encode_download(download, prepared.wire_dtype, sparse)
 
     if Feature.SAME_FOR_EQUAL_RANKS not in method.features:
-        yield from (TurnRequest(id, number, encoded(id)) for id in clients)
+        yield from (TurnRequest(id, number, encoded(id), most(id)) for id in clients)
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -211,7 +221,40 @@ def turn_requests(
         if rank_type not in files:
             files[rank_type] = folder / f"{len(files)}.safetensors"
             files[rank_type].write_bytes(encoded(id))
-        yield TurnRequest(id, number, files[rank_type])
+        yield TurnRequest(id, number, files[rank_type], most(id))
+
+
+def expected_upload(
+    prepared: PreparedRun, number: int, state: State, client: str
+) -> wire.ExpectedUpload:
+    """The upload that a client has to send in this round."""
+    method, who = prepared.method, prepared.clients[client]
+    return wire.ExpectedUpload(
+        client,
+        number,
+        who.examples,
+        method.upload_spec(state, who, prepared.context(number)),
+        prepared.wire_dtype,
+        Feature.SPARSE_MESSAGES in method.features,
+        _fact_limits(prepared, who.examples),
+    )
+
+
+def _fact_limits(prepared: PreparedRun, examples: int) -> dict[str, wire.FactLimit]:
+    """What the facts of a client with so many examples can be; their names are ``METRICS``."""
+    experiment = prepared.experiment
+    epochs = experiment.training.epochs + (Feature.PROBES in prepared.method.features)
+    tokens = examples * epochs * experiment.data.max_tokens
+    limits = {
+        "tokens": wire.FactLimit(tokens),
+        "computed": wire.FactLimit(tokens),
+        "steps": wire.FactLimit(examples * epochs),
+        "loss_total": wire.FactLimit(MOST_NATS, whole=False, per="loss_tokens"),
+        "loss_tokens": wire.FactLimit(tokens),
+        "seconds": wire.FactLimit(MOST_SECONDS, whole=False),
+        "bytes_down": wire.FactLimit(MOST_BYTES),
+    }
+    return {name: limits[name] for name in METRICS}
 
 
 def client_facts(upload: Upload, prepared: PreparedRun) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""Untrusted text: JSON parsed strictly, and values made safe to print."""
+"""Untrusted bytes: JSON parsed strictly, values made safe to print, codes of what is refused."""
 
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 import unicodedata
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Any, Final
 
 from flexlora.errors import AdapterError
@@ -29,28 +31,135 @@ _SKETCHED.maxlevel, _SKETCHED.maxlong = 3, _LONGEST_ITEM
 _SKETCHED.maxstring = _SKETCHED.maxother = _LONGEST_ITEM
 
 
+class RefusalCode(StrEnum):
+    """Why untrusted bytes are refused; for programs, and stable from version to version.
+
+    The sentence of the error beside it is for people. Every code but the last two says that the
+    sender is at fault.
+    """
+
+    WRONG_SIZE = "wrong_size"
+    """The message is larger than an expected one can be, or not as long as its header says."""
+
+    CUT_OFF = "cut_off"
+    """The message ends within its header or within its tensors."""
+
+    HEADER_TOO_LONG = "header_too_long"
+    """The header has more bytes than an expected one can have."""
+
+    NOT_JSON = "not_json"
+    """A header is not JSON in UTF-8, is nested too deeply, or has a number without bounds."""
+
+    DUPLICATE_KEY = "duplicate_key"
+    """An object in a header has a key twice."""
+
+    UNKNOWN_KEY = "unknown_key"
+    """A header has a key that its kind of message does not have."""
+
+    MISSING_KEY = "missing_key"
+    """A header lacks a key that its kind of message must have."""
+
+    WRONG_TYPE = "wrong_type"
+    """A value in a header has another type, or lies out of its range."""
+
+    WRONG_FORMAT = "wrong_format"
+    """The message has another format number, so that it is of another version."""
+
+    WRONG_KIND = "wrong_kind"
+    """The message is of another kind, such as a download in place of an upload."""
+
+    WRONG_CLIENT = "wrong_client"
+    """The upload names another client."""
+
+    WRONG_ROUND = "wrong_round"
+    """The upload names another round."""
+
+    WRONG_EXAMPLES = "wrong_examples"
+    """The upload counts no examples, or more than the client has."""
+
+    IMPOSSIBLE_FACT = "impossible_fact"
+    """A fact about the training cannot be true."""
+
+    UNKNOWN_TENSOR = "unknown_tensor"
+    """A tensor, a module or a section that is not expected."""
+
+    MISSING_TENSOR = "missing_tensor"
+    """A tensor, a module or a section that is expected is not there."""
+
+    WRONG_DTYPE = "wrong_dtype"
+    """A tensor has another dtype."""
+
+    WRONG_SHAPE = "wrong_shape"
+    """A tensor is no matrix, or not one of the expected shape."""
+
+    WRONG_RANK = "wrong_rank"
+    """A module has a rank that is not expected, or its two factors have different ones."""
+
+    WRONG_OFFSETS = "wrong_offsets"
+    """Tensors overlap, leave a gap, or do not have as many bytes as their shapes take."""
+
+    WRONG_SPARSE = "wrong_sparse"
+    """A tensor without its zeros is not the matrix that the header says."""
+
+    WRONG_COMPONENTS = "wrong_components"
+    """The numbers of components are not those of distinct components of the modules."""
+
+    NOT_FINITE = "not_finite"
+    """A tensor has NaN or infinity."""
+
+    TOO_LARGE = "too_large"
+    """A tensor's norm, or what the message would take in memory, is above the limit."""
+
+    UNREADABLE = "unreadable"
+    """The disk did not give the bytes back; no fault of the sender."""
+
+    UNEXPECTED = "unexpected"
+    """An error that no check foresees: a fault of this library, to be reported."""
+
+
+class RefusedBytes(AdapterError):
+    """Untrusted bytes that fail a check; ``code`` says which."""
+
+    def __init__(self, code: RefusalCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
 def parse_json(data: bytes) -> Any:
     """Parse JSON in UTF-8 without duplicate keys, NaN or infinity.
 
     Raises:
-        AdapterError: an object has a key twice, or a number is NaN or infinite.
+        RefusedBytes: an object has a key twice, or a number is NaN or infinite.
         ValueError: the bytes are not UTF-8 or not JSON.
         RecursionError: the values are nested too deeply.
     """
 
     def without_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        pairs = dict(items)
-        if len(pairs) != len(items):
-            names = [name for name, _ in items]
-            duplicate = next(name for name in names if names.count(name) > 1)
-            raise AdapterError(f"the key {short(duplicate)} appears twice")
+        pairs: dict[str, Any] = {}
+        for name, value in items:
+            if name in pairs:
+                raise RefusedBytes(
+                    RefusalCode.DUPLICATE_KEY, f"the key {short(name)} appears twice"
+                )
+            pairs[name] = value
         return pairs
 
     def refuse_constant(name: str) -> float:
-        raise AdapterError(f"{name} is not JSON")
+        raise RefusedBytes(RefusalCode.NOT_JSON, f"{name} is not JSON")
+
+    def finite(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise RefusedBytes(
+                RefusalCode.NOT_JSON, f"the number {short(text)} is too large for JSON"
+            )
+        return number
 
     return json.loads(
-        data.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=refuse_constant
+        data.decode("utf-8"),
+        object_pairs_hook=without_duplicates,
+        parse_constant=refuse_constant,
+        parse_float=finite,
     )
 
 

@@ -7,9 +7,9 @@ header gives its shape and the dtype of its values. Nothing else from the networ
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,10 @@ from torch import Tensor
 
 from flexlora.errors import AdapterError, ProtocolError
 from flexlora.lowrank import Adapter, Factors
-from flexlora.storage.tensors import TensorFile, open_tensors
-from flexlora.wire.sparse import SparseLayout, sparse_layouts, sparsified, unpacked
-
-FORMAT = 2
-"""Raised whenever messages change; 1 was that of earlier development versions."""
-
-NUMBER_CHARACTERS = 25
-"""What every fact takes in a header: the digits of a time must not change a message's length."""
+from flexlora.storage.tensors import TensorFile, read_tensor
+from flexlora.wire.fields import header_text
+from flexlora.wire.header import ANY, HeaderLimits, MessageHeader, read_header
+from flexlora.wire.sparse import SparseLayout, sparsified, unpacked
 
 
 def encode(
@@ -46,10 +42,8 @@ def encode(
     if sparse:
         tensors, sparse_header = sparsified(tensors, dtype)
         header = {**header, **sparse_header}
-    text = json.dumps({"format": FORMAT, **header}, sort_keys=True, allow_nan=False)
-    facts = header.get("facts", {}).values()
-    text += " " * sum(NUMBER_CHARACTERS - len(json.dumps(value)) for value in facts)
-    return safetensors.torch.save(_separate(tensors), metadata={"flexlora": text})
+    metadata = {"flexlora": header_text(header)}
+    return safetensors.torch.save(_separate(tensors), metadata=metadata)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,41 +61,39 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def decode(data: bytes) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter, in the dtype in which it was sent, and the header.
+def decode(data: bytes, limits: HeaderLimits = ANY) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter, in the dtype in which it was sent, and the fields of the header.
 
     Raises:
-        ProtocolError: the bytes are not an output of ``encode``.
+        RefusedMessage: the bytes are not an output of ``encode``, or not within the limits.
     """
-    header = _header(data[: 8 + _header_length(data)])
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:
-        raise ProtocolError(f"The bytes received are not an adapter: {error}.") from error
-    modules = _modules(tensors, "the bytes received")
-    layouts = sparse_layouts(header, {name: (t.dtype, t.shape) for name, t in tensors.items()})
-    for name, layout in layouts.items():
-        tensors[name] = unpacked(tensors[name], layout, name)
+    header, file = read_header(data, limits), BytesIO(data)
+    tensors = {}
+    for name, stored in header.tensors.items():
+        tensors[name] = read_tensor(file, stored, "The message")
+        if name in header.layouts:
+            tensors[name] = unpacked(tensors[name], header.layouts[name], name)
+    modules = header.modules
     adapter = Adapter({m: Factors(tensors[f"{m}.B"], tensors[f"{m}.A"]) for m in modules})
-    return adapter, header
+    return adapter, dict(header.fields)
 
 
-def open_file(path: Path) -> tuple[Adapter, dict[str, Any]]:
+def open_file(path: Path, limits: HeaderLimits = ANY) -> tuple[Adapter, dict[str, Any]]:
     """As ``decode``, but for a file whose modules are read on look-up.
 
     The file's header is checked and parsed once, not for every module.
 
     Raises:
-        ProtocolError: the file is not an output of ``encode``.
+        RefusedMessage: the file is not an output of ``encode``, or not within the limits.
     """
-    try:
-        file = open_tensors(path)
-    except AdapterError as error:
-        raise ProtocolError(str(error)) from error
-    names = tuple(_modules(file.tensors, str(path)))
-    header = _parsed(file.metadata.get("flexlora"))
-    layouts = sparse_layouts(header, {n: (t.dtype, t.shape) for n, t in file.tensors.items()})
-    return Adapter(StoredModules(file, names, layouts)), header
+    header = read_header(path, limits)
+    return stored_adapter(path, header), dict(header.fields)
+
+
+def stored_adapter(path: Path, header: MessageHeader) -> Adapter:
+    """The adapter in a file whose header was checked; modules are read on look-up."""
+    file = TensorFile(path, header.tensors, {})
+    return Adapter(StoredModules(file, tuple(header.modules), header.layouts))
 
 
 def stored_at(adapter: Adapter) -> Path | None:
@@ -152,50 +144,3 @@ class StoredModules(Mapping[str, Factors]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def _header_length(data: bytes) -> int:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ProtocolError(
-            f"The {len(data)} bytes received are not an adapter: their header is cut off."
-        )
-    return length
-
-
-def _header(head: bytes) -> dict[str, Any]:
-    try:
-        metadata = json.loads(head[8:])["__metadata__"]
-        text = metadata["flexlora"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ProtocolError("The bytes received have no flexlora header.") from error
-    return _parsed(text)
-
-
-def _parsed(text: str | None) -> dict[str, Any]:
-    """The flexlora header from its text, after a check of its format number."""
-    try:
-        header = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("The adapter's flexlora header is not JSON.") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        format = header.get("format") if isinstance(header, dict) else None
-        raise ProtocolError(
-            f"The adapter's header has format {format!r}; this version reads format {FORMAT}. "
-            f"Run the same version of flexlora on both sides."
-        )
-    return header
-
-
-def _modules(names: Iterable[str], place: str) -> list[str]:
-    """The names of the modules, after a check that each has both factors."""
-    names = set(names)
-    modules = sorted({name[:-2] for name in names if name[-2:] in (".A", ".B")})
-    for module in modules:
-        for factor in ("A", "B"):
-            if f"{module}.{factor}" not in names:
-                raise ProtocolError(f"{place}: module {module!r} has no {factor}.")
-    if len(names) != 2 * len(modules):
-        unknown = sorted(name for name in names if name[-2:] not in (".A", ".B"))
-        raise ProtocolError(f"{place}: unknown tensor {unknown[0]!r}.")
-    return modules

@@ -1,26 +1,26 @@
 """Downloads and uploads as bytes and back.
 
-The modules of the adapters that a download sends besides its first one are named
-``<section>/<module>``; ``adapters`` gives the format of the bytes. Every field of a header is
-checked before it is used.
+The modules of the adapters that a message sends besides its first one are named
+``<section>/<module>``; ``adapters`` gives the format of the bytes. ``header`` has checked every
+key and every field before it is used here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flexlora.errors import ProtocolError
 from flexlora.lowrank import Adapter, Factors
 from flexlora.method import Download, Upload
-from flexlora.wire.adapters import decode, encode, open_file
-
-LARGEST_FACT = 1e15
+from flexlora.storage.untrusted import RefusalCode, short
+from flexlora.wire.adapters import decode, encode, open_file, stored_adapter
+from flexlora.wire.expected import ExpectedUpload
+from flexlora.wire.header import ANY, HeaderLimits, read_header
+from flexlora.wire.refused import RefusedMessage
 
 
 def encode_download(download: Download, dtype: torch.dtype, sparse: bool = False) -> bytes:
@@ -45,52 +45,32 @@ def encode_download(download: Download, dtype: torch.dtype, sparse: bool = False
     return encode(_joined(sections), header, dtype, sparse)
 
 
-def decode_download(data: bytes) -> Download:
-    """A download from bytes. Raises ProtocolError for anything else."""
-    return _download(*decode(data))
+def decode_download(data: bytes, limits: HeaderLimits = ANY) -> Download:
+    """A download from bytes. Raises RefusedMessage for anything else."""
+    return _download(*decode(data, replace(limits, kind="download")))
 
 
-def open_download(path: Path) -> Download:
-    """A download from a file, its modules read on look-up. Raises ProtocolError."""
-    return _download(*open_file(path))
+def open_download(path: Path, limits: HeaderLimits = ANY) -> Download:
+    """A download from a file, its modules read on look-up. Raises RefusedMessage."""
+    return _download(*open_file(path, replace(limits, kind="download")))
 
 
-def _download(adapter: Adapter, header: Mapping[str, Any]) -> Download:
-    _expect(header, "download")
-    factors, rate = header.get("factors", "BA"), header.get("learning_rate_factor", 1.0)
-    if factors not in ("BA", "B", "A") or type(rate) not in (int, float) or not 0 < rate < 1e6:
-        raise ProtocolError(f"The download is to train factors {factors!r} at a rate of {rate!r}.")
-    rounds = header.get("base_rounds", [])
-    if not isinstance(rounds, list) or any(type(round) is not int or round < 1 for round in rounds):
-        raise ProtocolError(f"The download's base_rounds {str(rounds)[:30]!r} are no rounds.")
-    ranks, ints = header.get("ranks", {}), header.get("ints", {})
-    for name, table, least in (("ranks", ranks, 0), ("ints", ints, -math.inf)):
-        if not isinstance(table, dict) or any(
-            type(n) is not int or n < least for n in table.values()
-        ):
-            raise ProtocolError(f"The download's {name} are not a table of whole numbers.")
+def _download(adapter: Adapter, fields: Mapping[str, Any]) -> Download:
     sections = _sections(adapter)
-    updates, aux = {}, {}
-    for name in sections.keys() - {"", "frozen"}:
-        kind, _, rest = name.partition(" ")
-        if kind == "update" and rest.isdecimal():
-            updates[int(rest)] = sections[name]
-        elif kind == "aux":
-            aux[rest] = sections[name]
-        else:
-            raise ProtocolError(f"The download has an unknown section {name[:40]!r}.")
+    updates = {name: each for name, each in sections.items() if name.startswith("update ")}
+    rounds = {int(name.removeprefix("update ")): each for name, each in updates.items()}
     trained = sections.get("", Adapter({}))
     return Download(
         trained,
         frozen=sections.get("frozen"),
-        base_updates=dict(sorted(updates.items())),
-        base_rounds=tuple(rounds),
-        factors=factors,
-        learning_rate_factor=float(rate),
-        component_ids=_component_ids(header, trained),
-        ranks=ranks,
-        aux=aux,
-        ints=ints,
+        base_updates=dict(sorted(rounds.items())),
+        base_rounds=tuple(fields.get("base_rounds", ())),
+        factors=fields.get("factors", "BA"),
+        learning_rate_factor=float(fields.get("learning_rate_factor", 1.0)),
+        component_ids=_component_ids(fields, trained),
+        ranks=fields.get("ranks", {}),
+        aux=_beside(sections),
+        ints=fields.get("ints", {}),
     )
 
 
@@ -109,36 +89,28 @@ def encode_upload(upload: Upload, dtype: torch.dtype, sparse: bool = False) -> b
     return encode(_joined(sections), header, dtype, sparse)
 
 
-def open_upload(path: Path) -> Upload:
+def open_upload(path: Path, expected: ExpectedUpload | None = None) -> Upload:
     """An upload from a file, its modules read on look-up.
 
+    With ``expected`` all that can be checked without reading a tensor is checked: sizes, fields,
+    modules, shapes, ranks, dtypes. None is for files that this process has written itself.
+
     Raises:
-        ProtocolError: the file is not an upload, or a field of its header has a wrong type.
+        RefusedMessage: the file is not an upload, or not the one that is expected.
     """
-    adapter, header = open_file(path)
-    _expect(header, "upload")
-    fields = {"client": str, "round": int, "examples": int, "facts": dict}
-    for name, kind in fields.items():
-        if type(header.get(name)) is not kind:
-            raise ProtocolError(
-                f"{path}: the upload's {name!r} is {header.get(name)!r}, not a {kind.__name__}."
-            )
-    for name, value in header["facts"].items():
-        if type(value) not in (int, float) or not abs(value) <= LARGEST_FACT:
-            raise ProtocolError(f"{path}: the upload's fact {name[:40]!r} is no usable number.")
-    sections = _sections(adapter)
-    strange = [name for name in sections if name and not name.startswith("aux ")]
-    if strange:
-        raise ProtocolError(f"{path}: the upload has an unknown section {strange[0][:40]!r}.")
-    trained = sections.pop("", Adapter({}))
+    header = read_header(path, expected.limits if expected else replace(ANY, kind="upload"))
+    if expected is not None:
+        expected.check(header)
+    fields, sections = header.fields, _sections(stored_adapter(path, header))
+    trained = sections.get("", Adapter({}))
     return Upload(
-        header["client"],
-        header["round"],
+        fields["client"],
+        fields["round"],
         trained,
-        header["examples"],
-        header["facts"],
-        _component_ids(header, trained),
-        {name.removeprefix("aux "): adapter for name, adapter in sections.items()},
+        fields["examples"],
+        fields["facts"],
+        _component_ids(fields, trained),
+        _beside(sections),
     )
 
 
@@ -151,11 +123,9 @@ def open_private(path: Path) -> dict[str, Adapter]:
     """What ``encode_private`` has written, modules read when they are asked for.
 
     Raises:
-        ProtocolError: the file holds something else.
+        RefusedMessage: the file has something else.
     """
-    adapter, header = open_file(path)
-    _expect(header, "private")
-    return _sections(adapter)
+    return _sections(open_file(path, HeaderLimits(kind="private"))[0])
 
 
 def _joined(sections: Mapping[str, Adapter]) -> Adapter:
@@ -206,29 +176,32 @@ def _numbered(ids: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     return {"component_ids": {m: list(numbers) for m, numbers in ids.items()}} if ids else {}
 
 
-def _component_ids(header: Mapping[str, Any], adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def _component_ids(fields: Mapping[str, Any], adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """The numbers of the adapter's components: one for each of every module, or none at all.
 
     Raises:
-        ProtocolError: they are anything else than that.
+        RefusedMessage: they are anything else than that.
     """
-    ids = header.get("component_ids", {})
-    if not isinstance(ids, dict) or (ids and ids.keys() != set(adapter)):
-        raise ProtocolError("The header's component_ids do not name the modules that travel.")
+    ids = fields.get("component_ids", {})
+    if ids and ids.keys() != set(adapter):
+        raise RefusedMessage(
+            RefusalCode.WRONG_COMPONENTS,
+            "The header's component_ids do not name the modules that travel.",
+        )
     for module, numbers in ids.items():
-        whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
-        if not whole or len(set(numbers)) != len(numbers) or any(n < 0 for n in numbers):
-            raise ProtocolError(
-                f"The component_ids of module {module[:80]!r} are not distinct numbers."
-            )
         if len(numbers) != adapter.rank(module):
-            raise ProtocolError(
-                f"Module {module[:80]!r} has {adapter.rank(module)} components but "
-                f"{len(numbers)} component_ids."
+            raise RefusedMessage(
+                RefusalCode.WRONG_COMPONENTS,
+                f"Module {short(module)} has {adapter.rank(module)} components but "
+                f"{len(numbers)} component_ids.",
             )
     return {module: tuple(numbers) for module, numbers in ids.items()}
 
 
-def _expect(header: Mapping[str, Any], kind: str) -> None:
-    if header.get("kind") != kind:
-        raise ProtocolError(f"Expected a message of kind {kind!r}, not {header.get('kind')!r}.")
+def _beside(sections: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters of a method's own, by name."""
+    return {
+        name.removeprefix("aux "): adapter
+        for name, adapter in sections.items()
+        if name.startswith("aux ")
+    }

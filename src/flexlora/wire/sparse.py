@@ -1,7 +1,7 @@
 """A sparse matrix as bytes: its nonzero values, then a bit mask with one bit per entry.
 
-The mask costs 1/32 of a dense float32 matrix, and it bounds what a sender can claim: the dense
-matrix has at most 64 times as many bytes as were sent.
+The mask costs 1/32 of a dense float32 matrix. A few bytes can stand for 64 times as many, so that
+whoever reads such a matrix must know beforehand how large it may be: see ``HeaderLimits``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexlora.errors import ProtocolError
-from flexlora.storage.tensors import FLOAT_DTYPES
-
-LARGEST_SIDE = 2**31
-"""The sides of a matrix are shorter."""
+from flexlora.storage.tensors import FLOAT_DTYPES, LARGEST_SIDE, StoredTensor
+from flexlora.storage.untrusted import RefusalCode, short
+from flexlora.wire.refused import RefusedMessage
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 """The integer dtype with the size in bytes of a float dtype, to compare values by their bits."""
@@ -55,22 +53,22 @@ def unpacked(data: Tensor, layout: SparseLayout, name: str) -> Tensor:
     """The matrix from which ``packed`` made these bytes; all is checked before it is used.
 
     Raises:
-        ProtocolError: the bytes are not those of a matrix of this shape and dtype.
+        RefusedMessage: the bytes are not those of a matrix of this shape and dtype.
     """
     shape, dtype = layout.shape, layout.dtype
     entries, size = shape[0] * shape[1], dtype.itemsize
     value_bytes = data.numel() - mask_bytes(shape)
     if value_bytes < 0 or value_bytes % size:
-        raise ProtocolError(
-            f"Tensor {name[:80]!r} has {data.numel()} bytes, which are not a sparse matrix of "
+        raise _refused(
+            f"Tensor {short(name)} has {data.numel()} bytes, which are not a sparse matrix of "
             f"shape {shape} in {dtype}."
         )
     bits = np.unpackbits(data[value_bytes:].numpy())
     nonzero = torch.from_numpy(bits[:entries].astype(np.bool_))
     marked = int(nonzero.sum())
     if marked * size != value_bytes or bits[entries:].any():
-        raise ProtocolError(
-            f"Tensor {name[:80]!r} marks {marked} of {entries} entries but has "
+        raise _refused(
+            f"Tensor {short(name)} marks {marked} of {entries} entries but has "
             f"{value_bytes // size} values."
         )
     flat = torch.zeros(entries, dtype=dtype)
@@ -95,47 +93,57 @@ def sparsified(
 
 
 def sparse_layouts(
-    header: Mapping[str, Any], tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+    header: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    dtypes: Mapping[str, torch.dtype] = FLOAT_DTYPES,
 ) -> dict[str, SparseLayout]:
     """The layouts of the sparse tensors, checked before any value is read.
 
-    ``header`` is untrusted; ``tensors`` are the dtypes and shapes of the tensors present.
+    ``header`` is untrusted; ``tensors`` are those present, and ``dtypes`` those that values may
+    have.
 
     Raises:
-        ProtocolError: header and tensors do not fit, or a shape is not valid.
+        RefusedMessage: header and tensors do not fit, or a shape is not valid.
     """
-    sparse = header.get("sparse", {"dtype": "F32", "shapes": {}})
-    if not isinstance(sparse, dict) or not isinstance(sparse.get("shapes"), dict):
-        raise ProtocolError("The header does not say which tensors are sparse, and their shapes.")
-    if sparse.get("dtype") not in list(FLOAT_DTYPES):
-        raise ProtocolError(
-            f"Sparse values have the dtype {str(sparse.get('dtype'))[:40]!r}, not one of "
-            f"{list(FLOAT_DTYPES)}."
+    sparse = header.get("sparse", {"dtype": next(iter(dtypes), None), "shapes": {}})
+    if sparse.keys() != {"dtype", "shapes"} or not isinstance(sparse["shapes"], dict):
+        raise _refused("The header does not say which tensors are sparse, and their shapes.")
+    name, shapes = sparse["dtype"], sparse["shapes"]
+    if not isinstance(name, str) or name not in dtypes:
+        raise RefusedMessage(
+            RefusalCode.WRONG_DTYPE,
+            f"Sparse values have the dtype {short(name)}, not one of {list(dtypes)}.",
         )
-    byte_tensors = {name for name, (dtype, _) in tensors.items() if dtype == torch.uint8}
-    if mismatched := sorted(byte_tensors ^ sparse["shapes"].keys()):
-        raise ProtocolError(
-            f"Tensor {mismatched[0][:80]!r} is not both of bytes and in the header's list of "
+    packed_names = {name for name, tensor in tensors.items() if tensor.dtype == torch.uint8}
+    if mismatched := packed_names ^ shapes.keys():
+        raise _refused(
+            f"Tensor {short(min(mismatched))} is not both of bytes and in the header's list of "
             f"sparse tensors."
         )
-    dtype = FLOAT_DTYPES[sparse["dtype"]]
+    dtype = dtypes[name]
     return {
-        name: SparseLayout(_shape(name, tensors[name][1], shape), dtype)
-        for name, shape in sparse["shapes"].items()
+        name: SparseLayout(_shape(tensors[name], shape, dtype), dtype)
+        for name, shape in shapes.items()
     }
 
 
-def _shape(name: str, stored: Sequence[int], shape: object) -> tuple[int, int]:
-    """The shape that a header gives, if a tensor of shape ``stored`` can be such a matrix."""
+def _shape(stored: StoredTensor, shape: object, dtype: torch.dtype) -> tuple[int, int]:
+    """The shape that a header gives, if a tensor like ``stored`` can be such a matrix."""
     sides = shape if isinstance(shape, list) else []
     if len(sides) != 2 or any(type(n) is not int or not 0 <= n < LARGEST_SIDE for n in sides):
-        raise ProtocolError(
-            f"Sparse tensor {name[:80]!r} has the shape {str(shape)[:40]} in the header, which is "
-            f"not that of a matrix."
+        raise _refused(
+            f"Sparse tensor {short(stored.name)} has the shape {short(shape)} in the header, which "
+            f"is not that of a matrix."
         )
-    if len(stored) != 1 or stored[0] < mask_bytes(sides):
-        raise ProtocolError(
-            f"Sparse tensor {name[:80]!r} of shape {sides} has {list(stored)} bytes, but its mask "
-            f"takes {mask_bytes(sides)}."
+    least, dense = mask_bytes(sides), sides[0] * sides[1] * dtype.itemsize
+    if len(stored.shape) != 1 or not least <= stored.bytes < dense:
+        raise _refused(
+            f"Sparse tensor {short(stored.name)} of shape {sides} has {list(stored.shape)} bytes, "
+            f"but its mask takes {least}, and without its zeros it has to be smaller than the "
+            f"{dense} bytes with them."
         )
     return sides[0], sides[1]
+
+
+def _refused(reason: str) -> RefusedMessage:
+    return RefusedMessage(RefusalCode.WRONG_SPARSE, reason)

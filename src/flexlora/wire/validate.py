@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from flexlora.errors import ProtocolError
 from flexlora.lowrank import Adapter, Factors
-from flexlora.method import Client, ModuleSpec, Upload, UploadSpec
+from flexlora.method import Client, Upload, UploadSpec
+from flexlora.storage.untrusted import RefusalCode
+from flexlora.wire.expected import (
+    ExpectedUpload,
+    check_components,
+    check_modules,
+    check_origin,
+)
+from flexlora.wire.header import ModuleShape
+from flexlora.wire.refused import RefusedMessage
 
 LARGEST_NORM = 1e6
 """Of a factor. Trained ones are far below; finite numbers without bound overflow in products."""
@@ -27,78 +33,56 @@ def upload(
     """Refuse an upload that is not what ``client`` has to send in this round.
 
     It must name this client and round, hold exactly the modules expected, each of the shape
-    and of a rank expected, all finite and of a dtype that may travel, and count at least one
-    example. The same holds for the adapters beside it. Reads every tensor once.
+    and of a rank expected, all finite and of bounded norms, and count at least one example. The
+    same holds for the adapters beside it. Reads every tensor once.
+
+    For uploads in memory: of one that travelled, ``open_upload`` has checked all but the values.
 
     Raises:
-        ProtocolError: with the module and the value that is wrong.
+        RefusedMessage: with the module and the value that is wrong.
     """
+    whole = ExpectedUpload(client.id, round, most_examples or client.examples, expected)
     place = f"The upload of client {client.id!r} for round {round}"
-    if (upload.client, upload.round) != (client.id, round):
-        raise ProtocolError(f"{place} names client {upload.client!r}, round {upload.round}.")
-    if upload.examples < 1 or (most_examples and upload.examples > most_examples):
-        raise ProtocolError(f"{place} counts {upload.examples} examples.")
-    if upload.aux.keys() != expected.aux.keys():
-        raise ProtocolError(
-            f"{place} has {sorted(upload.aux)[:3]} beside it, not {sorted(expected.aux)}."
-        )
-    adapters = [(upload.adapter, expected.modules, place)]
-    adapters += [
-        (upload.aux[name], specs, f"{place}, {name!r}") for name, specs in expected.aux.items()
-    ]
-    for adapter, specs, where in adapters:
-        _check_modules(adapter, specs, where)
-    _check_component_ids(upload, expected.modules, place)
-    for adapter, specs, where in adapters:
+    check_origin(upload.client, upload.round, upload.examples, whole, place)
+    beside = {f"aux {name}": adapter for name, adapter in upload.aux.items()}
+    shapes = {n: _shapes(adapter) for n, adapter in {"": upload.adapter, **beside}.items()}
+    check_modules(shapes, expected, place)
+    check_components(upload.component_ids, shapes[""], expected.modules, place)
+    values(upload, place)
+
+
+def values(upload: Upload, place: str) -> None:
+    """Refuse an upload with a value that is not finite, or a factor of a norm above the limit.
+
+    Reads every tensor once, so that one without its zeros is known to be what its header says.
+
+    Raises:
+        RefusedMessage: with the module and the value that is wrong.
+    """
+    beside = {f"{place}, {name!r}": adapter for name, adapter in upload.aux.items()}
+    for where, adapter in {place: upload.adapter, **beside}.items():
         for module, factors in adapter.items():
-            _check_factors(module, factors, specs[module], where)
+            _check_values(module, factors, where)
 
 
-def _check_modules(adapter: Adapter, specs: Mapping[str, ModuleSpec], place: str) -> None:
-    missing, unexpected = specs.keys() - adapter.keys(), adapter.keys() - specs.keys()
-    if missing or unexpected:
-        raise ProtocolError(
-            f"{place} lacks {sorted(missing)[:3]} and has unexpected {sorted(unexpected)[:3]}."
-        )
+def _shapes(adapter: Adapter) -> dict[str, ModuleShape]:
+    return {m: ModuleShape(f.shape, f.rank, f.B.dtype) for m, f in adapter.items()}
 
 
-def _check_factors(module: str, factors: Factors, spec: ModuleSpec, place: str) -> None:
-    if factors.shape != tuple(spec.shape):
-        raise ProtocolError(
-            f"{place}: module {module!r} is {factors.shape} (out, in), not {spec.shape}."
-        )
+def _check_values(module: str, factors: Factors, place: str) -> None:
     if factors.B.dtype not in TRANSPORT_DTYPES:
-        raise ProtocolError(
-            f"{place}: module {module!r} is {factors.B.dtype}, not one of {TRANSPORT_DTYPES}."
-        )
-    if not spec.min_rank <= factors.rank <= spec.max_rank:
-        raise ProtocolError(
-            f"{place}: module {module!r} has rank {factors.rank}; this client's rank is "
-            f"{spec.max_rank}."
+        raise RefusedMessage(
+            RefusalCode.WRONG_DTYPE,
+            f"{place}: module {module!r} is {factors.B.dtype}, not one of {TRANSPORT_DTYPES}.",
         )
     if not (factors.B.isfinite().all() and factors.A.isfinite().all()):
-        raise ProtocolError(f"{place}: module {module!r} contains NaN or infinity.")
+        raise RefusedMessage(
+            RefusalCode.NOT_FINITE, f"{place}: module {module!r} contains NaN or infinity."
+        )
     size = max(float(factor.double().norm()) for factor in (factors.B, factors.A))
     if size > LARGEST_NORM:
-        raise ProtocolError(
+        raise RefusedMessage(
+            RefusalCode.TOO_LARGE,
             f"{place}: module {module!r} has a factor with the norm {size:.3g}, above the limit of "
-            f"{LARGEST_NORM:g}."
+            f"{LARGEST_NORM:g}.",
         )
-
-
-def _check_component_ids(upload: Upload, specs: Mapping[str, ModuleSpec], place: str) -> None:
-    """Components must be numbered just where the method numbers them: distinct, in range."""
-    numbered = {module for module, spec in specs.items() if spec.components is not None}
-    if upload.component_ids.keys() != numbered:
-        raise ProtocolError(
-            f"{place} numbers the components of {len(upload.component_ids)} modules, not of the "
-            f"{len(numbered)} for which the method needs it."
-        )
-    for module in numbered:
-        ids, count = upload.component_ids[module], specs[module].components or 0
-        in_range = all(type(number) is int and 0 <= number < count for number in ids)
-        if not in_range or not len(set(ids)) == len(ids) == upload.adapter.rank(module):
-            raise ProtocolError(
-                f"{place}: module {module!r} numbers its components {list(ids)[:8]}, which are not "
-                f"{upload.adapter.rank(module)} different numbers below {count}."
-            )
