@@ -34,6 +34,12 @@ def sentences(event: Event, tally: Tally) -> list[str]:
             return [_client(event, tally)]
         case "lost":
             return [_lost(event)]
+        case "clipped":
+            return [_clipped(event)]
+        case "limited":
+            return [_limited(event)]
+        case "kept":
+            return [f"round {event['round']}: the model stays as it was: {event['reason']}"]
         case "stray":
             return [f"round {event['round']}: late answer of {event['client']} ignored"]
         case "short":
@@ -97,6 +103,22 @@ def _lost(event: Event) -> str:
         reason = "" if kind is LossKind.OTHER else f" ({kind.text})"
         text = f"client {client} failed{reason}: {event['reason']}"
     return f"  round {round_}: {text}"
+
+
+def _clipped(event: Event) -> str:
+    return (
+        f"  round {event['round']}: upload of {event['client']} scaled down: its change is "
+        f"{number(event['ratio'], 1)} times the median, {event['share']:.3g} of it is used"
+    )
+
+
+def _limited(event: Event) -> str:
+    shares = ", ".join(f"{id} ({share:.0%})" for id, share in sorted(event["shares"].items())[:5])
+    more = f" and {len(event['shares']) - 5} more" if len(event["shares"]) > 5 else ""
+    return (
+        f"round {event['round']}: clients above the largest share of the weights count less: "
+        f"{shares}{more} (federation.most_share is {event['most_share']:g})"
+    )
 
 
 def _short(event: Event) -> str:

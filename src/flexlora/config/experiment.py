@@ -108,7 +108,9 @@ class FederationSettings(BaseModel):
     ``deadline_seconds`` it continues with the uploads that have arrived, if there are at least
     ``quorum``; otherwise it invites other clients, in at most ``attempts`` attempts.
     ``most_examples`` caps a client's weight, because a real client reports its own number of
-    examples.
+    examples; ``most_share`` caps its share of the cohort's weights, whatever they are. An upload
+    whose change is more than ``clip_factor`` times the median change is scaled down to that, and
+    one of more than ``refuse_factor`` times is refused; 0 turns either off.
     """
 
     model_config = CLOSED
@@ -120,6 +122,9 @@ class FederationSettings(BaseModel):
     quorum: int = Field(1, ge=1)
     attempts: int = Field(3, ge=1)
     most_examples: int | None = Field(None, ge=1)
+    most_share: float = Field(0.2, gt=0, le=1)
+    clip_factor: float = Field(3.0, ge=0)
+    refuse_factor: float = Field(100.0, ge=0)
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 

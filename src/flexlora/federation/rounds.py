@@ -25,7 +25,7 @@ from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Aggregating, Transport
 from flexlora.federation.weighting import cohort_of, weights_facts
 from flexlora.journal import Event, Meter, Record, SampleAnswers
-from flexlora.lowrank import Adapter, norm
+from flexlora.lowrank import Adapter, norm, normalized
 from flexlora.method import Cohort, State, Upload
 from flexlora.model import export
 from flexlora.storage import locked
@@ -139,16 +139,19 @@ def _resumed(prepared: PreparedRun, record: Record) -> Checkpoint:
 def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, Checkpoint]:
     """One round, from the sampling of its clients to the checkpoint after it."""
     started, prepared, record = time.perf_counter(), run.prepared, run.record
+    settings = prepared.experiment.federation
     spool = run.folder / f"uploads-{number:05d}"
     spool.mkdir(exist_ok=True)
     collector = Collector(prepared, run.transport, number, point.state, spool)
     yield from collector.events(record)
-    aggregating, of = time.perf_counter(), f"round {number}/{prepared.experiment.federation.rounds}"
+    aggregating, of = time.perf_counter(), f"round {number}/{settings.rounds}"
     run.meter.begin(f"{of}: aggregating")
     uploads = [collector.uploads[id] for id in prepared.clients if id in collector.uploads]
     uploads = _capped(prepared, uploads)
     cohort = cohort_of(prepared, collector.state, uploads, number)
-    state = _aggregated(run, collector.state, cohort, number)
+    if lowered := _lowered(cohort, cohort.limited(settings.most_share)):
+        yield record.append("limited", round=number, most_share=settings.most_share, shares=lowered)
+    state = _aggregated(run, collector.state, cohort.limited(settings.most_share), number)
     adapter = prepared.method.global_adapter(state, prepared.context(number))
     aggregate_seconds = time.perf_counter() - aggregating
     run.meter.begin(f"{of}: writing the adapter")
@@ -187,6 +190,19 @@ def _capped(prepared: PreparedRun, uploads: Sequence[Upload]) -> list[Upload]:
     if most is None:
         return list(uploads)
     return [dataclasses.replace(upload, examples=min(upload.examples, most)) for upload in uploads]
+
+
+def _lowered(before: Cohort, after: Cohort) -> dict[str, float]:
+    """The shares that clients had before they were limited, of those that were."""
+    if before.weights == after.weights:
+        return {}
+    shares = normalized(list(before.weights.values()))
+    limits = after.weights
+    return {
+        id: share
+        for share, (id, weight) in zip(shares, before.weights.items(), strict=True)
+        if limits[id] < weight
+    }
 
 
 def _aggregated(run: _Run, state: State, cohort: Cohort, number: int) -> State:

@@ -45,6 +45,9 @@ class LossKind(StrEnum):
     INVALID_UPLOAD = "invalid_upload"
     """Its upload cannot be read, or is not the upload that the round asks for."""
 
+    TOO_LARGE_CHANGE = "too_large_change"
+    """Its upload would change the model many times more than the others' do."""
+
     CLIENT_ERROR = "client_error"
     """The client reported an error of its own."""
 
@@ -165,6 +168,12 @@ EVENTS: Mapping[str, EventType] = {
         attempt="the number of the attempt, from 1",
         received="usable uploads so far",
         quorum="uploads that the round needs",
+    ),
+    "limited": _type(
+        "Clients had more than the largest share of the weights; they count less.",
+        round=_ROUND,
+        most_share="federation.most_share",
+        shares="{client: the share of the cohort's weights that it would have had}",
     ),
     "round": _type(
         "A round was aggregated.",

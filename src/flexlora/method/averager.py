@@ -115,6 +115,19 @@ class Cohort(ABC):
         None where there is no such client.
         """
 
+    def limited(self, most_share: float) -> Cohort:
+        """The same means with no client above this share of the weights; see ``most_of``.
+
+        Raises:
+            ConfigError: these means have no weights that can be lowered.
+        """
+        if most_share < 1:
+            raise ConfigError(
+                f"A {type(self).__name__} cannot limit the share of a client, and "
+                f"federation.most_share is {most_share:g}; set it to 1, or use another averager."
+            )
+        return self
+
     @property
     def clients(self) -> list[str]:
         """The clients whose uploads count, in cohort order."""

@@ -22,11 +22,13 @@ class WeightedCohort(Cohort):
 
     ``members`` are in cohort order; ``raw_weights`` are not negative, and need not add up to 1.
     ``client_scores`` are what an averager gave the weights by; of clients left out too.
+    ``most_share`` holds again for the trainers of some of the modules: see ``limited``.
     """
 
     members: tuple[Upload, ...]
     raw_weights: tuple[float, ...]
     client_scores: Mapping[str, float] = field(default_factory=dict)
+    most_share: float = 1.0
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -135,7 +137,12 @@ class WeightedCohort(Cohort):
         if not trainers:
             return None
         uploads, weights = zip(*trainers, strict=True)
-        return WeightedCohort(uploads, weights)
+        return WeightedCohort(uploads, weights).limited(self.most_share)
+
+    def limited(self, most_share: float) -> WeightedCohort:
+        """The same uploads with no client above this share of the weights."""
+        weights = limited_weights(self.raw_weights, most_share)
+        return replace(self, raw_weights=weights, most_share=most_share)
 
     def _numbered(self, module: str) -> list[tuple[float, list[int], Factors]]:
         shares = normalized(self.raw_weights)
@@ -174,6 +181,32 @@ def client_weights(uploads: Sequence[Upload], weights: Weights) -> tuple[float, 
     if weights == "uniform":
         return (1.0,) * len(uploads)
     return tuple(update_norm(upload.adapter) for upload in uploads)
+
+
+def most_of(count: int, most_share: float) -> float:
+    """The largest share of one of ``count`` clients: ``most_share``, or 1.5 times an equal one.
+
+    A cohort of two or three could not keep to a fifth each.
+    """
+    return min(max(most_share, 1.5 / count), 1.0) if most_share < 1 else 1.0
+
+
+def limited_weights(weights: Sequence[float], most_share: float) -> tuple[float, ...]:
+    """The weights with the largest lowered until none is above its share of their sum.
+
+    Lowering one raises the shares of the others, so that these may be lowered too. Weights that
+    stay are the same to the bit, and limited ones are not limited again. A weight of zero does
+    not count as a client.
+    """
+    positive = sorted((weight for weight in weights if weight > 0), reverse=True)
+    most = most_of(len(positive), most_share) if positive else 1.0
+    if most >= 1 or positive[0] <= most * (1 + 1e-9) * math.fsum(positive):
+        return tuple(weights)
+    for lowered in range(1, len(positive)):
+        limit = most * math.fsum(positive[lowered:]) / (1 - most * lowered)
+        if positive[lowered] <= limit:
+            break
+    return tuple(min(weight, limit) for weight in weights)
 
 
 def update_norm(adapter: Adapter) -> float:
