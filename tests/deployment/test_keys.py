@@ -401,7 +401,7 @@ def test_a_client_is_admitted_to_a_server_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("read", "remedy"),
-    [(key_files.read_public_key, r"NAME\.pub"), (key_files.read_certificate, "--host")],
+    [(key_files.read_public_key, r"NAME\.pub"), (key_files.load_certificate, "--host")],
 )
 def test_a_file_of_another_kind_is_refused_with_the_remedy_and_no_foreign_words(
     tmp_path, read, remedy

@@ -26,6 +26,7 @@ from flexlora.journal import counted
 
 if TYPE_CHECKING:
     from flexlora.config import Experiment
+    from flexlora.deployment.certificates import Renewed
     from flexlora.deployment.server.supervisor import Listening
     from flexlora.journal import Event
 
@@ -63,6 +64,13 @@ def make_keys(
         list[Path] | None,
         typer.Option(metavar="NAME.pub", help="Admit a client by its public key. May be repeated."),
     ] = None,
+    renew: Annotated[
+        bool,
+        typer.Option(
+            "--renew",
+            help="Renew the server's certificate, also during a run; --host adds names.",
+        ),
+    ] = False,
 ) -> None:
     """Create the server's certificate and the key pairs of clients, and admit clients.
 
@@ -71,12 +79,14 @@ def make_keys(
     """
     from flexlora.deployment import certificates, keys
 
-    if not host and not node and not add:
+    if not host and not node and not add and not renew:
         raise ConfigError(
-            "Nothing to do: give --host to make the server's certificate, --node to make a "
-            "client's key pair, or --add to admit a client."
+            "Nothing to do: give --host to make the server's certificate, --renew to renew it, "
+            "--node to make a client's key pair, or --add to admit a client."
         )
-    if host:
+    if renew:
+        _print_renewed(certificates.renew_server(folder, host or ()))
+    elif host:
         server = certificates.make_server(folder, host)
         print(f"wrote {server.certificate} and {server.key}; keep {folder} private")
         print(f"send {folder / 'ca.crt'} to the clients' owners")
@@ -95,6 +105,19 @@ def make_keys(
     for file in add or ():
         name = keys.admit(folder, file)
         print(f"admitted client {name}, whose key is {keys.fingerprint(file)}")
+
+
+def _print_renewed(renewed: Renewed) -> None:
+    keys = renewed.keys
+    print(
+        f"renewed {keys.certificate}, valid until {keys.expires:%Y-%m-%d}; a server that is "
+        "running takes it within seconds"
+    )
+    if renewed.ca_expired is not None:
+        print(
+            f"renewed {keys.ca} as well: send it to the clients' owners, who need it from "
+            f"{renewed.ca_expired:%Y-%m-%d} on and can use it now"
+        )
 
 
 def _print_own_key(public: Path, folder: Path) -> None:

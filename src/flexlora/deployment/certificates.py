@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from pathlib import Path
 from flexlora.deployment.key_files import (
     PEM,
     PrivateKey,
+    load_certificate,
     make_private_folder,
     read_certificate,
     read_private_key,
@@ -26,6 +28,8 @@ from flexlora.deployment.key_files import (
     write_private_key,
 )
 from flexlora.errors import ProtocolError
+from flexlora.journal import counted
+from flexlora.storage import write_atomically
 
 # isort: split
 # After key_files, which reports that the package is missing.
@@ -44,6 +48,8 @@ _DNS_NAME = re.compile(
     r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 )
 _REMAKE = "flexlora keys {} --host NAME"
+_RENEW = "flexlora keys {} --renew"
+_NOTICE_DAYS = 30
 _PKCS8 = serialization.PrivateFormat.PKCS8
 
 
@@ -58,21 +64,46 @@ class ServerKeys:
     @property
     def expires(self) -> datetime:
         """When the server's certificate expires, in UTC; read from its file."""
-        return read_certificate(self.certificate).not_valid_after_utc
+        return load_certificate(self.certificate).not_valid_after_utc
+
+    def notices(self, now: datetime) -> list[str]:
+        """Sentences on what has expired or will within 30 days, with the remedy.
+
+        Raises:
+            ProtocolError: a file is no certificate.
+            OSError: a file cannot be read.
+        """
+        renew = _RENEW.format(self.certificate.parent)
+        remedies = {
+            self.certificate: f"renew it, without stopping anything: {renew}",
+            self.ca: f"renew it with: {renew}, and send it to every client before that day",
+        }
+        sentences = []
+        for path, remedy in remedies.items():
+            ends = load_certificate(path).not_valid_after_utc
+            if ends <= now:
+                sentences.append(
+                    f"{path} expired on {ends:%Y-%m-%d}: no client can connect; {remedy}"
+                )
+            elif ends - now <= timedelta(days=_NOTICE_DAYS):
+                left = counted((ends - now).days, "day")
+                sentences.append(f"{path} expires on {ends:%Y-%m-%d}, in {left}; {remedy}")
+        return sentences
 
     @staticmethod
     def of(folder: Path) -> ServerKeys:
         """The files in a folder that `make_server` filled, checked to belong together.
 
         Raises:
-            ProtocolError: one is missing, unreadable, readable by others, expired or of another
-                CA.
+            ProtocolError: one is missing, unreadable, readable by others, expired, not valid yet
+                or of another CA.
         """
         ca_path, path, key_path = (
             require(folder / name, f"make the server's certificates with: {_REMAKE.format(folder)}")
             for name in ("ca.crt", "server.crt", "server.key")
         )
-        ca, certificate = read_certificate(ca_path), read_certificate(path)
+        renew = f"renew it with: {_RENEW.format(folder)}"
+        ca, certificate = read_certificate(ca_path, renew), read_certificate(path, renew)
         if certificate.public_key() != read_private_key(key_path).public_key():
             raise ProtocolError(
                 f"{key_path} is not the key of {path}; move both away and make new ones with: "
@@ -105,7 +136,7 @@ def make_server(folder: Path, hosts: Sequence[str]) -> ServerKeys:
     if certificate.exists():
         raise ProtocolError(
             f"{certificate} is there already and is not overwritten; to renew it with the same "
-            "CA, move it away first."
+            f"CA: {_RENEW.format(folder)}; to make one for other names, move it away first."
         )
     ca_key, ca = _authority(folder)
     if key.exists():
@@ -116,6 +147,63 @@ def make_server(folder: Path, hosts: Sequence[str]) -> ServerKeys:
     signed = _server_certificate(server_key, names, ca_key, ca)
     write_new(certificate, signed.public_bytes(PEM), 0o644)
     return ServerKeys.of(folder)
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """What `renew_server` wrote; ``ca_expired`` is the end of the old CA if that was renewed."""
+
+    keys: ServerKeys
+    ca_expired: datetime | None
+
+
+def renew_server(folder: Path, hosts: Sequence[str] = ()) -> Renewed:
+    """Renew the server's certificate, for the names it has and ``hosts``; a running gate takes it.
+
+    The key stays, so the one file that changes fits the other at any moment. A CA that ends within
+    two years is renewed too, with its key and its name: clients then accept the server by the old
+    ``ca.crt`` as long as that is valid, and by the new one.
+
+    Raises:
+        ProtocolError: a file is missing or is not what its name says, such as the CA's key when
+            that is stored elsewhere, or a host is neither a DNS name nor an IP address.
+    """
+    path, key_path, ca_path, ca_key_path = (
+        folder / name for name in ("server.crt", "server.key", "ca.crt", "ca.key")
+    )
+    remake = f"make the server's certificates with: {_REMAKE.format(folder)}"
+    for file in (path, key_path, ca_path):
+        require(file, remake)
+    require(ca_key_path, "put the CA's key back there to renew, and away again afterwards")
+    make_private_folder(folder)
+    old, ca, ca_key = load_certificate(path), load_certificate(ca_path), _ca_key(folder)
+    names = list(dict.fromkeys([*_names(old), *map(_host, hosts)]))
+    ca_expired = None
+    if ca.not_valid_after_utc - datetime.now(UTC) < timedelta(days=_SERVER_DAYS):
+        ca_expired, ca = ca.not_valid_after_utc, _ca_certificate(ca_key, ca.subject)
+        write_atomically(ca_path, ca.public_bytes(PEM), 0o644)
+    signed = _server_certificate(read_private_key(key_path), names, ca_key, ca)
+    write_atomically(path, signed.public_bytes(PEM), 0o644)
+    return Renewed(ServerKeys.of(folder), ca_expired)
+
+
+def make_internal(folder: Path) -> ServerKeys:
+    """Make new files for a server that only this machine reaches, over what is in ``folder``.
+
+    They have a CA of their own, whose key is not kept: nothing else can be signed with it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    keys = make_server(folder, [])
+    (folder / "ca.key").unlink()
+    return keys
+
+
+def _names(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (x509.ExtensionNotFound, ValueError):
+        return []
+    return list(extension.value)
 
 
 def _host(host: str) -> x509.GeneralName:
@@ -141,23 +229,32 @@ def _authority(folder: Path) -> tuple[PrivateKey, x509.Certificate]:
             "start with a new CA, whose ca.crt every node then needs."
         )
     if path.exists():
-        key, ca = read_private_key(key_path), read_certificate(path)
-        if ca.public_key() != key.public_key():
-            raise ProtocolError(f"{key_path} is not the key of {path}; put the right one there.")
-        return key, ca
+        renew = f"renew it with: {_RENEW.format(folder)}"
+        return _ca_key(folder), read_certificate(path, renew)
     key = ec.generate_private_key(ec.SECP256R1())
     # Random, so that the names of two CAs of the same owner differ.
-    name = _subject(f"flexlora CA {os.urandom(4).hex()}")
+    ca = _ca_certificate(key, _subject(f"flexlora CA {os.urandom(4).hex()}"))
+    write_private_key(key_path, key, _PKCS8)
+    write_new(path, ca.public_bytes(PEM), 0o644)
+    return key, ca
+
+
+def _ca_key(folder: Path) -> PrivateKey:
+    key_path, path = folder / "ca.key", folder / "ca.crt"
+    key = read_private_key(key_path)
+    if load_certificate(path).public_key() != key.public_key():
+        raise ProtocolError(f"{key_path} is not the key of {path}; put the right one there.")
+    return key
+
+
+def _ca_certificate(key: PrivateKey, name: x509.Name) -> x509.Certificate:
     ends = datetime.now(UTC) + timedelta(days=_CA_DAYS)
-    ca = (
+    return (
         _builder(name, name, key.public_key(), ends)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
         .sign(key, hashes.SHA256())
     )
-    write_private_key(key_path, key, _PKCS8)
-    write_new(path, ca.public_bytes(PEM), 0o644)
-    return key, ca
 
 
 def _server_certificate(

@@ -67,23 +67,36 @@ def write_private_key(path: Path, key: PrivateKey, form: serialization.PrivateFo
     write_new(path, key.private_bytes(PEM, form, serialization.NoEncryption()), 0o600)
 
 
-def read_certificate(path: Path) -> x509.Certificate:
-    """A certificate from a PEM file.
+def load_certificate(path: Path) -> x509.Certificate:
+    """A certificate from a PEM file, whatever its dates.
 
     Raises:
-        ProtocolError: the file is no certificate, or it has expired.
+        ProtocolError: the file is no certificate.
     """
     content = _content(path)
     try:
-        certificate = x509.load_pem_x509_certificate(content)
+        return x509.load_pem_x509_certificate(content)
     except ValueError as error:
         raise ProtocolError(
             f"{path} is not a certificate in PEM; give the one that flexlora keys --host wrote."
         ) from error
-    if certificate.not_valid_after_utc <= datetime.now(UTC):
+
+
+def read_certificate(path: Path, remedy: str) -> x509.Certificate:
+    """A certificate from a PEM file that is valid now; ``remedy`` is for one that has expired.
+
+    Raises:
+        ProtocolError: the file is no certificate, it has expired, or it is not valid yet.
+    """
+    certificate, now = load_certificate(path), datetime.now(UTC)
+    if certificate.not_valid_after_utc <= now:
         raise ProtocolError(
-            f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; move it away and "
-            "make a new one with: flexlora keys."
+            f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {remedy}."
+        )
+    if certificate.not_valid_before_utc > now:
+        raise ProtocolError(
+            f"{path} is valid only from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC, and "
+            f"this machine's clock says {now:%Y-%m-%d %H:%M} UTC: set the clock, or wait."
         )
     return certificate
 

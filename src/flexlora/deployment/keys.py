@@ -72,7 +72,7 @@ class NodeKey:
             folder / "ca.crt",
             "get the server's ca.crt from its owner and put it there",
         )
-        read_certificate(ca)
+        read_certificate(ca, "get the renewed ca.crt from the server's owner and put it there")
         read_private_key(fit[0], openssh=True)
         return NodeKey(fit[0].stem, fit[0], ca)
 
@@ -166,6 +166,11 @@ def node_keys(folder: Path) -> dict[str, Path]:
     return files
 
 
+def fingerprint_of(key: ec.EllipticCurvePublicKey) -> str:
+    """The fingerprint of a public key, as ``fingerprint`` gives that of a file."""
+    return _fingerprint(public_bytes(key))
+
+
 def fingerprint(path: Path) -> str:
     """The SHA-256 fingerprint of a public key, as ``ssh-keygen -l`` prints it.
 
@@ -181,7 +186,7 @@ def fingerprint_of_private(path: Path) -> str:
     Raises:
         ProtocolError: the file cannot be read, or other users may read it.
     """
-    return _fingerprint(public_bytes(read_private_key(path, openssh=True).public_key()))
+    return fingerprint_of(read_private_key(path, openssh=True).public_key())
 
 
 def _fingerprint(public: bytes) -> str:

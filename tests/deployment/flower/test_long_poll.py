@@ -41,7 +41,7 @@ def gate(answers, seconds=5.0):
     return Gate(
         "http://127.0.0.1:1",
         client,
-        RequestLimits(body_bytes=2**20),
+        RequestLimits(),
         LongPoll(seconds, pause_seconds=0.01),
     ), asked
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("flwr", reason="needs flexlora[flower]")
 from flexlora import __version__
 from flexlora.deployment.flower import gate, reception
 from flexlora.deployment.flower.reception import Reception
+from flexlora.deployment.flower.signatures import RegisteredKeys
 from flexlora.deployment.greeting import HELLO, KEY_HEADER, NAME_HEADER
 from flexlora.deployment.server.run_files import ARRIVALS, DELIVERED, NODES, NUMBERS
 
@@ -48,10 +50,13 @@ def test_the_gate_says_what_it_knows_of_a_key(front, tmp_path):
     assert answered(front, scope())[1]["key"] == "unknown"
     (tmp_path / NUMBERS).write_text(json.dumps({KEY: 7, OTHER: 8}))
     (tmp_path / NODES).write_text(json.dumps({"ash": 7}))
-    assert answered(front, scope()) == (
+    status, facts = answered(front, scope())
+    time = datetime.fromisoformat(facts.pop("time"))
+    assert (status, facts) == (
         200,
         {"version": __version__, "key": "registered", "finished": False},
     )
+    assert abs(datetime.now(UTC) - time) < timedelta(minutes=1)
     assert answered(front, scope(OTHER))[1]["key"] == "revoked"
     (tmp_path / DELIVERED).write_text("{}")
     assert answered(front, scope())[1]["finished"] is True
@@ -82,7 +87,7 @@ def notes(folder) -> list[str]:
 def test_an_unknown_key_is_noted_with_address_name_and_remedy_once(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(reception.time, "monotonic", lambda: now[0])
-    desk = Reception(tmp_path)
+    desk = Reception(tmp_path, RegisteredKeys(tmp_path))
     send = scope("SHA256:" + "c" * 43)
 
     def knocks(request):

@@ -9,13 +9,16 @@ registered would register itself.
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import logging
 import signal
+import socket
 import ssl
 import sys
+from asyncio import sslproto
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,15 +31,19 @@ from flexlora.storage import write_atomically
 try:
     import httpx
     import uvicorn
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ConfigError(
         "The gate needs packages that come with Flower; install them with: "
         "pip install 'flexlora[flower]'."
     ) from error
 
-from flexlora.deployment.flower import gate_rules, reception
+from flexlora.deployment.flower import bodies, gate_rules, reception
+from flexlora.deployment.flower.bodies import BodyBudget
+from flexlora.deployment.flower.connections import Connection, ConnectionLimits, Door
 from flexlora.deployment.flower.gate_rules import Refused, RequestLimits
+from flexlora.deployment.flower.log_rate import LogRate
 from flexlora.deployment.flower.long_poll import (
     MOST_WAITING_BYTES,
     NOTHING_YET,
@@ -44,13 +51,17 @@ from flexlora.deployment.flower.long_poll import (
     body_chunks,
 )
 from flexlora.deployment.flower.reception import Reception
+from flexlora.deployment.flower.served_certificate import ServedCertificate
+from flexlora.deployment.flower.signatures import RegisteredKeys, Signatures
 
 _MOST_HEADER_BYTES = 16384
-_MOST_CONNECTIONS = 4096
+_MOST_WAITING_CONNECTIONS = 512
 _UPSTREAM_CONNECTIONS = 128
 # Shorter than the five seconds after which the SuperLink's server closes an idle connection.
 _KEEPALIVE_SECONDS = 2.0
-_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+_TLS_BUFFER_BYTES = 32768
+_ANYBODY = "anybody"
+_CONNECTION = "connection"
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +70,8 @@ _log = logging.getLogger(__name__)
 class Gate:
     """An ASGI application that forwards the ten calls of a registered node to one SuperLink.
 
-    With a ``reception`` it answers one more request itself, a client's hello.
+    With ``signatures`` a request that no registered node has signed is refused before its body is
+    read. With a ``reception`` it answers one more request itself, a client's hello.
     """
 
     upstream: str
@@ -67,17 +79,22 @@ class Gate:
     limits: RequestLimits
     long_poll: LongPoll
     reception: Reception | None = None
+    signatures: Signatures | None = None
+    budget: BodyBudget = field(default_factory=BodyBudget)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or start and end with the server."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
-        elif scope["type"] != "http":
+            return
+        if scope["type"] != "http":
             raise ConfigError(f"The gate accepts only HTTP, not '{scope['type']}'.")
-        elif self.reception is not None and reception.is_hello(scope):
-            await self.reception.answer(scope, send)
-        else:
-            await self._answer(scope, receive, send)
+        connection: Connection | None = scope.get("state", {}).get(_CONNECTION)
+        with contextlib.nullcontext() if connection is None else connection.request():
+            if self.reception is not None and reception.is_hello(scope):
+                await self.reception.answer(scope, send)
+            else:
+                await self._answer(scope, receive, send, connection)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -86,7 +103,9 @@ class Gate:
         await self.client.aclose()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, connection: Connection | None
+    ) -> None:
         begun = False
 
         async def answer(message: Message) -> None:
@@ -96,24 +115,36 @@ class Gate:
                 await send(message)
 
         try:
-            length = gate_rules.body_length(scope, self.limits.body_bytes)
-            async with asyncio.timeout(self.limits.seconds):
-                await self._return(await self._reply(scope, receive, length), answer)
+            length = gate_rules.body_length(scope, self.limits)
+            node = self._node(scope, connection)
+            async with self.budget.request(node), asyncio.timeout(self.limits.seconds):
+                async with self.budget.body(node, length):
+                    reply = await self._reply(scope, receive, length)
+                await self._return(reply, answer)
         except Exception as error:  # ``refusal`` raises what is no fault of the request
             refused = gate_rules.refusal(error)
-            node = (scope.get("client") or ("?",))[0]
-            request = f"{scope['method']} {scope.get('raw_path')!r}"
-            _log.warning("%s from %s: %d, %s", request, node, refused.status, refused.reason)
+            address = (scope.get("client") or ("?",))[0]
+            request = f"{scope['method'][:20]} {scope.get('raw_path', b'')[:80]!r}"
+            _log.warning("%s from %s: %d, %s", request, address, refused.status, refused.reason)
             # An answer that broke off stays incomplete: the server then closes the connection, and
             # the node sees that the answer is not whole.
             if not begun:
                 await gate_rules.send_refusal(refused, send)
 
-    async def _reply(self, scope: Scope, receive: Receive, length: int | None) -> httpx.Response:
+    def _node(self, scope: Scope, connection: Connection | None) -> str:
+        """Who sends a request, from its headers alone. Raises Refused if nobody may."""
+        if self.signatures is None:
+            return _ANYBODY
+        node = self.signatures.signer(scope["raw_path"], scope["headers"])
+        if connection is not None:
+            connection.prove(node)
+        return node
+
+    async def _reply(self, scope: Scope, receive: Receive, length: int) -> httpx.Response:
         """The SuperLink's reply; while that is "nothing yet", it is polled again for a while."""
-        body = gate_rules.body(receive, length, self.limits)
+        body = bodies.body(receive, length, self.limits)
         nothing = NOTHING_YET.get(scope["raw_path"])
-        if nothing is None or length is None or length > MOST_WAITING_BYTES:
+        if nothing is None or length > MOST_WAITING_BYTES:
             return await self._forward(scope, body)
         content = b"".join([chunk async for chunk in body])
         poll = functools.partial(self._forward, scope, content)
@@ -144,7 +175,7 @@ def app(
     limits: RequestLimits | None = None,
     long_poll: LongPoll | None = None,
     run: Path | None = None,
-) -> ASGIApp:
+) -> Gate:
     """The gate to the SuperLink at ``upstream``, as an ASGI application.
 
     Args:
@@ -152,8 +183,8 @@ def app(
         verify: the CA certificate that must have signed the SuperLink's; None with http.
         limits: bytes and times of a request.
         long_poll: how long a node's request waits while the SuperLink has nothing for it.
-        run: the folder of the served run, by which the gate tells a client whether its key is
-            registered; None for a gate that does not tell.
+        run: the folder of the served run, by which the gate knows the registered keys. Without it
+            signatures are left to the SuperLink, which looks at them when it has the whole body.
 
     Raises:
         ConfigError: the upstream is not such an address, or ``verify`` does not go with it.
@@ -171,21 +202,31 @@ def app(
             max_connections=_UPSTREAM_CONNECTIONS, keepalive_expiry=_KEEPALIVE_SECONDS
         ),
     )
-    greets = None if run is None else Reception(run)
-    return Gate(upstream.rstrip("/"), client, limits, long_poll or LongPoll(), greets)
+    gate = Gate(upstream.rstrip("/"), client, limits, long_poll or LongPoll())
+    if run is None:
+        # One "node": everybody shares its limits.
+        return replace(gate, budget=BodyBudget(node_bytes=2**26, node_requests=256))
+    registered = RegisteredKeys(run)
+    return replace(gate, reception=Reception(run, registered), signatures=Signatures(registered))
 
 
 def serve(
-    app: ASGIApp, host: str, port: int, keys: ServerKeys | None, ready: Path | None = None
+    gate: Gate,
+    host: str,
+    port: int,
+    keys: ServerKeys | None,
+    ready: Path | None = None,
+    limits: ConnectionLimits | None = None,
 ) -> None:
     """Serve the gate until the process gets SIGINT or SIGTERM.
 
     Port 0 takes any free one. When connections are accepted, ``ready`` is written with HOST:PORT,
-    and it is removed at the end. TLS is 1.2 or newer, with the server's certificate.
+    and it is removed at the end. TLS is 1.2 or newer, with the server's certificate; a renewed
+    certificate is used from the next connection on.
 
     Raises:
         ConfigError: without ``keys``, and so without TLS, the host is not a loopback address.
-        ProtocolError: other users may read the private key.
+        ProtocolError: other users may read the private key, or the files do not go together.
         OSError: the address cannot be listened on.
     """
     if keys is None and not addresses.is_loopback(host):
@@ -194,27 +235,63 @@ def serve(
             "time, so anyone who reads it could send requests in the node's name; give the "
             "server's keys, or listen on 127.0.0.1."
         )
+    certificate = None
     if keys is not None:
         check_private(keys.key)
-    config = _server_config(app, keys)
-    server = uvicorn.Server(config)
-    if isinstance(app, Gate):
-        app.long_poll.ending = lambda: server.should_exit
-    with addresses.listener(host, port, config.backlog) as listener:
+        run = None if gate.reception is None else gate.reception.folder
+        certificate = ServedCertificate(keys, run)
+    server = uvicorn.Server(_server_config(gate))
+    gate.long_poll.ending = lambda: server.should_exit
+    door = Door(limits or ConnectionLimits.of_process())
+    with addresses.listener(host, port, _MOST_WAITING_CONNECTIONS) as listener:
         address = addresses.joined(host, listener.getsockname()[1])
-        _log.info("The gate listens on %s.", address)
+        _log.info("The gate listens on %s, for %d connections.", address, door.limits.total)
         try:
             if ready is not None:
                 write_atomically(ready, f"{address}\n".encode())
-            server.run(sockets=[listener])
+            asyncio.run(_serve(server, door, listener, certificate))
         finally:
             if ready is not None:
                 ready.unlink(missing_ok=True)
 
 
-def _server_config(app: ASGIApp, keys: ServerKeys | None) -> uvicorn.Config:
+async def _serve(
+    server: uvicorn.Server,
+    door: Door,
+    listener: socket.socket,
+    certificate: ServedCertificate | None,
+) -> None:
+    """Accept connections for the server, which parses and answers what comes on them."""
+
+    def protocol(connection: Connection) -> asyncio.Protocol:
+        state = {_CONNECTION: connection}
+        return H11Protocol(server.config, server.server_state, state)
+
+    def context() -> ssl.SSLContext | None:
+        return None if certificate is None else certificate.context
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            server.should_exit = True  # whoever started the gate starts it again
+
+    tasks = [asyncio.create_task(door.accept(listener, context, protocol))]
+    if certificate is not None:
+        tasks.append(asyncio.create_task(certificate.watch()))
+    for task in tasks:
+        task.add_done_callback(ended)
+    try:
+        await server.serve(sockets=[])
+    finally:
+        for task in tasks:
+            task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def _server_config(gate: Gate) -> uvicorn.Config:
     config = uvicorn.Config(
-        app,
+        gate,
         http="h11",  # the strict parser; it also bounds a request's headers
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
         ws="none",
@@ -223,16 +300,10 @@ def _server_config(app: ASGIApp, keys: ServerKeys | None) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=_MOST_CONNECTIONS,
         # A node whose request waits gets "nothing yet" within three seconds.
         timeout_graceful_shutdown=3,
-        ssl_certfile=None if keys is None else keys.certificate,
-        ssl_keyfile=None if keys is None else keys.key,
-        ssl_ciphers=_CIPHERS,
     )
     config.load()
-    if config.ssl is not None:
-        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
     return config
 
 
@@ -271,26 +342,37 @@ def main() -> None:
     parser.add_argument("--ca", type=Path, help="the CA's certificate, as ca.crt")
     parser.add_argument("--cert", type=Path, help="the gate's certificate, as server.crt")
     parser.add_argument("--key", type=Path, help="its private key, as server.key")
+    parser.add_argument("--upstream-ca", type=Path, help="the SuperLink's CA, if it is another")
     parser.add_argument("--run", type=Path, help="the folder of the served run")
     parser.add_argument("--ready", type=Path, help="a file to write when connections are accepted")
     args = parser.parse_args()
     files = (args.ca, args.cert, args.key)
     if None in files and any(files):
         parser.error("--ca, --cert and --key go together.")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _begin_log()
     # By default SIGTERM would end the process before it has tidied up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    # httpx logs every request; the SuperLink is polled several times a second.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # asyncio reserves 256 KiB for each TLS connection, of strangers too.
+    sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     try:
         keys = None if None in files else ServerKeys(*files)
-        verify = args.ca if args.upstream.startswith("https:") else None
+        verify = (args.upstream_ca or args.ca) if args.upstream.startswith("https:") else None
         gate = app(args.upstream, verify, run=args.run)
         serve(gate, args.listen[0], args.listen[1], keys, args.ready)
     except (FlexloraError, OSError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
         pass
+
+
+def _begin_log() -> None:
+    """Write a log that strangers can neither fill nor forge."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(LogRate())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # httpx logs every request; the SuperLink is polled several times a second.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

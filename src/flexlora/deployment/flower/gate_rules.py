@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import httpx
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope, Send
 
 CALLS = (
     "activate-node",
@@ -24,6 +23,7 @@ CALLS = (
 )
 """The requests of a registered node."""
 ALLOWED_PATHS = frozenset(f"/v1/fleet/{call}".encode() for call in CALLS)
+_PUSH_OBJECT, _PUSH_MESSAGES = b"/v1/fleet/push-object", b"/v1/fleet/push-messages"
 _REGISTERING = frozenset({b"/v1/fleet/register-node", b"/v1/fleet/unregister-node"})
 _MOST_HEADERS = 64
 _FORWARDED = frozenset({b"content-type", b"content-length", b"accept", b"user-agent"})
@@ -37,15 +37,28 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """The largest body in bytes, and the longest times in seconds.
+    """The largest bodies in bytes, and the longest times in seconds.
 
-    ``seconds`` is for a whole request, ``idle_seconds`` for one side that waits for the other.
-    Flower's own bodies have at most some 5 MiB.
+    Flower sends a payload in objects of 5 MiB (``object_bytes``), the list of a message's objects,
+    some 70 bytes for each (``message_bytes``), and a few hundred bytes with every other call
+    (``other_bytes``). ``seconds`` is for a whole request, ``idle_seconds`` for the SuperLink's
+    reply and for a node that reads it. A body must bring ``window_bytes`` more, or end, in every
+    ``window_seconds``.
     """
 
-    body_bytes: int = 2**26
+    object_bytes: int = 5 * 2**20 + 2**16
+    message_bytes: int = 2**18
+    other_bytes: int = 2**14
     seconds: float = 300.0
     idle_seconds: float = 60.0
+    window_seconds: float = 20.0
+    window_bytes: int = 2**16
+
+    def body_bytes(self, path: bytes) -> int:
+        """The largest body of a call."""
+        if path == _PUSH_OBJECT:
+            return self.object_bytes
+        return self.message_bytes if path == _PUSH_MESSAGES else self.other_bytes
 
 
 @dataclass(eq=False)
@@ -56,19 +69,19 @@ class Refused(Exception):
     reason: str
 
 
-def body_length(scope: Scope, most_body_bytes: int) -> int | None:
-    """Refuse a request that is not allowed; returns the body's bytes, None if it is chunked.
+def body_length(scope: Scope, limits: RequestLimits) -> int:
+    """Refuse a request that is not allowed; returns the bytes of its body.
 
     Raises:
         Refused: with the status and the reason.
     """
-    if scope.get("raw_path") in _REGISTERING:
+    path: bytes = scope.get("raw_path", b"")
+    if path in _REGISTERING:
         # As the SuperLink itself answers: on a 403 Flower's node hangs instead of ending.
         raise Refused(412, "The server's owner registers nodes: send a public key to the owner.")
     # Compared as sent, before anything is decoded or normalised: a path that differs by an escape,
     # a dot, a slash, a capital, a query or a host is another path, and is refused.
-    extended = scope["query_string"] or scope.get("root_path")
-    if scope.get("raw_path") not in ALLOWED_PATHS or extended:
+    if path not in ALLOWED_PATHS or scope["query_string"] or scope.get("root_path"):
         raise Refused(403, "The gate forwards only the requests of a registered Flower node.")
     if scope["method"] != "POST":
         raise Refused(405, "Flower's nodes use only POST.")
@@ -77,42 +90,14 @@ def body_length(scope: Scope, most_body_bytes: int) -> int | None:
         raise Refused(431, f"The request has more than {_MOST_HEADERS} headers.")
     lengths = [value for name, value in headers if name == b"content-length"]
     chunked = any(name == b"transfer-encoding" for name, _ in headers)
-    if len(lengths) + chunked != 1 or not all(value.isdigit() for value in lengths):
-        raise Refused(400, "The request must state one length, or come in chunks.")
-    if chunked:
-        return None
-    if int(lengths[0]) > most_body_bytes:
-        raise _too_large(most_body_bytes)
+    if chunked and not lengths:
+        raise Refused(411, "The request must state the length of its body; Flower's nodes do.")
+    if len(lengths) != 1 or chunked or not (lengths[0].isdigit() and len(lengths[0]) < 20):
+        raise Refused(400, "The request must state one length.")
+    most_bytes = limits.body_bytes(path)
+    if int(lengths[0]) > most_bytes:
+        raise Refused(413, f"The body has more than {most_bytes} bytes.")
     return int(lengths[0])
-
-
-def _too_large(most_body_bytes: int) -> Refused:
-    return Refused(413, f"The body has more than {most_body_bytes} bytes.")
-
-
-async def body(receive: Receive, length: int | None, limits: RequestLimits) -> AsyncIterator[bytes]:
-    """The chunks of a request's body.
-
-    Raises:
-        Refused: it is too long, too slow or not complete.
-    """
-    received_bytes = 0
-    while True:
-        try:
-            async with asyncio.timeout(limits.idle_seconds):
-                event = await receive()
-        except TimeoutError as error:
-            raise Refused(408, f"Nothing came for {limits.idle_seconds:.0f} seconds.") from error
-        if event["type"] == "http.disconnect":
-            raise Refused(400, "The node disconnected before its request was complete.")
-        chunk: bytes = event.get("body", b"")
-        received_bytes += len(chunk)
-        if received_bytes > (limits.body_bytes if length is None else length):
-            raise _too_large(limits.body_bytes)
-        if chunk:
-            yield chunk
-        if not event.get("more_body", False):
-            return
 
 
 def forwarded_headers(scope: Scope) -> Headers:
@@ -162,7 +147,9 @@ async def send_refusal(refused: Refused, send: Send) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
     if refused.status == 405:
         headers.append((b"allow", b"POST"))
-    if refused.status in (400, 408, 431):
-        headers.append((b"connection", b"close"))
+    if refused.status == 503:
+        headers.append((b"retry-after", b"1"))
+    # Nothing more of the request is read, and nothing else is taken from whoever sent it.
+    headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -12,15 +12,23 @@ import json
 import socket
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final
 
 from flexlora import __version__, addresses
 from flexlora.deployment.greeting import HELLO, KEY_HEADER, NAME_HEADER, KeyState
+from flexlora.deployment.key_files import load_certificate
 from flexlora.deployment.keys import NodeKey, fingerprint_of_private
 from flexlora.errors import ConfigError, ProtocolError
+from flexlora.journal import counted, duration
 
 _SECONDS: Final = 5.0
 _MOST_BYTES: Final = 4096
+_NOTICE_DAYS: Final = 14
+_MOST_SECONDS_AHEAD: Final = 5.0
+_MOST_SECONDS_BEHIND: Final = 300.0
+"""Flower's tolerances, with what is left for the time that a request takes."""
 _EXPIRED, _NOT_YET_VALID, _OTHER_HOST, _OTHER_ADDRESS = 10, 9, 62, 64
 """OpenSSL's numbers of the faults of a certificate that are not those of another CA."""
 
@@ -77,7 +85,7 @@ def greet(address: str, keys: NodeKey | None) -> Greeting | Fault:
     try:
         return _insecure(address, target) if keys is None else _secure(address, target, keys)
     except ssl.SSLCertVerificationError as error:
-        return Fault(_untrusted(error, target[0]), is_final=True)
+        return _untrusted(error, target, keys)
     except ssl.SSLError:
         return Fault(
             f"The server at {address} does not use TLS: it was started with --insecure, or it is "
@@ -120,22 +128,78 @@ def unreachable(address: str) -> Fault | None:
     return None
 
 
-def _untrusted(error: ssl.SSLCertVerificationError, host: str) -> str:
-    """A sentence on a certificate that this client does not trust."""
+def _untrusted(
+    error: ssl.SSLCertVerificationError, target: tuple[str, int], keys: NodeKey | None
+) -> Fault:
+    """Why this client does not trust the server's certificate."""
     if error.verify_code in (_OTHER_HOST, _OTHER_ADDRESS):
-        return (
-            f"The server's certificate does not name '{host}': join with a name for which it was "
-            "made, or have its owner make another: flexlora keys DIR --host NAME."
+        return Fault(
+            f"The server's certificate does not name '{target[0]}': join with a name for which it "
+            "was made, or have its owner make another: flexlora keys DIR --host NAME.",
+            is_final=True,
+        )
+    clock = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    if error.verify_code == _EXPIRED and keys is not None and _has_expired(keys.ca):
+        return Fault(
+            f"Your {keys.ca} has expired (this machine's clock says {clock}): get the renewed "
+            "ca.crt from the server's owner and put it there."
         )
     if error.verify_code == _EXPIRED:
-        return (
-            "The server's certificate has expired: its owner renews it, and you keep your ca.crt."
+        return Fault(
+            "The server's certificate has expired: its owner renews it, while the server runs, "
+            f"with: flexlora keys DIR --renew, and you keep your ca.crt. If it is valid, this "
+            f"machine's clock is wrong: it says {clock}."
         )
     if error.verify_code == _NOT_YET_VALID:
-        return "The server's certificate is not valid yet: check the clock of this machine."
-    return (
+        return Fault(
+            "The server's certificate is not valid yet: check the clock of this machine, which "
+            f"says {clock}, and that of the server."
+        )
+    return Fault(
         "The server's certificate is not signed by your ca.crt, so it is another server, or your "
-        "ca.crt is that of another one: get the server's ca.crt from its owner."
+        "ca.crt is that of another one: get the server's ca.crt from its owner.",
+        is_final=True,
+    )
+
+
+def _has_expired(path: Path) -> bool:
+    return load_certificate(path).not_valid_after_utc <= datetime.now(UTC)
+
+
+def _ending(what: str, ends: datetime, remedy: str) -> list[str]:
+    """A note on a certificate that expires soon."""
+    left = ends - datetime.now(UTC)
+    if left > timedelta(days=_NOTICE_DAYS):
+        return []
+    return [f"{what} expires on {ends:%Y-%m-%d}, in {counted(left.days, 'day')}: {remedy}"]
+
+
+def _certificate_notes(ends: object, ca: Path) -> list[str]:
+    """Notes on the server's certificate, which ends then, and on the CA's."""
+    own = "ask the server's owner for the renewed ca.crt"
+    notes = _ending(f"your {ca}", load_certificate(ca).not_valid_after_utc, own)
+    if isinstance(ends, str):
+        server = datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC)
+        notes += _ending(
+            "the server's certificate",
+            server,
+            "its owner renews it, while the server runs: flexlora keys DIR --renew",
+        )
+    return notes
+
+
+def _clock_fault(answer: dict[str, Any]) -> Fault | None:
+    """Why the server would refuse signatures made by this machine's clock; None if it would not."""
+    try:
+        ahead = (datetime.now(UTC) - datetime.fromisoformat(answer["time"])).total_seconds()
+    except (KeyError, TypeError, ValueError, OverflowError):  # an earlier version
+        return None
+    if -_MOST_SECONDS_BEHIND < ahead < _MOST_SECONDS_AHEAD:
+        return None
+    return Fault(
+        f"The clock of this machine is {duration(abs(ahead))} "
+        f"{'ahead of' if ahead > 0 else 'behind'} the server's, which takes no signature of such a "
+        "time: set the clocks of both, best by NTP."
     )
 
 
@@ -143,6 +207,8 @@ def _secure(address: str, target: tuple[str, int], keys: NodeKey) -> Greeting | 
     context = ssl.create_default_context(cafile=keys.ca)
     connection = http.client.HTTPSConnection(*target, timeout=_SECONDS, context=context)
     headers = {KEY_HEADER: fingerprint_of_private(keys.key), NAME_HEADER: keys.name}
+    connection.connect()
+    shown = connection.sock.getpeercert() or {}
     answer = _answer(connection, headers)
     if answer is None:  # a proxy of the owner's in place of the gate
         return Greeting()
@@ -157,8 +223,10 @@ def _secure(address: str, target: tuple[str, int], keys: NodeKey) -> Greeting | 
             f"The server's owner has revoked the key of this client, {keys.name}.key. To take part "
             "in this run again, make a new key and have it admitted."
         )
+    if (fault := _clock_fault(answer)) is not None:
+        return fault
     version = str(answer.get("version"))[:30]
-    notes = []
+    notes = _certificate_notes(shown.get("notAfter"), keys.ca)
     if version != __version__:
         notes.append(
             f"the server has flexlora {version}, this client {__version__}; install the same "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from flexlora import addresses
-from flexlora.deployment.certificates import ServerKeys
+from flexlora.deployment.certificates import ServerKeys, make_internal
 from flexlora.deployment.flower.processes import Process, environment, free_port
 from flexlora.deployment.flower.superlink import SuperLink
 from flexlora.deployment.keys import NODES
@@ -28,6 +28,8 @@ _BEGIN_SECONDS: Final = 60.0
 """Time for the run's process to start, before the supervisor queries its state from Flower."""
 
 _LOCK: Final = "serve.lock"
+_INTERNAL: Final = "tls"
+"""Folder of the certificate between the gate and the SuperLink, in Flower's folder of the run."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,11 @@ class Server:
     def __post_init__(self) -> None:
         home, listening = self.folder / "flower", self.listening
         keys = None if listening.keys is None else ServerKeys.of(listening.keys)
+        # The server's own certificate may be renewed, or expire, while the run goes on.
+        internal = None if keys is None else make_internal(home / _INTERNAL)
         # Without keys the clients, on this machine, connect to the SuperLink itself.
-        self.link = SuperLink(home, listening.port if keys is None else free_port(), keys)
-        self.gate = None if keys is None else _gate(self.folder, listening, self.link.url, keys)
+        self.link = SuperLink(home, listening.port if keys is None else free_port(), internal)
+        self.gate = None if keys is None else _gate(self.folder, listening, self.link, keys)
         self.admission = (
             None
             if listening.keys is None
@@ -287,12 +291,13 @@ class _ConsoleLines:
         print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
 
-def _gate(folder: Path, listening: Listening, upstream: str, keys: ServerKeys) -> Process:
+def _gate(folder: Path, listening: Listening, link: SuperLink, keys: ServerKeys) -> Process:
     home = folder / "flower"
     arguments = [
         *(sys.executable, "-m", "flexlora.deployment.flower.gate"),
-        *("--listen", listening.address, "--upstream", upstream),
+        *("--listen", listening.address, "--upstream", link.url),
         *("--ca", str(keys.ca), "--cert", str(keys.certificate), "--key", str(keys.key)),
+        *("--upstream-ca", str(home / _INTERNAL / "ca.crt")),
         *("--run", str(folder.resolve())),
     ]
     return Process(arguments, home / "gate.log", environment(home))
