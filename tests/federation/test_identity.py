@@ -78,7 +78,8 @@ def test_a_key_of_a_later_version_counts_with_its_default(folder, tmp_path):
     record = started(tmp_path, settings)
     (start,) = record.events()
     del start["config"]["evaluation"]["answers"]
-    record.path.write_text(json.dumps(start) + "\n")
+    record.path.unlink()
+    record.append(**start)
     check_same(settings, "the hash of another version", record)
     changed = models.settings(folder, evaluation={"answers": 7})
     with pytest.raises(ProtocolError, match=r"differs in evaluation\.answers"):

@@ -232,13 +232,14 @@ def test_an_adapter_of_some_layers_gives_peft_no_others(folder, done, tmp_path):
     assert not any(parameter.is_meta for parameter in adapted.parameters())
 
 
-def test_only_the_last_checkpoint_and_every_adapter_are_kept(done):
+def test_two_checkpoints_and_every_adapter_are_kept(done):
     assert sorted(path.name for path in done.folder.iterdir()) == [
         ".lock",
         "answers.jsonl",
         "checkpoint.json",
         "metrics.jsonl",
         "rounds",
+        "state-00002",
         "state-00003",
     ]
     kept = sorted(

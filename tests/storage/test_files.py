@@ -6,13 +6,12 @@ import sys
 import pytest
 
 from flexlora.errors import ProtocolError
-from flexlora.storage import files
-from flexlora.storage.files import is_locked, locked, write_atomically
+from flexlora.storage import LOCK, is_locked, locked, remove_drafts, write_atomically
 
 HOLD = """
 import sys
 from pathlib import Path
-from flexlora.storage.files import locked
+from flexlora.storage import locked
 
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
@@ -43,12 +42,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_draft_of_a_killed_writer_is_replaced(tmp_path):
-    path = tmp_path / "state.json"
-    (tmp_path / ".state.json.partial").write_bytes(b"half of a longer file")
-    write_atomically(path, b"whole")
-    assert path.read_bytes() == b"whole"
-    assert list(tmp_path.iterdir()) == [path]
+def test_drafts_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    write_atomically(tmp_path / "state.json", b"whole")
+    (tmp_path / ".partial.json").write_bytes(b"of the user")
+    (tmp_path / ".0123456789ab.partial").write_bytes(b"half of a longer file")
+    remove_drafts(tmp_path)
+    remove_drafts(tmp_path / "missing")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial.json", "state.json"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
@@ -63,7 +63,7 @@ def test_a_private_file_is_never_readable_by_others(tmp_path):
 
 def test_a_locked_folder_is_refused_and_free_afterwards(tmp_path):
     with locked(tmp_path):
-        assert is_locked(tmp_path / files.LOCK)
+        assert is_locked(tmp_path / LOCK)
         with pytest.raises(ProtocolError, match=r"in .*; let it end, or"), locked(tmp_path):
             raise AssertionError("locked twice")
         refusal = "It is served already."
@@ -71,7 +71,7 @@ def test_a_locked_folder_is_refused_and_free_afterwards(tmp_path):
             raise AssertionError("locked twice")
         with locked(tmp_path, name="other.lock"):
             pass
-    assert not is_locked(tmp_path / files.LOCK)
+    assert not is_locked(tmp_path / LOCK)
     with locked(tmp_path):
         pass
 
@@ -80,13 +80,13 @@ def test_a_folder_that_does_not_exist_is_neither_made_nor_locked(tmp_path):
     with locked(tmp_path / "missing"):
         pass
     assert not (tmp_path / "missing").exists()
-    assert not is_locked(tmp_path / "missing" / files.LOCK)
+    assert not is_locked(tmp_path / "missing" / LOCK)
 
 
 def test_an_error_inside_is_not_taken_for_a_refusal_and_releases_the_lock(tmp_path):
     with pytest.raises(TimeoutError, match="inner"), locked(tmp_path):
         raise TimeoutError("inner")
-    assert not is_locked(tmp_path / files.LOCK)
+    assert not is_locked(tmp_path / LOCK)
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
@@ -108,7 +108,7 @@ sys.modules["fcntl"] = None
 import warnings
 warnings.simplefilter("ignore")  # filelock says that its own locks are files then
 from flexlora.errors import ProtocolError
-from flexlora.storage.files import is_locked, locked, write_atomically
+from flexlora.storage import is_locked, locked, write_atomically
 
 folder = Path(sys.argv[1])
 write_atomically(folder / "a", b"1")

@@ -67,7 +67,7 @@ def _events(arm: str, target: Path, display: Display, is_first: bool) -> list[Ev
         display.print("finished before")
     else:
         settings = experiment(arm, str(place), evaluate_base=is_first)
-        is_begun = (place / checkpoint.POINTER).exists()
+        is_begun = checkpoint.is_begun(place)
         run_and_report(settings, place, display, resume=is_begun)
     return list(Record(place).events())
 

@@ -382,7 +382,7 @@ def _refuse_existing(folder: Path) -> None:
     from flexlora.deployment.server import server_run
     from flexlora.federation import checkpoint
 
-    if (folder / checkpoint.POINTER).exists() or (folder / server_run.PLAN).exists():
+    if checkpoint.is_begun(folder) or (folder / server_run.PLAN).exists():
         raise ConfigError(
             f"{folder} already holds a run; resume it with: flexlora serve --resume {folder}, or "
             "give another --out."

@@ -337,7 +337,7 @@ def _has_finished(settings: Experiment, folder: Path) -> bool:
 def _refuse_existing(folder: Path) -> None:
     from flexlora.federation import checkpoint
 
-    if (folder / checkpoint.POINTER).exists():
+    if checkpoint.is_begun(folder):
         raise ConfigError(
             f"{folder} already holds a run; resume it with: flexlora run --resume {folder}, or "
             "give another --out."

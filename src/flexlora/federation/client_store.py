@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
 
 from flexlora import wire
 from flexlora.errors import FlexloraError
 from flexlora.lowrank import Adapter
+from flexlora.storage import (
+    SUM,
+    DamagedFile,
+    is_intact,
+    make_private,
+    remove_summed,
+    sum_file,
+    sum_of,
+    write_summed,
+)
 
 PRIVATE = "private"
 """Where in a run's folder the simulated clients keep what never travels."""
+
+
+_NAME = re.compile(r"\d{5,}\.safetensors")
 
 
 class LostBase(FlexloraError):
@@ -26,11 +39,17 @@ class LostBase(FlexloraError):
 class ClientStore:
     """Files in ``folder``, each named by the round it is of, so that a round may be repeated.
 
-    In a simulation all clients share one folder and, as every download brings its client up
-    to date, the same base updates.
+    Each has its SHA-256 beside it, with which it is compared before it is first used.
+
+    In a simulation all clients share one folder (``shared``) and, as every download brings its
+    client up to date, the same base updates.
     """
 
     folder: Path
+    shared: bool = False
+    _intact: dict[Path, tuple[int, ...]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def add_updates(self, updates: Mapping[int, Adapter], expected: Sequence[int] = ()) -> None:
         """Store the updates of a download, to be merged into the base for good.
@@ -39,43 +58,96 @@ class ClientStore:
             LostBase: the update of one of the ``expected`` rounds should be here, and is not.
         """
         if lost := [round for round in expected if not self._is_sound(self._update_file(round))]:
-            raise LostBase(
-                f"The base updates of rounds {lost} are not complete in {self.folder}; the server "
-                "must send them once more."
-            )
+            raise self._lost(lost)
         for round, adapter in updates.items():
             path = self._update_file(round)
-            # An update is only ever sent once its round is in a checkpoint: it is final.
-            if not path.exists():
-                self._write(path, wire.encode(adapter, {"kind": "private"}, torch.float32))
+            if self.shared and self._is_intact(path):
+                continue
+            # A server that lost its last checkpoint has run the round again, perhaps with others:
+            # then this update is another one than the file.
+            data = wire.encode(adapter, {"kind": "private"}, torch.float32)
+            if not self._is_intact(path) or sum_of(path) != hashlib.sha256(data).hexdigest():
+                self._write(path, data)
+
+    def restore_updates(self, updates: Mapping[int, Adapter], wire_dtype: torch.dtype) -> None:
+        """Let the updates that were merged be these again, as they travelled in this dtype.
+
+        Those that are damaged or missing are written, and others removed. Nothing happens where
+        none was merged.
+        """
+        if not (self.folder / "merged").is_dir():
+            return
+        files = {self._update_file(round): adapter for round, adapter in updates.items()}
+        for path in _numbered(self.folder / "merged"):
+            if path not in files:
+                remove_summed(path)
+        for path, adapter in files.items():
+            if not self._is_sound(path):
+                self.add_updates({int(path.stem): adapter.to(wire_dtype)})
 
     def updates_before(self, round: int) -> list[Adapter]:
-        """All updates that the base of ``round`` has merged, the oldest first."""
-        files = sorted((self.folder / "merged").glob("*.safetensors"))
-        return [wire.open_file(path)[0] for path in files if int(path.stem) < round]
+        """All updates that the base of ``round`` has merged, the oldest first.
+
+        Raises:
+            LostBase: one of them is damaged.
+        """
+        files = [path for path in _numbered(self.folder / "merged") if int(path.stem) < round]
+        if lost := [int(path.stem) for path in files if not self._is_sound(path)]:
+            raise self._lost(lost)
+        return [wire.open_file(path)[0] for path in files]
 
     def keep(self, client: str, round: int, adapters: Mapping[str, Adapter]) -> None:
         """Store a client's private adapters; those older than its last round are removed."""
         for old in self._private_files(client, round)[:-1]:
-            old.unlink()
+            remove_summed(old)
         path = self._private_folder(client) / f"{round:05d}.safetensors"
         self._write(path, wire.encode_private(adapters))
 
     def private(self, client: str, round: int) -> dict[str, Adapter]:
-        """What a client kept of its last round before ``round``, by name."""
+        """What a client kept of its last round before ``round``, by name.
+
+        Raises:
+            DamagedFile: it is not as it was written.
+        """
         files = self._private_files(client, round)
-        return wire.open_private(files[-1]) if files else {}
+        if not files:
+            return {}
+        if not self._is_intact(files[-1]):
+            raise _damaged(files[-1])
+        return wire.open_private(files[-1])
+
+    def damaged(self, round: int) -> list[DamagedFile]:
+        """Which files that clients kept in this round are not as they were written."""
+        name = f"{round:05d}.safetensors"
+        folders = sorted((self.folder / "kept").glob("*"))
+        files = (path / name for path in folders)
+        return [
+            _damaged(file)
+            for file in files
+            if (file.exists() or sum_file(file).exists()) and not self._is_intact(file)
+        ]
 
     def _is_sound(self, path: Path) -> bool:
-        """Whether a file exists and can be read; one that cannot is removed."""
-        if not path.exists():
+        """Whether a file exists and is as it was written; one that is not is removed."""
+        if self._is_intact(path):
+            return True
+        remove_summed(path)
+        return False
+
+    def _is_intact(self, path: Path) -> bool:
+        """Whether a file is as it was written; reads it only if this was not known of it."""
+        if path.exists() and self._intact.get(path) == _stamp(path):
+            return True
+        if not is_intact(path):
             return False
-        try:
-            wire.open_file(path)
-        except FlexloraError:
-            path.unlink()
-            return False
+        self._intact[path] = _stamp(path)
         return True
+
+    def _lost(self, rounds: Sequence[int]) -> LostBase:
+        return LostBase(
+            f"The base updates of rounds {list(rounds)} are not complete in {self.folder}; the "
+            "server must send them once more."
+        )
 
     def _update_file(self, round: int) -> Path:
         return self.folder / "merged" / f"{round:05d}.safetensors"
@@ -84,15 +156,35 @@ class ClientStore:
         return self.folder / "kept" / file_name(client)
 
     def _private_files(self, client: str, round: int) -> list[Path]:
-        files = sorted(self._private_folder(client).glob("*.safetensors"))
+        files = _numbered(self._private_folder(client))
         return [path for path in files if int(path.stem) < round]
 
     def _write(self, path: Path, data: bytes) -> None:
+        make_private(self.folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A draft of its own, as several processes may store the same update.
-        with NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as draft:
-            draft.write(data)
-        Path(draft.name).replace(path)
+        write_summed(path, data)
+        self._intact[path] = _stamp(path)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file does."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The files of rounds in a folder, in their order; also one of which only the sum is left."""
+    names = {path.name.removesuffix(SUM) for path in folder.glob("*.safetensors*")}
+    return sorted(folder / name for name in names if _NAME.fullmatch(name))
+
+
+def _damaged(path: Path) -> DamagedFile:
+    reason = "is missing" if not path.exists() else "does not agree with its checksum"
+    remedy = (
+        "it is what a client has trained and never sends; restore it from a copy, or remove it and "
+        f"{path.name}{SUM}, and this client trains that part anew"
+    )
+    return DamagedFile(path, reason, remedy)
 
 
 def file_name(client: str) -> str:

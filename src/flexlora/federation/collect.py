@@ -26,7 +26,7 @@ from flexlora.federation.transport import (
 from flexlora.journal import Event, LossKind, Record
 from flexlora.method import Feature, State, Upload
 from flexlora.seeds import rng
-from flexlora.storage import write_atomically
+from flexlora.storage import is_intact, remove_summed, sum_file, write_summed
 from flexlora.wire import validate
 
 MOST_NATS = 1000.0
@@ -126,6 +126,7 @@ class Collector:
         """
         waiting: list[str] = []
         at_once = self.transport.clients_at_once
+        yield from filter(None, map(self._damage, cohort))
         # The longest first: with several at work, none is left for the end by itself.
         order = sorted(cohort, key=lambda id: (-self.prepared.clients[id].examples, id))
         for start in range(0, len(order), at_once):
@@ -159,8 +160,22 @@ class Collector:
         return len(self.uploads) >= self.wanted
 
     def _stored(self, reply: Reply) -> Upload | Lost:
-        write_atomically(self._file(reply.client), reply.data)
+        write_summed(self._file(reply.client), reply.data)
         return self._checked(reply.client)
+
+    def _damage(self, client: str) -> TransportEvent | None:
+        """Remove a client's upload that is not as it was written; the client is asked again.
+
+        One without a sum was not written whole before a kill.
+        """
+        path = self._file(client)
+        if not path.exists() or is_intact(path):
+            return None
+        is_damaged = sum_file(path).exists()
+        remove_summed(path)
+        file = f"{self.spool.name}/{path.name}"
+        reason = f"{file}, the upload of client {client!r}, is damaged; the client is asked again."
+        return TransportEvent("damaged", {"file": file, "reason": reason}) if is_damaged else None
 
     def _file(self, client: str) -> Path:
         return self.spool / f"{file_name(client)}.safetensors"
@@ -177,7 +192,7 @@ class Collector:
             if missing := [name for name in METRICS if name not in upload.metrics]:
                 raise ProtocolError(f"The upload of client {id!r} lacks the metrics {missing}.")
         except FlexloraError as error:
-            path.unlink()
+            remove_summed(path)
             return Lost(id, str(error), LossKind.INVALID_UPLOAD)
         return replace(upload, metrics={**upload.metrics, "bytes_up": path.stat().st_size})
 

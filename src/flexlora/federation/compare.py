@@ -318,7 +318,7 @@ def _corpus(settings: Experiment) -> Corpus | None:
 
 
 def _begun(folder: Path) -> bool:
-    return (folder / checkpoint.POINTER).exists()
+    return checkpoint.is_begun(folder)
 
 
 def _stored(folder: Path) -> Experiment:

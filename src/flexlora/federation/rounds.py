@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexlora.config import Experiment
 from flexlora.errors import ProtocolError
-from flexlora.federation import checkpoint
+from flexlora.federation import checkpoint, recovery
 from flexlora.federation.checkpoint import Checkpoint
 from flexlora.federation.client_evaluations import of_clients
 from flexlora.federation.client_store import PRIVATE, ClientStore
@@ -24,11 +25,12 @@ from flexlora.federation.run_facts import spectrum, start_facts
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Aggregating, Transport
 from flexlora.federation.weighting import cohort_of, weights_facts
-from flexlora.journal import Event, Meter, Record, SampleAnswers
+from flexlora.journal import Event, Meter, Record
 from flexlora.lowrank import Adapter, norm, normalized
 from flexlora.method import Cohort, State, Upload
 from flexlora.model import export
-from flexlora.storage import locked
+from flexlora.peft_format import CONFIG, WEIGHTS
+from flexlora.storage import DamagedFile, close_to_others, locked, make_private, sha256
 from flexlora.training import clients_at_once
 
 
@@ -54,11 +56,39 @@ def run(
     """
     folder = Path(folder)
     if not resume:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
     with locked(folder):
-        if resume and is_over(prepared.experiment, Record(folder)):
-            return
-        yield from _run(prepared, folder, transport, resume, meter or Meter())
+        yield from run_locked(prepared, folder, transport, resume, meter)
+
+
+def run_locked(
+    prepared: PreparedRun,
+    folder: Path,
+    transport: Transport | None = None,
+    resume: bool = False,
+    meter: Meter | None = None,
+) -> Iterator[Event]:
+    """As ``run``, for a caller that has the lock of ``folder``."""
+    if resume and is_complete(prepared.experiment, folder):
+        return
+    yield from _run(prepared, folder, transport, resume, meter or Meter())
+
+
+def is_complete(experiment: Experiment, folder: Path) -> bool:
+    """Whether a run has all the rounds of this config, and its files are as they were written.
+
+    Raises:
+        ProtocolError: it has finished more rounds.
+    """
+    record = Record(folder)
+    try:
+        if not is_over(experiment, record):
+            return False
+        *_, finish = record.events("finish")
+    except DamagedFile:
+        return False
+    sums = finish.get("sha256")
+    return sums is None or sums == _sums(adapter_folder(folder, finish["rounds"]))
 
 
 @dataclass(frozen=True)
@@ -84,11 +114,17 @@ def _run(
     record = Record(folder)
     if not (resume or transport or prepared.experiment.run.clients_at_once):
         meter.begin("measuring how many clients to train at a time")
-    point = _resumed(prepared, record) if resume else _begun(prepared, folder, transport)
+    damaged: Sequence[Event] = ()
+    if resume:
+        point, damaged = _resumed(prepared, record)
+    else:
+        point = _begun(prepared, folder, transport)
     meter.end()
     if transport is None:
-        with_store = prepared.with_runtime(clients=ClientStore(folder / PRIVATE))
+        store = ClientStore(folder / PRIVATE, shared=True)
+        with_store = prepared.with_runtime(clients=store)
         transport = SimulatedTransport(with_store.runtime, point.clients_at_once)
+    yield from damaged
     facts = start_facts(prepared, resume, point.round)
     yield record.append("start", **facts, clients_at_once=transport.clients_at_once)
     evaluations = Evaluations(prepared, record, meter)
@@ -99,17 +135,19 @@ def _run(
     whole = _Run(prepared, transport, record, folder, evaluations, meter)
     for number in range(point.round + 1, prepared.experiment.federation.rounds + 1):
         point = yield from _round(whole, number, point)
+    adapter = adapter_folder(folder, point.round)
     yield record.append(
         "finish",
         rounds=point.round,
         seconds=time.perf_counter() - started,
-        adapter=str(adapter_folder(folder, point.round)),
+        adapter=str(adapter),
+        sha256=_sums(adapter),
     )
 
 
 def _begun(prepared: PreparedRun, folder: Path, transport: Transport | None) -> Checkpoint:
     """The checkpoint before the first round of a new run."""
-    if (folder / checkpoint.POINTER).exists():
+    if checkpoint.is_begun(folder):
         raise ProtocolError(
             f"{folder} already holds a run; resume it with: flexlora run --resume {folder}, or "
             "give another --out."
@@ -126,22 +164,31 @@ def _begun(prepared: PreparedRun, folder: Path, transport: Transport | None) -> 
     )
 
 
-def _resumed(prepared: PreparedRun, record: Record) -> Checkpoint:
-    """The last checkpoint of a run that goes on, the files and events after it removed."""
-    point = checkpoint.load(record.folder)
-    check_same(prepared.experiment, point.identity, record)
-    _remove_leftovers(record.folder, point)
-    record.rewind(point.journal_bytes)
-    SampleAnswers(record.folder).rewind(point.round)
-    return point
+def _resumed(prepared: PreparedRun, record: Record) -> tuple[Checkpoint, Sequence[Event]]:
+    """The last checkpoint of a run that goes on, and an event for what was damaged."""
+    folder, settings = record.folder, prepared.experiment
+    resumed = recovery.resume(folder)
+    point, damaged = resumed.point, list(resumed.damaged)
+    check_same(settings, point.identity, record)
+    if prepared.local is not None:
+        store = ClientStore(folder / PRIVATE, shared=True)
+        store.restore_updates(point.state.merge_log.updates, prepared.wire_dtype)
+    if settings.run.keep_adapters == "last":
+        for earlier in range(1, point.round):
+            shutil.rmtree(adapter_folder(folder, earlier).parent, ignore_errors=True)
+    if 0 < point.round == settings.federation.rounds:
+        # Nothing else writes it any more, and it may have been damaged since it was written.
+        adapter = prepared.method.global_adapter(point.state, prepared.context(point.round))
+        export(prepared.base, adapter, adapter_folder(folder, point.round), replace=True)
+    return point, damaged
 
 
 def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, Checkpoint]:
     """One round, from the sampling of its clients to the checkpoint after it."""
     started, prepared, record = time.perf_counter(), run.prepared, run.record
     settings = prepared.experiment.federation
-    spool = run.folder / f"uploads-{number:05d}"
-    spool.mkdir(exist_ok=True)
+    spool = run.folder / recovery.spool_name(number)
+    close_to_others(spool)
     collector = Collector(prepared, run.transport, number, point.state, spool)
     yield from collector.events(record)
     aggregating, of = time.perf_counter(), f"round {number}/{settings.rounds}"
@@ -175,7 +222,13 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     yield from of_clients(run.record, prepared, run.transport, number, adapter, state)
     run.meter.begin(f"{of}: writing the checkpoint")
     point = checkpoint.save(
-        run.folder, number, record.bytes, state, point.identity, point.clients_at_once
+        run.folder,
+        number,
+        record.mark(point.journal),
+        state,
+        point.identity,
+        point.clients_at_once,
+        point.norms,
     )
     run.meter.end()
     shutil.rmtree(spool)
@@ -226,15 +279,6 @@ def _clients_at_once(prepared: PreparedRun) -> int:
     )
 
 
-def _remove_leftovers(folder: Path, point: Checkpoint) -> None:
-    """Remove what a kill left behind: uploads of finished rounds, files half-written."""
-    for spool in folder.glob("uploads-*"):
-        if int(spool.name.removeprefix("uploads-")) <= point.round:
-            shutil.rmtree(spool)
-    for partial in [*folder.glob(".*.partial"), *folder.glob("rounds/*/.*.partial*")]:
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-
-
 def _totals(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     keys = ("examples", "tokens", "loss_total", "loss_tokens", "bytes_up", "bytes_down")
     return {key: sum(client[key] for client in clients) for key in keys}
@@ -243,3 +287,8 @@ def _totals(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def adapter_folder(folder: Path, number: int) -> Path:
     """Where the global adapter of a round lies."""
     return folder / "rounds" / f"{number:05d}" / "adapter"
+
+
+def _sums(adapter: Path) -> dict[str, str]:
+    """The SHA-256 of every file of an adapter that matters to those who load it."""
+    return {name: sha256(adapter / name) for name in (CONFIG, WEIGHTS) if (adapter / name).exists()}

@@ -4,7 +4,7 @@ from flexlora.journal.answers import ANSWERS, SampleAnswers
 from flexlora.journal.events import EVENTS, JOURNAL, Event, EventType, LossKind, loss_kind
 from flexlora.journal.meter import Meter
 from flexlora.journal.reader import Journal, events_after
-from flexlora.journal.record import Record, mean_scores
+from flexlora.journal.record import Mark, Record, mean_scores
 from flexlora.journal.units import (
     NOTHING,
     age,
@@ -24,6 +24,7 @@ __all__ = [
     "EventType",
     "Journal",
     "LossKind",
+    "Mark",
     "Meter",
     "Record",
     "SampleAnswers",

@@ -6,14 +6,14 @@ are rows of the server's own test data only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexlora.errors import ProtocolError
-from flexlora.storage import write_atomically
+from flexlora.journal.lines import checked_line, opened_line
+from flexlora.storage import DamagedFile, append, write_atomically
+from flexlora.storage.untrusted import short
 
 ANSWERS = "answers.jsonl"
 """The file's name in the folder of a run."""
@@ -47,34 +47,51 @@ class SampleAnswers:
     def append(self, answers: Sequence[Mapping[str, Any]]) -> None:
         """Add these lines."""
         if answers:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(answer)}\n" for answer in answers)
+            append(self.path, b"".join(map(checked_line, answers)))
 
-    def rewind(self, round: int) -> None:
-        """Remove the answers of later rounds; those before training too if ``round`` is 0."""
-        if self.path.exists():
-            kept = [a for a in self.all() if 0 < round >= a["round"]]
-            write_atomically(self.path, "".join(f"{json.dumps(a)}\n" for a in kept).encode())
+    def rewind(self, round: int) -> int:
+        """Remove the answers of later rounds; those before training too if ``round`` is 0.
+
+        Returns how many damaged lines were removed as well.
+        """
+        if not self.path.exists():
+            return 0
+        kept, damaged = [], 0
+        for line in self._lines():
+            try:
+                if 0 < round >= _answer(line)["round"]:
+                    kept.append(line)
+            except ValueError:
+                damaged += 1
+        write_atomically(self.path, b"".join(kept))
+        return damaged
 
     def all(self) -> Iterator[dict[str, Any]]:
         """The answers in order; a last line cut off by a crash is left out.
 
         Raises:
-            ProtocolError: a line is not a JSON object with a round.
+            DamagedFile: a line is not an answer, or not as it was written.
         """
         if not self.path.exists():
             return
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            if line.endswith(b"\n"):
-                yield self._answer(line, number)
+        for number, line in enumerate(self._lines(), 1):
+            try:
+                yield _answer(line)
+            except ValueError as error:
+                raise DamagedFile(
+                    self.path,
+                    f"has a damaged line, {number}",
+                    sentence=f"Line {number} of {self.path} is not a sample answer "
+                    f"({short(error)}); remove the line.",
+                ) from error
 
-    def _answer(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict) or not isinstance(answer.get("round"), int):
-            raise ProtocolError(
-                f"Line {number} of {self.path} is not a sample answer; remove the line."
-            )
-        return answer
+    def _lines(self) -> Iterator[bytes]:
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        return (line for line in lines if line.endswith(b"\n"))
+
+
+def _answer(line: bytes) -> dict[str, Any]:
+    answer = opened_line(line)
+    if not isinstance(answer.get("round"), int):
+        raise ValueError("it has no round")
+    return answer

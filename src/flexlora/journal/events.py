@@ -227,9 +227,16 @@ EVENTS: Mapping[str, EventType] = {
         seconds="seconds of the whole evaluation",
         bytes_down="bytes of the adapters that were sent for it; 0 in a simulation",
     ),
+    "damaged": _type(
+        "A file of the run was damaged; the run goes on without what it contained.",
+        round="the round in progress, or after which a resumed run goes on",
+        file="the file, below the run's folder",
+        reason="what was found and what is done about it, for people",
+    ),
     "stopped": _type("A real federation stopped with an error.", reason="the error, for people"),
     "finish": _type(
         "The run is complete.",
+        {"sha256": "{file of the adapter: its SHA-256}; not in journals of earlier versions"},
         rounds="rounds completed",
         seconds="seconds since it was started or resumed",
         adapter="path of the global adapter",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from flexlora.errors import ProtocolError
-from flexlora.journal.events import JOURNAL, Event
+from flexlora.journal.events import EVENTS, JOURNAL, Event
+from flexlora.journal.lines import is_checked, opened_line
+from flexlora.storage import DamagedFile
+from flexlora.storage.untrusted import short
 
 _COMPARED_BYTES = 4096
 
@@ -21,7 +22,7 @@ def events_after(path: Path, offset_bytes: int = 0) -> Iterator[tuple[Event, int
     cut off by a crash, is left out.
 
     Raises:
-        ProtocolError: a line is not an event.
+        DamagedFile: a line is not an event, or not as it was written.
     """
     try:
         journal = path.open("rb")
@@ -48,7 +49,7 @@ class Journal:
         written is left for the next call. Costs the new lines and one read of at most 4 KiB.
 
         Raises:
-            ProtocolError: a line is not an event; the next call meets it again.
+            DamagedFile: a line is not an event; the next call meets it again.
         """
         try:
             journal = self.path.open("rb")
@@ -81,6 +82,16 @@ class Journal:
         return journal.read(len(self._last_line)) == self._last_line
 
 
+def sound_lines(path: Path, length_bytes: int) -> Iterator[tuple[Event, bytes]]:
+    """The events in the first bytes of a damaged journal that can be read, with their lines."""
+    with path.open("rb") as journal:
+        for line in journal.read(length_bytes).splitlines(keepends=True):
+            try:
+                yield _event(line), line
+            except ValueError:
+                continue
+
+
 def _whole_lines(journal: BinaryIO, path: Path, offset_bytes: int) -> Iterator[tuple[Event, bytes]]:
     """The events after an offset with their lines, up to a line that is not complete."""
     journal.seek(offset_bytes)
@@ -90,19 +101,33 @@ def _whole_lines(journal: BinaryIO, path: Path, offset_bytes: int) -> Iterator[t
         try:
             event = _event(line)
         except ValueError as error:
-            raise ProtocolError(
-                f"Line {_line_number(journal, offset_bytes)} of {path} is not an event ({error}); "
-                "resume the run, which cuts the journal back to its last checkpoint, or remove "
-                "the line."
+            number = _line_number(journal, offset_bytes)
+            raise DamagedFile(
+                path,
+                f"has a damaged line, {number}",
+                sentence=f"Line {number} of {path} is not an event ({short(error)}); resume the "
+                "run, which keeps the lines that can be read, or remove the line.",
             ) from error
         offset_bytes += len(line)
         yield event, line
 
 
 def _event(line: bytes) -> Event:
-    event = json.loads(line)
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+    """The event in a line.
+
+    Raises:
+        ValueError: it is not an event, or a damaged one.
+    """
+    if not line.endswith(b"\n"):
+        raise ValueError("it was cut off")
+    event = opened_line(line)
+    if not isinstance(event.get("event"), str):
         raise ValueError("it has no 'event'")
+    if not is_checked(line) and event["event"] in EVENTS:
+        # Of another version, or written by hand: nothing else says that it is complete.
+        missing = [name for name in EVENTS[event["event"]].fields if name not in event]
+        if missing:
+            raise ValueError(f"it has no {missing[0]!r}")
     return event
 
 

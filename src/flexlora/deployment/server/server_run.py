@@ -228,7 +228,7 @@ def _run(folder: Path, connect: Connect) -> None:
     quorum = settings.federation.quorum
     transport = connect(registry, spec, quorum)
     if base is not None:
-        resume = (folder / checkpoint.POINTER).exists()
+        resume = checkpoint.is_begun(folder)
         transport.wait_for_clients(quorum if resume else plan.clients)
         ready = served.served(settings, base, registry, largest.by_module(modules))
         for event in rounds.run(ready, folder, transport, resume=resume):

@@ -74,7 +74,7 @@ class Cluster:
             # Ray shows a worker only its own GPU, whatever its number.
             model = replace(settings.model, device="cuda")
             settings = settings.model_copy(update={"model": model})
-        private = ClientStore((folder / PRIVATE).resolve())
+        private = ClientStore((folder / PRIVATE).resolve(), shared=True)
         resident = Resident(
             settings.model_dump_json(), private, Path.cwd(), at_once, described(ready)
         )

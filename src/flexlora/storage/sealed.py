@@ -1,0 +1,132 @@
+"""Files that tell whether they are as they were written: each has a SHA-256.
+
+A JSON file has it in itself, as its first key; another file has it in a small file beside it.
+It is against damage, by disks and by people; whoever can write both can forge both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from flexlora.errors import ProtocolError
+from flexlora.storage.files import replacing, sha256, write_atomically
+
+SUM: Final = ".sha256"
+"""What follows the name of a file in the name of the file with its SHA-256."""
+
+_HEAD: Final = re.compile(rb'\{\n "sha256": "([0-9a-f]{64})",')
+_LINE: Final = re.compile(r"([0-9a-f]{64})  ([^\n/]+)\n")
+_BLOCK_BYTES: Final = 2**20
+
+
+class DamagedFile(ProtocolError):
+    """A file is not as it was written, or is missing.
+
+    ``reason`` follows the name of the file in a sentence; ``remedy`` ends it.
+    """
+
+    def __init__(self, path: Path, reason: str, remedy: str = "", sentence: str = "") -> None:
+        super().__init__(sentence or f"{path} {reason}{f'; {remedy}' if remedy else ''}.")
+        self.path, self.reason, self.remedy = path, reason, remedy
+
+    def __reduce__(self) -> tuple[type[DamagedFile], tuple[Path, str, str, str]]:
+        return type(self), (self.path, self.reason, self.remedy, str(self))
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with its SHA-256 as the first key; it must have keys of its own.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        OSError: the file cannot be written.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    write_atomically(path, b'{\n "sha256": "%s",' % digest.encode() + text[1:])
+
+
+def read_sealed(path: Path, remedy: str = "restore it from a copy") -> dict[str, Any]:
+    """The JSON object that ``write_sealed`` has written.
+
+    Raises:
+        DamagedFile: the file has been changed in any way since, or has no checksum, as those of
+            earlier versions; with the ``remedy``.
+        FileNotFoundError: there is no file.
+    """
+    data = path.read_bytes()
+    head = _HEAD.match(data)
+    if head is None:
+        reason = "has no checksum: it is damaged, or of an earlier version of flexlora"
+        raise DamagedFile(path, reason, remedy)
+    text = b"{" + data[head.end() :]
+    if hashlib.sha256(text).hexdigest().encode() != head[1]:
+        raise DamagedFile(path, "does not agree with its checksum: it is damaged", remedy)
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def write_summed(path: Path, data: bytes) -> str:
+    """Write a file, and its SHA-256 beside it, which is returned.
+
+    The sum is written first: a file without one was not written whole. Several processes may
+    write the same file with the same content.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    write_atomically(sum_file(path), f"{digest}  {path.name}\n".encode())
+    write_atomically(path, data)
+    return digest
+
+
+def sum_file(path: Path) -> Path:
+    """The file beside ``path`` with its SHA-256, in the form of the program sha256sum."""
+    return path.with_name(f"{path.name}{SUM}")
+
+
+def sum_of(path: Path) -> str | None:
+    """The SHA-256 that a file had when it was written; None if that cannot be read."""
+    try:
+        line = _LINE.fullmatch(sum_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return line[1] if line and line[2] == path.name else None
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file is as ``write_summed`` has written it; reads the whole file."""
+    digest = sum_of(path)
+    return digest is not None and path.is_file() and sha256(path) == digest
+
+
+def remove_summed(path: Path) -> None:
+    """Remove a file and its sum, whichever of them are there; the sum last."""
+    path.unlink(missing_ok=True)
+    sum_file(path).unlink(missing_ok=True)
+
+
+def copy_verified(source: Path, target: Path, digest: str) -> None:
+    """Copy a file that must have this SHA-256, which is computed on the way.
+
+    Raises:
+        DamagedFile: it has another one; no target is written.
+    """
+    running = hashlib.sha256()
+    with source.open("rb") as file, replacing(target) as out:
+        while block := file.read(_BLOCK_BYTES):
+            running.update(block)
+            out.write(block)
+        if running.hexdigest() != digest:
+            raise DamagedFile(source, "does not agree with its checksum: it is damaged")
+
+
+def link_or_copy(source: Path, target: Path, digest: str) -> None:
+    """One file under two names, or a verified copy where the disk cannot have that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        copy_verified(source, target, digest)
