@@ -15,6 +15,7 @@ from flexlora.cli import adapters, configs, demo, deploy, evaluate, init, laws, 
 from flexlora.cli.interrupts import STOPPED, raised
 from flexlora.cli.options import with_last_run
 from flexlora.errors import FlexloraError
+from flexlora.storage.untrusted import printable_lines
 
 BUG = (
     "This is a fault of flexlora or of a plug-in, not of your input; please report it with the "
@@ -149,7 +150,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable_lines(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from flexlora.cli.sentences import plain, sentences, wrapped
 from flexlora.cli.tally import Tally, left_text
 from flexlora.journal import Event, Meter, size
+from flexlora.storage.untrusted import printable, printable_lines
 
 WIDE = 110
 """From this number of columns on the live line also shows speed and bytes."""
@@ -73,6 +74,7 @@ class Display:
     def print(self, text: str = "", style: str | None = None) -> None:
         """Print a lasting line, broken between words on a terminal."""
         lines = wrapped(text, self.console.width) if self.console.is_terminal else plain(text)
+        lines = _encodable(printable_lines(lines), self.console.encoding)
         self.console.print(lines, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def follow(self, events: Iterable[Event]) -> list[Event]:
@@ -91,7 +93,9 @@ class Display:
     def _now(self) -> Text:
         width, ascii_only = self.console.width, self.console.options.ascii_only
         now = time.time()
-        return live_line(self.tally, self.meter, now - self._began, now, width, ascii_only)
+        line = live_line(self.tally, self.meter, now - self._began, now, width, ascii_only)
+        line.plain = _encodable(printable(line.plain), self.console.encoding)
+        return line
 
     def _name_stages(self) -> None:
         """Print the stages that last, for those who read lines."""
@@ -139,6 +143,11 @@ def clock(seconds: float) -> str:
     """A time as hours, minutes and seconds, such as 0:01:07."""
     minutes, rest = divmod(int(max(seconds, 0)), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _encodable(text: str, encoding: str) -> str:
+    """The text with ``?`` for what a terminal or a file of this encoding cannot take."""
+    return text.encode(encoding, "replace").decode(encoding, "replace")
 
 
 def _columns(parts: Iterable[Text]) -> int:

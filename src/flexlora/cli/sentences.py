@@ -18,6 +18,7 @@ from flexlora.journal import (
     size,
 )
 from flexlora.reporting.names import rank_text
+from flexlora.storage.untrusted import printable
 
 _KEEP = "\N{NO-BREAK SPACE}"
 
@@ -25,8 +26,13 @@ _KEEP = "\N{NO-BREAK SPACE}"
 def sentences(event: Event, tally: Tally) -> list[str]:
     """One event as lines of text; none for those that say nothing to a reader.
 
-    Spaces that must not become line breaks are no-break spaces.
+    Spaces that must not become line breaks are no-break spaces. Names and reasons in a journal may
+    come from strangers: each line is printable, and begins no other.
     """
+    return [_KEEP.join(map(printable, line.split(_KEEP))) for line in _sentences(event, tally)]
+
+
+def _sentences(event: Event, tally: Tally) -> list[str]:
     match event["event"]:
         case "start":
             return [_start(event), *notices(event.get("notices", ()))]

@@ -29,6 +29,7 @@ from flexlora.federation.transport import (
 from flexlora.journal import Event, Record
 from flexlora.lowrank import Adapter
 from flexlora.method import Feature, State
+from flexlora.storage.untrusted import one_line, short
 
 MOST_COUNT = 10**12
 """No client has more rows or tokens."""
@@ -153,7 +154,7 @@ def _asked(
                 losses.missing[outcome.client] = str(error)
         elif isinstance(outcome, Lost):
             open_queries.discard(outcome.client)
-            losses.missing[outcome.client] = outcome.reason
+            losses.missing[outcome.client] = one_line(outcome.reason)
         elif not isinstance(outcome, QueryAnswer):
             yield recorded(outcome, number, record)
     losses.missing |= dict.fromkeys(open_queries, "It did not answer.")
@@ -175,8 +176,8 @@ def _loss(facts: Mapping[str, Any]) -> HoldoutLoss:
     counts: Any = [facts.get("examples"), facts.get("loss_tokens")]
     total: Any = facts.get("loss_total")
     if not all(type(count) is int and 1 <= count <= MOST_COUNT for count in counts):
-        raise ProtocolError(f"It sent {str(counts)[:60]} as numbers of rows and tokens.")
+        raise ProtocolError(f"It sent {short(counts)} as numbers of rows and tokens.")
     # NaN fails this comparison too.
     if type(total) not in (int, float) or not 0 <= total <= MOST_NATS * counts[1]:
-        raise ProtocolError(f"It sent {str(total)[:30]!r} as a loss.")
+        raise ProtocolError(f"It sent {short(total)} as a loss.")
     return HoldoutLoss(counts[0], float(total), counts[1])

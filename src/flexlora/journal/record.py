@@ -9,14 +9,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from flexlora.journal.events import JOURNAL, Event
 from flexlora.journal.lines import checked_line
 from flexlora.journal.reader import events_after, sound_lines
 from flexlora.storage import append, write_atomically
+from flexlora.storage.untrusted import one_line
 
 _BLOCK_BYTES = 2**20
+_TEXTS: Final = frozenset({"reason", "note", "device"})
+"""The fields of events that are for people, some with words of clients."""
+_LONGEST_TEXT: Final = 4000
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,14 @@ class Record:
     def append(self, event: str, **fields: Any) -> Event:
         """Write one event, make sure that it is on the disk, and return it.
 
+        Texts for people may come from strangers: each is one printable line, and cut.
+
         Raises:
             ValueError: a field contains NaN or infinity, which JSON cannot represent.
             OSError: the disk is full.
         """
-        entry: Event = {"event": event, "time": round(time.time(), 3), **fields}
+        texts = {key: one_line(fields[key], _LONGEST_TEXT) for key in _TEXTS & fields.keys()}
+        entry: Event = {"event": event, "time": round(time.time(), 3), **fields, **texts}
         append(self.path, checked_line(entry))
         return entry
 

@@ -173,7 +173,7 @@ def one_line(text: object, most: int = 500) -> str:
     beginning is left, with dots at the end. A value that is no text is shown as Python would.
     Costs no more than ``most``, however long the text is.
     """
-    whole = text if isinstance(text, str) else _represented(text)
+    whole = text if isinstance(text, str) else _shown(text)
     # Blanks are joined, so that a little more than ``most`` may be needed.
     line = printable(" ".join(whole[: 2 * most + 20].split()))
     is_cut = len(line) > most or len(whole) > 2 * most + 20
@@ -182,7 +182,7 @@ def one_line(text: object, most: int = 500) -> str:
 
 def short(value: object) -> str:
     """An untrusted value for an error message: printable, and at most about 140 characters."""
-    text = str(value) if isinstance(value, Exception) else _represented(value)
+    text = _shown(value)
     text = printable(text if len(text) <= 160 else f"{text[:80]}...{text[-60:]}")
     return text
 
@@ -207,6 +207,10 @@ def _visible(text: str) -> Iterator[str]:
     for c in text:
         marks = marks + 1 if unicodedata.category(c) in ("Mn", "Me") else 0
         yield c if c.isprintable() and c not in _BLANK_LETTERS and marks <= _MOST_MARKS else "?"
+
+
+def _shown(value: object) -> str:
+    return str(value) if isinstance(value, Exception) else _represented(value)
 
 
 def _represented(value: object) -> str:

@@ -672,7 +672,7 @@ def array(stype=records.STYPE, name="flexlora", data=b"abc"):
         ({"other": ConfigRecord({"json": "{}"})}, "not one of flexlora's"),
         ({"flexlora.header": ConfigRecord({"text": "{}"})}, "not one of flexlora's"),
         ({"flexlora.header": ConfigRecord({"json": "no JSON"})}, "not one of flexlora's"),
-        ({"flexlora.header": ConfigRecord({"json": 7.5})}, "is not a JSON object"),
+        ({"flexlora.header": ConfigRecord({"json": 7.5})}, "not one of flexlora's"),
         ({"flexlora.header": ConfigRecord({"json": "[1]"})}, "is not a JSON object"),
         ({"flexlora.header": array()}, "not one of flexlora's"),
         ({**HEADER, "flexlora.payload": ConfigRecord({"a": 1})}, "payload is not one of"),

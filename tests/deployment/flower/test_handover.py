@@ -9,7 +9,7 @@ pytest.importorskip("flwr", reason="needs flexlora[flower]")
 from flwr.app import Message
 
 from flexlora.config import RankType
-from flexlora.deployment.flower import handover, records
+from flexlora.deployment.flower import handover, inbox, records
 from flexlora.deployment.flower.handover import Handover
 from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.limits import RankLimits
@@ -78,7 +78,8 @@ def registry(folder, bound: bool = True, **nodes: int) -> ClientRegistry:
 
 def handed_over(clients: Clients, members: ClientRegistry, grid=None) -> Ledger:
     ledger = Ledger(members.folder, DIGEST)
-    Handover(grid or clients.grid(), members, "spec", FINISHED, ledger).run()
+    grid = grid or clients.grid()
+    Handover(grid, members, "spec", FINISHED, ledger, inbox.of(grid)).run()
     return ledger
 
 
@@ -123,7 +124,7 @@ def test_one_that_could_not_write_it_is_asked_again_and_its_reason_printed_once(
 def test_another_digest_is_no_confirmation(tmp_path, naps, answer):
     clients = Clients({11: [answer, HAS]})
     assert handed_over(clients, registry(tmp_path, ash=11)).entries.keys() == {"ash"}
-    assert lines(tmp_path)[0].startswith("client ash does not have the adapter: It has ")
+    assert lines(tmp_path)[0].startswith("client ash does not have the adapter: It")
 
 
 def test_a_client_cannot_confirm_for_another(tmp_path, naps):

@@ -152,7 +152,12 @@ def test_kinds_and_counts_are_of_those_who_are_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [None, 7, True, "", "x" * 101, ["clinic"], {"clinic": 1}, 1.5, "x" * 10**6]
+    "name",
+    [
+        *(None, 7, True, "", "x" * 101, ["clinic"], {"clinic": 1}, 1.5, "x" * 10**6),
+        *("\n\x1b[2J", "clinic\n", " clinic", "clinic\u202e", "\ud800", "a\0b", "\u3164", 10**400),
+        "e" + "\u0301" * 9,
+    ],
 )
 def test_what_is_no_name_is_refused(tmp_path, name):
     clients = roll(tmp_path)
@@ -164,9 +169,9 @@ def test_what_is_no_name_is_refused(tmp_path, name):
     assert len(clients) == 0 and not (tmp_path / FILE).exists()
 
 
-def test_any_other_text_is_a_name(tmp_path):
+def test_any_printable_text_is_a_name(tmp_path):
     clients = roll(tmp_path)
-    names = ["../../etc/passwd", "a/b", "Klinik Süd", "\n\x1b[2J", "x" * 100, "<b>"]
+    names = ["../../etc/passwd", "a/b", "Klinik Süd", "東京", "x" * 100, "<b>"]
     for number, name in enumerate(names):
         clients.admit(said(name), number)
     assert sorted(names) == list(roll(tmp_path))
@@ -198,7 +203,13 @@ def test_what_is_left_out_is_refused(tmp_path, field):
 def test_device_and_speed_are_for_people_alone(tmp_path):
     clients = roll(tmp_path)
     _, entry = clients.admit(said(device="d" * 999, tokens_per_second="fast"), NODE)
-    assert entry.device == "d" * 40 and entry.tokens_per_second is None
+    assert entry.device == "d" * 37 + "..." and entry.tokens_per_second is None
+    for device in ([[]] * 3_000_000, "a\n\x1b[2J\ud800", 10**5000, {"a": float("nan")}):
+        _, entry = clients.admit(said(device=device, tokens_per_second=True), NODE)
+        assert len(entry.device) <= 40 and entry.device.isprintable()
+        assert entry.tokens_per_second is None
+    for speed in (float("inf"), float("nan"), 10**400, -1, [1], 1e13):
+        assert clients.admit(said(tokens_per_second=speed), NODE)[1].tokens_per_second is None
     _, entry = clients.admit(said(device=None, tokens_per_second=3), NODE)
     assert entry.device == "None" and entry.tokens_per_second == 3.0
 

@@ -1,77 +1,128 @@
-"""Answers of nodes to messages: pulled one by one, and their errors in words."""
+"""Answers of nodes to messages, checked and made printable: the one place where they enter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
-import httpx
-from flwr.app import Message
-from flwr.serverapp import Grid
+from flwr.app import Message, RecordDict
 
 from flexlora.deployment.flower import records
 from flexlora.errors import ProtocolError
+from flexlora.journal import LossKind
+from flexlora.storage.untrusted import one_line
 
 AWAY: Final = (3, 4, 5)
 """Flower's codes for a message or a reply that is gone, and a node that is."""
 
 LONGEST_REASON: Final = 500
+LONGEST_TEXT: Final = 2000
+"""Characters of an error that a client reports of itself, and of any other text in its answer."""
 
-Answer = Message | ProtocolError
-"""A message from a node, or the error with which Flower could not read it."""
 
+@dataclass(frozen=True)
+class Answer:
+    """What a client answered: values in a header, and bytes, which are not checked yet.
 
-def pulled(grid: Grid, ids: Sequence[str]) -> Iterator[tuple[str, Answer]]:
-    """The answers to these messages that have arrived, by id, one in memory at a time.
-
-    Flower makes objects of a node's bytes while it pulls; everything that is pulled together
-    with a message that it cannot read is lost. So each message is pulled by itself.
+    Texts in the header are printable lines, cut to a length.
     """
-    for id in ids:
-        try:
-            for message in grid.pull_messages([id]):
-                yield id, message
-        except httpx.HTTPError:
-            raise  # the SuperLink is away
-        # A node's bytes decide what Flower raises: KeyError, ValueError, TypeError, ...
-        except Exception as error:
-            reason = f"Flower cannot read its answer ({type(error).__name__}: {error})."
-            yield id, ProtocolError(reason[:LONGEST_REASON])
+
+    header: Mapping[str, Any]
+    payload: bytes = b""
+
+    @property
+    def error(self) -> str | None:
+        """The error that the client reports of itself, if it does."""
+        return one_line(self.header["error"], LONGEST_TEXT) if "error" in self.header else None
+
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether that is the loss of the updates that it had merged."""
+        return self.header.get("forgot") is True
+
+    def facts(self) -> Mapping[str, Any]:
+        """The header.
+
+        Raises:
+            ProtocolError: the client reports an error instead.
+        """
+        if (error := self.error) is not None:
+            raise ProtocolError(error)
+        return self.header
 
 
-def is_away(message: Message) -> bool:
-    """Whether a message or its reply is gone, or its node is."""
-    return message.has_error() and message.error.code in AWAY
+@dataclass(frozen=True)
+class NoAnswer:
+    """Why there is no answer, in words, and for programs.
+
+    With ``is_away`` the node is gone, or the message is, and it is sent again.
+    """
+
+    reason: str
+    kind: LossKind = LossKind.UNREACHABLE
+    is_away: bool = False
+
+    def facts(self) -> Mapping[str, Any]:
+        """Raise the reason as a ProtocolError."""
+        raise ProtocolError(self.reason)
 
 
-def flower_error(message: Message) -> str:
+def read(message: Message, most_bytes: int) -> Answer | NoAnswer:
+    """A node's message as an answer with a payload of at most ``most_bytes``.
+
+    Whatever its bytes raise is a reason, and not an error of the server.
+    """
+    try:
+        if message.has_error():
+            return _flower_error(message)
+        return read_content(message.content, most_bytes)
+    except Exception as error:
+        return unreadable(error)
+
+
+def read_content(content: RecordDict, most_bytes: int) -> Answer | NoAnswer:
+    """See ``read``; of a message that is no error of Flower's."""
+    try:
+        header, payload = records.opened(content, records.MOST_ANSWER_CHARACTERS)
+        if len(payload) > most_bytes:
+            return too_large(len(payload), most_bytes)
+        return Answer(_printable(header), payload)
+    except ProtocolError as error:
+        return NoAnswer(one_line(error, LONGEST_REASON), LossKind.INVALID_UPLOAD)
+    except Exception as error:
+        return unreadable(error)
+
+
+def unreadable(error: Exception) -> NoAnswer:
+    """An answer whose bytes decide what is raised: KeyError, ValueError, TypeError, ..."""
+    reason = f"Flower cannot read its answer ({type(error).__name__}: {error})."
+    return NoAnswer(one_line(reason, LONGEST_REASON), LossKind.INVALID_UPLOAD)
+
+
+def too_large(size_bytes: int, most_bytes: int) -> NoAnswer:
+    """An answer that is refused for its size."""
+    reason = f"Its answer has {size_bytes} bytes, and the request asks for {most_bytes} at most."
+    return NoAnswer(reason, LossKind.INVALID_UPLOAD)
+
+
+def _flower_error(message: Message) -> NoAnswer:
     """An error of Flower's in words."""
-    reason = message.error.reason or "no reason"
-    return f"Flower's error {message.error.code}: {reason}"[:LONGEST_REASON]
+    code, reason = message.error.code, message.error.reason or "no reason"
+    text = one_line(f"Flower's error {code}: {reason}", LONGEST_REASON)
+    return NoAnswer(text, is_away=code in AWAY)
 
 
-def header_of(answer: Answer) -> dict[str, Any]:
-    """What a node answers beside a payload.
+def _printable(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header with its texts as printable lines.
 
     Raises:
-        ProtocolError: it sent an error, or what Flower or this library cannot read.
+        ProtocolError: a value is a list or an object; answers have none.
     """
-    if isinstance(answer, ProtocolError):
-        raise answer
-    if answer.has_error():
-        raise ProtocolError(flower_error(answer))
-    header, _ = records.opened(answer.content)
-    if "error" in header:
-        raise ProtocolError(str(header["error"])[:2000])
-    return header
-
-
-def has_client_error(answer: Answer) -> bool:
-    """Whether a client reports an error of its own, other than lost state."""
-    if isinstance(answer, ProtocolError) or answer.has_error():
-        return False
-    try:
-        header, _ = records.opened(answer.content)
-    except ProtocolError:
-        return False
-    return "error" in header and header.get("forgot") is not True
+    for key, value in header.items():
+        if isinstance(value, list | dict):
+            raise ProtocolError(f"Its answer has a {type(value).__name__} as {key!r}.")
+    return {
+        key: one_line(value, LONGEST_TEXT) if isinstance(value, str) else value
+        for key, value in header.items()
+    }

@@ -11,20 +11,13 @@ from typing import Any, Final, NamedTuple
 from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
-from flexlora.deployment.flower import records
-from flexlora.deployment.flower.answers import (
-    LONGEST_REASON,
-    Answer,
-    flower_error,
-    has_client_error,
-    header_of,
-    is_away,
-    pulled,
-)
+from flexlora.deployment.flower import inbox, records
+from flexlora.deployment.flower.answers import LONGEST_REASON, Answer, NoAnswer
 from flexlora.deployment.flower.handover import Handover
+from flexlora.deployment.flower.inbox import Inbox
 from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.registry import ClientInfo, ClientRegistry
-from flexlora.errors import FlexloraError, ProtocolError
+from flexlora.errors import FlexloraError
 from flexlora.federation import (
     LateReply,
     Lost,
@@ -53,11 +46,15 @@ TOO_LATE: Final = "it came after the deadline"
 
 
 class Request(NamedTuple):
-    """A request to a client: of a "turn" of training or to "evaluate", in a round."""
+    """A request to a client: of a "turn" of training or to "evaluate", in a round.
+
+    Its answer has a payload of at most ``most_bytes``.
+    """
 
     client: str
     round: int
     kind: str = "turn"
+    most_bytes: int = 0
 
 
 @dataclass
@@ -75,6 +72,7 @@ class FlowerTransport:
     quorum: int = 1
     poll_seconds: float = 0.25
     clients_at_once: int = 1
+    _inbox: Inbox = field(init=False)
     _clients: dict[int, str] = field(default_factory=dict)
     _rejected: dict[int, str] = field(default_factory=dict)
     _enrolling: dict[str, int] = field(default_factory=dict)
@@ -83,6 +81,9 @@ class FlowerTransport:
     _late: dict[str, Request] = field(default_factory=dict)
     _unused: dict[tuple[str, int], str] = field(default_factory=dict)
     _events: list[TransportEvent] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._inbox = inbox.of(self.grid)
 
     def wait_for_clients(self, count: int) -> None:
         """Wait until this many clients have connected."""
@@ -97,7 +98,11 @@ class FlowerTransport:
 
     def deliver(self, finished: Finished, ledger: Ledger) -> None:
         """Send the finished adapter to every client; returns once all have confirmed it."""
-        Handover(self.grid, self.registry, self.spec, finished, ledger, self.poll_seconds).run()
+        Handover(
+            *(self.grid, self.registry, self.spec, finished, ledger),
+            self._inbox,
+            self.poll_seconds,
+        ).run()
 
     def evaluators(self) -> list[str]:
         """The clients that are connected and have held out rows."""
@@ -112,7 +117,7 @@ class FlowerTransport:
         """
         payloads = _Payloads()
         for answer in self._exchanged(
-            ((Request(job.client, job.round), payloads.of(job), {}) for job in jobs), patience
+            ((_turn(job), payloads.of(job), {}) for job in jobs), patience
         ):
             if not isinstance(answer, QueryAnswer):
                 yield answer
@@ -172,26 +177,28 @@ class FlowerTransport:
     def _poll(self, pending: dict[str, Request]) -> Iterator[Received | QueryAnswer]:
         """Poll the grid once; requests with a reply are removed from ``pending``."""
         idle = True
-        for id, answer in pulled(self.grid, [*pending, *self._late, *self._enrolling]):
+        limits = {id: request.most_bytes for id, request in (pending | self._late).items()}
+        for id, answer in inbox.taken(self._inbox, limits | dict.fromkeys(self._enrolling, 0)):
             idle = False
             if id in self._enrolling:
                 self._on_enrolled(answer, self._enrolling.pop(id))
             elif id in self._late:
                 yield self._late_reply(answer, self._late.pop(id), pending)
             elif id in pending:
-                if has_client_error(answer) and pending[id].kind == "turn":
+                if _has_own_error(answer) and pending[id].kind == "turn":
                     self._enrol_again(pending[id].client)
                 yield _reply(answer, pending.pop(id))
+            del answer  # before the next one is fetched
         yield from self._take_events()
         if idle:
             time.sleep(self.poll_seconds)
 
     def _late_reply(
-        self, answer: Answer, request: Request, pending: dict[str, Request]
+        self, answer: Answer | NoAnswer, request: Request, pending: dict[str, Request]
     ) -> Received | QueryAnswer:
         """An answer to an earlier request, used if the same request is pending again."""
         again = next((id for id, other in pending.items() if other == request), None)
-        if again is None or isinstance(answer, ProtocolError) or answer.has_error():
+        if again is None or isinstance(answer, NoAnswer):
             return LateReply(
                 request.client, f"It answers an earlier request, for round {request.round}."
             )
@@ -207,7 +214,7 @@ class FlowerTransport:
         seconds: float | None,
     ) -> Message | None:
         """The request as a message to its client's node; None if no node is online."""
-        client, round, kind = request
+        client, round, kind, _ = request
         node = next((n for n, name in self._clients.items() if name == client), None)
         if node is None:
             return None
@@ -227,7 +234,7 @@ class FlowerTransport:
             self._enrol_sent_at = {n: at for n, at in self._enrol_sent_at.items() if n in online}
             self._enrol(online - self._clients.keys())
             if self._enrolling:
-                for id, answer in pulled(self.grid, list(self._enrolling)):
+                for id, answer in inbox.taken(self._inbox, dict.fromkeys(self._enrolling, 0)):
                     self._on_enrolled(answer, self._enrolling.pop(id))
             connected = set(self._clients.values())
             if len(connected) >= count:
@@ -254,16 +261,16 @@ class FlowerTransport:
             self._re_enrolling.add(node)
             self._enrol([node])
 
-    def _on_enrolled(self, answer: Answer, node: int) -> None:
+    def _on_enrolled(self, answer: Answer | NoAnswer, node: int) -> None:
         """Record the client of a node, or the reason why it is rejected."""
         if node in self._clients:
             return  # it had several requests while it loaded its model
-        if isinstance(answer, Message) and is_away(answer):
+        if isinstance(answer, NoAnswer) and answer.is_away:
             self._enrol_sent_at.pop(node, None)  # it is enrolled when it is back
             return
         entries = dict(self.registry.entries)
         try:
-            client, entry = self.registry.admit(header_of(answer), node)
+            client, entry = self.registry.admit(answer.facts(), node)
         except FlexloraError as error:
             self._reject(node, str(error))
             return
@@ -329,20 +336,24 @@ class _Payloads:
         return self.last[1]
 
 
-def _reply(answer: Answer, request: Request) -> Reply | QueryAnswer | Lost:
+def _turn(job: TurnRequest) -> Request:
+    most_bytes = getattr(job, "most_bytes_up", 2**28)
+    return Request(job.client, job.round, most_bytes=most_bytes)
+
+
+def _has_own_error(answer: Answer | NoAnswer) -> bool:
+    """Whether a client reports an error of its own, other than lost state."""
+    return isinstance(answer, Answer) and answer.error is not None and not answer.has_forgotten
+
+
+def _reply(answer: Answer | NoAnswer, request: Request) -> Reply | QueryAnswer | Lost:
     """A client's upload or other answer, or its error, or Flower's."""
     client = request.client
-    if isinstance(answer, ProtocolError):
-        return Lost(client, str(answer), LossKind.UNREACHABLE)
-    if answer.has_error():
-        return Lost(client, flower_error(answer), LossKind.UNREACHABLE)
-    try:
-        header, data = records.opened(answer.content)
-    except ProtocolError as error:
-        return Lost(client, str(error), LossKind.INVALID_UPLOAD)
-    if "error" in header:
-        reason = str(header["error"])[:LONGEST_REASON]
-        lost_base = header.get("forgot") is True
-        kind = LossKind.LOST_STATE if lost_base else LossKind.CLIENT_ERROR
-        return Lost(client, reason, kind, lost_base)
-    return Reply(client, data) if request.kind == "turn" else QueryAnswer(client, header)
+    if isinstance(answer, NoAnswer):
+        return Lost(client, answer.reason, answer.kind)
+    if (error := answer.error) is not None:
+        kind = LossKind.LOST_STATE if answer.has_forgotten else LossKind.CLIENT_ERROR
+        return Lost(client, error[:LONGEST_REASON], kind, answer.has_forgotten)
+    if request.kind == "turn":
+        return Reply(client, answer.payload)
+    return QueryAnswer(client, answer.header)

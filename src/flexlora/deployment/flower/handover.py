@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from flexlora.deployment.flower import records
-from flexlora.deployment.flower.answers import Answer, header_of, pulled
+from flexlora.deployment.flower import inbox, records
+from flexlora.deployment.flower.answers import Answer, NoAnswer
+from flexlora.deployment.flower.inbox import Inbox
 from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.registry import ClientRegistry
 from flexlora.errors import ProtocolError
+from flexlora.storage.untrusted import one_line
 
 _AGAIN_SECONDS: Final = 30.0
 """After this time a node that has not confirmed the adapter is sent it again."""
@@ -38,6 +41,7 @@ class Handover:
     spec: str
     finished: Finished
     ledger: Ledger
+    inbox: Inbox
     poll_seconds: float = 0.25
     _sent_at: dict[int, float] = field(default_factory=dict)
     _waiting: dict[str, int] = field(default_factory=dict)
@@ -97,18 +101,18 @@ class Handover:
     def _receive(self) -> bool:
         """Read the answers that have arrived; whether there was one."""
         was_idle = True
-        for id, answer in pulled(self.grid, list(self._waiting)):
+        for id, answer in inbox.taken(self.inbox, dict.fromkeys(self._waiting, 0)):
             was_idle = False
             self._answered(self._waiting.pop(id), answer)
         return not was_idle
 
-    def _answered(self, node: int, answer: Answer) -> None:
+    def _answered(self, node: int, answer: Answer | NoAnswer) -> None:
         """Record a client that has the adapter, and tell it that the run is over."""
         try:
-            facts = header_of(answer)
+            facts = answer.facts()
             client = self._client(node, facts)
             if facts.get("digest") != self.finished.digest:
-                raise ProtocolError(f"It has {str(facts.get('digest'))[:70]!r}.")
+                raise ProtocolError(f"It has {one_line(facts.get('digest'), 70)!r}.")
         except ProtocolError as error:
             self._fail(node, str(error))
             return
@@ -116,11 +120,12 @@ class Handover:
             self.registry.note(f"client {client} has the adapter")
         self._dismiss(node)
 
-    def _client(self, node: int, facts: dict[str, Any]) -> str:
+    def _client(self, node: int, facts: Mapping[str, Any]) -> str:
         name = self.registry.name_of(node) if self.registry.bound else facts.get("client")
-        if not isinstance(name, str) or not name:
-            raise ProtocolError("It gives no name.")
-        return name[:100]
+        # Others would fill the ledger, which is kept in memory and on the disk.
+        if not isinstance(name, str) or name not in self.registry:
+            raise ProtocolError("It gives no name of a client of the run.")
+        return name
 
     def _fail(self, node: int, reason: str) -> None:
         """Report why a client has no adapter, once for each reason."""

@@ -16,10 +16,12 @@ from flexlora.errors import ProtocolError
 from flexlora.federation import Population
 from flexlora.method import Client
 from flexlora.storage import write_atomically
+from flexlora.storage.untrusted import one_line
 
 FILE = "clients.json"
 MOST_EXAMPLES = 10**9
 _LONGEST_NAME = 100
+_LONGEST_DEVICE = 40
 _FASTEST = 1e12
 
 
@@ -92,9 +94,10 @@ class ClientRegistry(Population):
 
     def _name(self, report: Mapping[str, Any], node: int) -> str:
         id = report.get("client")
-        if not isinstance(id, str) or not 0 < len(id) <= _LONGEST_NAME:
+        if not isinstance(id, str) or not id or one_line(id, _LONGEST_NAME) != id:
             raise ProtocolError(
-                f"Invalid client name {str(id)[:50]!r}; a name has 1 to {_LONGEST_NAME} characters."
+                f"Invalid client name {one_line(id, 50)!r}; a name has 1 to {_LONGEST_NAME} "
+                "characters, all printable."
             )
         if self.bound and self._registered().get(id) != node:
             raise ProtocolError(
@@ -187,16 +190,16 @@ class ClientRegistry(Population):
 
 def _info(report: Mapping[str, Any], node: int, client: str, limit: RankType) -> ClientInfo:
     """What a client reports of itself, checked, with ranks within the limit."""
-    speed = report.get("tokens_per_second")
+    speed: Any = report.get("tokens_per_second")
     # Whole numbers in JSON have any length, and NaN passes for a number.
-    usable = isinstance(speed, int | float) and 0 <= speed <= _FASTEST
+    usable = type(speed) in (int, float) and 0 <= speed <= _FASTEST
     return ClientInfo(
         node=node,
         attention=min(limit.attention, _count(report, "attention", client, least=0)),
         feed_forward=min(limit.feed_forward, _count(report, "feed_forward", client, least=0)),
         examples=_count(report, "examples", client),
-        device=str(report.get("device"))[:40],
-        tokens_per_second=float(speed) if speed is not None and usable else None,
+        device=one_line(report.get("device"), _LONGEST_DEVICE),
+        tokens_per_second=float(speed) if usable else None,
         holdout=_count(report, "holdout", client, least=0) if "holdout" in report else 0,
     )
 
@@ -212,5 +215,5 @@ def _count(report: Mapping[str, Any], name: str, client: str, least: int = 1) ->
     value = report.get(name)
     if type(value) is not int or not least <= value <= MOST_EXAMPLES:
         label = _LABELS.get(name, f"number of {name}")
-        raise ProtocolError(f"Client {client!r} sent an invalid {label}: {str(value)[:30]!r}.")
+        raise ProtocolError(f"Client {client!r} sent an invalid {label}: {one_line(value, 30)!r}.")
     return value

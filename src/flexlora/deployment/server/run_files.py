@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from flexlora.storage.untrusted import one_line
+
 ARRIVALS: Final = "arrivals.log"
 """Sentences on clients that connected, were rejected or have the adapter; also from before the
 first round, when the journal has not begun."""
@@ -29,4 +31,4 @@ def note(folder: Path, line: str) -> None:
     """Append a sentence for the server's console."""
     with (folder / ARRIVALS).open("a", encoding="utf-8") as file:
         # Text of a client must not begin a line of its own.
-        file.write(" ".join(line.split())[:_LONGEST_LINE] + "\n")
+        file.write(one_line(line, _LONGEST_LINE) + "\n")

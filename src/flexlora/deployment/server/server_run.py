@@ -24,6 +24,7 @@ from flexlora.federation import Transport, checkpoint, compose, rounds, served
 from flexlora.journal import Event, Record, counted
 from flexlora.method import Feature, for_mixed_modules, require
 from flexlora.storage import is_locked, locked, write_atomically
+from flexlora.storage.untrusted import one_line
 
 PLAN = "serve.json"
 CONFIG = "config.json"
@@ -31,6 +32,7 @@ PID = "serverapp.pid"
 """The number of the process that runs the rounds; written once it has the lock."""
 LOCK = "serverapp.lock"
 _LOCK_SECONDS = 30.0
+_LONGEST_REASON = 2000
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def run_server(folder: Path, connect: Connect) -> None:
         except Exception as error:
             # A finished run's journal ends with its finish, whatever happens to the delivery.
             if finish_of(folder) is None:
-                Record(folder).append("stopped", reason=f"{type(error).__name__}: {error}")
+                reason = one_line(f"{type(error).__name__}: {error}", _LONGEST_REASON)
+                Record(folder).append("stopped", reason=reason)
             raise
 
 

@@ -21,6 +21,7 @@ from flexlora.errors import ConfigError, FlexloraError, ProtocolError
 from flexlora.federation import checkpoint
 from flexlora.journal import Event, Record, events_after
 from flexlora.storage import locked
+from flexlora.storage.untrusted import printable_lines
 
 _LOOK_SECONDS: Final = 0.3
 _MOST_RESTARTS: Final = 20
@@ -277,7 +278,7 @@ class _ConsoleLines:
     def print_change(self, text: str) -> None:
         """Print a text, unless it repeats the last one."""
         if text and text != self.last_change:
-            print(text, end="", file=sys.stderr, flush=True)
+            print(printable_lines(text), end="", file=sys.stderr, flush=True)
             self.last_change = text
 
     def print_new(self) -> None:
@@ -288,7 +289,8 @@ class _ConsoleLines:
             file.seek(self.offset_bytes)
             text = file.read()
         self.offset_bytes += len(text)
-        print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
+        lines = printable_lines(text.decode(errors="replace"))
+        print(lines, end="", file=sys.stderr, flush=True)
 
 
 def _gate(folder: Path, listening: Listening, link: SuperLink, keys: ServerKeys) -> Process:
