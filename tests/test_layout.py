@@ -37,6 +37,7 @@ ENTRANCES = (
     "deployment.keys",
     "deployment.node.capacity",
     "deployment.node.join",
+    "deployment.node.limits",
     "deployment.node.node",
     "deployment.node.preflight",
     "deployment.server.server_run",

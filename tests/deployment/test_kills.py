@@ -42,7 +42,7 @@ def supernode(site: Site) -> None:
 def client_process(site: Site) -> None:
     """The process that Flower started for a message."""
     # What the program `flwr-clientapp` of a node becomes.
-    module = "flexlora.deployment.flower.pull_backoff"
+    module = "flexlora.deployment.flower.node_processes message"
     site.until(lambda: site.kill(module) > 0, 30, "a process of a client to kill")
 
 

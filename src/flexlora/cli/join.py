@@ -47,10 +47,26 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="PyTorch device, e.g. cpu, cuda:0.")]
 Memory = Annotated[
-    float | None, typer.Option(metavar="GIB", help="Memory limit for the adapter (GiB).")
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        help="Memory limit for the adapter, and for what the server sends at once (GiB).",
+    ),
+]
+Disk = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        help="Disk limit for what a server's updates keep here (GiB); by default half of the free "
+        "space.",
+    ),
 ]
 Seconds = Annotated[
-    float | None, typer.Option(help="Time limit per round (s); caps the automatic rank.")
+    float | None,
+    typer.Option(
+        help="Time limit per round (s), at which training is ended; caps the automatic rank. By "
+        "default a day."
+    ),
 ]
 ColumnNames = Annotated[
     str | None,
@@ -92,6 +108,7 @@ def join(
     model: Model = None,
     device: Device = "cpu",
     memory: Memory = None,
+    disk: Disk = None,
     seconds: Seconds = None,
     columns: ColumnNames = None,
     rows_of: RowsOf = None,
@@ -112,18 +129,21 @@ def join(
     client = name if key is None else key.name
     if client is None:
         raise ConfigError("Without keys this client needs a --name.")
-    memory_bytes = None if memory is None else _bytes(memory)
+    memory_bytes, disk_bytes = _bytes("--memory", memory), _bytes("--disk", disk)
     most_rank, share = _rank(rank), _holdout(holdout)
     _check_server(server, key)
     from flexlora.deployment.node import join as joining
     from flexlora.deployment.node.capacity import Capacity
+    from flexlora.deployment.node.limits import Limits
     from flexlora.deployment.node.node import NodeConfig
 
+    folder = state or Path(f"flexlora-{client}")
     config = NodeConfig(
         name=client,
         data=data,
-        state=state or Path(f"flexlora-{client}"),
+        state=folder,
         capacity=Capacity(most_rank, memory_bytes, seconds, _modules(modules)),
+        limits=Limits.of_machine(memory_bytes, disk_bytes, seconds, folder),
         columns=_columns(columns),
         rows_of=rows_of,
         model=model,
@@ -165,10 +185,12 @@ def _print_line(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
-def _bytes(gibibytes: float) -> int:
+def _bytes(option: str, gibibytes: float | None) -> int | None:
+    if gibibytes is None:
+        return None
     if not 0 < gibibytes < math.inf:
-        raise ConfigError(f"--memory takes a number of GiB above 0, not {gibibytes}.")
-    return int(gibibytes * 2**30)
+        raise ConfigError(f"{option} takes a number of GiB above 0, not {gibibytes}.")
+    return max(int(gibibytes * 2**30), 1)
 
 
 def _holdout(share: float | None) -> float | None:

@@ -171,8 +171,8 @@ def test_the_database_has_large_pages(tmp_path):
 
 
 def test_a_node_starts_our_client_process(tmp_path):
-    process = supernode("127.0.0.1:1", tmp_path, Path("/worker"), None)
+    process = supernode("127.0.0.1:1", tmp_path, Path("/worker"), None, 2**20)
     first = Path(process.env["PATH"].split(os.pathsep)[0]) / "flwr-clientapp"
     (tmp_path / "flwr.py").write_text("raise SystemExit('not this one')")
-    said = subprocess.check_output([first, "--help"], text=True, cwd=tmp_path)
+    said = subprocess.check_output([first, "--help"], text=True, cwd=tmp_path, env=process.env)
     assert "--runtime-api-address" in said

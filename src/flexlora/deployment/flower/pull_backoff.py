@@ -23,15 +23,3 @@ def shorten_pull_backoff() -> None:
     ):
         defaults = pull.__kwdefaults__ or {}
         pull.__kwdefaults__ = {**defaults, "initial_backoff": _FIRST_PAUSE_SECONDS}
-
-
-def client_process() -> None:
-    """Flower's program for one message on a node, with the shorter pause."""
-    from flwr.supernode.cli import flwr_clientapp
-
-    shorten_pull_backoff()
-    flwr_clientapp()
-
-
-if __name__ == "__main__":
-    client_process()

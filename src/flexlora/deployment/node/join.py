@@ -16,7 +16,7 @@ import torch
 from flexlora import peft_format
 from flexlora.config import RankType
 from flexlora.deployment.flower.processes import Process
-from flexlora.deployment.flower.supernode import supernode
+from flexlora.deployment.flower.supernode import refusal, supernode
 from flexlora.deployment.keys import NodeKey
 from flexlora.deployment.node import finished, preflight
 from flexlora.deployment.node.node import Node, NodeConfig
@@ -132,7 +132,8 @@ def join(address: str, config: NodeConfig, keys: NodeKey | None, print_line: Pri
     logged = LoggedNode(node, print_line)
     sockets = Path(tempfile.mkdtemp(prefix="flexlora-"))
     worker = Worker(sockets / "worker", logged.handle)
-    process = supernode(address, config.state / "flower", sockets / "worker", keys)
+    home = config.state / "flower"
+    process = supernode(address, home, sockets / "worker", keys, config.limits.message_bytes)
     threading.Thread(target=worker.serve, daemon=True).start()
     try:
         Connection(address, keys, process, logged).run()
@@ -192,6 +193,7 @@ class Connection:
     _was_connected: bool = field(default=False, init=False)
     _printed: str = field(default="", init=False)
     _printed_at: float = field(default=0.0, init=False)
+    _refused: str | None = field(default=None, init=False)
 
     def run(self) -> None:
         """Start the SuperNode, and again whenever it ends, until the run is over.
@@ -244,10 +246,18 @@ class Connection:
                 stored_at = now
             if stored_at is not None and now - stored_at > _LAST_SECONDS:
                 return True
+            self._print_refusal()
             if now - probed_at > _PROBE_SECONDS:
                 probed_at = now
                 self._probe()
         return bool(self.node.adapter)
+
+    def _print_refusal(self) -> None:
+        """Print once what the SuperNode refuses of the server's, as it goes on refusing it."""
+        sentence = refusal(self.process.log.parent)
+        if sentence is not None and sentence != self._refused:
+            self._refused = sentence
+            self.node.print_line(f"refused: {sentence}")
 
     def _probe(self) -> None:
         """Print that the server is away, or is back; the SuperNode goes on trying by itself."""

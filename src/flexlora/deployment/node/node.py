@@ -18,6 +18,7 @@ from flexlora.data.corpora import table
 from flexlora.deployment import run_spec
 from flexlora.deployment.node import finished
 from flexlora.deployment.node.capacity import Capacity, Proposal
+from flexlora.deployment.node.limits import Limits
 from flexlora.deployment.node.worker_socket import Response
 from flexlora.deployment.run_spec import RunSpec
 from flexlora.errors import DataError, FlexloraError, ProtocolError
@@ -54,6 +55,7 @@ class NodeConfig:
     data: Path
     state: Path
     capacity: Capacity = field(default_factory=Capacity)
+    limits: Limits = field(default_factory=Limits.of_machine)
     columns: Columns | None = None
     rows_of: str | None = None
     model: str | None = None
