@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,14 @@ class Collector:
         for attempt in range(1, settings.attempts + 1):
             for outcome in self._received(self._cohort(attempt)):
                 yield self._recorded(outcome, record)
-            if len(self.uploads) >= settings.quorum:
+            if len(self.uploads) >= settings.quorum and not self._absent():
                 return
             if settings.attempts > 1:
                 counts = {"received": len(self.uploads), "quorum": settings.quorum}
                 yield record.append("short", round=self.number, attempt=attempt, **counts)
         reason = f" The last one: {self.last_reason}" if self.last_reason else ""
+        if absent := self._absent():
+            reason = f" None came from {absent}, without which the averager does nothing.{reason}"
         raise ProtocolError(
             f"{len(self.uploads)} of {len(self.invited)} clients of round {self.number} returned a "
             f"usable upload after {settings.attempts} attempts; federation.quorum is "
@@ -114,7 +116,13 @@ class Collector:
         size = math.ceil((self.wanted - len(self.uploads)) * (1 + settings.over_selection) - 1e-9)
         address = (attempt,) if attempt > 1 else ()
         generator = rng(seed, "cohort", self.number, *address)
-        cohort = sampling.cohort(missing, size, generator) if missing else []
+        first, others = self._absent(missing), missing
+        if first:
+            others = [id for id in missing if id not in first]
+        size = max(size - len(first), 0)
+        is_drawn = others and (size or not first)
+        drawn = sampling.cohort(others, size, generator) if is_drawn else []
+        cohort = [id for id in missing if id in first or id in drawn] if first else drawn
         self.invited |= set(cohort)
         return cohort
 
@@ -157,7 +165,12 @@ class Collector:
         yield from (Lost(id, reason, kind) for id in waiting)
 
     def _has_enough(self) -> bool:
-        return len(self.uploads) >= self.wanted
+        return len(self.uploads) >= self.wanted and not self._absent()
+
+    def _absent(self, among: Collection[str] | None = None) -> list[str]:
+        """The clients without an upload that the averager cannot do without."""
+        required = self.prepared.averager.required - self.uploads.keys()
+        return sorted(required if among is None else required.intersection(among))
 
     def _stored(self, reply: Reply) -> Upload | Lost:
         write_summed(self._file(reply.client), reply.data)

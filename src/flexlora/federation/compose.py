@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,20 @@ def averager_for(method: Method, experiment: Experiment) -> Averager:
     require_means(averager, method)
     require_uploads(averager, experiment.federation.quorum)
     return averager
+
+
+def require_clients(averager: Averager, clients: Collection[str]) -> None:
+    """Refuse an averager that needs clients which do not take part.
+
+    Raises:
+        ConfigError: naming them, and some that do.
+    """
+    if absent := sorted(averager.required - set(clients)):
+        raise ConfigError(
+            f"The averager {averager.title!r} needs the client {absent[0]!r}, which does not train "
+            f"in this run; clients are {', '.join(map(repr, list(clients)[:5]))} and so on "
+            f"({len(clients)} in all)."
+        )
 
 
 def _wrapped(

@@ -50,6 +50,7 @@ def prepare(
     meter.begin("loading the model")
     base = experiment.model.load() if base is None else base
     clients = assignment.clients_of(assigned, partition, list(base.shapes))
+    compose.require_clients(averager, clients)
     prompt = named(data.prompt, base.tokenizer)
     trained = corpus if train else corpus.select([])
     store = TokenStore.build(trained, base.tokenizer, data.prompt, data.max_tokens, cache, meter)

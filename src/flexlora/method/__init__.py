@@ -19,7 +19,14 @@ from flexlora.method.averaging import (
     reweighted,
     update_norm,
 )
-from flexlora.method.client_changes import Changes, Untrained, space_of
+from flexlora.method.client_changes import (
+    Changes,
+    Space,
+    Untrained,
+    change_between,
+    space_of,
+    without_training,
+)
 from flexlora.method.features import UnsupportedFeature, require
 from flexlora.method.handout import (
     changes,
@@ -79,6 +86,7 @@ __all__ = [
     "Regularizer",
     "RoundContext",
     "ServerOptimizer",
+    "Space",
     "State",
     "Step",
     "Truncated",
@@ -93,6 +101,7 @@ __all__ = [
     "Weights",
     "WithServerOptimizer",
     "at_ranks",
+    "change_between",
     "changes",
     "client_weights",
     "component_shares",
@@ -118,4 +127,5 @@ __all__ = [
     "update_norm",
     "with_components",
     "with_server_optimizer",
+    "without_training",
 ]

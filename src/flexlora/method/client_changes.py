@@ -18,6 +18,7 @@ from flexlora.method.averager import Mean
 from flexlora.method.handout import with_components
 from flexlora.method.interface import (
     Client,
+    Download,
     Feature,
     FreshAdapters,
     Method,
@@ -62,9 +63,9 @@ class Changes:
 
     def _gram(self, module: str, uploads: Sequence[Upload]) -> Tensor:
         pairs = [(u.adapter[module], self.untrained[u.client][module]) for u in uploads]
+        changes = [change_between(now, before, self.space) for now, before in pairs]
         if self.space == "products":
-            return product_gram([_product_change(now, before) for now, before in pairs])
-        changes = [_parameter_change(now, before) for now, before in pairs]
+            return product_gram(changes)
         ids = [
             u.component_ids.get(module, range(change.rank))
             for u, change in zip(uploads, changes, strict=True)
@@ -121,10 +122,22 @@ class Untrained(Mapping[str, Adapter]):
         start = method.prepare(replace(download, adapter=travelled), {}, fresh)
         if Feature.PROBES in method.features:
             start = with_components(start, {m: sent.component_ids[m] for m in start.adapter})
-        trained, parameters = start.adapter, method.parametrize(start)
-        if parameters is not None:
-            trained = Adapter({m: as_vector(p.parameters) for m, p in parameters.items()})
-        return method.upload_from(Turn(start, trained, 0, context.round))
+        return without_training(method, start, context.round)
+
+
+def without_training(method: Method, start: Download, round: int) -> Adapter:
+    """What a client uploads that starts from a completed download and trains nothing."""
+    trained, parameters = start.adapter, method.parametrize(start)
+    if parameters is not None:
+        trained = Adapter({m: as_vector(p.parameters) for m, p in parameters.items()})
+    return method.upload_from(Turn(start, trained, 0, round))
+
+
+def change_between(now: Factors, before: Factors, space: Space) -> Factors:
+    """What one module of an upload changed, in float64: factors of the difference of products,
+    of their summed rank, or the difference of the factors.
+    """
+    return (_product_change if space == "products" else _parameter_change)(now, before)
 
 
 @dataclass(frozen=True)
