@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import traceback
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from flexlora.journal import Event, LossKind, Record
 from flexlora.method import Feature, State, Upload
 from flexlora.seeds import rng
 from flexlora.storage import is_intact, remove_summed, sum_file, write_summed
+from flexlora.storage.untrusted import RefusalCode, short
 from flexlora.wire import validate
 
 MOST_NATS = 1000.0
@@ -41,8 +44,9 @@ MOST_BYTES = 2**50
 class Collector:
     """The collection of one round's uploads.
 
-    ``invited`` are the clients that were sent a request, ``uploads`` the usable replies. ``lost``
-    are clients whose base updates are gone.
+    ``invited`` are the clients that were sent a request, ``uploads`` the usable replies and
+    ``bytes_down`` the sizes of what was sent, by client. ``lost_base`` are clients whose base
+    updates are gone.
     """
 
     prepared: PreparedRun
@@ -52,6 +56,7 @@ class Collector:
     spool: Path
     invited: set[str] = field(default_factory=set)
     uploads: dict[str, Upload] = field(default_factory=dict)
+    bytes_down: dict[str, int] = field(default_factory=dict)
     lost_base: set[str] = field(default_factory=set)
     last_reason: str = ""
 
@@ -105,6 +110,8 @@ class Collector:
         if outcome.lost_base:
             self.lost_base.add(outcome.client)
             self.state = self.remaining(self.state)
+        if outcome.code:
+            facts["code"] = outcome.code
         return record.append("lost", **facts, kind=outcome.kind)
 
     def _cohort(self, attempt: int) -> list[str]:
@@ -133,21 +140,20 @@ class Collector:
         twice after a crash and none is held in memory.
         """
         waiting: list[str] = []
+        stored: list[str] = []
         at_once = self.transport.clients_at_once
         yield from filter(None, map(self._damage, cohort))
         # The longest first: with several at work, none is left for the end by itself.
         order = sorted(cohort, key=lambda id: (-self.prepared.clients[id].examples, id))
         for start in range(0, len(order), at_once):
             group = order[start : start + at_once]
-            if all(self._file(id).exists() for id in group):
-                yield from map(self._checked, group)
-            else:
-                # Together or not at all: numbers of clients trained together differ by rounding
-                # from those trained in other company, and a resumed run is the same to the bit.
-                waiting += group
+            # Together or not at all: numbers of clients trained together differ by rounding
+            # from those trained in other company, and a resumed run is the same to the bit.
+            (stored if all(self._file(id).exists() for id in group) else waiting).extend(group)
 
-        folder = self.spool / "downloads"
-        requests = turn_requests(self.prepared, self.number, self.state, waiting, folder)
+        deque(self._counted(stored), maxlen=0)  # their downloads once more, for the sizes
+        yield from map(self._checked, stored)
+        requests = self._counted(waiting)
         seconds = self.prepared.experiment.federation.deadline_seconds
         policy = WaitPolicy(seconds, self._has_enough)
         for reply in self.transport.exchange(requests, policy):
@@ -164,6 +170,13 @@ class Collector:
             reason, kind = "It did not answer in time.", LossKind.NO_ANSWER
         yield from (Lost(id, reason, kind) for id in waiting)
 
+    def _counted(self, clients: Sequence[str]) -> Iterator[TurnRequest]:
+        """The requests to these clients, their downloads counted as they are made."""
+        folder = self.spool / "downloads"
+        for request in turn_requests(self.prepared, self.number, self.state, clients, folder):
+            self.bytes_down[request.client] = request.bytes_down
+            yield request
+
     def _has_enough(self) -> bool:
         return len(self.uploads) >= self.wanted and not self._absent()
 
@@ -173,6 +186,10 @@ class Collector:
         return sorted(required if among is None else required.intersection(among))
 
     def _stored(self, reply: Reply) -> Upload | Lost:
+        most, size = wire.most_upload_bytes(self._expected(reply.client)), len(reply.data)
+        if size > most:
+            reason = f"Its upload has {size} bytes, and at most {most} are expected; not stored."
+            return _invalid(reply.client, reason, RefusalCode.WRONG_SIZE)
         write_summed(self._file(reply.client), reply.data)
         return self._checked(reply.client)
 
@@ -193,21 +210,49 @@ class Collector:
     def _file(self, client: str) -> Path:
         return self.spool / f"{file_name(client)}.safetensors"
 
+    def _expected(self, client: str) -> wire.ExpectedUpload:
+        return expected_upload(self.prepared, self.number, self.state, client)
+
     def _checked(self, id: str) -> Upload | Lost:
-        """A client's upload, if it is what the round expects; else the client is lost."""
-        prepared, path = self.prepared, self._file(id)
-        client, context = prepared.clients[id], prepared.context(self.number)
+        """A client's upload, if it is what the round expects; else the client is lost.
+
+        Here alone every exception counts as a fault of the upload: whatever the bytes of a
+        stranger lead to, the round goes on and the file is removed, so that no later start meets
+        it. An exception that no check foresees is a bug all the same: its traceback is printed,
+        and the code in the journal is ``unexpected``. Afterwards only the disk can fail a read.
+        """
+        path = self._file(id)
         # Outside the try: a fault of the method must not look like one of the client.
-        expected = prepared.method.upload_spec(self.state, client, context)
+        expected = self._expected(id)
         try:
-            upload = wire.open_upload(path)
-            validate.upload(upload, client, self.number, expected, client.examples)
-            if missing := [name for name in METRICS if name not in upload.metrics]:
-                raise ProtocolError(f"The upload of client {id!r} lacks the metrics {missing}.")
-        except FlexloraError as error:
+            upload = wire.open_upload(path, expected)
+            validate.values(upload, expected.place)
+            known = {"bytes_up": path.stat().st_size}
+        except Exception as error:
             remove_summed(path)
-            return Lost(id, str(error), LossKind.INVALID_UPLOAD)
-        return replace(upload, metrics={**upload.metrics, "bytes_up": path.stat().st_size})
+            return _invalid(id, *_reason(error))
+        if id in self.bytes_down:
+            known["bytes_down"] = self.bytes_down[id]
+        return replace(upload, metrics={**upload.metrics, **known})
+
+
+def _invalid(client: str, reason: str, code: RefusalCode) -> Lost:
+    return Lost(client, reason, LossKind.INVALID_UPLOAD, code=code)
+
+
+def _reason(error: Exception) -> tuple[str, RefusalCode]:
+    """Why an upload is not used, for people and for programs."""
+    match error:
+        case wire.RefusedMessage():
+            return str(error), error.code
+        case OSError() | FlexloraError():
+            reason = f"Its upload could not be read from the disk: {short(error)}."
+            return reason, RefusalCode.UNREADABLE
+        case _:
+            traceback.print_exception(error)
+            name = type(error).__name__
+            reason = f"Its upload led to {name}: {short(error)}. Please report this error."
+            return reason, RefusalCode.UNEXPECTED
 
 
 def recorded(outcome: TransportEvent | LateReply, number: int, record: Record) -> Event:

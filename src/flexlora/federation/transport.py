@@ -23,14 +23,16 @@ class Reply:
 class Lost:
     """A client whose upload the round goes on without, and why.
 
-    Programs read the ``kind``; the ``reason`` is a sentence for people. ``lost_base``: the client
-    has lost all base updates that it had merged.
+    Programs read the ``kind``, and of an invalid upload the ``code``, a ``RefusalCode``; the
+    ``reason`` is a sentence for people. ``lost_base``: the client has lost all base updates that it
+    had merged.
     """
 
     client: str
     reason: str
     kind: LossKind
     lost_base: bool = False
+    code: str = ""
 
 
 @dataclass(frozen=True)

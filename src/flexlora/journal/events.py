@@ -151,7 +151,10 @@ EVENTS: Mapping[str, EventType] = {
     ),
     "lost": _type(
         "The round goes on without a client.",
-        {"kind": "a LossKind; not in journals of earlier versions"},
+        {
+            "kind": "a LossKind; not in journals of earlier versions",
+            "code": "of an invalid upload, a RefusalCode: which check it failed",
+        },
         round=_ROUND,
         client=_CLIENT,
         reason="why, for people",

@@ -64,14 +64,18 @@ class ExpectedUpload:
             dense_bytes=dense,
         )
 
+    @property
+    def place(self) -> str:
+        """How sentences name the upload."""
+        return f"The upload of client {self.client!r} for round {self.round}"
+
     def check(self, header: MessageHeader) -> None:
         """Refuse an upload whose header is not the one expected.
 
         Raises:
             RefusedMessage: with the field or module that is wrong.
         """
-        place = f"The upload of client {self.client!r} for round {self.round}"
-        fields = header.fields
+        place, fields = self.place, header.fields
         check_origin(fields["client"], fields["round"], fields["examples"], self, place)
         _check_facts(fields["facts"], self.facts, place)
         check_modules(header.sections, self.spec, place)

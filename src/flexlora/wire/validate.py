@@ -42,7 +42,7 @@ def upload(
         RefusedMessage: with the module and the value that is wrong.
     """
     whole = ExpectedUpload(client.id, round, most_examples or client.examples, expected)
-    place = f"The upload of client {client.id!r} for round {round}"
+    place = whole.place
     check_origin(upload.client, upload.round, upload.examples, whole, place)
     beside = {f"aux {name}": adapter for name, adapter in upload.aux.items()}
     shapes = {n: _shapes(adapter) for n, adapter in {"": upload.adapter, **beside}.items()}
