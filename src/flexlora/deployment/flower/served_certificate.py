@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +37,7 @@ class ServedCertificate:
 
     keys: ServerKeys
     run: Path | None = None
+    now: Callable[[], float] = time.monotonic
     context: ssl.SSLContext = field(init=False)
     _version: _Version = field(init=False)
     _noticed: dict[str, float] = field(default_factory=dict, init=False)
@@ -70,7 +73,7 @@ class ServedCertificate:
         self._note(f"the gate shows {self.keys.certificate} anew, valid until {ends:%Y-%m-%d}")
 
     def _notice(self, what: str, sentence: str) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self.now()
         if now - self._noticed.get(what, -_NOTICE_SECONDS) >= _NOTICE_SECONDS:
             self._noticed[what] = now
             self._note(sentence)
