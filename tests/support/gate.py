@@ -177,15 +177,19 @@ class Signer:
         default_factory=lambda: ec.generate_private_key(ec.SECP384R1())
     )
 
-    def headers(self, seconds_ago=0.0, key=None):
-        time = (datetime.now(UTC) - timedelta(seconds=seconds_ago)).isoformat()
-        public = self.key.public_key().public_bytes(
+    def public_key(self):
+        """The public key in the form of Flower's requests."""
+        return self.key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
+
+    def headers(self, seconds_ago=0.0, key=None):
+        """The headers of a request that is signed so long ago, by this key or another."""
+        time = (datetime.now(UTC) - timedelta(seconds=seconds_ago)).isoformat()
         signature = (key or self.key).sign(time.encode(), ec.ECDSA(hashes.SHA256()))
         return {
-            "content-type": "application/x-protobuf",
-            "flwr-public-key": base64.b64encode(public).decode(),
+            "content-type": "application/protobuf",
+            "flwr-public-key": base64.b64encode(self.public_key()).decode(),
             "flwr-timestamp": time,
             "flwr-signature": base64.b64encode(signature).decode(),
         }
