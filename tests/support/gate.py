@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from flexlora.deployment.keys import fingerprint_of
+from flexlora.deployment.keys import fingerprint
 from flexlora.deployment.server.run_files import NODES, NUMBERS
 
 
@@ -198,7 +198,14 @@ class Signer:
 def registering(folder: Path, *signers: Signer) -> Path:
     """A run's folder in which these nodes are registered."""
     folder.mkdir(exist_ok=True)
-    prints = [fingerprint_of(signer.key.public_key()) for signer in signers]
+    prints, public = [], folder / "public.pub"
+    for signer in signers:
+        public.write_bytes(
+            signer.key.public_key().public_bytes(
+                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+            )
+        )
+        prints.append(fingerprint(public))
     (folder / NUMBERS).write_text(json.dumps({p: n for n, p in enumerate(prints, 7)}))
     (folder / NODES).write_text(json.dumps({f"n{n}": n for n, _ in enumerate(prints, 7)}))
     return folder

@@ -118,3 +118,23 @@ def test_an_unknown_key_is_noted_with_address_name_and_remedy_once(tmp_path, mon
 def test_what_is_no_fingerprint_is_not_noted(front, tmp_path, key):
     assert answered(front, scope(key))[1]["key"] == "unknown"
     assert notes(tmp_path) == []
+
+
+def test_strangers_do_not_fill_the_console(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(reception.time, "monotonic", lambda: now[0])
+    desk = Reception(tmp_path, RegisteredKeys(tmp_path))
+
+    async def sent(message):
+        pass
+
+    for number in range(600):  # one a second, each with a key of its own
+        now[0] += 1
+        address = (f"10.0.{number % 9}.7", 4711)
+        asyncio.run(desk.answer(scope(f"SHA256:{number:043d}", client=address), sent))
+    assert len(notes(tmp_path)) == 12
+    now[0] += 600
+    for number in range(600, 700):
+        now[0] += 1
+        asyncio.run(desk.answer(scope(f"SHA256:{number:043d}"), sent))
+    assert len(notes(tmp_path)) == 15  # three of one address

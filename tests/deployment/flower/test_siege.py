@@ -29,8 +29,6 @@ from flexlora.deployment.server import supervisor
 from flexlora.deployment.server.supervisor import Listening
 from support.gate import Signer, resident
 
-pytestmark = pytest.mark.slow
-
 MIB = 2**20
 MOST_GROWTH = 50 * MIB
 
@@ -163,8 +161,15 @@ def head(length, headers=(), call="push-object"):
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-@pytest.mark.parametrize("length", [60 * MIB, 5 * MIB], ids=["60 MiB", "5 MiB"])
-@pytest.mark.parametrize("key", ["none", "another"])
+@pytest.mark.parametrize(
+    ("key", "length"),
+    [
+        pytest.param("none", 60 * MIB, marks=pytest.mark.slow),
+        pytest.param("none", 5 * MIB, marks=pytest.mark.trust),
+        pytest.param("another", 60 * MIB, marks=pytest.mark.trust),
+        pytest.param("another", 5 * MIB, marks=pytest.mark.slow),
+    ],
+)
 def test_twelve_bodies_without_a_key(site, length, key):
     with besieged(site):
         for _ in range(12):
@@ -186,8 +191,17 @@ IDLE = {
 }
 
 
-@pytest.mark.parametrize("sources", [ONE, MANY], ids=["one address", "many addresses"])
-@pytest.mark.parametrize("kind", IDLE)
+@pytest.mark.parametrize(
+    ("kind", "sources"),
+    [
+        pytest.param(kind, sources, id=f"{kind}, {name}", marks=mark)
+        for kind in IDLE
+        for name, sources, mark in (
+            ("one address", ONE, pytest.mark.slow if kind == "plain" else pytest.mark.trust),
+            ("many addresses", MANY, pytest.mark.slow if kind == "tls" else pytest.mark.trust),
+        )
+    ],
+)
 def test_1050_idle_connections(site, kind, sources):
     with besieged(site):
         for number in range(1050):
@@ -195,6 +209,7 @@ def test_1050_idle_connections(site, kind, sources):
                 IDLE[kind](site, sources[number % len(sources)])
 
 
+@pytest.mark.trust
 def test_4150_tls_connections(site):
     with besieged(site):
         for _ in range(4150):
@@ -202,6 +217,7 @@ def test_4150_tls_connections(site):
                 site.tls()
 
 
+@pytest.mark.trust
 def test_handshakes_without_an_end(site):
     """Four threads that connect, greet and leave, as fast as they can."""
     with besieged(site):
@@ -223,6 +239,7 @@ def test_handshakes_without_an_end(site):
             thread.join()
 
 
+@pytest.mark.trust
 def test_requests_without_an_end(site):
     """Bad paths, unsigned calls and hellos, each on a connection of its own, as fast as can be."""
     asks = [

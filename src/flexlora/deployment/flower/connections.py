@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ _LOOK_SECONDS: Final = 0.5
 _NO_DESCRIPTOR_SECONDS: Final = 0.1
 _RESERVED_DESCRIPTORS: Final = 256
 """For connections to the SuperLink, files, and the interpreter."""
+_NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _MOST_CONNECTIONS: Final = 4096
 _MOST_ADDRESSES: Final = 4096
 
@@ -198,7 +200,9 @@ class Door:
             while True:
                 try:
                     accepted, peer = await loop.sock_accept(listener)
-                except OSError:  # no descriptor is free, or whoever called has gone
+                except OSError as error:
+                    if error.errno not in _NO_ROOM:  # whoever called has gone
+                        continue
                     if (oldest := self._oldest()) is not None:
                         oldest.close()
                     await asyncio.sleep(_NO_DESCRIPTOR_SECONDS)

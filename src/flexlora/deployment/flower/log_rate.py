@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from flexlora.storage.untrusted import printable
+
 _LONGEST_LINE: Final = 300
 
 
@@ -15,7 +17,7 @@ _LONGEST_LINE: Final = 300
 class LogRate:
     """A filter that lets ``burst`` lines pass at once and then one in ``seconds``.
 
-    A line is cut to 300 characters, and only printable ASCII is left of it.
+    A line is cut to 300 characters and made printable.
     """
 
     burst: int = 100
@@ -37,14 +39,9 @@ class LogRate:
             self._dropped += 1
             return False
         self._lines -= 1
-        text = _printable(record.getMessage())
+        text = printable(record.getMessage()[:_LONGEST_LINE])
         if self._dropped:
             text = f"{text} (after {self._dropped} lines that were not written)"
             self._dropped = 0
         record.msg, record.args = text, None
         return True
-
-
-def _printable(text: str) -> str:
-    shown = text[:_LONGEST_LINE].encode("ascii", "backslashreplace").decode("ascii")
-    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in shown)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from starlette.types import Scope, Send
 
@@ -22,12 +22,10 @@ from flexlora.deployment.server.run_files import DELIVERED, note
 PATH: Final = HELLO.encode()
 _FINGERPRINT: Final = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-_SAME_KEY_SECONDS: Final = 600.0
+_NOTED_SECONDS: Final = 600.0
 _ANY_KEY_SECONDS: Final = 5.0
-_KEYS_OF_ADDRESS: Final = 3
-_MOST_KEYS: Final = 1000
-
-_Value = TypeVar("_Value")
+_MOST_OF_NETWORK: Final = 3
+_MOST_NOTES: Final = 12
 
 
 def is_hello(scope: Scope) -> bool:
@@ -40,16 +38,14 @@ def is_hello(scope: Scope) -> bool:
 class Reception:
     """Says to a client whether its key is registered in the run in ``folder``.
 
-    An unknown key is noted for the server's console: every key once in ten minutes, at most three
-    keys of one address in that time, and at most one key in five seconds.
+    An unknown key is noted for the server's console: in ten minutes each key once, at most three
+    keys of one address and twelve in all; and at most one in five seconds.
     """
 
     folder: Path
     registered: RegisteredKeys
-    # Oldest first.
-    _noted_at: dict[str, float] = field(default_factory=dict)
-    _address_noted_at: dict[str, list[float]] = field(default_factory=dict)
-    _last_noted_at: float = -_SAME_KEY_SECONDS
+    # When, which key, from where: those of the last ten minutes.
+    _notes: list[tuple[float, str, str]] = field(default_factory=list)
 
     async def answer(self, scope: Scope, send: Send) -> None:
         """Answer a hello; it has no body, and what is sent of one is not read."""
@@ -69,19 +65,16 @@ class Reception:
 
     def _note(self, key: str, name: str, address: str) -> None:
         now, network = time.monotonic(), network_of(address)
-        before = self._noted_at.get(key, -_SAME_KEY_SECONDS)
-        recent = [
-            at for at in self._address_noted_at.get(network, ()) if now - at < _SAME_KEY_SECONDS
-        ]
+        self._notes = [each for each in self._notes if now - each[0] < _NOTED_SECONDS]
+        of_network = sum(where == network for _, _, where in self._notes)
         if (
-            now - before < _SAME_KEY_SECONDS
-            or now - self._last_noted_at < _ANY_KEY_SECONDS
-            or len(recent) >= _KEYS_OF_ADDRESS
+            any(key == noted for _, noted, _ in self._notes)
+            or (self._notes and now - self._notes[-1][0] < _ANY_KEY_SECONDS)
+            or of_network >= _MOST_OF_NETWORK
+            or len(self._notes) >= _MOST_NOTES
         ):
             return
-        self._last_noted_at = now
-        _renewed(self._noted_at, key, now)
-        _renewed(self._address_noted_at, network, [*recent, now])
+        self._notes.append((now, key, network))
         called = f" that calls itself {name}" if _NAME.fullmatch(name) else ""
         with contextlib.suppress(OSError):  # a full disk turns nobody away
             note(
@@ -89,14 +82,6 @@ class Reception:
                 f"a client at {address}{called} has an unknown key, {key}; to admit it: flexlora "
                 "keys DIR --add NAME.pub",
             )
-
-
-def _renewed(notes: dict[str, _Value], key: str, value: _Value) -> None:
-    """Put an entry last; the oldest makes room for it."""
-    notes.pop(key, None)
-    if len(notes) >= _MOST_KEYS:
-        del notes[next(iter(notes))]
-    notes[key] = value
 
 
 async def _send_json(send: Send, facts: dict[str, Any]) -> None:

@@ -69,6 +69,12 @@ class ServedCertificate:
         except ProtocolError as error:
             self._note(f"{error} The gate keeps the certificate that it has.")
             return
+        except OSError as error:
+            self._note(
+                f"{error.filename or self.keys.certificate} cannot be read ({error.strerror}); "
+                "the gate keeps the certificate that it has."
+            )
+            return
         self._noticed.clear()
         self._note(f"the gate shows {self.keys.certificate} anew, valid until {ends:%Y-%m-%d}")
 

@@ -36,7 +36,7 @@ EARLIEST_SECONDS, LATEST_SECONDS = -5.0, 305.0
 _MOST_TIMES: Final = 20_000
 """Times of one key that are remembered, some 2 MB: 65 requests a second on average."""
 
-_MOST_PARSED: Final = 4096
+_MOST_PARSED: Final = 1024
 
 _ACTIVATE: Final = b"/v1/fleet/activate-node"
 
@@ -114,6 +114,10 @@ class Signatures:
             key.verify(signature, sent[TIME_HEADER], ec.ECDSA(hashes.SHA256()))
         except (InvalidSignature, binascii.Error, ValueError) as error:
             raise Refused(401, "The request is not signed with the node's key.") from error
+        if len(self._keys) >= _MOST_PARSED:
+            self._keys.clear()
+        # Only now: whoever has not signed costs no memory.
+        self._keys[sent[KEY_HEADER]] = fingerprint, key
         self._take(fingerprint, sent[TIME_HEADER].decode("ascii"), signed_at)
         return fingerprint
 
@@ -130,10 +134,6 @@ class Signatures:
             fingerprint = fingerprint_of(key)
         except (ValueError, UnsupportedAlgorithm) as error:  # a curve that OpenSSH does not have
             raise Refused(401, "The request's public key is not one of a Flower node.") from error
-        if self.registered.state(fingerprint) is KeyState.REGISTERED:  # strangers cost no memory
-            if len(self._keys) >= _MOST_PARSED:
-                self._keys.clear()
-            self._keys[header] = fingerprint, key
         return fingerprint, key
 
     def _take(self, fingerprint: str, time: str, signed_at: datetime) -> None:
