@@ -1,6 +1,5 @@
 """keys, serve, join on the command line: what is wrong is one sentence, and nothing is started."""
 
-import json
 import os
 import socket
 import stat
@@ -24,6 +23,7 @@ from flexlora.deployment.server import server_run
 from flexlora.deployment.server.delivery import Ledger, digest_of
 from flexlora.journal import Record
 from flexlora.lowrank import Factors
+from flexlora.storage import write_sealed
 
 
 @pytest.fixture
@@ -210,16 +210,16 @@ def test_a_run_is_laid_out_and_served(call, plan, served, held, tmp_path):
     ((settings, folder, listening, *_),) = served
     assert settings.seed == 7 and str(folder) == "runs/plan"
     assert (listening.host, listening.port, listening.keys) == ("::", 9001, held)
-    laid = json.loads((tmp_path / folder / server_run.PLAN).read_text())
-    assert laid["clients"] == 3 and laid["bound"] is True
+    laid = server_run.ServePlan.read(folder)
+    assert laid.clients == 3 and laid.bound is True
     call("serve", "--resume", folder, "--keys", held)
     assert served[1][:2] == (settings, folder)
 
 
 def test_without_keys_names_are_not_bound_and_loopback_is_listened_on(call, plan, served, tmp_path):
     call("serve", plan, "--insecure", "--out", "run", "--clients", "5")
-    laid = json.loads((tmp_path / "run" / server_run.PLAN).read_text())
-    assert laid["clients"] == 5 and laid["bound"] is False
+    laid = server_run.ServePlan.read(tmp_path / "run")
+    assert laid.clients == 5 and laid.bound is False
     assert (served[0][2].host, served[0][2].port) == ("127.0.0.1", deploy.PORT)
 
 
@@ -283,7 +283,7 @@ def test_a_finished_run_is_served_for_a_client_that_does_not_have_the_adapter(
     peft_format.write({"model.layers.0.q_proj": module}, run / "rounds" / "00002" / "adapter")
     entry = {"node": 3, "attention": 2, "feed_forward": 2, "examples": 7, "device": "cpu"}
     entry["tokens_per_second"] = None
-    (run / "clients.json").write_text(json.dumps({"ash": entry, "birch": entry}))
+    write_sealed(run / "clients.json", {"clients": {"ash": entry, "birch": entry}})
     ledger = Ledger(run, digest_of(run / "rounds" / "00002" / "adapter"))
     ledger.add("ash")
     served.clear()

@@ -164,7 +164,7 @@ def call(monkeypatch, capsys, tmp_path):
         (tmp_path / "damaged" / name).write_text("{\n")
     arm = tmp_path / "finished" / "mixed-ranks-8-64"
     arm.mkdir(parents=True)
-    (arm / "checkpoint.json").write_text(json.dumps({}))
+    (arm / "checkpoint.json").write_text(json.dumps({"round": 1}))
     monkeypatch.chdir(tmp_path)
     return lambda *words: commands.call(monkeypatch, capsys, *words)
 

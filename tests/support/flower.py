@@ -20,7 +20,7 @@ from flexlora.deployment.flower.client_app import WORKER, app
 from flexlora.deployment.node.capacity import Capacity, Modules
 from flexlora.deployment.node.node import Node, NodeConfig
 from flexlora.deployment.node.worker_socket import Response, Worker
-from flexlora.deployment.server.run_files import NODES
+from flexlora.deployment.server.run_files import NODES, write_numbers
 from support import models
 
 OFFLINE = 5
@@ -153,7 +153,7 @@ def failed(message: Message, code: int, reason: str) -> Message:
 def let_in(folder: Path, nodes: Mapping[str, int]) -> None:
     """Write down under which names the nodes' keys were let in, as the server does."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / NODES).write_text(json.dumps(dict(nodes)))
+    write_numbers(folder, NODES, dict(nodes))
 
 
 def data_of(corpus: Corpus, folder: Path) -> dict[str, Path]:

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import http.client
 import http.server
-import json
 import os
 import socket
 import ssl
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from flexlora.deployment.keys import fingerprint
-from flexlora.deployment.server.run_files import NODES, NUMBERS
+from flexlora.deployment.server.run_files import NODES, NUMBERS, write_numbers
 
 
 @dataclass
@@ -206,8 +205,8 @@ def registering(folder: Path, *signers: Signer) -> Path:
             )
         )
         prints.append(fingerprint(public))
-    (folder / NUMBERS).write_text(json.dumps({p: n for n, p in enumerate(prints, 7)}))
-    (folder / NODES).write_text(json.dumps({f"n{n}": n for n, _ in enumerate(prints, 7)}))
+    write_numbers(folder, NUMBERS, {p: n for n, p in enumerate(prints, 7)})
+    write_numbers(folder, NODES, {f"n{n}": n for n, _ in enumerate(prints, 7)})
     return folder
 
 

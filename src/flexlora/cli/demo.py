@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexlora.cli.options import refuse_file
+from flexlora.cli.options import alone_in, refuse_file
 from flexlora.cli.run import run_and_report, stoppable
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ def _events(arm: str, target: Path, display: Display, is_first: bool) -> list[Ev
     from flexlora.journal import Record
 
     place = _folder(target, arm)
-    if any(Record(place).events("finish")):
-        display.print("finished before")
-    else:
-        settings = experiment(arm, str(place), evaluate_base=is_first)
-        is_begun = checkpoint.is_begun(place)
-        run_and_report(settings, place, display, resume=is_begun)
+    with alone_in(place, "--out"):
+        if any(Record(place).events("finish")):
+            display.print("finished before")
+        else:
+            settings = experiment(arm, str(place), evaluate_base=is_first)
+            run_and_report(settings, place, display, resume=checkpoint.is_begun(place))
     return list(Record(place).events())
 
 

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,9 +19,10 @@ from flexlora import addresses
 from flexlora.cli.interrupts import STOPPED
 from flexlora.cli.join import interrupt
 from flexlora.cli.join import join as join
-from flexlora.cli.options import Changes, refuse_file
+from flexlora.cli.options import Changes, alone_in, refuse_file
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.journal import counted
+from flexlora.storage import locked
 
 if TYPE_CHECKING:
     from flexlora.config import Experiment
@@ -39,10 +39,10 @@ Stay = Annotated[
     ),
 ]
 
+_LOCK = "command.lock"
+"""Who has it serves the run, from the first look at its folder on."""
 PORT = 8090
 PAGE_PORT = 8091
-MOST_DIFFERENCE = 1e-6
-"""The largest relative difference between the products of the demonstration's two adapters."""
 
 
 def make_keys(
@@ -175,55 +175,55 @@ def serve(
                 "--resume takes the folder of a run, --listen, --keys, and --set "
                 "federation.rounds=N for more rounds."
             )
-        settings, target = _resumed(resume, listening, changes or ()), resume
-    else:
-        if path is None:
-            raise ConfigError("Give a CONFIG.toml, or --resume DIR.")
-        from flexlora.federation import compose
-
-        settings = compose.load(path, changes or ())
-        target = folder or Path(settings.run.folder or f"runs/{path.stem}")
+        with locked(resume, _LOCK, _refusal(resume)):
+            settings = _resumed(resume, listening, changes or ())
+            _serve(settings, resume, listening, status, 60 * stay)
+        return
+    if path is None:
+        raise ConfigError("Give a CONFIG.toml, or --resume DIR.")
+    settings, target = _checked(path, changes or (), folder, listening)
+    with alone_in(target, "--out", _LOCK, _refusal(target)):
         _begin(target, settings, clients, listening)
-    _serve(settings, target, listening, status, 60 * stay)
+        _serve(settings, target, listening, status, 60 * stay)
 
 
-def _begin(folder: Path, settings: Experiment, clients: int | None, listening: Listening) -> None:
-    """Write the folder of a new run, once everything that can be checked is checked."""
+def _refusal(folder: Path) -> str:
+    """Why a second process may not serve the run in a folder."""
+    return (
+        f"The run in {folder} is served already, by another process on this machine; stop that "
+        "process first."
+    )
+
+
+def _checked(
+    path: Path, changes: Sequence[str], out: Path | None, listening: Listening
+) -> tuple[Experiment, Path]:
+    """The experiment and the folder of a new run, after all checks that need no folder."""
     from flexlora.deployment.server import server_run
+    from flexlora.federation import compose
 
+    settings = compose.load(path, changes)
+    folder = out or Path(settings.run.folder or f"runs/{path.stem}")
     _refuse_existing(folder)
     refuse_file(folder, "--out")
     if listening.keys is not None:
         from flexlora.deployment.certificates import ServerKeys
 
         ServerKeys.of(listening.keys)
-    federation = settings.federation
-    first = clients if clients is not None else federation.cohort or federation.quorum
     server_run.check(settings)
     listening.check_free()
+    return settings, folder
+
+
+def _begin(folder: Path, settings: Experiment, clients: int | None, listening: Listening) -> None:
+    """Write the folder of a new run, which is locked."""
+    from flexlora.deployment.server import server_run
+
+    _refuse_existing(folder)
+    federation = settings.federation
+    first = clients if clients is not None else federation.cohort or federation.quorum
     plan = server_run.ServePlan.new(first, bound=listening.keys is not None)
     server_run.write_run_folder(folder, settings, plan)
-
-
-def show_demo(
-    folder: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the two runs.")
-    ] = None,
-) -> None:
-    """Train with three real clients of ranks 4, 16 and 64, and compare with a simulation."""
-    from flexlora.deployment import demo
-
-    target = folder or Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}"
-    if target.is_dir():
-        raise ConfigError(f"{target} exists already; give --out the name of a new folder.")
-    refuse_file(target, "--out")
-    comparison = demo.show(target)
-    for name, seconds in zip(("real", "simulated"), comparison.rounds_seconds, strict=True):
-        print(f"{name} rounds, seconds: {', '.join(f'{s:.1f}' for s in seconds)}")
-    print(f"adapter: {comparison.adapter}")
-    print(f"relative difference from the simulation: {comparison.difference:.2g}")
-    if comparison.difference > MOST_DIFFERENCE:
-        raise ConfigError(f"The two adapters differ by more than {MOST_DIFFERENCE}.")
 
 
 def _serve(

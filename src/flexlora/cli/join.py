@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
+from flexlora.cli.options import alone_in
 from flexlora.errors import ConfigError, ProtocolError
+from flexlora.storage import close_to_others, remove_drafts
 
 if TYPE_CHECKING:
     from flexlora.data import Columns
     from flexlora.deployment.keys import NodeKey
     from flexlora.deployment.node.capacity import Modules
+    from flexlora.deployment.node.node import NodeConfig
 
 
 Server = Annotated[
@@ -132,7 +135,6 @@ def join(
     memory_bytes, disk_bytes = _bytes("--memory", memory), _bytes("--disk", disk)
     most_rank, share = _rank(rank), _holdout(holdout)
     _check_server(server, key)
-    from flexlora.deployment.node import join as joining
     from flexlora.deployment.node.capacity import Capacity
     from flexlora.deployment.node.limits import Limits
     from flexlora.deployment.node.node import NodeConfig
@@ -152,9 +154,23 @@ def join(
         out=out,
         own_rank=own_rank,
     )
+    _take_part(server, config, key)
+
+
+def _take_part(server: str, config: NodeConfig, key: NodeKey | None) -> None:
+    """Join, alone in the folder of state, until the federation is over or this is interrupted."""
+    from flexlora.deployment.node import join as joining
+
     signal.signal(signal.SIGTERM, interrupt)
+    refusal = (
+        f"Another process has joined with the state in {config.state}; let it end, or give another "
+        "--state."
+    )
     try:
-        joining.join(server, config, key, _print_line)
+        with alone_in(config.state, "--state", refusal=refusal):
+            close_to_others(config.state)
+            remove_drafts(config.state)
+            joining.join(server, config, key, _print_line)
     except KeyboardInterrupt:
         print("left the federation", file=sys.stderr)
 

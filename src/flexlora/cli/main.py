@@ -11,7 +11,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flexlora.cli import adapters, configs, demo, deploy, evaluate, init, laws, methods, run, watch
+from flexlora.cli import (
+    adapters,
+    configs,
+    demo,
+    demo_flower,
+    deploy,
+    evaluate,
+    init,
+    laws,
+    methods,
+    run,
+    watch,
+)
 from flexlora.cli.interrupts import STOPPED, raised
 from flexlora.cli.options import with_last_run
 from flexlora.errors import FlexloraError
@@ -43,7 +55,7 @@ COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
         "keys": deploy.make_keys,
         "serve": deploy.serve,
         "join": deploy.join,
-        "demo-flower": deploy.show_demo,
+        "demo-flower": demo_flower.show_demo,
     },
 }
 """Every command by its name, in the groups of ``flexlora --help``."""

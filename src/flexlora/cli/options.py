@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flexlora.errors import ConfigError
+from flexlora.storage import LOCK, is_lock_file, locked
 
 if TYPE_CHECKING:
     from flexlora.config import Experiment
@@ -91,15 +93,40 @@ def refuse_file(folder: Path, option: str) -> None:
         )
 
 
-def make_folder(folder: Path, option: str) -> None:
-    """Make a folder and its parents, unless it exists.
+@contextmanager
+def alone_in(
+    folder: Path, option: str, name: str = LOCK, refusal: str | None = None
+) -> Iterator[None]:
+    """Make a folder, unless it exists, and keep other processes out of it.
+
+    One that is made is its owner's alone, and is removed again if nothing was written into it.
+
+    Raises:
+        ConfigError: it cannot be made; names ``option``, which sets another.
+        ProtocolError: another process is in it.
+    """
+    refuse_file(folder, option)
+    is_new = not folder.exists()
+    make_folder(folder.parent, option)
+    make_folder(folder, option, mode=0o700)
+    with locked(folder, name, refusal):
+        try:
+            yield
+        finally:
+            files = list(folder.iterdir()) if is_new and folder.is_dir() else []
+            if files and all(is_lock_file(file) for file in files):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder(folder: Path, option: str, mode: int = 0o777) -> None:
+    """Make a folder and its parents, unless it exists; ``mode`` is its own, before the umask.
 
     Raises:
         ConfigError: it cannot be made; names ``option``, which sets another.
     """
     refuse_file(folder, option)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"The folder {folder} cannot be made: {error.strerror}; give another {option}."
@@ -122,10 +149,17 @@ def last_adapter(folder: Path) -> Path:
 
 
 def finished_rounds(folder: Path) -> int:
-    """How many rounds the run in ``folder`` has finished with; 0 if it has not finished."""
-    from flexlora.journal import Record
+    """How many rounds the run in ``folder`` has finished with; 0 if it has not finished.
 
-    return max((event["rounds"] for event in Record(folder).events("finish")), default=0)
+    Also 0 if its journal is damaged, of which a run that is resumed keeps what can be read.
+    """
+    from flexlora.journal import Record
+    from flexlora.storage import DamagedFile
+
+    try:
+        return max((event["rounds"] for event in Record(folder).events("finish")), default=0)
+    except DamagedFile:
+        return 0
 
 
 def stored(folder: Path, changes: Sequence[str] = ()) -> Experiment:
@@ -136,13 +170,4 @@ def stored(folder: Path, changes: Sequence[str] = ()) -> Experiment:
     """
     from flexlora.federation import compose
 
-    path = folder / "config.json"
-    if not path.exists():
-        raise ConfigError(f"There is no run to resume in {folder}: it has no config.json.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not valid JSON ({error}); restore the file, or start a new run."
-        ) from error
-    return compose.parse(content, str(path), changes)
+    return compose.stored(folder, changes)

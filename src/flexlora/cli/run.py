@@ -17,12 +17,13 @@ from flexlora.cli.methods import completed
 from flexlora.cli.options import (
     Changes,
     ConfigFile,
+    alone_in,
     finished_rounds,
-    make_folder,
     refuse_file,
     stored,
 )
 from flexlora.errors import ConfigError
+from flexlora.storage import locked
 
 if TYPE_CHECKING:
     from flexlora.cli.progress import Display
@@ -88,7 +89,11 @@ def run(
             )
         for change in changes or ():
             _refuse_when_resumed(change)
-        with Display() as display, stoppable(resume, f"flexlora run --resume {resume}"):
+        with (
+            Display() as display,
+            stoppable(resume, f"flexlora run --resume {resume}"),
+            locked(resume),
+        ):
             settings = stored(resume, changes or ())
             if not _has_finished(settings, resume):
                 with _cluster(settings, workers, ray) as cluster:
@@ -101,18 +106,18 @@ def run(
     with Display() as display:
         settings = _loaded(path, [*(changes or ()), *forced], plugin)
         target = folder or Path(settings.run.folder or f"runs/{path.stem}")
-        _refuse_existing(target)
         if dry:
             from flexlora.cli.dry_run import dry_run
 
+            _refuse_existing(target)
             refuse_file(target, "--out")
             dry_run(settings, display)
             return
-        with (
-            stoppable(target, f"flexlora run --resume {target}"),
-            _cluster(settings, workers, ray) as cluster,
-        ):
-            run_and_report(settings, target, display, cluster=cluster)
+        command = f"flexlora run --resume {target}"
+        with stoppable(target, command), alone_in(target, "--out"):
+            _refuse_existing(target)
+            with _cluster(settings, workers, ray) as cluster:
+                run_and_report(settings, target, display, cluster=cluster)
 
 
 def _loaded(path: Path, changes: Sequence[str], plugin: Path | None) -> Experiment:
@@ -188,8 +193,10 @@ def compare(
         count = compared.seeds or 3 if seeds is None else seeds
         target = output or Path(f"{settings.run.folder or f'runs/{path.stem}'}-compare")
         methods = compare.chosen(chosen)
-        cells = compare.plan(settings, methods, count, target, options or (), compared)
-        states = _compare(cells, target, display)
+        planned = (settings, methods, count, target, options or (), compared)
+        compare.plan(*planned)  # refused before a folder is made
+        with alone_in(target, "--out"):
+            states = _compare(compare.plan(*planned), target, display)
     if "open" in states:
         print("stopped; resume with the same command", file=sys.stderr)
         raise SystemExit(STOPPED)
@@ -206,29 +213,26 @@ def run_and_report(
 ) -> list[Event]:
     """Run a federation, show its events and write its report; returns the events.
 
-    If it is interrupted, the report shows the rounds so far.
+    If it is interrupted, the report shows the rounds so far. For a caller that has the lock of
+    the folder, which exists.
     """
-    from flexlora.federation import checkpoint, rounds, setup
+    from flexlora.federation import checkpoint, compose, rounds, setup
     from flexlora.reporting import page, tracker, trackers
-    from flexlora.storage import write_atomically
 
     settings = cluster.settings(settings) if cluster else settings
-    if not resume:
-        make_folder(folder, "--out")
     # Refused before the data is read, if another version wrote it.
     point = checkpoint.load(folder) if resume else None
     followers = trackers.of(settings.run.trackers, folder)
     settings.evaluation.require_engine()
     ready = setup.prepare(settings, meter=display.meter)
-    content = (settings if resume else _with_threads(settings)).model_dump_json(indent=1)
-    write_atomically(folder / "config.json", content.encode())
+    compose.store(settings if resume else _with_threads(settings), folder)
     for view in (f"{one.title}: {one.view}" for one in followers if one.view):
         display.console.print(view, soft_wrap=True, highlight=False, markup=False)
     at_once = point.clients_at_once if point else None
     transport = cluster.federation(ready, folder, at_once) if cluster else nullcontext()
     try:
         with transport as federation:
-            events = rounds.run(ready, folder, federation, resume, display.meter)
+            events = rounds.run_locked(ready, folder, federation, resume, display.meter)
             with closing(tracker.following(events, followers, folder)) as followed:
                 shown = display.follow(followed)
         display.meter.begin("writing the report")
@@ -322,12 +326,17 @@ def _refuse_when_resumed(change: str) -> None:
 
 def _has_finished(settings: Experiment, folder: Path) -> bool:
     """Whether a run to resume has done all its rounds; then says so, and how to add more."""
+    from flexlora.federation import rounds
+
     done, wanted = finished_rounds(folder), settings.federation.rounds
     if done > wanted:
         raise ConfigError(
             f"federation.rounds is {wanted}, but the run in {folder} has finished {done} rounds; "
             "give a larger number."
         )
+    if done == wanted and not rounds.is_complete(settings, folder):
+        print(f"The adapter of the run in {folder} is damaged; it is written again.")
+        return False
     if done == wanted:
         print(f"The run in {folder} has finished all {done} rounds. For more:")
         print(f"flexlora run --resume {folder} --set federation.rounds={2 * done}")

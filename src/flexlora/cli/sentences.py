@@ -50,6 +50,8 @@ def _sentences(event: Event, tally: Tally) -> list[str]:
             return [f"round {event['round']}: late answer of {event['client']} ignored"]
         case "short":
             return [_short(event)]
+        case "damaged":
+            return [f"damaged: {event['reason']}"]
         case "round":
             return [_round(event)]
         case "evaluation":

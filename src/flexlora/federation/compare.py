@@ -7,7 +7,6 @@ messages are encoded. So the cells of one seed differ only in their method.
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 import traceback
@@ -30,7 +29,7 @@ from flexlora.federation.prepared import PreparedRun
 from flexlora.journal import Event, Meter, Record
 from flexlora.method import Feature, UnsupportedFeature
 from flexlora.model import Base, Source
-from flexlora.storage import write_atomically
+from flexlora.storage import DamagedFile, locked, make_private
 
 ALL = "all"
 CELLS = "cells"
@@ -184,8 +183,11 @@ def run(cells: Sequence[Cell], watch: Watch, meter: Meter | None = None) -> Iter
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder has finished."""
-    return any(Record(folder).events("finish"))
+    """Whether the run in this folder has finished, as far as its journal can be read."""
+    try:
+        return any(Record(folder).events("finish"))
+    except DamagedFile:
+        return False
 
 
 def _run(
@@ -216,12 +218,12 @@ def _run(
 
 
 def _watched(cell: Cell, ready: PreparedRun, watch: Watch, meter: Meter | None) -> None:
-    begun = _begun(cell.folder)
-    if not begun:
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        stored = ready.experiment.model_dump_json(indent=1)
-        write_atomically(cell.folder / "config.json", stored.encode())
-    watch(cell, rounds.run(ready, cell.folder, resume=begun, meter=meter))
+    make_private(cell.folder)
+    with locked(cell.folder):
+        begun = _begun(cell.folder)
+        if not begun:
+            compose.store(ready.experiment, cell.folder)
+        watch(cell, rounds.run_locked(ready, cell.folder, resume=begun, meter=meter))
 
 
 def _settled(cell: Cell, clients_at_once: int | None, evaluate_base: bool) -> Experiment:
@@ -323,15 +325,12 @@ def _begun(folder: Path) -> bool:
 
 def _stored(folder: Path) -> Experiment:
     """The experiment that the cell in this folder was started with."""
-    path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return compose.stored(folder)
+    except ConfigError as error:
         raise ConfigError(
-            f"{folder} is no cell of a comparison: its config.json cannot be read ({error}); "
-            "give another --out."
+            f"{folder} is no cell of a comparison that can go on: {error} Or give another --out."
         ) from error
-    return compose.parse(content, str(path))
 
 
 def _refuse_something_else(folder: Path) -> None:

@@ -21,7 +21,11 @@ from flexlora.method import (
     server_optimizers,
     with_server_optimizer,
 )
+from flexlora.storage import DamagedFile, read_sealed, write_sealed
 from flexlora.training import Training
+
+CONFIG = "config.json"
+"""The settings of a run, in its folder."""
 
 PLAIN = {"name": "plain"}
 """The averager of a config that names none."""
@@ -42,6 +46,28 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Experiment:
         ConfigError: the file, a key, or the name or an option of a plug-in is wrong.
     """
     return _checked(config.load(Path(path), changes), str(path))
+
+
+def store(experiment: Experiment, folder: Path) -> None:
+    """Write an experiment into the folder of its run, for ``stored``."""
+    write_sealed(folder / CONFIG, experiment.model_dump(mode="json"))
+
+
+def stored(folder: Path, changes: Sequence[str] = ()) -> Experiment:
+    """The experiment that the run in ``folder`` was started with, and ``changes`` to it.
+
+    Raises:
+        ConfigError: the folder holds no run, or its config is damaged or of another version.
+    """
+    path = folder / CONFIG
+    remedy = "restore the file from a copy, or start a new run in another folder"
+    try:
+        content = read_sealed(path, remedy, or_plain=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no run to resume in {folder}: it has no {CONFIG}.") from error
+    except DamagedFile as error:
+        raise ConfigError(str(error)) from error
+    return parse(content, str(path), changes)
 
 
 def parse(content: Mapping[str, Any], place: str, changes: Sequence[str] = ()) -> Experiment:

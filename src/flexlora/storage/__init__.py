@@ -13,7 +13,7 @@ from flexlora.storage.files import (
     sync_folder,
     write_atomically,
 )
-from flexlora.storage.locks import LOCK, is_locked, locked
+from flexlora.storage.locks import LOCK, is_lock_file, is_locked, locked
 from flexlora.storage.sealed import (
     SUM,
     DamagedFile,
@@ -37,6 +37,7 @@ __all__ = [
     "close_to_others",
     "copy_verified",
     "is_intact",
+    "is_lock_file",
     "is_locked",
     "link_or_copy",
     "locked",

@@ -50,7 +50,7 @@ def replacing(path: Path, mode: int = _PRIVATE) -> Iterator[IO[bytes]]:
         # After a full disk, half a file would stay for good.
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:
             # Errors of writing name no file, those of the draft one that nobody knows.
             error.filename, error.filename2 = os.fspath(path), None
         raise
@@ -83,7 +83,8 @@ def append(path: Path, data: bytes) -> None:
                     file.truncate(before)
                 raise
     except OSError as error:
-        error.filename = os.fspath(path)
+        if error.errno:
+            error.filename = os.fspath(path)
         raise
 
 

@@ -68,6 +68,11 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def is_lock_file(path: Path) -> bool:
+    """Whether a file is a lock file, or says who has one."""
+    return path.suffix in (LOCK, _HOLDER) or path.name == LOCK
+
+
 def _lock(path: Path) -> FileLock:
     # A generator that runs in one thread may be closed in another.
     return FileLock(path, mode=0o600, thread_local=False)

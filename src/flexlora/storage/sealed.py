@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from flexlora.errors import ProtocolError
 from flexlora.storage.files import replacing, sha256, write_atomically
+from flexlora.storage.untrusted import parse_json, short
 
 SUM: Final = ".sha256"
 """What follows the name of a file in the name of the file with its SHA-256."""
@@ -51,16 +52,22 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, b'{\n "sha256": "%s",' % digest.encode() + text[1:])
 
 
-def read_sealed(path: Path, remedy: str = "restore it from a copy") -> dict[str, Any]:
+def read_sealed(
+    path: Path, remedy: str = "restore it from a copy", or_plain: bool = False
+) -> dict[str, Any]:
     """The JSON object that ``write_sealed`` has written.
 
+    With ``or_plain`` one without a checksum is read too, as earlier versions wrote them.
+
     Raises:
-        DamagedFile: the file has been changed in any way since, or has no checksum, as those of
-            earlier versions; with the ``remedy``.
+        DamagedFile: the file has been changed in any way since, or has no checksum; with the
+            ``remedy``.
         FileNotFoundError: there is no file.
     """
     data = path.read_bytes()
     head = _HEAD.match(data)
+    if head is None and or_plain:
+        return _plain(path, data, remedy)
     if head is None:
         reason = "has no checksum: it is damaged, or of an earlier version of flexlora"
         raise DamagedFile(path, reason, remedy)
@@ -68,6 +75,17 @@ def read_sealed(path: Path, remedy: str = "restore it from a copy") -> dict[str,
     if hashlib.sha256(text).hexdigest().encode() != head[1]:
         raise DamagedFile(path, "does not agree with its checksum: it is damaged", remedy)
     content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def _plain(path: Path, data: bytes, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file without a checksum."""
+    try:
+        content = parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, f"is not valid JSON ({short(error)})", remedy) from error
+    if not isinstance(content, dict):
+        raise DamagedFile(path, "is not a JSON object", remedy)
     return content
 
 

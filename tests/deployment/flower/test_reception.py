@@ -13,6 +13,7 @@ from flexlora.deployment.flower import gate, reception
 from flexlora.deployment.flower.reception import Reception
 from flexlora.deployment.flower.signatures import RegisteredKeys
 from flexlora.deployment.greeting import HELLO, KEY_HEADER, NAME_HEADER
+from flexlora.deployment.server import run_files
 from flexlora.deployment.server.run_files import ARRIVALS, DELIVERED, NODES, NUMBERS
 
 KEY = "SHA256:" + "a" * 43
@@ -48,8 +49,8 @@ def front(tmp_path):
 
 def test_the_gate_says_what_it_knows_of_a_key(front, tmp_path):
     assert answered(front, scope())[1]["key"] == "unknown"
-    (tmp_path / NUMBERS).write_text(json.dumps({KEY: 7, OTHER: 8}))
-    (tmp_path / NODES).write_text(json.dumps({"ash": 7}))
+    run_files.write_numbers(tmp_path, NUMBERS, {KEY: 7, OTHER: 8})
+    run_files.write_numbers(tmp_path, NODES, {"ash": 7})
     status, facts = answered(front, scope())
     time = datetime.fromisoformat(facts.pop("time"))
     assert (status, facts) == (

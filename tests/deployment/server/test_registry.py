@@ -6,6 +6,7 @@ import pytest
 
 from flexlora.config.experiment import Ranks
 from flexlora.config.ranks import RankType
+from flexlora.deployment.server import run_files
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.registry import (
     FILE,
@@ -262,7 +263,7 @@ def test_a_crash_while_the_roll_is_written_leaves_the_old_one(tmp_path, monkeypa
 
 
 def known(folder, **nodes):
-    (folder / NODES).write_text(json.dumps(nodes))
+    run_files.write_numbers(folder, NODES, nodes)
 
 
 def test_a_bound_name_belongs_to_the_node_whose_key_was_let_in_under_it(tmp_path):

@@ -1,7 +1,6 @@
 """The server's side of a real federation: laid out, hosted, watched and gone on with."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ import pytest
 from flexlora import model
 from flexlora.config.ranks import RankType
 from flexlora.deployment import run_spec
-from flexlora.deployment.server import admission, delivery, server_run
+from flexlora.deployment.server import admission, delivery, run_files, server_run
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.run_files import ARRIVALS, NODES
 from flexlora.deployment.server.server_run import ServePlan
@@ -59,10 +58,8 @@ def test_every_run_has_a_name_of_its_own():
 def test_what_is_laid_out_is_read_again(folder, tmp_path):
     made, plan = settings(folder), ServePlan.new(4, bound=False)
     server_run.write_run_folder(tmp_path / "run", made, plan)
-    held = json.loads((tmp_path / "run" / server_run.PLAN).read_text())
-    assert ServePlan(**held) == plan
-    text = (tmp_path / "run" / server_run.CONFIG).read_text()
-    assert server_run.compose.parse(json.loads(text), "-") == made
+    assert ServePlan.read(tmp_path / "run") == plan
+    assert server_run.read_config(tmp_path / "run") == made
 
 
 @pytest.mark.parametrize(
@@ -630,7 +627,7 @@ def comes(pairs, held, name):
 
 
 def nodes(folder):
-    return json.loads((folder / NODES).read_text())
+    return run_files.numbers(folder, NODES)
 
 
 def test_nodes_are_let_in_by_their_keys_also_later(serving, pairs, held, tmp_path, capsys):
@@ -724,7 +721,7 @@ def test_nodes_of_a_run_that_knew_no_fingerprints_stay_in(serving, pairs, held, 
     round_(run, 1, LONG)
     list(serving(run, ran(FINISH), keys=held))
     assert FakeLink.out == [] and nodes(run) == {"ash": 1001}
-    assert list(json.loads((run / admission.NUMBERS).read_text()).values()) == [1001]
+    assert list(run_files.numbers(run, admission.NUMBERS).values()) == [1001]
 
 
 def test_a_folder_of_keys_that_is_gone_puts_nobody_out(serving, pairs, held, tmp_path, capsys):

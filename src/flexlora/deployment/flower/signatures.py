@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flexlora.deployment.flower.gate_rules import Headers, Refused
 from flexlora.deployment.greeting import KeyState
 from flexlora.deployment.keys import fingerprint_of
-from flexlora.deployment.server.run_files import NODES, NUMBERS
+from flexlora.deployment.server.run_files import NODES, NUMBERS, numbers
+from flexlora.storage import DamagedFile
 
 KEY_HEADER: Final = b"flwr-public-key"
 TIME_HEADER: Final = b"flwr-timestamp"
@@ -42,7 +42,7 @@ _ACTIVATE: Final = b"/v1/fleet/activate-node"
 
 
 @dataclass
-class JsonFile:
+class NumbersFile:
     """A file of numbers by name that other processes replace; parsed anew only after a change."""
 
     path: Path
@@ -58,11 +58,10 @@ class JsonFile:
         version = (status.st_mtime_ns, status.st_size, status.st_ino)
         if version != self._version:
             try:
-                content = json.loads(self.path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError):
+                content = numbers(self.path.parent, self.path.name)
+            except (OSError, DamagedFile):
                 return self._content
-            if isinstance(content, dict):
-                self._version, self._content = version, content
+            self._version, self._content = version, content
         return self._content
 
 
@@ -71,12 +70,12 @@ class RegisteredKeys:
     """The keys that may take part in the run in ``folder``, by their fingerprints."""
 
     folder: Path
-    _numbers: JsonFile = field(init=False)
-    _nodes: JsonFile = field(init=False)
+    _numbers: NumbersFile = field(init=False)
+    _nodes: NumbersFile = field(init=False)
 
     def __post_init__(self) -> None:
-        self._numbers = JsonFile(self.folder / NUMBERS)
-        self._nodes = JsonFile(self.folder / NODES)
+        self._numbers = NumbersFile(self.folder / NUMBERS)
+        self._nodes = NumbersFile(self.folder / NODES)
 
     def state(self, fingerprint: str) -> KeyState:
         """What is known of a key."""

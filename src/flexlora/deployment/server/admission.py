@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexlora.deployment.server import run_files
 from flexlora.deployment.server.run_files import NODES, NUMBERS
-from flexlora.storage import write_atomically
 
 if TYPE_CHECKING:
     from flexlora.deployment.flower.superlink import SuperLink
@@ -81,15 +80,11 @@ class Admission:
         return f"authorised node {name}"
 
     def _read(self, name: str) -> dict[str, int]:
-        file = self.folder / name
-        content: dict[str, int] = (
-            json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        )
-        return content
+        return run_files.numbers(self.folder, name)
 
     def _write(self, name: str, content: dict[str, int], key: str, node: int | None) -> None:
         """Change one entry in memory and on the disk; None removes it."""
         content.pop(key, None)
         if node is not None:
             content[key] = node
-        write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
+        run_files.write_numbers(self.folder, name, content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 
 from flexlora import peft_format, wire
 from flexlora.deployment.server.run_files import DELIVERED
-from flexlora.storage import sha256, write_atomically
+from flexlora.storage import DamagedFile, read_sealed, sha256, write_sealed
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,12 @@ def forget(folder: Path) -> None:
 
 
 def _write(folder: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(folder / DELIVERED, json.dumps(content, indent=1).encode())
+    write_sealed(folder / DELIVERED, content)
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    file = folder / DELIVERED
-    if not file.exists():
+    try:
+        return read_sealed(folder / DELIVERED)
+    except (FileNotFoundError, DamagedFile):
+        # Clients that have the adapter are sent it once more, and confirm it again.
         return {}
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from flexlora.deployment.server.limits import RankLimits
 from flexlora.errors import ProtocolError
 from flexlora.federation import Population
 from flexlora.method import Client
-from flexlora.storage import write_atomically
+from flexlora.storage import read_sealed, write_sealed
 from flexlora.storage.untrusted import one_line
 
 FILE = "clients.json"
@@ -74,7 +73,8 @@ class ClientRegistry(Population):
 
     def __post_init__(self) -> None:
         if (self.folder / FILE).exists():
-            stored = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
+            remedy = "restore it from a copy, or remove it: clients that join again are recorded"
+            stored = read_sealed(self.folder / FILE, remedy)["clients"]
             self.entries = {id: ClientInfo(**entry) for id, entry in stored.items()}
 
     def admit(self, report: Mapping[str, Any], node: int) -> tuple[str, ClientInfo]:
@@ -89,7 +89,7 @@ class ClientRegistry(Population):
         self._check(id, entry, limit)
         self.entries = dict(sorted({**self.entries, id: entry}.items()))
         stored = {name: asdict(each) for name, each in self.entries.items()}
-        write_atomically(self.folder / FILE, json.dumps(stored, indent=1).encode())
+        write_sealed(self.folder / FILE, {"clients": stored})
         return id, entry
 
     def _name(self, report: Mapping[str, Any], node: int) -> str:
@@ -156,11 +156,7 @@ class ClientRegistry(Population):
 
     def _registered(self) -> dict[str, int]:
         """The authorised nodes by name, read again each time, as there may be new ones."""
-        file = self.folder / run_files.NODES
-        nodes: dict[str, int] = (
-            json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        )
-        return nodes
+        return run_files.numbers(self.folder, run_files.NODES)
 
     def __getitem__(self, id: str) -> Client:
         entry = self.entries[id]

@@ -5,9 +5,11 @@ Imports nothing slow: the gate is started again whenever it ends.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from flexlora.storage import append, read_sealed, write_sealed
 from flexlora.storage.untrusted import one_line
 
 ARRIVALS: Final = "arrivals.log"
@@ -29,6 +31,26 @@ _LONGEST_LINE: Final = 500
 
 def note(folder: Path, line: str) -> None:
     """Append a sentence for the server's console."""
-    with (folder / ARRIVALS).open("a", encoding="utf-8") as file:
-        # Text of a client must not begin a line of its own.
-        file.write(one_line(line, _LONGEST_LINE) + "\n")
+    # Text of a client must not begin a line of its own.
+    append(folder / ARRIVALS, f"{one_line(line, _LONGEST_LINE)}\n".encode())
+
+
+def numbers(folder: Path, name: str) -> dict[str, int]:
+    """Flower's numbers in a file of the run's folder, such as ``NODES``; none without a file.
+
+    Raises:
+        DamagedFile: it is not as it was written.
+    """
+    try:
+        content = read_sealed(
+            folder / name, "restore it from a copy, or start the run again in another folder"
+        )
+    except FileNotFoundError:
+        return {}
+    found: dict[str, int] = content["numbers"]
+    return found
+
+
+def write_numbers(folder: Path, name: str, content: Mapping[str, int]) -> None:
+    """Write such a file."""
+    write_sealed(folder / name, {"numbers": dict(content)})

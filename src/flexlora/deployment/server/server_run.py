@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -23,11 +22,18 @@ from flexlora.errors import ConfigError, FlexloraError, ProtocolError
 from flexlora.federation import Transport, checkpoint, compose, rounds, served
 from flexlora.journal import Event, Record, counted
 from flexlora.method import Feature, for_mixed_modules, require
-from flexlora.storage import is_locked, locked, write_atomically
+from flexlora.storage import (
+    DamagedFile,
+    is_locked,
+    locked,
+    make_private,
+    read_sealed,
+    write_atomically,
+    write_sealed,
+)
 from flexlora.storage.untrusted import one_line
 
 PLAN = "serve.json"
-CONFIG = "config.json"
 PID = "serverapp.pid"
 """The number of the process that runs the rounds; written once it has the lock."""
 LOCK = "serverapp.lock"
@@ -53,8 +59,9 @@ class ServePlan:
 
     @classmethod
     def read(cls, folder: Path) -> ServePlan:
-        """The plan in a run's folder."""
-        return cls(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
+        """The plan in a run's folder. Raises DamagedFile."""
+        content = read_sealed(folder / PLAN)
+        return cls(content["run"], content["clients"], content["bound"])
 
 
 class ConnectingTransport(Transport, Protocol):
@@ -76,20 +83,19 @@ def write_run_folder(folder: Path, settings: Experiment, plan: ServePlan) -> Non
         ProtocolError: real clients cannot run this config.
     """
     check(settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     write_config(folder, settings)
-    write_atomically(folder / PLAN, json.dumps(asdict(plan)).encode())
+    write_sealed(folder / PLAN, asdict(plan))
 
 
 def write_config(folder: Path, settings: Experiment) -> None:
     """Write the config into a run's folder."""
-    write_atomically(folder / CONFIG, settings.model_dump_json(indent=1).encode())
+    compose.store(settings, folder)
 
 
 def read_config(folder: Path) -> Experiment:
-    """The config in a run's folder."""
-    text = (folder / CONFIG).read_text(encoding="utf-8")
-    return compose.parse(json.loads(text), str(folder / CONFIG))
+    """The config in a run's folder. Raises ConfigError."""
+    return compose.stored(folder)
 
 
 def check(settings: Experiment) -> None:
@@ -165,7 +171,10 @@ def finish_of(folder: Path, settings: Experiment | None = None) -> Event | None:
 
     ``settings`` replaces the config in the folder.
     """
-    events = list(Record(folder).events("start", "finish"))
+    try:
+        events = list(Record(folder).events("start", "finish"))
+    except DamagedFile:
+        return None  # the run goes on from its last checkpoint, and mends the journal
     if not events or events[-1]["event"] != "finish":
         return None
     planned = (settings or read_config(folder)).federation.rounds

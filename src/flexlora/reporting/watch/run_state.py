@@ -218,6 +218,8 @@ class RunState:
                 missing = len(event["missing"])
                 text = f"{counted(len(event['clients']), 'client')} evaluated rows of their own"
                 text += f"; {missing:,} did not" if missing else ""
+            case "damaged":
+                text, bad = f"damaged: {reason}", True
             case "stopped":
                 text, bad = f"run stopped: {reason}", True
             case "finish":
