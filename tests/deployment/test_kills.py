@@ -56,7 +56,7 @@ def superlink(site: Site) -> None:
 
 def server_process(site: Site) -> None:
     """The process in which the rounds run."""
-    pid = int((site.run / "serverapp.pid").read_text())
+    pid = ProcessId.read(site.run / "serverapp.pid").pid
     os.kill(pid, signal.SIGKILL)
 
 

@@ -8,18 +8,20 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
 from flexlora import model
 from flexlora.config.ranks import RankType
 from flexlora.deployment import run_spec
+from flexlora.deployment.flower.processes import ProcessId
 from flexlora.deployment.server import admission, delivery, run_files, server_run
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.run_files import ARRIVALS, NODES
 from flexlora.deployment.server.server_run import ServePlan
 from flexlora.deployment.server.supervisor import Listening
-from flexlora.errors import ConfigError
+from flexlora.errors import ConfigError, ProtocolError
 from flexlora.federation import checkpoint, compose
 from flexlora.journal.record import Record
 from flexlora.lowrank import Adapter
@@ -131,9 +133,9 @@ def test_a_run_is_alive_as_long_as_its_process_holds_the_lock(tmp_path):
     with server_run._pid_lock(tmp_path):
         assert server_run.is_alive(tmp_path)
         assert server_run.is_alive(tmp_path)  # looking takes nothing away
-        assert int((tmp_path / server_run.PID).read_text()) == os.getpid()
+        assert ProcessId.read(tmp_path / server_run.PID).pid == os.getpid()
     assert not server_run.is_alive(tmp_path)
-    server_run.clear_pid(tmp_path)
+    server_run.end_process(tmp_path)
     assert server_run.is_alive(tmp_path)  # another is awaited
 
 
@@ -144,8 +146,8 @@ def test_what_a_killed_process_left_behind_is_dead_whatever_its_number(tmp_path)
 
 def test_forgetting_twice_is_no_fault(tmp_path):
     (tmp_path / server_run.PID).write_text("7")
-    server_run.clear_pid(tmp_path)
-    server_run.clear_pid(tmp_path)
+    server_run.end_process(tmp_path)
+    server_run.end_process(tmp_path)
     assert server_run.is_alive(tmp_path)
 
 
@@ -494,8 +496,6 @@ def sleeper(tmp_path):
 
 
 def identity(process):
-    from flexlora.deployment.flower.processes import ProcessId
-
     return ProcessId.read(process.id_file)
 
 
@@ -551,6 +551,86 @@ def test_what_it_had_started_in_another_group_is_ended_too(sleeper, tmp_path):
     first._running.wait()
     second.start()
     assert psutil.wait_procs([child], 5)[1] == [] or child.status() == psutil.STATUS_ZOMBIE
+
+
+SLEEP = time.sleep
+"""The real one, which ``serving`` replaces."""
+
+STUBBORN = (
+    "import signal, time\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "print('up', flush=True)\n"
+    "time.sleep(60)"
+)
+"""A process that a SIGTERM does not end, as Flower's while it fetches an upload."""
+
+
+def test_stopping_ends_what_it_started_in_another_session_and_is_busy(sleeper, monkeypatch):
+    """As the process of the rounds, which waits for the rest of an upload and holds the run."""
+    import psutil
+
+    from flexlora.deployment.flower import processes
+
+    monkeypatch.setattr(processes, "_STOP_SECONDS", 0.4)
+    parent = sleeper()
+    code = (
+        "import subprocess, time\n"
+        f"busy = [{sys.executable!r}, '-c', {STUBBORN!r}]\n"
+        "child = subprocess.Popen(busy, start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent.arguments = [sys.executable, "-c", code]
+    parent.start()
+    while "up" not in parent.last_lines():
+        time.sleep(0.01)
+    lines = parent.last_lines().split()
+    child = psutil.Process(int(next(line for line in lines if line != "up")))
+    parent.stop()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_server_that_ends_ends_the_process_of_the_rounds(serving, tmp_path, monkeypatch):
+    """By its own file, wherever it was started; also before it starts another."""
+    from flexlora.deployment.flower import processes
+
+    monkeypatch.setattr(processes, "_STOP_SECONDS", 0.4)
+    real = SimpleNamespace(sleep=SLEEP, monotonic=time.monotonic)
+    monkeypatch.setattr(processes, "time", real)
+    started = []
+
+    def hangs(folder):
+        busy = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+        busy.stdout.readline()
+        busy.stdout.close()
+        started.append(busy)
+        ProcessId.of(busy.pid).write(folder / server_run.PID)
+        Record(folder).append("asked", client="ash")
+
+    with contextlib.closing(serving(tmp_path, hangs)) as events:
+        assert next(events)["event"] == "asked"
+    assert started[0].wait(5) == -signal.SIGKILL and not (tmp_path / server_run.PID).exists()
+    hangs(tmp_path)
+    assert list(serving(tmp_path, ran(LONG, FINISH)))[-1]["event"] == "finish"
+    assert started[1].wait(5) == -signal.SIGKILL
+
+
+def test_who_runs_in_a_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_run, "_LOCK_SECONDS", 0.0)
+    with (
+        server_run._pid_lock(tmp_path),
+        pytest.raises(ProtocolError, match=f"Process {os.getpid()} runs in .* kill {os.getpid()}"),
+        server_run._pid_lock(tmp_path),
+    ):
+        pass
+
+
+def test_who_serves_a_run_is_named(serving, tmp_path):
+    with contextlib.closing(serving(tmp_path, ran(LONG))) as events:
+        next(events)
+        with pytest.raises(ProtocolError, match=f"served already, by process {os.getpid()} .*kill"):
+            next(serving(tmp_path, ran(LONG)))
+    assert list(serving(tmp_path, ran(LONG, FINISH)))[-1]["event"] == "finish"
 
 
 def test_another_process_that_has_its_number_by_now_is_left_alone(sleeper):

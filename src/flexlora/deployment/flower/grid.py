@@ -41,6 +41,9 @@ its owner may have repaired it, or its reply may be lost with a SuperLink that w
 _LONGEST_SECONDS: Final = 12 * 3600.0
 """Lifetime of a message in a round without a deadline."""
 
+_MOST_BYTES: Final = 2**28
+"""Of an upload, if a request does not say how large it can be."""
+
 NOT_NEEDED: Final = "enough uploads had arrived before it"
 TOO_LATE: Final = "it came after the deadline"
 
@@ -337,7 +340,7 @@ class _Payloads:
 
 
 def _turn(job: TurnRequest) -> Request:
-    most_bytes = getattr(job, "most_bytes_up", 2**28)
+    most_bytes = _MOST_BYTES if job.most_bytes_up is None else job.most_bytes_up
     return Request(job.client, job.round, most_bytes=most_bytes)
 
 

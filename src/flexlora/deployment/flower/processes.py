@@ -131,6 +131,15 @@ class ProcessId:
         content = {"pid": self.pid, "created": self.created}
         write_atomically(path, json.dumps(content).encode())
 
+    @property
+    def running(self) -> psutil.Process | None:
+        """The process, if it runs still."""
+        try:
+            process = psutil.Process(self.pid)
+        except psutil.Error:
+            return None
+        return process if self.is_of(process) and _runs(process) else None
+
     def is_of(self, process: psutil.Process) -> bool:
         """Whether this is the identity of a running process."""
         if self.created is None or process.pid != self.pid:
@@ -157,6 +166,22 @@ def _runs(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
+
+
+def end(processes: Sequence[psutil.Process], politely: bool = True) -> None:
+    """End processes other than this one: SIGTERM, and ten seconds later SIGKILL, or that at once.
+
+    One that waits for a server that is gone does not end on a SIGTERM, which Flower catches.
+    """
+    others = [process for process in processes if process.pid != os.getpid()]
+    signals = (psutil.Process.terminate, psutil.Process.kill)
+    for send in signals if politely else signals[1:]:
+        for process in others:
+            with contextlib.suppress(psutil.Error):  # psutil compares the start time again
+                send(process)
+        until = time.monotonic() + _STOP_SECONDS
+        while any(map(_runs, others)) and time.monotonic() < until:
+            time.sleep(0.02)
 
 
 @dataclass
@@ -195,22 +220,25 @@ class Process:
     def end_left_behind(self) -> None:
         """End what an earlier start left behind, if the process that started it was killed.
 
+        Once this returns, their ports are free.
+        """
+        end(self._family(), politely=False)
+        self.id_file.unlink(missing_ok=True)
+
+    def _family(self) -> list[psutil.Process]:
+        """The program and all that it started, now or earlier, in whatever session they are.
+
         These are the processes with this log in their environment. Of processes whose environment
         cannot be read, only that with the number and the start time in the file: after a reboot
         the number may belong to another program.
         """
-        earlier, log, ending = ProcessId.read(self.id_file), str(self.log.resolve()), []
+        earlier, log, family = ProcessId.read(self.id_file), str(self.log.resolve()), []
         for process in psutil.process_iter():
             started_with = _log_of(process)
             unreadable = started_with is None and earlier is not None and earlier.is_of(process)
             if started_with == log or unreadable:
-                with contextlib.suppress(psutil.Error):  # psutil compares the start time again
-                    process.kill()
-                    ending.append(process)
-        until = time.monotonic() + _STOP_SECONDS
-        while any(map(_runs, ending)) and time.monotonic() < until:  # then their ports are free
-            time.sleep(0.02)
-        self.id_file.unlink(missing_ok=True)
+                family.append(process)
+        return family
 
     @property
     def ended(self) -> int | None:
@@ -218,7 +246,7 @@ class Process:
         return None if self._running is None else self._running.poll()
 
     def stop(self) -> None:
-        """End it and its group; Ctrl-C and SIGTERM do not interrupt this."""
+        """End it and all that it started; Ctrl-C and SIGTERM do not interrupt this."""
         if self._running is None:
             return
         with _uninterrupted():
@@ -231,6 +259,8 @@ class Process:
         with contextlib.suppress(ProcessLookupError):  # what it started may outlive it
             os.killpg(running.pid, signal.SIGKILL)
         running.wait()
+        # Flower starts the process of the rounds in a session of its own.
+        end(self._family())
         self.id_file.unlink(missing_ok=True)
 
     def last_lines(self, count: int = 15) -> str:

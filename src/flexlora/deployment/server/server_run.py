@@ -14,6 +14,8 @@ import torch
 
 from flexlora.config import Experiment
 from flexlora.deployment import run_spec
+from flexlora.deployment.flower import processes
+from flexlora.deployment.flower.processes import ProcessId
 from flexlora.deployment.server import delivery
 from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.limits import RankLimits
@@ -28,14 +30,13 @@ from flexlora.storage import (
     locked,
     make_private,
     read_sealed,
-    write_atomically,
     write_sealed,
 )
 from flexlora.storage.untrusted import one_line
 
 PLAN = "serve.json"
 PID = "serverapp.pid"
-"""The number of the process that runs the rounds; written once it has the lock."""
+"""The number and start time of the process that runs the rounds; written once it has the lock."""
 LOCK = "serverapp.lock"
 _LOCK_SECONDS = 30.0
 _LONGEST_REASON = 2000
@@ -134,8 +135,14 @@ def is_alive(folder: Path) -> bool:
     return not has_begun(folder) or is_locked(folder / LOCK)
 
 
-def clear_pid(folder: Path) -> None:
-    """Remove the number of an earlier process, before a new one starts."""
+def end_process(folder: Path) -> None:
+    """End the process that runs the rounds, if there is one, and remove its number.
+
+    It may wait for an upload from a SuperLink that is gone, and would hold the run's lock.
+    """
+    identity = ProcessId.read(folder / PID)
+    if identity is not None and (process := identity.running) is not None:
+        processes.end([process])
     (folder / PID).unlink(missing_ok=True)
 
 
@@ -143,10 +150,21 @@ def clear_pid(folder: Path) -> None:
 def _pid_lock(folder: Path) -> Iterator[None]:
     """Hold the run's lock, which the system releases however this process ends."""
     # A process whose SuperLink was killed takes a while to end.
-    with locked(folder, LOCK, seconds=_LOCK_SECONDS):
+    with locked(folder, LOCK, _refusal(folder), seconds=_LOCK_SECONDS):
         # The number is written last: where it is visible, the lock is taken.
-        write_atomically(folder / PID, str(os.getpid()).encode())
+        ProcessId.of(os.getpid()).write(folder / PID)
         yield
+
+
+def _refusal(folder: Path) -> str:
+    """What a second process is told, with the number of the first."""
+    identity = ProcessId.read(folder / PID)
+    if identity is None or identity.running is None:
+        return f"Another process runs in {folder}; let it end, or give another folder."
+    return (
+        f"Process {identity.pid} runs in {folder}; let it end, end it with: kill {identity.pid}, "
+        "or give another folder."
+    )
 
 
 Connect = Callable[[ClientRegistry, str, int], ConnectingTransport]

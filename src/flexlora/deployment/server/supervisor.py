@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Final
 
 from flexlora import addresses
 from flexlora.deployment.certificates import ServerKeys, make_internal
-from flexlora.deployment.flower.processes import Process, environment, free_port
+from flexlora.deployment.flower.processes import Process, ProcessId, environment, free_port
 from flexlora.deployment.flower.superlink import SuperLink
 from flexlora.deployment.keys import NODES
 from flexlora.deployment.server import delivery, server_run
@@ -31,6 +32,7 @@ _BEGIN_SECONDS: Final = 60.0
 _LOCK: Final = "serve.lock"
 _INTERNAL: Final = "tls"
 """Folder of the certificate between the gate and the SuperLink, in Flower's folder of the run."""
+_PID: Final = "serve.pid"
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Server:
         The journal is cut back here and not only by the run, so that nobody reads on in events
         that the run is about to discard.
         """
-        server_run.clear_pid(self.folder)
+        server_run.end_process(self.folder)
         if not self.is_finished:
             Record(self.folder).rewind(checkpoint.journal_bytes(self.folder))
         self.run, self.submitted = self.link.submit(self.folder), time.monotonic()
@@ -182,12 +184,13 @@ class Server:
             )
 
     def stop(self) -> None:
-        """End both."""
+        """End both, and the process of the rounds, which may be waiting for an upload."""
         try:
             if self.gate is not None:
                 self.gate.stop()
         finally:
             self.link.process.stop()
+            server_run.end_process(self.folder)
 
 
 def serve(folder: Path, listening: Listening, stay_seconds: float) -> Iterator[Event]:
@@ -200,12 +203,23 @@ def serve(folder: Path, listening: Listening, stay_seconds: float) -> Iterator[E
         ProtocolError: the run stopped, with its reason; Flower's processes cannot be started; or
             the run is being served already.
     """
-    refusal = (
-        f"The run in {folder} is served already, by another process on this machine; stop that "
-        "process first."
-    )
-    with locked(folder, _LOCK, refusal):  # a second server would end the processes of the first
-        yield from _served(folder, listening, stay_seconds)
+    # A second server would end the processes of the first.
+    with locked(folder, _LOCK, _refusal(folder)):
+        ProcessId.of(os.getpid()).write(folder / _PID)
+        try:
+            yield from _served(folder, listening, stay_seconds)
+        finally:
+            (folder / _PID).unlink(missing_ok=True)
+
+
+def _refusal(folder: Path) -> str:
+    identity = ProcessId.read(folder / _PID)
+    if identity is None or identity.running is None:
+        by, remedy = "another process on this machine", "stop that process first"
+    else:
+        by = f"process {identity.pid} on this machine"
+        remedy = f"stop it first: kill -INT {identity.pid}"
+    return f"The run in {folder} is served already, by {by}; {remedy}."
 
 
 def _served(folder: Path, listening: Listening, stay_seconds: float) -> Iterator[Event]:
