@@ -51,7 +51,7 @@ def gate(site: Site) -> None:
 
 
 def superlink(site: Site) -> None:
-    assert site.kill("flower-superlink", str(site.run)) >= 1
+    assert site.kill("flower.superlink_program", str(site.run)) >= 1
 
 
 def server_process(site: Site) -> None:

@@ -15,6 +15,7 @@ from flexlora.deployment.flower import inbox, records
 from flexlora.deployment.flower.answers import LONGEST_REASON, Answer, NoAnswer
 from flexlora.deployment.flower.handover import Handover
 from flexlora.deployment.flower.inbox import Inbox
+from flexlora.deployment.server import run_files
 from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.registry import ClientInfo, ClientRegistry
 from flexlora.errors import FlexloraError
@@ -76,6 +77,7 @@ class FlowerTransport:
     poll_seconds: float = 0.25
     clients_at_once: int = 1
     _inbox: Inbox = field(init=False)
+    _allowed_bytes: int = 0
     _clients: dict[int, str] = field(default_factory=dict)
     _rejected: dict[int, str] = field(default_factory=dict)
     _enrolling: dict[str, int] = field(default_factory=dict)
@@ -168,6 +170,7 @@ class FlowerTransport:
         """Send a request, if its node is online, and add it to ``pending``."""
         if message is None:
             return Lost(request.client, "Its node is not online.", LossKind.UNREACHABLE)
+        self._allow(request.most_bytes)
         id = next(iter(self.grid.push_messages([message])), None)
         if not id:
             reason = "Flower did not accept the message to it."
@@ -176,6 +179,12 @@ class FlowerTransport:
         if request.kind == "turn":
             return TransportEvent("asked", {"client": request.client})
         return None
+
+    def _allow(self, most_bytes: int) -> None:
+        """Have the SuperLink store answers of this size."""
+        if most_bytes > self._allowed_bytes:
+            run_files.allow_replies(self.registry.folder, most_bytes)
+            self._allowed_bytes = most_bytes
 
     def _poll(self, pending: dict[str, Request]) -> Iterator[Received | QueryAnswer]:
         """Poll the grid once; requests with a reply are removed from ``pending``."""

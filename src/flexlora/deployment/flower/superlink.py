@@ -5,24 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import sqlite3
+import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
 from flexlora.deployment.certificates import ServerKeys
+from flexlora.deployment.flower.local_users import GUARDED
 from flexlora.deployment.flower.processes import POLL_INTERVAL, Process, environment, program
+from flexlora.deployment.server.run_files import REPLY_BYTES
 from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.storage import write_atomically
 
 _START_SECONDS: Final = 60.0
 _CONNECTION: Final = "run"
 """The name of this run's SuperLink in Flower's own config."""
+_PROGRAM: Final = "flexlora.deployment.flower.superlink_program"
+LIMIT_FILE: Final = "FLEXLORA_REPLY_BYTES"
+"""Environment variable of that program: the path of the file with the largest payload of an answer
+in bytes."""
 _DATABASE: Final = "state.db"
 _PAGE_BYTES: Final = 65536
 """Page size of the database, which stores payloads in chunks of megabytes. With Flower's own size,
@@ -52,13 +60,25 @@ class SuperLink:
                 "--enable-supernode-auth",
             ]
         )
+        program("flower-superlink")  # it is installed
         arguments = [
-            *(program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)),
+            *(
+                sys.executable,
+                "-P",
+                "-m",
+                _PROGRAM,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+            ),
             *("--database", str(self.home / _DATABASE), *secure),
             "--disable-runtime-dependency-installation",
         ]
         log = self.home / "superlink.log"
+        limit_file = self.home.parent / REPLY_BYTES
         env = environment(self.home) | {POLL_INTERVAL: "1.0"}  # it starts only the run
+        env[LIMIT_FILE] = str(limit_file.resolve())
         self.process = Process(arguments, log, env)
         self._write_connection()
         self._make_database()
@@ -69,23 +89,40 @@ class SuperLink:
         return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it and wait until it answers.
+        """Start it and wait until it answers, behind the check of who asks.
 
         Raises:
-            ProtocolError: it does not answer within a minute.
+            ProtocolError: it does not answer within a minute, or without the check.
         """
+        self._shrink_database()
         self.process.start()
         until = time.monotonic() + _START_SECONDS
         while time.monotonic() < until and self.process.ended is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
+            if self._is_guarded():
+                return
             time.sleep(0.2)
         self.process.stop()
         raise ProtocolError(
             f"Flower's SuperLink did not start on port {self.port}; the end of its log "
             f"{self.process.log}:\n{self.process.last_lines()}"
         )
+
+    def _is_guarded(self) -> bool:
+        """Whether it answers, and this program's own check answers first."""
+        host, seconds = "127.0.0.1", 5.0
+        context = None if self.tls is None else ssl.create_default_context(cafile=self.tls.ca)
+        connection = (
+            HTTPConnection(host, self.port, timeout=seconds)
+            if context is None
+            else HTTPSConnection(host, self.port, timeout=seconds, context=context)
+        )
+        try:
+            connection.request("GET", GUARDED)
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False  # it does not listen yet
+        finally:
+            connection.close()
 
     def register(self, public_key: Path, name: str) -> int:
         """Authorise the node with this key, under this name; returns Flower's number for it."""
@@ -175,7 +212,16 @@ class SuperLink:
             return
         with contextlib.closing(sqlite3.connect(file)) as database:
             database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            database.execute("PRAGMA auto_vacuum = INCREMENTAL")
             database.execute("VACUUM")
+
+    def _shrink_database(self) -> None:
+        """Return the room of what was deleted to the disk."""
+        with contextlib.closing(sqlite3.connect(self.home / _DATABASE)) as database:
+            # Each step frees one page.
+            for _ in database.execute("PRAGMA incremental_vacuum"):
+                pass
+            database.commit()
 
     def _write_connection(self) -> None:
         """Write the address of the SuperLink for Flower's command line."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from flexlora.storage import append, read_sealed, write_sealed
+from flexlora.storage import append, read_sealed, write_atomically, write_sealed
 from flexlora.storage.untrusted import one_line
 
 ARRIVALS: Final = "arrivals.log"
@@ -25,6 +25,9 @@ NUMBERS: Final = "node_keys.json"
 DELIVERED: Final = "delivered.json"
 """Which clients have the finished adapter; it exists once the run is finished. Not in the journal,
 which ends with the last round."""
+
+REPLY_BYTES: Final = "reply_bytes"
+"""The largest payload of a client's answer in this run, in bytes; the SuperLink stores no more."""
 
 _LONGEST_LINE: Final = 500
 
@@ -54,3 +57,10 @@ def numbers(folder: Path, name: str) -> dict[str, int]:
 def write_numbers(folder: Path, name: str, content: Mapping[str, int]) -> None:
     """Write such a file."""
     write_sealed(folder / name, {"numbers": dict(content)})
+
+
+def allow_replies(folder: Path, most_bytes: int) -> None:
+    """Let clients answer with payloads of this many bytes, if they may not yet."""
+    file = folder / REPLY_BYTES
+    if not file.exists() or int(file.read_text(encoding="ascii")) < most_bytes:
+        write_atomically(file, str(most_bytes).encode())

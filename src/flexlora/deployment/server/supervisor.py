@@ -12,6 +12,7 @@ from typing import Final
 
 from flexlora import addresses
 from flexlora.deployment.certificates import ServerKeys, make_internal
+from flexlora.deployment.flower import local_users
 from flexlora.deployment.flower.processes import Process, ProcessId, environment, free_port
 from flexlora.deployment.flower.superlink import SuperLink
 from flexlora.deployment.keys import NODES
@@ -28,6 +29,11 @@ _LOOK_SECONDS: Final = 0.3
 _MOST_RESTARTS: Final = 20
 _BEGIN_SECONDS: Final = 60.0
 """Time for the run's process to start, before the supervisor queries its state from Flower."""
+
+_UNGUARDED: Final = (
+    "note: this system does not say who owns a connection, so other users of this machine can "
+    "reach the SuperLink, and through it run programs on it; serve where you are the only user.\n"
+)
 
 _LOCK: Final = "serve.lock"
 _INTERNAL: Final = "tls"
@@ -227,6 +233,8 @@ def _served(folder: Path, listening: Listening, stay_seconds: float) -> Iterator
     console, server = _ConsoleLines(folder / ARRIVALS), Server(folder, listening)
     journal, finished_at, offset_bytes = Record(folder).path, None, None
     server.check_free()
+    if not local_users.can_tell():
+        console.print_change(_UNGUARDED)
     if server.is_finished:
         delivery.reopen(folder)
         finished_at = time.monotonic()
