@@ -117,12 +117,16 @@ def _printable(header: Mapping[str, Any]) -> dict[str, Any]:
     """The header with its texts as printable lines.
 
     Raises:
-        ProtocolError: a value is a list or an object; answers have none.
+        ProtocolError: a value is a list or an object, which answers have none of; or the client's
+            name would be another then.
     """
-    for key, value in header.items():
-        if isinstance(value, list | dict):
-            raise ProtocolError(f"Its answer has a {type(value).__name__} as {key!r}.")
-    return {
+    values = {
         key: one_line(value, LONGEST_TEXT) if isinstance(value, str) else value
         for key, value in header.items()
     }
+    for key, value in values.items():
+        if isinstance(value, list | dict):
+            raise ProtocolError(f"Its answer has a {type(value).__name__} as {key!r}.")
+    if values.get("client") != header.get("client"):
+        raise ProtocolError(f"Its name {values['client']!r:.60} cannot be printed as it is.")
+    return values
