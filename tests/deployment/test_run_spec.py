@@ -95,14 +95,50 @@ def test_what_is_missing_is_named(said, name):
 
 @pytest.mark.parametrize("text", ["", "None", "[]", "{", "\ud800", "[" * 10**5, '{"run": ' * 10**4])
 def test_what_is_no_table_is_refused(text):
-    with pytest.raises(ValueError, match=r"run specification cannot be read|surrogates"):
+    with pytest.raises(ValueError, match=r"run specification (cannot be|has \d+ c)|surrogates"):
         run_spec.parse(text)
 
 
-def test_huge_numbers_are_numbers(said):
-    """What they would cost is for the owner's means to say, not for the form."""
-    found = parsed(said, attention=10**30, max_tokens=10**18, seed=10**100)
-    assert (found.attention, found.max_tokens, found.seed) == (10**30, 10**18, 10**100)
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"attention": 10**30}, "'attention' = 1"),
+        ({"feed_forward": 2**14 + 1}, "'feed_forward' = 16385"),
+        ({"max_tokens": 10**18}, "'max_tokens' = 1"),
+        ({"seed": 10**100}, "'seed' = 1"),
+        ({"training": {"epochs": 10**9}}, "'training.epochs' = 1000000000"),
+        ({"training": {"max_steps": 10**9}}, "'training.max_steps' = 1000000000"),
+        ({"training": {"batch_examples": 10**9}}, "'training.batch_examples' = 1000000000"),
+        ({"training": {"pack_tokens": 10**12}}, "'training.pack_tokens' = 1000000000000"),
+        ({"training": {"learning_rate": 1e300}}, "'training.learning_rate' = 1e[+]300"),
+        ({"training": {"alpha": 1e300}}, "'training.alpha' = 1e[+]300"),
+        ({"method": {"name": "ravan", "heads": 10**9}}, "'method.heads' = 1000000000"),
+        ({"method": {"name": "fedtt", "cores": 10**9}}, "'method.cores' = 1000000000"),
+        ({"method": {"name": ["flora"]}}, "'method.name' = "),
+        ({"method": {"name": "flora", "x": {"y": 1}}}, "'method.x' = "),
+        ({"method": {"name": "flora", "x": "y" * 201}}, "'method.x' = "),
+        ({"regularizer": {"name": "fedprox", "mu": 1e300}}, "'regularizer.mu' = 1e[+]300"),
+        ({"model": {"name": "a" * 201}}, "'model.name' = "),
+        ({"model": {"name": "a\nforged"}}, r"'model.name' = 'a\\nforged'"),
+        ({"model": {"name": "a", "targets": ["x"] * 501}}, "'model.targets' = 501"),
+    ],
+)
+def test_numbers_and_texts_beyond_all_use_are_refused(said, changes, place):
+    with pytest.raises(ValueError, match=place) as caught:
+        parsed(said, **changes)
+    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
+
+
+def test_a_specification_has_a_longest_form(said):
+    with pytest.raises(ValueError, match=f"at most {run_spec.LONGEST}"):
+        run_spec.parse(json.dumps({**said, "x": "y" * run_spec.LONGEST}))
+
+
+def test_a_kernel_that_is_not_installed_is_not_downloaded(said, monkeypatch):
+    """transformers would download one in its place, and run it."""
+    monkeypatch.setattr(run_spec, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'flash_attention_2', whose package flash_attn"):
+        parsed(said, model={"name": "a", "attention": "flash_attention_2"})
 
 
 @pytest.mark.parametrize(

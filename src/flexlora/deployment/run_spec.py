@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Literal, cast
 
 import torch
@@ -15,10 +16,39 @@ from flexlora.federation import compose, prepared
 from flexlora.method import Method
 from flexlora.model import Source
 from flexlora.model.layers import attention
+from flexlora.storage.untrusted import one_line, short
 from flexlora.training import Training
 
 ATTENTIONS = ("auto", attention.NAME, "sdpa", "eager", "flash_attention_2")
 """The attention kernels that a server may name; transformers would download others."""
+
+
+LONGEST = 2**16
+"""Characters of a specification as JSON."""
+
+MOST: Mapping[str, float] = {
+    "max_tokens": 2**17,
+    "attention": 2**14,
+    "feed_forward": 2**14,
+    "seed": 2**63 - 1,
+    "training.epochs": 10**4,
+    "training.max_steps": 10**7,
+    "training.batch_examples": 2**14,
+    "training.pack_tokens": 2**18,
+    "training.warmup_steps": 10**7,
+    "training.recompute_above": 2**31,
+    "training.learning_rate": 1e3,
+    "training.round_decay": 1e3,
+    "training.weight_decay": 1e3,
+    "training.momentum": 1,
+    "training.clip_norm": 1e12,
+    "training.alpha": 1e6,
+}
+"""The largest numbers of a specification that a node accepts, beyond all that is of use."""
+
+_MOST_OPTION = 10**4
+"""The largest number in an option of a method, an optimiser or a regulariser."""
+_MOST_TARGETS, _LONGEST_TEXT = 500, 200
 
 
 class RunSpec(BaseModel):
@@ -89,8 +119,14 @@ def parse(text: str) -> RunSpec:
     """The specification in a server's JSON.
 
     Raises:
-        ProtocolError: it is ill-formed, or names something that this version does not have.
+        ProtocolError: it is ill-formed, names something that this version does not have or that
+            would be code of others, or has numbers beyond all use.
     """
+    if len(text) > LONGEST:
+        raise ProtocolError(
+            f"The server's run specification has {len(text)} characters; a node reads at most "
+            f"{LONGEST}."
+        )
     try:
         spec = RunSpec.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -98,14 +134,69 @@ def parse(text: str) -> RunSpec:
             f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()[:5]
         )
         raise ProtocolError(
-            f"The server's run specification cannot be read ({faults}). Install the same version "
-            "of flexlora on both sides."
+            f"The server's run specification cannot be read ({one_line(faults, 300)}). Install "
+            "the same version of flexlora on both sides."
         ) from error
+    _check_numbers(spec)
     if spec.model.attention not in ATTENTIONS:
         raise ProtocolError(
-            f"The server names the attention kernel {spec.model.attention!r}, which transformers "
-            f"might download; this node accepts {', '.join(ATTENTIONS)}. Change model.attention in "
-            "the server's config."
+            f"The server names the attention kernel {short(spec.model.attention)}, which "
+            f"transformers might download; this node accepts {', '.join(ATTENTIONS)}. Change "
+            "model.attention in the server's config."
+        )
+    if spec.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ProtocolError(
+            "The server names the attention kernel 'flash_attention_2', whose package flash_attn "
+            "is not installed here, and transformers might download another in its place; install "
+            "it, or change model.attention in the server's config to 'auto'."
         )
     spec.composed()
     return spec
+
+
+def _check_numbers(spec: RunSpec) -> None:
+    """Refuse numbers, texts and tables that no run needs, and that could cost anything.
+
+    Raises:
+        ProtocolError: with the place and the value.
+    """
+    for place, most in MOST.items():
+        value: Any = spec
+        for name in place.split("."):
+            value = getattr(value, name)
+        if value is not None and value > most:
+            raise ProtocolError(_unusable(place, value, f"at most {most:g}"))
+    targets = spec.model.targets or ()
+    if len(targets) > _MOST_TARGETS:
+        raise ProtocolError(_unusable("model.targets", len(targets), f"at most {_MOST_TARGETS}"))
+    for place, text in [("model.name", spec.model.name), *(("model.targets", t) for t in targets)]:
+        if len(text) > _LONGEST_TEXT or not text.isprintable():
+            raise ProtocolError(_unusable(place, text, f"{_LONGEST_TEXT} printable characters"))
+    for section in ("method", "server_optimizer", "regularizer"):
+        options = getattr(spec, section) or {}
+        if not isinstance(options.get("name", ""), str):
+            raise ProtocolError(_unusable(f"{section}.name", options["name"], "a name"))
+        for name, value in options.items():
+            _check_option(f"{section}.{name}", value)
+
+
+def _check_option(place: str, value: Any) -> None:
+    """An option of a plug-in: a short text, a number within bounds, a few of them, or nothing."""
+    if isinstance(value, list) and len(value) <= _MOST_TARGETS:
+        for each in value:
+            _check_option(place, each)
+        return
+    fits = value is None or isinstance(value, bool)
+    if isinstance(value, str):
+        fits = len(value) <= _LONGEST_TEXT and value.isprintable()
+    elif isinstance(value, int | float) and not fits:
+        fits = abs(value) <= _MOST_OPTION  # NaN is not
+    if not fits:
+        what = f"texts of {_LONGEST_TEXT} characters and numbers up to {_MOST_OPTION}"
+        raise ProtocolError(_unusable(place, value, what))
+
+
+def _unusable(place: str, value: object, most: str) -> str:
+    return (
+        f"The server's run specification has {short(place)} = {short(value)}; a node takes {most}."
+    )

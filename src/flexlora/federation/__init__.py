@@ -3,7 +3,7 @@
 from flexlora.federation.client_store import ClientStore, LostBase
 from flexlora.federation.client_turn import ClientRuntime, TurnRequest, turn
 from flexlora.federation.compare import FILES, Outcome
-from flexlora.federation.holdout import drawn, holdout_loss
+from flexlora.federation.holdout import HoldoutLoss, drawn, holdout_loss
 from flexlora.federation.population import Population
 from flexlora.federation.transport import (
     LateReply,
@@ -21,6 +21,7 @@ __all__ = [
     "FILES",
     "ClientRuntime",
     "ClientStore",
+    "HoldoutLoss",
     "LateReply",
     "Lost",
     "LostBase",

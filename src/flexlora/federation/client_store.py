@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flexlora import wire
-from flexlora.errors import FlexloraError
+from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.lowrank import Adapter
 from flexlora.storage import (
     SUM,
@@ -23,6 +23,10 @@ from flexlora.storage import (
     sum_of,
     write_summed,
 )
+from flexlora.storage.untrusted import short
+
+Shapes = Mapping[str, tuple[int, int]]
+"""The shape (out, in) of every adapted module of the base model."""
 
 PRIVATE = "private"
 """Where in a run's folder the simulated clients keep what never travels."""
@@ -51,14 +55,25 @@ class ClientStore:
         default_factory=dict, init=False, compare=False, repr=False
     )
 
-    def add_updates(self, updates: Mapping[int, Adapter], expected: Sequence[int] = ()) -> None:
+    def add_updates(
+        self,
+        updates: Mapping[int, Adapter],
+        expected: Sequence[int] = (),
+        shapes: Shapes | None = None,
+    ) -> None:
         """Store the updates of a download, to be merged into the base for good.
+
+        All of them are checked before one is kept; ``shapes`` are those of the base model's
+        modules, None if they have been compared already.
 
         Raises:
             LostBase: the update of one of the ``expected`` rounds should be here, and is not.
+            ProtocolError: an update does not fit the base model, or is not finite.
         """
         if lost := [round for round in expected if not self._is_sound(self._update_file(round))]:
             raise self._lost(lost)
+        for round, adapter in updates.items():
+            _check_update(adapter, shapes, f"The update of the base model of round {round}")
         for round, adapter in updates.items():
             path = self._update_file(round)
             if self.shared and self._is_intact(path):
@@ -68,6 +83,25 @@ class ClientStore:
             data = wire.encode(adapter, {"kind": "private"}, torch.float32)
             if not self._is_intact(path) or sum_of(path) != hashlib.sha256(data).hexdigest():
                 self._write(path, data)
+
+    def discard_unfit(self, shapes: Shapes) -> list[Path]:
+        """Remove kept updates that do not fit the base model or are not finite; returns which.
+
+        The server sends them again. Reads every update once.
+        """
+        unfit = []
+        for path in _numbered(self.folder / "merged"):
+            try:
+                _check_update(wire.open_file(path)[0], shapes, str(path))
+            except FlexloraError:
+                remove_summed(path)
+                unfit.append(path)
+        return unfit
+
+    def update_bytes(self) -> dict[int, int]:
+        """The sizes in bytes of the kept updates, by round."""
+        files = _numbered(self.folder / "merged")
+        return {int(path.stem): path.stat().st_size for path in files if path.exists()}
 
     def restore_updates(self, updates: Mapping[int, Adapter], wire_dtype: torch.dtype) -> None:
         """Let the updates that were merged be these again, as they travelled in this dtype.
@@ -164,6 +198,22 @@ class ClientStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_summed(path, data)
         self._intact[path] = _stamp(path)
+
+
+def _check_update(adapter: Adapter, shapes: Shapes | None, place: str) -> None:
+    """Refuse an update that cannot be added to the base model.
+
+    Raises:
+        ProtocolError: with the module.
+    """
+    for module, factors in adapter.items():
+        if shapes is not None and factors.shape != shapes.get(module):
+            raise ProtocolError(
+                f"{place} has {short(module)} of shape {factors.shape} (out, in); in the base "
+                f"model it is {shapes.get(module)}."
+            )
+        if not (factors.B.isfinite().all() and factors.A.isfinite().all()):
+            raise ProtocolError(f"{place} has NaN or infinity in {short(module)}.")
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from flexlora.method import (
 )
 from flexlora.model import Base
 from flexlora.seeds import rng
-from flexlora.training import ClientTask, Trained, Training, train_together
+from flexlora.training import ClientTask, EachStep, Trained, Training, train_together
 
 METRICS = ("tokens", "computed", "steps", "loss_total", "loss_tokens", "seconds", "bytes_down")
 """What an upload tells the journal: totals, in tokens, steps, nats, seconds and bytes.
@@ -67,6 +67,7 @@ class ClientRuntime:
 
     ``clients`` is where it keeps what never travels; None where a method keeps nothing.
     ``holdout`` has the rows that a client never trains on; only clients that have some are in it.
+    ``each_step`` is called before each step of local training, and may end it by an exception.
     """
 
     base: Base
@@ -78,6 +79,7 @@ class ClientRuntime:
     seed: int
     clients: ClientStore | None = None
     holdout: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    each_step: EachStep | None = None
 
     def start(self, request: TurnRequest, probe: Probe | None = None) -> Download:
         """The request's download, completed on the client; after a probe, cut to its choice."""
@@ -121,7 +123,7 @@ def turns(requests: Sequence[TurnRequest], runtime: ClientRuntime) -> list[bytes
             _task(request, runtime, runtime.start(request, probe), beside)
             for request, probe in zip(requests, probes, strict=True)
         ]
-        trained = train_together(runtime.base, tasks, runtime.store, runtime.training, rounds.pop())
+        trained = _trained(runtime, tasks, runtime.training, rounds.pop())
     del tasks
     return [
         _upload(request, runtime, probe, result)
@@ -145,7 +147,8 @@ def _base_updates(requests: Sequence[TurnRequest], runtime: ClientRuntime) -> li
         return []
     for request in requests:
         download = request.opened()
-        runtime.clients.add_updates(download.base_updates, download.base_rounds)
+        shapes = runtime.base.shapes
+        runtime.clients.add_updates(download.base_updates, download.base_rounds, shapes)
     return runtime.clients.updates_before(requests[0].round)
 
 
@@ -172,6 +175,14 @@ def _task(
     )
 
 
+def _trained(
+    runtime: ClientRuntime, tasks: Sequence[ClientTask], settings: Training, round: int
+) -> list[Trained]:
+    return train_together(
+        runtime.base, tasks, runtime.store, settings, round, each_step=runtime.each_step
+    )
+
+
 def _scale_ranks(start: Download) -> dict[str, int] | None:
     """The ranks of the whole adapter of which numbered components are trained, the others frozen.
 
@@ -192,7 +203,7 @@ def _probed(
         for request, start in zip(requests, starts, strict=True)
     ]
     one_epoch = replace(runtime.training, epochs=1)
-    trained = train_together(runtime.base, tasks, runtime.store, one_epoch, requests[0].round)
+    trained = _trained(runtime, tasks, one_epoch, requests[0].round)
     return [
         Probe(runtime.method.select(start, result.adapter), result)
         for start, result in zip(starts, trained, strict=True)

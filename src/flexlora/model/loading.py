@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import transformers
 from safetensors import SafetensorError
 
 from flexlora.errors import ConfigError
+from flexlora.storage.untrusted import short
 
 _REMEDY: Final = (
     "set model.name to a folder with config.json, tokenizer.json and safetensors, or to a causal "
@@ -25,6 +27,11 @@ _TOKENIZERS: Final = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json"),
     *("spiece.model", "tekken.json"),
 )
+_IMPLEMENTATIONS: Final = {
+    "_attn_implementation": ("sdpa", "eager", "flex_attention"),
+    "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+"""What a model's config may name: implementations that are in transformers itself."""
 _SECONDS_TO_CONNECT: Final = 3.0
 
 
@@ -42,18 +49,23 @@ def load(name: str, path: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _one_sentence(name, "its config", options):
         config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=options["local_files_only"]
+            path, local_files_only=options["local_files_only"], trust_remote_code=False
         )
+    _refuse_kernels(name, config)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = config.model_type
         raise _error(name, f"models of the type {kind!r} do not predict the next token")
     with _one_sentence(name, "its tokenizer", options):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path, local_files_only=options["local_files_only"]
+            path, local_files_only=options["local_files_only"], trust_remote_code=False
         )
     with _one_sentence(name, "its weights", options):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, **options
+            path,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -63,6 +75,23 @@ def load(name: str, path: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _refuse_kernels(name: str, config: Any) -> None:
+    """Refuse a config that names kernels: transformers would download them from the hub, and run.
+
+    Raises:
+        ConfigError: with the kernel.
+    """
+    parts = [config, *(getattr(config, each, None) for each in getattr(config, "sub_configs", ()))]
+    for part, (key, known) in itertools.product(parts, _IMPLEMENTATIONS.items()):
+        kernel = getattr(part, key, None)
+        if kernel is not None and kernel not in known:
+            raise _error(
+                name,
+                f"its config.json sets {key} to {short(kernel)}, which may be code to download; "
+                "take that line out of a copy",
+            )
 
 
 def _check_folder(name: str, path: str) -> bool:

@@ -28,6 +28,10 @@ Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
 """An additional term of the loss, from the current factors and the initial adapter."""
 
 
+EachStep = Callable[[int, int], None]
+"""Called before each step, with the number of steps that are done and of all steps."""
+
+
 @dataclass(frozen=True)
 class ClientTask:
     """One client's local training: an initial adapter, rows of the store, and a generator.
@@ -77,13 +81,15 @@ def train_together(
     store: TokenStore,
     settings: Training,
     round: int = 1,
+    each_step: EachStep | None = None,
 ) -> list[Trained]:
     """Train the clients at the same time; the base model is unchanged afterwards.
 
     The loss of a client's step is the mean over its loss tokens. A step takes its examples in
     packs of at most ``settings.pack_tokens`` tokens and adds up their gradients, so that the
     size of packs and the other clients change a client's result only by rounding. A client
-    with fewer steps than others stops earlier. ``round`` counts from 1.
+    with fewer steps than others stops earlier. ``round`` counts from 1. ``each_step`` may end the
+    training by an exception.
 
     Raises:
         DataError: a client has no rows, or its loss or adapter is not finite (names the client
@@ -91,7 +97,10 @@ def train_together(
     """
     started = time.perf_counter()
     slots = [_Slot.of(task, base, settings) for task in tasks]
-    for index in range(max((len(slot.plan) for slot in slots), default=0)):
+    count = max((len(slot.plan) for slot in slots), default=0)
+    for index in range(count):
+        if each_step is not None:
+            each_step(index, count)
         active = [slot for slot in slots if index < len(slot.plan)]
         with base.training(*(slot.flat.leaves for slot in active)):
             _add_gradients(base, store, active, settings, index)

@@ -18,6 +18,9 @@ _SHARE_OF_MEMORY: Final = 0.5
 """Part of the free memory for the adapter, its gradients and the optimizer's state; the rest is for
 activations and other programs."""
 
+_SHARE_OF_SECONDS: Final = 0.7
+"""Part of the time of a round that the measured speed may need: steps differ in length."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -78,7 +81,7 @@ class Capacity:
             proposed = _at_most(limit, rank)
             if self._fits(runtime, proposed):
                 step = _step(runtime, proposed)
-                if self.seconds is None or _turn_seconds(runtime, step) <= self.seconds:
+                if self.seconds is None or _fits_into(self.seconds, runtime, step):
                     return Proposal(proposed, step.tokens / step.seconds)
             rank //= 2
         raise ConfigError(
@@ -123,6 +126,11 @@ def _step(runtime: ClientRuntime, rank: RankType) -> Trained:
     once = replace(runtime.training, max_steps=1, epochs=1)
     train_together(runtime.base, [task], runtime.store, once, 1)  # the first is slower
     return train_together(runtime.base, [task], runtime.store, once, 1)[0]
+
+
+def _fits_into(seconds: float, runtime: ClientRuntime, step: Trained) -> bool:
+    """Whether the local training of a round ends in time; it is ended where it does not."""
+    return _turn_seconds(runtime, step) <= _SHARE_OF_SECONDS * seconds
 
 
 def _turn_seconds(runtime: ClientRuntime, step: Trained) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from flexlora.deployment.node.preflight import Fault
 from flexlora.deployment.node.worker_socket import Response, Worker
 from flexlora.errors import ConfigError, ProtocolError
 from flexlora.journal import counted, duration, size
+from flexlora.storage.untrusted import short
 
 _LOOK_SECONDS: Final = 0.5
 _PROBE_SECONDS: Final = 10.0
@@ -76,7 +78,7 @@ class LoggedNode:
         if kind == "enrol" and not self.node.is_enrolled:
             return ["the server has answered; loading the base model and preparing the rows ..."]
         if kind == "turn":
-            return [f"round {header.get('round')!r}: training ..."]
+            return [f"round {short(header.get('round'))}: training ..."]
         if kind == "store" and not self.adapter:
             return ["the federation is finished; checking its adapter ..."]
         return []
@@ -89,10 +91,10 @@ def _unused(header: Mapping[str, Any]) -> list[str]:
         return []
     # The server's words are not printed as they come.
     return [
-        f"round {number}: upload not used: "
+        f"round {int(number)}: upload not used: "
         + ("the deadline was over" if "deadline" in str(why) else "enough uploads had arrived")
         for number, why in list(unused.items())[:20]
-        if str(number).isdecimal()
+        if re.fullmatch("[0-9]{1,9}", str(number))
     ]
 
 
@@ -125,13 +127,13 @@ def join(address: str, config: NodeConfig, keys: NodeKey | None, print_line: Pri
         AdapterError: the folder for the finished adapter holds something else.
     """
     _check(address, config, keys)
-    node = Node(config)
+    node = Node(config, print_line)
     print_line(f"{counted(len(node.rows), 'row')}, kept on this machine")
     for notice in node.rows.notices:
         print_line(notice)
     logged = LoggedNode(node, print_line)
     sockets = Path(tempfile.mkdtemp(prefix="flexlora-"))
-    worker = Worker(sockets / "worker", logged.handle)
+    worker = Worker(sockets / "worker", logged.handle, config.limits.message_bytes)
     home = config.state / "flower"
     process = supernode(address, home, sockets / "worker", keys, config.limits.message_bytes)
     threading.Thread(target=worker.serve, daemon=True).start()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from flexlora.errors import ConfigError
+from flexlora.errors import ConfigError, ProtocolError
+from flexlora.journal import duration
 from flexlora.training import free_bytes
 
 DAY: Final = 24 * 3600.0
@@ -64,3 +66,39 @@ class Limits:
             existing = next(p for p in (state, *state.resolve().parents) if p.exists())
             disk_bytes = max(int(_SHARE_OF_DISK * shutil.disk_usage(existing).free), 1)
         return cls(memory_bytes, disk_bytes, DAY if seconds is None else seconds)
+
+
+@dataclass
+class TimeLimit:
+    """Ends local training that takes, or is going to take, more than ``seconds``.
+
+    Called before each step with the number of steps done and of all. After a fiftieth of the time
+    it also ends what would take twice as long as it may, by the mean time of its steps.
+    """
+
+    seconds: float
+    _turn_began: float = field(default=0.0, init=False)
+    _training_began: float = field(default=0.0, init=False)
+
+    def begin(self) -> None:
+        """The local training of a round begins."""
+        self._turn_began = time.monotonic()
+
+    def __call__(self, done: int, steps: int) -> None:
+        """Raise ProtocolError if the time is over, or cannot be enough."""
+        now = time.monotonic()
+        if done == 0:
+            self._training_began = now
+        if now - self._turn_began > self.seconds:
+            raise ProtocolError(
+                f"Local training was ended after {done} of {steps} steps: it has taken "
+                f"{duration(self.seconds)}, this client's limit for a round (join --seconds)."
+            )
+        passed = now - self._training_began
+        expected = passed * steps / max(done, 1)
+        if passed > self.seconds / 50 and expected > 2 * self.seconds:
+            raise ProtocolError(
+                f"Local training was ended after {done} of {steps} steps: at this speed it would "
+                f"take {duration(expected)}, and this client's limit for a round is "
+                f"{duration(self.seconds)} (join --seconds)."
+            )

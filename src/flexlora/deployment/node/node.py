@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,33 @@ import numpy as np
 
 from flexlora.config import RankType
 from flexlora.data import Columns, Corpus, TokenStore
-from flexlora.data.corpora import table
 from flexlora.deployment import run_spec
-from flexlora.deployment.node import finished
+from flexlora.deployment.node import base_model, finished, requested
 from flexlora.deployment.node.capacity import Capacity, Proposal
-from flexlora.deployment.node.limits import Limits
+from flexlora.deployment.node.limits import Limits, TimeLimit
+from flexlora.deployment.node.own_rows import in_split, own_rows
+from flexlora.deployment.node.requested import Allowed
 from flexlora.deployment.node.worker_socket import Response
 from flexlora.deployment.run_spec import RunSpec
-from flexlora.errors import DataError, FlexloraError, ProtocolError
+from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.federation import (
     ClientRuntime,
     ClientStore,
+    HoldoutLoss,
     LostBase,
     TurnRequest,
     drawn,
     holdout_loss,
     turn,
 )
-from flexlora.method import Download, Feature
+from flexlora.lowrank import Adapter
+from flexlora.method import Feature
 from flexlora.model import Base, smollm2
 from flexlora.storage import write_atomically
+from flexlora.storage.untrusted import one_line, short
 
+_MOST_EXAMPLES = 10**7
+"""Of one round: each takes a number in memory."""
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
@@ -75,12 +81,16 @@ class Node:
     """Answers the server's requests; the base model and the tokens stay in memory between them."""
 
     config: NodeConfig
+    notify: Callable[[str], None] = print
+    """Takes sentences for the owner."""
     rows: Corpus = field(init=False)
     _base: dict[str, Base] = field(default_factory=dict)
     _enrolment: dict[str, _Enrolment] = field(default_factory=dict)
+    _evaluated: dict[str, HoldoutLoss] = field(default_factory=dict)
+    """The last evaluation, by what was asked: asked again, it is answered without computing."""
 
     def __post_init__(self) -> None:
-        self.rows = own_rows(self.config)
+        self.rows = own_rows(self.config.data, self.config.columns, self.config.rows_of)
 
     @property
     def is_enrolled(self) -> bool:
@@ -106,8 +116,8 @@ class Node:
             kind = header.get("kind")
             if not isinstance(kind, str) or kind not in handlers:
                 raise ProtocolError(
-                    f"The server sent a request of the unknown kind {kind!r}; install the same "
-                    "version of flexlora on both sides."
+                    f"The server sent a request of the unknown kind {short(kind)}; install the "
+                    "same version of flexlora on both sides."
                 )
             return handlers[kind](header, payload)
         # The disk may be full or the memory too small: any error is reported to the server.
@@ -116,7 +126,9 @@ class Node:
             if not isinstance(error, FlexloraError | OSError):
                 traceback.print_exc()  # a fault of the library or of a plug-in
             forgot = {"forgot": True} if isinstance(error, LostBase) else {}
-            return {"error": f"{name}{error}", **forgot}, b""
+            # Neither the server's text nor the paths of this machine are passed on as they are.
+            state = str(self.config.state)
+            return {"error": name + one_line(str(error).replace(state, "STATE")), **forgot}, b""
 
     def _enrol(self, header: Mapping[str, Any], payload: bytes) -> Response:
         """Accept the server's run specification; report this client and its limits."""
@@ -152,21 +164,22 @@ class Node:
         if not enrolment.runtime.holdout.get(client):
             raise ProtocolError(f"Client {client!r} holds out no rows and evaluates nothing.")
         if type(rows) is not int or rows < 1:
-            raise ProtocolError(f"The server asks for an evaluation on {str(rows)[:30]!r} rows.")
-        file = enrolment.stored("evaluated", payload)
-        if header.get("personal") is True:
-            adapter = enrolment.runtime.start(TurnRequest(client, round + 1, file)).adapter
-        else:
-            adapter = finished.opened(file, enrolment.runtime.base)
-        loss = holdout_loss(enrolment.runtime, client, adapter, rows)
-        return {"round": round, **asdict(loss)}, b""
+            raise ProtocolError(f"The server asks for an evaluation on {short(rows)} rows.")
+        personal = header.get("personal") is True
+        asked = hashlib.sha256(repr((enrolment.spec, round, rows, personal)).encode() + payload)
+        if (key := asked.hexdigest()) not in self._evaluated:
+            adapter = enrolment.evaluated(client, round, payload, personal)
+            self._evaluated = {key: holdout_loss(enrolment.runtime, client, adapter, rows)}
+        return {"round": round, **asdict(self._evaluated[key])}, b""
 
     def _store(self, header: Mapping[str, Any], payload: bytes) -> Response:
         """Check the finished adapter and write it to the client's disk, for PEFT."""
         spec, rounds = run_spec.parse(str(header.get("terms"))), header.get("rounds")
         if type(rounds) is not int or rounds < 1:
-            raise ProtocolError(f"The server sends an adapter of {str(rounds)[:30]!r} rounds.")
+            raise ProtocolError(f"The server sends an adapter of {short(rounds)} rounds.")
         base = self._model(spec)
+        received = requested.read(payload, "adapter", self.config.limits)
+        requested.check_adapter(received, base.shapes, _most_rank(spec))
         ranks = None
         if self.config.own_rank:
             rank = self._enrolled(header).proposal.rank
@@ -191,10 +204,11 @@ class Node:
     def _round(self, header: Mapping[str, Any], least: int) -> int:
         """The round of a request to this client."""
         round = header.get("round")
-        if type(round) is not int or round < least or header.get("client") != self.config.name:
+        mine = header.get("client") == self.config.name
+        if type(round) is not int or not (mine and least <= round <= requested.MOST_ROUNDS):
             raise ProtocolError(
-                f"The request is for client {header.get('client')!r} in round {round!r}; this is "
-                f"client {self.config.name!r}."
+                f"The request is for client {short(header.get('client'))} in round {short(round)}; "
+                f"this is client {self.config.name!r}."
             )
         return round
 
@@ -213,6 +227,13 @@ class Node:
         cache = self.config.state / "tokens"
         store = TokenStore.build(self.rows, base.tokenizer, spec.prompt, spec.max_tokens, cache)
         train, held_out = self._divided(spec)
+        _check_length(spec, len(train))
+        clients = ClientStore(folder / "private")
+        for path in clients.discard_unfit(base.shapes):
+            self.notify(
+                f"removed {path}, an update of the base model that cannot be used: the server "
+                "sends it again"
+            )
         runtime = ClientRuntime(
             base=base,
             store=store,
@@ -221,12 +242,13 @@ class Node:
             training=spec.training,
             wire_dtype=spec.dtype,
             seed=spec.seed,
-            clients=ClientStore(folder / "private"),
+            clients=clients,
             holdout={self.config.name: held_out} if len(held_out) else {},
+            each_step=TimeLimit(self.config.limits.seconds),
         )
         limit = RankType(spec.attention, spec.feed_forward)
         proposal = self.config.capacity.propose(runtime, limit)
-        return _Enrolment(spec, folder, runtime, proposal)
+        return _Enrolment(spec, folder, runtime, proposal, self.config.limits)
 
     def _folder(self, spec: RunSpec) -> Path:
         """The folder of a run in the client's state."""
@@ -238,8 +260,8 @@ class Node:
     def _divided(self, spec: RunSpec) -> tuple[Sequence[int], Sequence[int]]:
         """The rows that train, and those that are held out, as a simulation divides them."""
         share = spec.holdout_share if self.config.holdout is None else self.config.holdout
-        train = np.flatnonzero(_in_split(self.rows, "train"))
-        marked = np.flatnonzero(_in_split(self.rows, "validation"))
+        train = np.flatnonzero(in_split(self.rows, "train"))
+        marked = np.flatnonzero(in_split(self.rows, "validation"))
         if not share or len(marked):
             return train.tolist(), marked.tolist() if share else []
         held_out = train[drawn(len(train), share, spec.seed, self.config.name)]
@@ -258,6 +280,9 @@ class Node:
         source = replace(spec.model, name=self.config.model or name, device=self.config.device)
         key = repr(source)
         if key not in self._base:
+            # First the memory of the model before, which is not needed any more.
+            self._enrolment, self._base = {}, {}
+            base_model.check(source)
             self._base = {key: source.load()}
         return self._base[key]
 
@@ -270,47 +295,65 @@ class _Enrolment:
     folder: Path
     runtime: ClientRuntime
     proposal: Proposal
+    limits: Limits
 
     def train(self, client: str, round: int, download: bytes) -> bytes:
         """The upload of one round. The download is read from the disk, module by module."""
-        job = TurnRequest(client, round, self.stored("download", download))
-        self._check(job)
+        job = TurnRequest(client, round, self._checked("download", round, download))
+        if isinstance(self.runtime.each_step, TimeLimit):
+            self.runtime.each_step.begin()
         return turn(job, self.runtime)
 
-    def stored(self, name: str, payload: bytes) -> Path:
-        """A file with what the server sent, from which it is read module by module."""
-        return _file(self.folder, name, payload)
+    def evaluated(self, client: str, round: int, payload: bytes, personal: bool) -> Adapter:
+        """The adapter to evaluate after ``round``: the server's, or this client's own model."""
+        if personal:
+            file = self._checked("evaluated", round + 1, payload)
+            return self.runtime.start(TurnRequest(client, round + 1, file)).adapter
+        header = requested.read(payload, "adapter", self.limits)
+        requested.check_adapter(header, self.runtime.base.shapes, _most_rank(self.spec))
+        return finished.opened(_file(self.folder, "evaluated", payload), self.runtime.base)
 
-    def _ranks(self, download: Download) -> dict[str, int]:
-        """The ranks to train at, by module, in a download that does not state them.
+    def _checked(self, name: str, round: int, payload: bytes) -> Path:
+        """A file with a download, checked, from which it is read module by module.
 
-        A method that probes sends all components, from which the client then selects. Factors that
-        do not have the module's shape are the method's own values.
+        Raises:
+            ProtocolError: it cannot be used, or asks for more than the owner allows.
         """
-        if Feature.PROBES in self.runtime.method.features:
-            return {}
-        shapes = self.runtime.base.shapes
-        return {m: f.rank for m, f in download.adapter.items() if f.shape == shapes.get(m)}
+        header = requested.read(payload, "download", self.limits)
+        shapes, clients = self.runtime.base.shapes, self.runtime.clients
+        allowed = Allowed(
+            shapes=shapes,
+            ranks=self.proposal.rank.by_module(list(shapes)),
+            frozen_rank=_most_rank(self.spec),
+            limits=self.limits,
+            trains_parts=Feature.PROBES in self.runtime.method.features,
+            kept=clients.update_bytes() if clients else {},
+        )
+        requested.check_download(header, round, allowed)
+        file = _file(self.folder, name, payload)
+        requested.check_values(file)
+        return file
 
-    def _check(self, job: TurnRequest) -> None:
-        """Refuse to train more than this client's limits."""
-        shapes = self.runtime.base.shapes
-        most = self.proposal.rank.by_module(list(shapes))
-        download = job.opened()
-        ranks = dict(download.ranks) if download.ranks else self._ranks(download)
-        for module in {**download.adapter, **ranks}:
-            if module not in shapes:
-                continue  # which training refuses
-            if module not in most:
-                raise ProtocolError(
-                    f"The server requests that client {job.client!r} train {module!r}, which its "
-                    "--modules exclude."
-                )
-            if ranks.get(module, 0) > most[module]:
-                raise ProtocolError(
-                    f"The server requests that client {job.client!r} train rank {ranks[module]} in "
-                    f"{module!r}; its limit is rank {most[module]}."
-                )
+
+def _most_rank(spec: RunSpec) -> int:
+    """The largest rank in the federation."""
+    return max(spec.attention, spec.feed_forward)
+
+
+def _check_length(spec: RunSpec, rows: int) -> None:
+    """Refuse a plan of local training that is too long to be listed.
+
+    Raises:
+        ProtocolError: with its length.
+    """
+    training = spec.training
+    examples = training.steps(rows) * min(training.batch_examples, rows)
+    if examples > _MOST_EXAMPLES:
+        raise ProtocolError(
+            f"The server asks for {training.epochs} epochs of {rows} rows in each round; this "
+            f"client trains on at most {_MOST_EXAMPLES} examples in a round. Lower training.epochs "
+            "or training.max_steps in the server's config."
+        )
 
 
 def _file(folder: Path, name: str, content: bytes) -> Path:
@@ -320,46 +363,3 @@ def _file(folder: Path, name: str, content: bytes) -> Path:
     file.unlink(missing_ok=True)  # not written over: its pages may still be mapped
     file.write_bytes(content)
     return file
-
-
-def own_rows(config: NodeConfig) -> Corpus:
-    """The client's rows: those of the splits "train" and "validation", if the data has splits.
-
-    Raises:
-        ProtocolError: there is none, or the file has rows of several clients.
-    """
-    try:
-        corpus = table.read(config.data, config.columns)
-    except DataError as error:
-        option = " With `flexlora join`, --columns instruction=NAME,output=NAME names columns."
-        raise DataError(f"{error}{option if 'data.columns' in str(error) else ''}") from error
-    if "client" in corpus.columns:
-        codes, clients = corpus.codes("client")
-        if config.rows_of is not None:
-            if config.rows_of not in clients:
-                raise ProtocolError(f"{config.data} has no rows of client {config.rows_of!r}.")
-            corpus = corpus.select(codes == list(clients).index(config.rows_of))
-        elif len(clients) > 1:
-            raise ProtocolError(
-                f"{config.data} has rows of {len(clients)} clients ({', '.join(clients[:3])}, "
-                "...); select one with --rows-of NAME."
-            )
-    elif config.rows_of is not None:
-        raise ProtocolError(
-            f"{config.data} has no column of client names, so --rows-of {config.rows_of} cannot "
-            "select rows; leave it out, or name the column: --columns client=NAME,..."
-        )
-    corpus = corpus.select(_in_split(corpus, "train") | _in_split(corpus, "validation"))
-    if not _in_split(corpus, "train").any():
-        raise ProtocolError(
-            f"{config.data} has no training rows; check the values of its split column for 'train'."
-        )
-    return corpus
-
-
-def _in_split(corpus: Corpus, split: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which rows are in a split; without splits all are for training."""
-    if "split" not in corpus.columns:
-        return np.full(len(corpus), split == "train")
-    codes, splits = corpus.codes("split")
-    return np.array([name == split for name in splits], np.bool_)[codes]

@@ -22,6 +22,7 @@ from flexlora.deployment.key_files import load_certificate
 from flexlora.deployment.keys import NodeKey, fingerprint_of_private
 from flexlora.errors import ConfigError, ProtocolError
 from flexlora.journal import counted, duration
+from flexlora.storage import untrusted
 
 _SECONDS: Final = 5.0
 _MOST_BYTES: Final = 4096
@@ -225,7 +226,7 @@ def _secure(address: str, target: tuple[str, int], keys: NodeKey) -> Greeting | 
         )
     if (fault := _clock_fault(answer)) is not None:
         return fault
-    version = str(answer.get("version"))[:30]
+    version = untrusted.one_line(answer.get("version"), 30)
     notes = _certificate_notes(shown.get("notAfter"), keys.ca)
     if version != __version__:
         notes.append(

@@ -35,8 +35,15 @@ _LONGEST_PATH: Final = 100
 class Worker:
     """Handles requests at a socket that only its user can reach, one at a time."""
 
-    def __init__(self, path: Path, handle: Callable[[Mapping[str, Any], bytes], Response]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        handle: Callable[[Mapping[str, Any], bytes], Response],
+        most_bytes: int = 2**40,
+    ) -> None:
         """Listen at ``path``, in a folder that only its user can enter.
+
+        A request with a payload of more than ``most_bytes`` is refused before it is read.
 
         Raises:
             ProtocolError: the path is too long for a socket, or others may enter its folder.
@@ -53,6 +60,7 @@ class Worker:
             )
         _share_memory()
         self._handle = handle
+        self._most_bytes = most_bytes
         self._path = path
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -74,7 +82,7 @@ class Worker:
         """Handle one request; a requester that leaves or stops sending gets no response."""
         requester.settimeout(_SILENT_SECONDS)
         try:
-            header, payload = _received(requester)
+            header, payload = _received(requester, self._most_bytes)
             _send(requester, *self._handle(header, payload))
         # Whatever is sent, also a payload too large for memory, the next request is handled.
         except Exception:
@@ -124,13 +132,15 @@ def _send(to: socket.socket, header: Mapping[str, Any], payload: bytes) -> None:
         to.sendall(payload)
 
 
-def _received(source: socket.socket) -> Response:
+def _received(source: socket.socket, most_bytes: int = 2**40) -> Response:
     with source.makefile("rb") as reader:
         header_bytes, length = _LENGTHS.unpack(_exactly(reader, _LENGTHS.size))
         if header_bytes > LONGEST_HEADER_BYTES:
             raise ProtocolError(
                 f"The header has {header_bytes} bytes; the limit is {LONGEST_HEADER_BYTES}."
             )
+        if length > most_bytes:
+            raise ProtocolError(f"The payload has {length} bytes; the limit is {most_bytes}.")
         header = json.loads(_exactly(reader, header_bytes))
         if not isinstance(header, dict):
             raise ProtocolError("The header is not a JSON object.")
