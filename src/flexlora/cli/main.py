@@ -6,7 +6,8 @@ import errno
 import functools
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -83,6 +84,9 @@ _REMEDIES = {
 }
 """What a user can do about them."""
 
+_LONGEST = 2000
+"""Characters of an error; one that is longer is cut in the middle, as the remedy is at its end."""
+
 app = typer.Typer(
     help="Federated LoRA fine-tuning of language models across clients with different LoRA ranks.",
     no_args_is_help=True,
@@ -107,12 +111,23 @@ def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*words: Any, **options: Any) -> Any:
         try:
             with raised():
+                _refuse_no_paths(options)
                 return command(*words, **options)
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             raise SystemExit(STOPPED) from None
 
     return run
+
+
+def _refuse_no_paths(options: Mapping[str, Any]) -> None:
+    """Refuse paths at which nothing can ever be, such as a link to itself."""
+    from flexlora.storage import expanded
+
+    for name, value in options.items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                expanded(path, f"--{name}")
 
 
 for _group, _commands in COMMANDS.items():
@@ -162,6 +177,9 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    """Print what is wrong, without what would not print and at a length that can be read."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
     print(f"error: {printable_lines(message)}", file=sys.stderr)
     raise SystemExit(2)
 

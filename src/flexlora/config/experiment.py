@@ -138,8 +138,8 @@ class RunSettings(BaseModel):
     model_config = CLOSED
     folder: str | None = None
     keep_adapters: Literal["all", "last"] = "all"
-    threads: int | None = Field(None, ge=1)
-    clients_at_once: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
+    clients_at_once: int | None = Field(None, ge=1, le=10_000)
     trackers: tuple[str, ...] = ()
 
 
@@ -205,6 +205,8 @@ def _validated(
     section: type[Section], content: Mapping[str, Any], place: str | Path, places: Places
 ) -> Section:
     """A section from its table; the error has one line for each fault."""
+    if unusable := list(faults.unusable(content, str(place), places)):
+        raise ConfigError("\n".join(unusable))
     content = _without_empty_ranks(content)
     method = content.get("method")
     if isinstance(method, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from flexlora.errors import FlexloraError
 Places = Mapping[tuple[str, ...], str]
 """Where each key was given, by the parts of the dotted key: a line of a file, or ``--set``."""
 
-_LONGEST = 80
+_LONGEST, _DEEPEST, _ITEM = 80, 12, "[]"
 
 
 def sentences(root: type, error: ValidationError, place: str, places: Places) -> list[str]:
@@ -37,6 +38,42 @@ def sentences(root: type, error: ValidationError, place: str, places: Places) ->
         _placed(path, _sentence(path, kind, fault), place, places)
         for path, kind, fault in by_key.values()
     ]
+
+
+def unusable(content: Mapping[str, Any], place: str, places: Places) -> Iterator[str]:
+    """A sentence for each value that TOML can hold and no key of a config can be.
+
+    These are infinite numbers and NaN, integers of more than 64 bits, texts with a null
+    character, and tables in tables in tables without end.
+    """
+    for path, value in _values(content, ()):
+        if isinstance(value, float) and not math.isfinite(value):
+            sentence = "give a finite number"
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            sentence = "give a number of at most 18 digits"
+        elif isinstance(value, str) and "\0" in value:
+            sentence = "give a text without the null character"
+        elif len(path) > _DEEPEST:
+            sentence = f"give a value that is at most {_DEEPEST} tables deep"
+        else:
+            continue
+        key = ".".join(part for part in path if part != _ITEM)[:_LONGEST]
+        yield _placed(path, f"{key!r} is {shown(value)}; {sentence}.", place, places)
+
+
+def _values(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each key, plain value and item of a list below ``path``; deeper ones are left out."""
+    below = value if isinstance(value, Mapping) else {}
+    items = value if isinstance(value, list | tuple) else ()
+    if len(path) > _DEEPEST or not (below or items):
+        yield path, value
+        return
+    for key, each in below.items():
+        yield path, key
+        yield from _values(each, (*path, str(key)))
+    for item in items:
+        # The path grows with each list, so that lists in lists end too.
+        yield from _values(item, (*path, _ITEM))
 
 
 def of_option(cls: type, error: ValidationError) -> str:

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flexlora.config import faults
 from flexlora.errors import ConfigError
+from flexlora.storage import expanded
 
 T = TypeVar("T")
 
@@ -161,7 +162,7 @@ class Plugins(Generic[T]):
 
 def _module_of(path: Path) -> ModuleType:
     """The module in a file of its own, run once; its name follows from the whole path."""
-    path = path.expanduser().resolve()
+    path = expanded(path, "The plug-in").resolve()
     name = f"flexlora_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]

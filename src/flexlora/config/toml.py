@@ -12,6 +12,7 @@ import tomli_w
 
 from flexlora.config.experiment import TEMPLATE_SUFFIXES, Experiment, Ranks, parse, parse_ranks
 from flexlora.errors import ConfigError
+from flexlora.storage import expanded
 
 _TABLE = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$")
 _KEY = re.compile(r"""^\s*([A-Za-z0-9_\-."']+)\s*=""")
@@ -94,6 +95,10 @@ def _read(path: Path, label: str) -> tuple[str, dict[str, Any]]:
         return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(_not_toml(path, text, str(error))) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} has a number of thousands of digits, or hundreds of brackets in each other."
+        ) from error
 
 
 def _not_toml(path: Path, text: str, fault: str) -> str:
@@ -176,7 +181,7 @@ def _apply(content: dict[str, Any], change: str) -> tuple[str, ...]:
         raise ConfigError(f"--set takes KEY=VALUE with a dotted key, not {change!r}.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     table = content
     for key in keys[:-1]:
@@ -205,4 +210,5 @@ def _make_paths_absolute(
             continue
         is_changed = (section, key) in changed or (section,) in changed
         base = Path.cwd() if is_changed else folder
-        table[key] = str((base / Path(table[key]).expanduser()).resolve())
+        if "\0" not in table[key]:  # which ``parse`` refuses
+            table[key] = str((base / expanded(table[key], f"{section}.{key}")).resolve())

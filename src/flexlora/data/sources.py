@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from flexlora.data.format import Source, recognize
 from flexlora.errors import DataError
+from flexlora.storage import expanded
 
 SPLIT_NAMES: Final[Mapping[str, str]] = {
     "train": "train",
@@ -44,7 +45,7 @@ def sources_of(path: str | Path, encoding: str | None = None) -> list[Source]:
     Raises:
         DataError: there is no file of rows, or one of a kind that is not read.
     """
-    path = Path(path).expanduser()
+    path = expanded(path, "data.path")
     if address := re.search(r"\w{2,}:/.*", str(path)):
         raise DataError(
             f"data.path is an address ('{address[0]}'); download the file first, or name a dataset "

@@ -33,12 +33,16 @@ def cache_folder(experiment: Experiment) -> Path:
     """Where converted corpora and tokens are kept from run to run: ``data.cache`` or the user's."""
     cache = experiment.data.cache
     folder = Path(cache) if cache else smollm2.cache() / "tokens"
-    if any(path.is_file() for path in (folder, *folder.parents)):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror}"
+        if any(path.is_file() for path in (folder, *folder.parents)):
+            reason = "it or one of its parents is a file"
         key = "data.cache" if cache else "the environment variable FLEXLORA_CACHE"
         raise ConfigError(
-            f"The cache {folder} cannot be made: it or one of its parents is a file; set {key} to "
-            "another folder."
-        )
+            f"The cache {str(folder)[:200]} cannot be made: {reason}; set {key} to another folder."
+        ) from error
     return folder
 
 

@@ -21,7 +21,7 @@ from flexlora.method import (
     server_optimizers,
     with_server_optimizer,
 )
-from flexlora.storage import DamagedFile, read_sealed, write_sealed
+from flexlora.storage import DamagedFile, expanded, read_sealed, write_sealed
 from flexlora.training import Training
 
 CONFIG = "config.json"
@@ -105,7 +105,7 @@ def with_plugin(settings: Experiment, path: str | Path) -> Experiment:
     Raises:
         ConfigError: the file defines no plug-in, or its options do not fit.
     """
-    path = Path(path).expanduser().resolve()
+    path = expanded(path, "The plug-in").resolve()
     defined = [name for name, plugins in SECTIONS.items() if plugins.is_defined_in(path)]
     if not defined:
         raise ConfigError(

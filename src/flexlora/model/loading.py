@@ -17,6 +17,7 @@ import transformers
 from safetensors import SafetensorError
 
 from flexlora.errors import ConfigError
+from flexlora.storage import expanded
 from flexlora.storage.untrusted import short
 
 _REMEDY: Final = (
@@ -102,7 +103,7 @@ def _check_folder(name: str, path: str) -> bool:
     """
     if not path.strip():
         raise _error(name, "the name is empty")
-    folder = Path(path).expanduser()
+    folder = expanded(path, "model.name")
     if folder.is_file():
         raise _error(name, "it is a file, not a folder")
     if not folder.is_dir():

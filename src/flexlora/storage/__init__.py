@@ -14,6 +14,7 @@ from flexlora.storage.files import (
     write_atomically,
 )
 from flexlora.storage.locks import LOCK, is_lock_file, is_locked, locked
+from flexlora.storage.paths import expanded
 from flexlora.storage.sealed import (
     SUM,
     DamagedFile,
@@ -36,6 +37,7 @@ __all__ = [
     "append",
     "close_to_others",
     "copy_verified",
+    "expanded",
     "is_intact",
     "is_lock_file",
     "is_locked",
