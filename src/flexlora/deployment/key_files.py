@@ -46,7 +46,13 @@ def make_private_folder(folder: Path) -> None:
         ProtocolError: it is a file, or a folder that others may enter.
     """
     if not folder.exists():
-        folder.mkdir(mode=0o700, parents=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise ProtocolError(
+                f"The folder {folder} cannot be made: {error.strerror}; give another one for the "
+                f"private keys."
+            ) from error
     if not folder.is_dir():
         raise ProtocolError(f"{folder} is a file; give a folder for the private keys.")
     if os.name == "posix" and folder.stat().st_mode & 0o077:
