@@ -132,7 +132,7 @@ class InOrder:
         yield from (Reply(id, self.replies[id]) for id in self.order if id in asked)
 
 
-@sizes.trials(6, 1000)
+@sizes.trials(4, 1000)
 def test_the_order_in_which_uploads_arrive_changes_no_bit(ready, tmp_path, trials):
     one_round = ready.experiment.federation.model_copy(update={"rounds": 1, "cohort": None})
     everybody = one_round.model_copy(update={"fraction": 1.0})
@@ -146,8 +146,8 @@ def test_the_order_in_which_uploads_arrive_changes_no_bit(ready, tmp_path, trial
         events = list(rounds.run(ready, tmp_path / "run", InOrder(replies, order)))
         arrived = [event["client"] for event in events if event["event"] == "client"]
         assert arrived == order and len(order) == 6
-        saved = committed(tmp_path / "run")
-        # The pointer has the length of the journal, in which numbers are spelt at any length.
-        results.add(tuple(saved[name] for name in sorted(saved) if name != checkpoint.POINTER))
+        saved = committed(tmp_path / "run").items()
+        # Beside the adapters there are facts of the journal, which keeps the order of arrival.
+        results.add(tuple(item for item in saved if item[0].endswith(".safetensors")))
         shutil.rmtree(tmp_path / "run")
-    assert len(results) == 1
+    assert len(results) == 1 and len(results.pop()) >= 2
