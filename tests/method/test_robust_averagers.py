@@ -33,11 +33,13 @@ from flexlora.method import (
     space_of,
     with_components,
 )
+from flexlora.method.averagers.fltrust import FLTrust, trust
 from flexlora.method.averagers.geometric_median import GeometricMedian, median
 from flexlora.method.averagers.multi_krum import MultiKrum, krum_scores
 from support.factors import random_factors
 
 ROBUST = (GeometricMedian(), MultiKrum())
+JUDGING = (*ROBUST, FLTrust("d2"))
 SERVED = [
     name
     for name in methods.shipped()
@@ -116,6 +118,58 @@ def test_one_client_of_any_size_leaves_the_median_where_it_is(size):
     # By no more than a client of its weight can, 1/12 of the spread.
     assert apart(moved, alone @ flat) < 0.2
     assert shares[3] < 1.0 / size
+
+
+def test_trust_is_the_cosine_without_what_is_turned_and_without_size():
+    factors = vectors()
+    turned = [Factors(-2 * factors[4].B, factors[4].A), Factors(1e9 * factors[5].B, factors[5].A)]
+    cohort = [*factors[:4], *turned, *factors[6:]]
+    flat = dense(cohort)
+    sizes = flat.norm(dim=1)
+    cosines = flat @ flat[2] / (sizes * sizes[2])
+    wanted = cosines.clamp_min(0) * (sizes[2] / sizes).clamp_max(1)
+    shares = trust(product_gram(cohort), 2)
+    torch.testing.assert_close(shares, wanted, rtol=1e-10, atol=1e-15)
+    assert shares[2] == 1 and shares[4] == 0
+    # What a client adds to the sum is never more than the trusted change.
+    assert float((shares * sizes).max()) <= float(sizes[2]) * (1 + 1e-12)
+
+
+def test_the_trusted_client_is_named_present_and_changes_something():
+    with pytest.raises(ConfigError, match=r"set averager\.trusted to the name"):
+        averagers.make({"name": "fltrust"})
+    method = methods.make("flexlora")
+    clients, state, context = round_of(method)
+    uploads = [client_turn(method, state, c, context, noise(method, 4)).upload for c in clients]
+    uploads[2] = untrained_upload(method, state, clients[2], context)
+    changes = changes_of(method, state, clients, context, uploads)
+    for name, message in (("nobody", "has no upload in round 3"), ("c2", "has changed nothing")):
+        with pytest.raises(ProtocolError, match=message):
+            FLTrust(name).cohort(uploads, method.weights, context, changes)
+    cohort = FLTrust("c0").cohort(uploads, method.weights, context, changes)
+    assert cohort.scores["c0"] == pytest.approx(1) and "c2" not in cohort.clients
+
+
+@pytest.mark.parametrize("averager", [GeometricMedian(), MultiKrum()], ids=["median", "krum"])
+def test_a_client_that_reports_a_billion_examples_does_not_lead(averager):
+    """Half of all weight in one hand would break every rule; the share is limited before it."""
+    method = methods.make("flexlora")
+    clients = [
+        Client(f"f{n}", {"model.q": 2, "model.up": 2}, "type", 10**9 if n == 0 else 10)
+        for n in range(8)
+    ]
+    state, context = first_state(method, clients), context_of(1, clients)
+    learn = [noise(method, 50, size=30.0), *[noise(method, 51, own=False)] * 7]
+    uploads = [
+        client_turn(method, state, c, context, each).upload
+        for c, each in zip(clients, learn, strict=True)
+    ]
+    sent = {upload.client: upload for upload in uploads}
+    known = {client.id: client for client in clients}
+    untrained = Untrained(method, state, context, known, sent, torch.float64)
+    changes = Changes(uploads, untrained, "products", "examples", 0.2)
+    cohort = averager.cohort(uploads, method.weights, context, changes)
+    assert cohort.weights.get("f0", 0.0) < 0.05 * sum(cohort.weights.values())
 
 
 def test_equal_changes_have_a_median():
@@ -311,11 +365,11 @@ def test_a_turned_change_is_seen_behind_what_all_have_in_common(name):
     )
     uploads[7] = Upload("d7", 3, turned, 10, {}, uploads[7].component_ids)
     changes = changes_of(method, state, clients, context, uploads)
-    for averager in ROBUST:
+    for averager in JUDGING:
         require_means(averager, method)
         cohort = averager.cohort(uploads, method.weights, context, changes)
-        shares = cohort.weights
-        assert max(cohort.scores, key=cohort.scores.get) == "d7"
+        shares, worst = cohort.weights, min if isinstance(averager, FLTrust) else max
+        assert worst(cohort.scores, key=cohort.scores.get) == "d7"
         assert shares.get("d7", 0) < 0.5 * min(v for id, v in shares.items() if id != "d7")
         after = method.aggregate(state, cohort, context)
         update = method.global_adapter(after, context)

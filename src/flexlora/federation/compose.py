@@ -148,19 +148,26 @@ def method_of(experiment: Experiment) -> Method:
     )
 
 
-def averager_for(method: Method, experiment: Experiment) -> Averager:
+def averager_for(
+    method: Method, experiment: Experiment, clients: Collection[str] | None = None
+) -> Averager:
     """The averager that a config names; plain averaging if it names none.
 
+    ``clients`` are those that train, where they are known.
+
     Raises:
-        ConfigError: it does not compute what the method needs, or rounds may be too small for it.
+        ConfigError: it does not compute what the method needs, rounds may be too small for it, or
+            a client that it needs is missing.
     """
     averager = averagers.make(experiment.averager or PLAIN)
     require_means(averager, method)
     require_uploads(averager, experiment.federation.quorum)
+    if clients is not None:
+        _require_clients(averager, clients)
     return averager
 
 
-def require_clients(averager: Averager, clients: Collection[str]) -> None:
+def _require_clients(averager: Averager, clients: Collection[str]) -> None:
     """Refuse an averager that needs clients which do not take part.
 
     Raises:

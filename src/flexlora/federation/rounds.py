@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import time
@@ -27,7 +26,7 @@ from flexlora.federation.transport import Aggregating, Transport
 from flexlora.federation.weighting import cohort_of, weights_facts
 from flexlora.journal import Event, Meter, Record
 from flexlora.lowrank import Adapter, norm, normalized
-from flexlora.method import Cohort, State, Upload
+from flexlora.method import Cohort, State
 from flexlora.model import export
 from flexlora.peft_format import CONFIG, WEIGHTS
 from flexlora.storage import DamagedFile, close_to_others, locked, make_private, sha256
@@ -194,11 +193,13 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     aggregating, of = time.perf_counter(), f"round {number}/{settings.rounds}"
     run.meter.begin(f"{of}: aggregating")
     uploads = [collector.uploads[id] for id in prepared.clients if id in collector.uploads]
-    uploads = _capped(prepared, uploads)
     cohort = cohort_of(prepared, collector.state, uploads, number)
-    if lowered := _lowered(cohort, cohort.limited(settings.most_share)):
+    limited = cohort.limited(settings.most_share)
+    if lowered := _lowered(cohort, limited):
         yield record.append("limited", round=number, most_share=settings.most_share, shares=lowered)
-    state = _aggregated(run, collector.state, cohort.limited(settings.most_share), number)
+    if facts := weights_facts(limited, uploads):
+        yield record.append("weights", round=number, **facts)
+    state = _aggregated(run, collector.state, limited, number)
     adapter = prepared.method.global_adapter(state, prepared.context(number))
     aggregate_seconds = time.perf_counter() - aggregating
     run.meter.begin(f"{of}: writing the adapter")
@@ -214,8 +215,6 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
         # An exact sum: its order must not matter.
         update_norm=math.sqrt(math.fsum(norm(f) ** 2 for f in adapter.values())),
     )
-    if facts := weights_facts(cohort, uploads):
-        yield record.append("weights", round=number, **facts)
     yield record.append("spectrum", round=number, **spectrum(prepared, adapter, state))
     yield from run.evaluations.after(number, adapter, state)
     run.meter.begin(f"{of}: clients evaluate")
@@ -235,14 +234,6 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     if prepared.experiment.run.keep_adapters == "last" and number > 1:
         shutil.rmtree(adapter_folder(run.folder, number - 1).parent, ignore_errors=True)
     return point
-
-
-def _capped(prepared: PreparedRun, uploads: Sequence[Upload]) -> list[Upload]:
-    """The uploads, none of which weighs more than the config lets it."""
-    most = prepared.experiment.federation.most_examples
-    if most is None:
-        return list(uploads)
-    return [dataclasses.replace(upload, examples=min(upload.examples, most)) for upload in uploads]
 
 
 def _lowered(before: Cohort, after: Cohort) -> dict[str, float]:

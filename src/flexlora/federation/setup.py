@@ -46,11 +46,10 @@ def prepare(
     # Ranks and refusals come before the model: they are quick to check.
     assigned = assignment.assigned(experiment.ranks, list(partition), experiment.seed, unseen)
     method = assignment.suited(method, assigned)
-    averager = compose.averager_for(method, experiment)
+    averager = compose.averager_for(method, experiment, list(partition))
     meter.begin("loading the model")
     base = experiment.model.load() if base is None else base
     clients = assignment.clients_of(assigned, partition, list(base.shapes))
-    compose.require_clients(averager, clients)
     prompt = named(data.prompt, base.tokenizer)
     trained = corpus if train else corpus.select([])
     store = TokenStore.build(trained, base.tokenizer, data.prompt, data.max_tokens, cache, meter)

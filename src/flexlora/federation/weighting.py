@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from flexlora.federation.prepared import PreparedRun
@@ -11,7 +12,9 @@ from flexlora.method import Changes, Cohort, State, Untrained, Upload, space_of
 
 
 def cohort_of(prepared: PreparedRun, state: State, uploads: Sequence[Upload], round: int) -> Cohort:
-    """The uploads of a round, of which ``state`` was handed out, as a cohort.
+    """The uploads of a round in which ``state`` was handed out, as a cohort.
+
+    None counts more examples than the config lets it.
 
     An averager that compares clients reads every upload once, and what was handed out; the
     others read nothing yet.
@@ -19,10 +22,13 @@ def cohort_of(prepared: PreparedRun, state: State, uploads: Sequence[Upload], ro
     Raises:
         ProtocolError: the averager cannot do without a client that is missing.
     """
-    method, context = prepared.method, prepared.context(round)
+    method, context, settings = prepared.method, prepared.context(round), prepared.experiment
+    if (most := settings.federation.most_examples) is not None:
+        uploads = [replace(upload, examples=min(upload.examples, most)) for upload in uploads]
     sent = {upload.client: upload for upload in uploads}
     untrained = Untrained(method, state, context, prepared.clients, sent, prepared.wire_dtype)
-    changes = Changes(uploads, untrained, space_of(method))
+    share = settings.federation.most_share
+    changes = Changes(uploads, untrained, space_of(method), method.weights, share)
     return prepared.averager.cohort(uploads, method.weights, context, changes)
 
 

@@ -13,8 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexlora.lowrank import Adapter, Factors, as_vector, parameter_gram, product_gram
-from flexlora.method.averager import Mean
+from flexlora.lowrank import (
+    Adapter,
+    Factors,
+    as_vector,
+    normalized,
+    parameter_gram,
+    product_gram,
+)
+from flexlora.method.averager import Mean, Weights
+from flexlora.method.averaging import client_weights, limited_weights
 from flexlora.method.handout import with_components
 from flexlora.method.interface import (
     Client,
@@ -38,12 +46,25 @@ _OF_PRODUCTS = frozenset({Mean.PRODUCTS, Mean.PRODUCTS_BY_COMPONENT})
 class Changes:
     """The changes of a round's uploads; factors are read one module at a time.
 
-    ``untrained`` has by client what its upload would be if it had trained nothing.
+    ``untrained`` has by client what its upload would be if it had trained nothing. ``weights`` are
+    the method's, of which no client may have more than ``most_share``.
     """
 
     uploads: Sequence[Upload]
     untrained: Mapping[str, Adapter]
     space: Space
+    weights: Weights = "examples"
+    most_share: float = 1.0
+
+    @property
+    def declared(self) -> Tensor:
+        """The clients' shares (n,) before they are compared, the largest of them limited.
+
+        A robust rule bears less than half of all weight in the hands of attackers, so that what
+        they report themselves must not give it to them.
+        """
+        weights = limited_weights(client_weights(self.uploads, self.weights), self.most_share)
+        return torch.tensor(normalized(weights), dtype=torch.float64)
 
     def gram(self, modules: Sequence[str]) -> Tensor:
         """The inner products (n, n) of the changes of all these modules, in cohort order."""

@@ -20,9 +20,13 @@ from torch import Tensor
 from flexlora.errors import ConfigError, ProtocolError
 from flexlora.lowrank import cosines, norms
 from flexlora.method.averager import Averager, Mean, Weights
-from flexlora.method.averaging import WeightedCohort, client_weights, reweighted
+from flexlora.method.averaging import WeightedCohort, reweighted
 from flexlora.method.client_changes import Changes
 from flexlora.method.interface import RoundContext, Upload
+
+
+_NOTHING = 1e-12
+"""A squared change below this share of the usual one is rounding."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,13 @@ class FLTrust(Averager):
                 "there is nothing to compare others with; look at its loss in the journal, or set "
                 "averager.trusted to another client."
             )
-        declared = torch.tensor(client_weights(uploads, weights), dtype=torch.float64)
         gram, place = changes.gram(list(context.ranks)), names.index(self.trusted)
-        if not gram[place, place] > 0:
+        if not gram[place, place] > _NOTHING * gram.diagonal().median():
             raise ProtocolError(
                 f"The trusted client {self.trusted!r} has changed nothing in round "
                 f"{context.round}; give it rows to train on."
             )
-        shares = declared * trust(gram, place)
+        shares = changes.declared * trust(gram, place)
         return reweighted(uploads, shares.tolist(), cosines(gram)[place].tolist())
 
 

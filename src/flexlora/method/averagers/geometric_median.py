@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import ConfigError, ProtocolError
-from flexlora.lowrank import normalized, squared_distances
+from flexlora.lowrank import squared_distances
 from flexlora.method.averager import Averager, Mean, Weights
-from flexlora.method.averaging import WeightedCohort, client_weights, reweighted
+from flexlora.method.averaging import WeightedCohort, reweighted
 from flexlora.method.client_changes import Changes
 from flexlora.method.interface import RoundContext, Upload
 
@@ -61,10 +61,8 @@ class GeometricMedian(Averager):
         """Weighted in inverse proportion to the distance to the median; scores are distances."""
         if changes is None:
             raise ProtocolError(f"The averager {self.title!r} needs the clients' changes.")
-        declared = torch.tensor(normalized(client_weights(uploads, weights)), dtype=torch.float64)
-        shares, distances = median(
-            changes.gram(list(context.ranks)), declared, self.iterations, self.tolerance
-        )
+        gram = changes.gram(list(context.ranks))
+        shares, distances = median(gram, changes.declared, self.iterations, self.tolerance)
         return reweighted(uploads, shares.tolist(), distances.tolist())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from flexlora.errors import ConfigError, ProtocolError
 from flexlora.lowrank import squared_distances
 from flexlora.method.averager import Averager, Mean, Weights
-from flexlora.method.averaging import WeightedCohort, client_weights, reweighted
+from flexlora.method.averaging import WeightedCohort, reweighted
 from flexlora.method.client_changes import Changes
 from flexlora.method.interface import RoundContext, Upload
 
@@ -57,7 +57,7 @@ class MultiKrum(Averager):
         expected = self.expected(len(uploads))
         scores = krum_scores(changes.gram(list(context.ranks)), expected)
         kept = set(scores.argsort(stable=True)[: len(uploads) - 2 * expected].tolist())
-        declared = client_weights(uploads, weights)
+        declared = changes.declared.tolist()
         shares = [weight * (number in kept) for number, weight in enumerate(declared)]
         return reweighted(uploads, shares, scores.tolist())
 
