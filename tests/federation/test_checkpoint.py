@@ -60,10 +60,10 @@ def test_the_last_one_and_the_one_before_are_kept(tmp_path):
     assert names(tmp_path) == ["checkpoint.json", "state-00002", "state-00003"]
 
 
-def test_norms_come_back_to_the_bit(tmp_path):
-    norms = (0.1 + 0.2, 1e-300, 3.0)
-    assert checkpoint.save(tmp_path, 1, 0, state(1), norms=norms).norms == norms
-    assert checkpoint.load(tmp_path).norms == norms
+def test_accepted_changes_come_back_to_the_bit(tmp_path):
+    accepted = {"products": [{"q": 0.1 + 0.2}, {"q": 1e-300, "v": 3.0}]}
+    assert checkpoint.save(tmp_path, 1, 0, state(1), accepted=accepted).accepted == accepted
+    assert checkpoint.load(tmp_path).accepted == accepted
 
 
 def damage(path) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,8 +48,8 @@ class Checkpoint:
     """The state after a round (0: before the first), and how long the journal was then.
 
     ``identity`` is that of the experiment; ``clients_at_once`` is how many clients it trains at
-    a time, which a resumed run repeats. ``norms`` are those of updates that were accepted in the
-    last rounds, the oldest first. The state's adapters are read from the disk module by module.
+    a time, which a resumed run repeats. The state's adapters are read from the disk module by
+    module. ``accepted`` are the changes that the next round's uploads are compared with.
     """
 
     round: int
@@ -57,7 +57,7 @@ class Checkpoint:
     state: State
     identity: str = ""
     clients_at_once: int = 1
-    norms: tuple[float, ...] = ()
+    accepted: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def journal_bytes(self) -> int:
@@ -80,7 +80,7 @@ def save(
     state: State,
     identity: str = "",
     clients_at_once: int = 1,
-    norms: tuple[float, ...] = (),
+    accepted: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint of the run in ``folder``; the one before is kept, older ones removed.
 
@@ -93,7 +93,7 @@ def save(
     """
     if isinstance(journal, int):
         journal = Mark(journal, Mark.start().after(Record(folder).path, journal).sha256)
-    point = Checkpoint(round, journal, state, identity, clients_at_once, norms)
+    point = Checkpoint(round, journal, state, identity, clients_at_once, accepted or {})
     name = name_of(round)
     draft = folder / f".{name}.partial"
     shutil.rmtree(draft, ignore_errors=True)
@@ -267,7 +267,7 @@ def _manifest(point: Checkpoint, sums: Mapping[str, str]) -> dict[str, Any]:
         **_marked(point.journal),
         "identity": point.identity,
         "clients_at_once": point.clients_at_once,
-        "norms": list(point.norms),
+        "accepted": dict(point.accepted),
         "files": dict(sums),
         "state": _described(point.state),
     }
@@ -311,7 +311,7 @@ def _verified(state: Path) -> Checkpoint:
         _state(state, content),
         content["identity"],
         content["clients_at_once"],
-        tuple(content["norms"]),
+        content["accepted"],
     )
 
 

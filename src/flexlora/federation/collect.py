@@ -16,6 +16,9 @@ from flexlora.errors import FlexloraError, ProtocolError
 from flexlora.federation import sampling
 from flexlora.federation.client_store import file_name
 from flexlora.federation.client_turn import METRICS, TurnRequest
+from flexlora.federation.influence.bounds import Accepted
+from flexlora.federation.influence.measure import download_file
+from flexlora.federation.influence.screen import Screen
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.transport import (
     LateReply,
@@ -46,7 +49,8 @@ class Collector:
 
     ``invited`` are the clients that were sent a request, ``uploads`` the usable replies and
     ``bytes_down`` the sizes of what was sent, by client. ``lost_base`` are clients whose base
-    updates are gone.
+    updates are gone. ``earlier`` are the changes of earlier rounds, which the ``screen`` compares
+    uploads with.
     """
 
     prepared: PreparedRun
@@ -59,6 +63,15 @@ class Collector:
     bytes_down: dict[str, int] = field(default_factory=dict)
     lost_base: set[str] = field(default_factory=set)
     last_reason: str = ""
+    earlier: Accepted = field(default_factory=Accepted)
+    screen: Screen = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Downloads of a process that was killed may be incomplete.
+        shutil.rmtree(self._downloads, ignore_errors=True)
+        self.screen = Screen(
+            self.prepared, self.number, self.earlier, self.spool / "clipped", self._downloads
+        )
 
     @property
     def wanted(self) -> int:
@@ -75,7 +88,12 @@ class Collector:
         for attempt in range(1, settings.attempts + 1):
             for outcome in self._received(self._cohort(attempt)):
                 yield self._recorded(outcome, record)
+            for id, reason in self.screen.refused(self.uploads).items():
+                del self.uploads[id]
+                remove_summed(self._file(id))
+                yield self._recorded(Lost(id, reason, LossKind.TOO_LARGE_CHANGE), record)
             if len(self.uploads) >= settings.quorum and not self._absent():
+                yield from self._clipped(record)
                 return
             if settings.attempts > 1:
                 counts = {"received": len(self.uploads), "quorum": settings.quorum}
@@ -101,6 +119,8 @@ class Collector:
         self, outcome: Upload | Lost | LateReply | TransportEvent, record: Record
     ) -> Event:
         if isinstance(outcome, Upload):
+            outcome = self._measured(outcome)
+        if isinstance(outcome, Upload):
             self.uploads[outcome.client] = outcome
             return record.append("client", **client_facts(outcome, self.prepared))
         if isinstance(outcome, TransportEvent | LateReply):
@@ -113,6 +133,27 @@ class Collector:
         if outcome.code:
             facts["code"] = outcome.code
         return record.append("lost", **facts, kind=outcome.kind)
+
+    def _measured(self, upload: Upload) -> Upload | Lost:
+        """The upload, if it can be compared with others; else the client is lost."""
+        try:
+            self.screen.measure(upload, self.state)
+        except ProtocolError as error:
+            remove_summed(self._file(upload.client))
+            return Lost(upload.client, str(error), LossKind.INVALID_UPLOAD)
+        return upload
+
+    def _clipped(self, record: Record) -> Iterator[Event]:
+        """Scale down the uploads that change too much, once it is known who takes part."""
+        for clip in self.screen.clip(self.uploads, self.state):
+            id = clip.upload.client
+            self.uploads[id] = clip.upload
+            facts = {"round": self.number, "client": id}
+            yield record.append("clipped", **facts, ratio=clip.ratio, share=clip.share)
+
+    @property
+    def _downloads(self) -> Path:
+        return self.spool / "downloads"
 
     def _cohort(self, attempt: int) -> list[str]:
         """The clients of an attempt, in the clients' order: present, and without an upload yet."""
@@ -288,13 +329,11 @@ def turn_requests(
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    files: dict[str, Path] = {}
     for id in clients:
-        rank_type = prepared.clients[id].rank_type
-        if rank_type not in files:
-            files[rank_type] = folder / f"{len(files)}.safetensors"
-            files[rank_type].write_bytes(encoded(id))
-        yield TurnRequest(id, number, files[rank_type], most(id))
+        file = download_file(folder, prepared.clients[id])
+        if not file.exists():
+            file.write_bytes(encoded(id))
+        yield TurnRequest(id, number, file, most(id))
 
 
 def expected_upload(

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexlora.config import Experiment
-from flexlora.errors import ProtocolError
+from flexlora.errors import AdapterError, ProtocolError
 from flexlora.federation import checkpoint, recovery
 from flexlora.federation.checkpoint import Checkpoint
 from flexlora.federation.client_evaluations import of_clients
@@ -19,6 +21,8 @@ from flexlora.federation.client_store import PRIVATE, ClientStore
 from flexlora.federation.collect import Collector, client_facts
 from flexlora.federation.evaluations import Evaluations
 from flexlora.federation.identity import check_same, identity, is_over
+from flexlora.federation.influence import result
+from flexlora.federation.influence.bounds import Accepted
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.run_facts import spectrum, start_facts
 from flexlora.federation.simulated import SimulatedTransport
@@ -26,7 +30,7 @@ from flexlora.federation.transport import Aggregating, Transport
 from flexlora.federation.weighting import cohort_of, weights_facts
 from flexlora.journal import Event, Meter, Record
 from flexlora.lowrank import Adapter, norm, normalized
-from flexlora.method import Cohort, State
+from flexlora.method import Cohort, State, Upload
 from flexlora.model import export
 from flexlora.peft_format import CONFIG, WEIGHTS
 from flexlora.storage import DamagedFile, close_to_others, locked, make_private, sha256
@@ -188,19 +192,13 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
     settings = prepared.experiment.federation
     spool = run.folder / recovery.spool_name(number)
     close_to_others(spool)
-    collector = Collector(prepared, run.transport, number, point.state, spool)
+    earlier = Accepted.from_json(point.accepted)
+    collector = Collector(prepared, run.transport, number, point.state, spool, earlier=earlier)
     yield from collector.events(record)
     aggregating, of = time.perf_counter(), f"round {number}/{settings.rounds}"
     run.meter.begin(f"{of}: aggregating")
     uploads = [collector.uploads[id] for id in prepared.clients if id in collector.uploads]
-    cohort = cohort_of(prepared, collector.state, uploads, number)
-    limited = cohort.limited(settings.most_share)
-    if lowered := _lowered(cohort, limited):
-        yield record.append("limited", round=number, most_share=settings.most_share, shares=lowered)
-    if facts := weights_facts(limited, uploads):
-        yield record.append("weights", round=number, **facts)
-    state = _aggregated(run, collector.state, limited, number)
-    adapter = prepared.method.global_adapter(state, prepared.context(number))
+    state, adapter, accepted = yield from _next(run, number, collector, uploads)
     aggregate_seconds = time.perf_counter() - aggregating
     run.meter.begin(f"{of}: writing the adapter")
     export(prepared.base, adapter, adapter_folder(run.folder, number), replace=True)
@@ -227,13 +225,41 @@ def _round(run: _Run, number: int, point: Checkpoint) -> Generator[Event, None, 
         state,
         point.identity,
         point.clients_at_once,
-        point.norms,
+        accepted.to_json(),
     )
     run.meter.end()
     shutil.rmtree(spool)
     if prepared.experiment.run.keep_adapters == "last" and number > 1:
         shutil.rmtree(adapter_folder(run.folder, number - 1).parent, ignore_errors=True)
     return point
+
+
+def _next(
+    run: _Run, number: int, collector: Collector, uploads: Sequence[Upload]
+) -> Generator[Event, None, tuple[State, Adapter, Accepted]]:
+    """The state after these uploads, its global adapter, and the changes accepted until now.
+
+    A state that does not meet the bounds of an upload is not used: the one before stays.
+    """
+    prepared, record, before = run.prepared, run.record, collector.state
+    most, context = prepared.experiment.federation.most_share, prepared.context(number)
+    cohort = cohort_of(prepared, before, uploads, number)
+    limited = cohort.limited(most)
+    if shares := _lowered(cohort, limited):
+        yield record.append("limited", round=number, most_share=most, shares=shares)
+    if facts := weights_facts(limited, uploads):
+        yield record.append("weights", round=number, **facts)
+    steps_freely = prepared.experiment.server_optimizer is not None
+    try:
+        after = _aggregated(run, before, limited, number)
+        reason = result.fault(before, after, collector.screen.largest(uploads), steps_freely)
+        adapter = prepared.method.global_adapter(after, context) if reason is None else None
+    except (AdapterError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        reason, adapter = f"It could not be computed: {error}", None
+    if adapter is not None:
+        return after, adapter, collector.screen.accepted(uploads)
+    yield record.append("kept", round=number, reason=reason)
+    return before, prepared.method.global_adapter(before, context), collector.earlier
 
 
 def _lowered(before: Cohort, after: Cohort) -> dict[str, float]:

@@ -172,11 +172,23 @@ EVENTS: Mapping[str, EventType] = {
         received="usable uploads so far",
         quorum="uploads that the round needs",
     ),
+    "clipped": _type(
+        "An upload changed more than the others, and was scaled down.",
+        round=_ROUND,
+        client=_CLIENT,
+        ratio="how many times the median change it was",
+        share="which share of its change was kept",
+    ),
     "limited": _type(
         "Clients had more than the largest share of the weights; they count less.",
         round=_ROUND,
         most_share="federation.most_share",
         shares="{client: the share of the cohort's weights that it would have had}",
+    ),
+    "kept": _type(
+        "The aggregate of a round is not usable; the model stays as it was before the round.",
+        round=_ROUND,
+        reason="why, for people",
     ),
     "round": _type(
         "A round was aggregated.",

@@ -1,5 +1,6 @@
 """Low-rank algebra: factor pairs, their weighted sums, and truncated SVDs of those sums."""
 
+from flexlora.lowrank.change import Way, between, parameter_change, product_change
 from flexlora.lowrank.decomposition import Accuracy, decompose
 from flexlora.lowrank.factors import Adapter, FactorNames, Factors
 from flexlora.lowrank.gram import cosines, norms, parameter_gram, product_gram, squared_distances
@@ -17,13 +18,17 @@ __all__ = [
     "LowRankSum",
     "Parametrization",
     "Split",
+    "Way",
     "as_vector",
+    "between",
     "cosines",
     "decompose",
     "norm",
     "normalized",
     "norms",
+    "parameter_change",
     "parameter_gram",
+    "product_change",
     "product_gram",
     "squared_distances",
 ]

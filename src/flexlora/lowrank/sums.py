@@ -86,7 +86,7 @@ class LowRankSum:
         the digits, and all of them in float32.
         """
         stacked = self.stacked(torch.float64)
-        return float(torch.linalg.matrix_norm(_triangle(stacked.B) @ _triangle(stacked.A.T).T))
+        return float(torch.linalg.matrix_norm(triangle(stacked.B) @ triangle(stacked.A.T).T))
 
 
 class Accumulator:
@@ -150,7 +150,7 @@ class Accumulator:
                 batch = []
 
 
-def _triangle(tall: Tensor) -> Tensor:
+def triangle(tall: Tensor) -> Tensor:
     """R (columns, columns) of ``tall = Q R``, or ``tall`` itself if it has no more rows."""
     if tall.shape[1] >= tall.shape[0]:
         return tall

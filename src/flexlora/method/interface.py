@@ -344,6 +344,14 @@ class Method(ABC):
         """What the client sends beside that, by name."""
         return {}
 
+    def untrained(self, download: Download, context: RoundContext) -> Adapter:
+        """On the server: the upload of a client that starts from this and learns nothing.
+
+        How far an upload is from it bounds what the upload may do. Modules that it lacks count
+        as zero, as where clients send changes.
+        """
+        return download.adapter
+
     def private_from(self, turn: Turn) -> Mapping[str, Adapter]:
         """What stays on the client until its next round, by name."""
         return {}

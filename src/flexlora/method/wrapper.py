@@ -101,6 +101,10 @@ class MethodWrapper(Method):
         """As the inner method does."""
         return self.wrapped.aux_from(turn)
 
+    def untrained(self, download: Download, context: RoundContext) -> Adapter:
+        """As the inner method does."""
+        return self.wrapped.untrained(download, context)
+
     def private_from(self, turn: Turn) -> Mapping[str, Adapter]:
         """As the inner method does."""
         return self.wrapped.private_from(turn)

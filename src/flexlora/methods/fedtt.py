@@ -122,6 +122,11 @@ class FedTT(Method):
         places = self._places(context)
         return UploadSpec({m: ModuleSpec((len(at), 0), 1, 1) for m, at in places.items()})
 
+    def untrained(self, download: Download, context: RoundContext) -> Adapter:
+        """The cores that are trained, as they were."""
+        places = self._places(context)
+        return Adapter({m: as_vector(f.B[places[m], 0]) for m, f in download.adapter.items()})
+
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The mean of each core that was trained; the others stay."""
         places, model = self._places(context), {}

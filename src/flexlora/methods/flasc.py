@@ -92,6 +92,10 @@ class FLASC(Method):
         """The largest entries of the change."""
         return largest(changes(turn.start.adapter, turn.trained), self.density_up)
 
+    def untrained(self, download: Download, context: RoundContext) -> Adapter:
+        """Nothing: changes are sent."""
+        return Adapter({})
+
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The model after a step along the mean change."""
         names = ["", FIRST, SECOND] if self.optimizer == "adam" else [""]

@@ -66,6 +66,10 @@ class FSLoRA(Method):
         """As many numbered components as the client's rank."""
         return numbered_spec(client, context)
 
+    def untrained(self, download: Download, context: RoundContext) -> Adapter:
+        """Nothing: changes are sent."""
+        return Adapter({})
+
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The weighted changes, added to their components."""
         model = {

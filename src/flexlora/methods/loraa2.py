@@ -99,6 +99,10 @@ class LoRAA2(Method):
             }
         )
 
+    def untrained(self, download: Download, context: RoundContext) -> Adapter:
+        """Nothing: changes are sent."""
+        return Adapter({})
+
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The model with the weighted changes added to one factor."""
         model = {

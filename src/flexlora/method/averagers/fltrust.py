@@ -24,7 +24,6 @@ from flexlora.method.averaging import WeightedCohort, reweighted
 from flexlora.method.client_changes import Changes
 from flexlora.method.interface import RoundContext, Upload
 
-
 _NOTHING = 1e-12
 """A squared change below this share of the usual one is rounding."""
 

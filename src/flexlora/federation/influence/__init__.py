@@ -1,0 +1,1 @@
+"""What one upload, and one round, may do to the model: measured, compared, bounded."""
