@@ -460,7 +460,7 @@ def test_a_control_of_another_shape_is_refused(folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             validate.upload(dataclasses.replace(upload, aux=bad), who, 1, expected)
     without = {CONTROL: upload.aux[CONTROL].only(set(ready.base.shapes) - {module})}
-    for aux, message in ((without, "lacks"), ({}, r"\[\] beside it, not \['control'\]")):
+    for aux, message in ((without, "lacks"), ({}, r"lacks \['aux control'\]")):
         with pytest.raises(ValueError, match=message):
             validate.upload(dataclasses.replace(upload, aux=aux), who, 1, expected)
 
