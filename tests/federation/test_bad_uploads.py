@@ -1,6 +1,8 @@
 """Every bad upload of the corpus in a round: refused with its code, and the round as without it."""
 
+import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexlora import wire
+from flexlora.errors import ProtocolError
 from flexlora.federation import client_turn, collect, setup
-from flexlora.federation.client_store import ClientStore
+from flexlora.federation.client_store import ClientStore, file_name
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.collect import Collector
 from flexlora.federation.prepared import PreparedRun
@@ -17,9 +21,11 @@ from flexlora.federation.transport import Lost, Reply, WaitPolicy
 from flexlora.journal.events import LossKind
 from flexlora.journal.record import Record
 from flexlora.method import State
+from flexlora.storage import write_summed
 from flexlora.storage.untrusted import RefusalCode
+from flexlora.wire import validate
 from support import models
-from support.bad_uploads import BAD, Parts, built
+from support.bad_uploads import BAD, Parts, built, edited
 
 SAME = {"rank": 3, "types": None, "distribution": None}
 METHODS = {
@@ -64,13 +70,19 @@ class Round:
     good: dict[str, bytes]
     most: dict[str, int]
 
-    def collected(self, uploads: dict[str, bytes]) -> tuple[Collector, list[dict]]:
+    def collector(self, uploads: dict[str, bytes]) -> Collector:
+        """In the spool as it is."""
         spool = self.folder / "uploads-00001"
-        spool.mkdir(exist_ok=True)
-        for file in spool.glob("*.safetensors"):
-            file.unlink()
-        collector = Collector(self.ready, Replayed(uploads), 1, self.state, spool)
-        return collector, list(collector.events(Record(self.folder)))
+        return Collector(self.ready, Replayed(uploads), 1, self.state, spool)
+
+    def collected(self, uploads: dict[str, bytes]) -> tuple[Collector, list[dict]]:
+        """In an empty spool; the events too."""
+        shutil.rmtree(self.folder / "uploads-00001", ignore_errors=True)
+        (self.folder / "uploads-00001").mkdir()
+        collector, events = self.collector(uploads), []
+        with contextlib.suppress(ProtocolError):  # too few for the quorum
+            events += collector.events(Record(self.folder))
+        return collector, events
 
     def after(self, collector: Collector) -> State:
         context = self.ready.context(1)
@@ -159,3 +171,129 @@ def test_each_is_refused_with_its_code_and_the_round_is_as_without_it(
             assert_same(round_.after(collector), expected)
     assert not wrong, "\n".join(wrong)
     assert capsys.readouterr().err == ""
+
+
+# --- a start that meets one on the disk ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Round:
+    folder = tmp_path_factory.mktemp("again")
+    models.save(folder / "model")
+    return first_round(folder, **METHODS["plain"])
+
+
+def stored(round_: Round, data: bytes) -> Path:
+    """The spool of a run that was killed after it had written the victim's upload."""
+    _, _ = round_.collected({})  # makes it, and empties it
+    file = round_.folder / "uploads-00001" / f"{file_name(VICTIM)}.safetensors"
+    write_summed(file, data)
+    return file
+
+
+POISON = [
+    "tensors: [2^63, 0]",
+    "tensors: [2^64 - 1, 0]",
+    "tensors: 1,000 dimensions",
+    "JSON: depth 2,000",
+    "offsets: at 2^200",
+    "values: NaN",
+    "fields: client of a surrogate",
+]
+
+
+@pytest.mark.parametrize("name", POISON)
+def test_a_start_that_meets_a_bad_upload_removes_it_and_asks_again(plain, name):
+    """The client may have been repaired since; the run must go on in any case."""
+    case = BAD["plain"][name]
+    file = stored(plain, case.make(plain.good[VICTIM]))
+    others = {client: data for client, data in plain.good.items() if client != VICTIM}
+    collector = plain.collector(others)
+    losses = [e for e in collector.events(Record(plain.folder)) if e["event"] == "lost"]
+    assert [loss["code"] for loss in losses[:1]] == [case.code]
+    assert not file.exists() and collector.uploads.keys() == others.keys()
+    again = plain.collector(plain.good)
+    assert [e["event"] for e in again.events(Record(plain.folder))] == ["client"] * 2
+
+
+def test_an_upload_from_the_disk_counts_what_was_sent_not_what_it_says(plain):
+    """Also one that was stored before a kill: the download is made again to be counted."""
+    sizes = {}
+    data = edited(lambda p: p.fields["facts"].update(bytes_down=123))(plain.good[VICTIM])
+    for how in ("sent", "stored"):
+        if how == "stored":
+            stored(plain, data)
+        else:
+            plain.collected({})
+        events = list(plain.collector({**plain.good, VICTIM: data}).events(Record(plain.folder)))
+        (sizes[how],) = [e["bytes_down"] for e in events if e.get("client") == VICTIM]
+    honest, _ = plain.collected(plain.good)
+    assert sizes["sent"] == sizes["stored"] == honest.uploads[VICTIM].metrics["bytes_down"] != 123
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("empty(): argument 'size' failed to unpack"),
+        RuntimeError("can't allocate memory"),
+        MemoryError(),
+        OverflowError("too large"),
+        RecursionError("too deep"),
+        KeyError("x"),
+        AssertionError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_looking_at_an_upload_raises_costs_that_client_alone(
+    plain, monkeypatch, capsys, error
+):
+    """A fault of ours: the round goes on, the traceback is printed, and no start meets it again."""
+    values = validate.values
+
+    def faulty(upload, place):
+        if upload.client == VICTIM:
+            raise error
+        values(upload, place)
+
+    monkeypatch.setattr(validate, "values", faulty)
+    collector, events = plain.collected(plain.good)
+    (lost,) = [event for event in events if event["event"] == "lost"]
+    assert (lost["client"], lost["code"]) == (VICTIM, RefusalCode.UNEXPECTED)
+    assert type(error).__name__ in lost["reason"] and "report" in lost["reason"]
+    assert "Traceback" in capsys.readouterr().err
+    assert collector.uploads.keys() == plain.good.keys() - {VICTIM}
+    assert len(list(collector.spool.glob("*.safetensors"))) == 1
+
+
+def test_a_fault_of_the_method_ends_the_run_as_any_bug_does(plain, monkeypatch):
+    """It must not look like one of the clients."""
+    monkeypatch.setattr(
+        type(plain.ready.method), "upload_spec", lambda *_: (_ for _ in ()).throw(KeyError("bug"))
+    )
+    with pytest.raises(KeyError, match="bug"):
+        plain.collected(plain.good)
+
+
+def test_a_disk_that_does_not_give_an_upload_back_costs_that_client(plain, monkeypatch):
+    opened = wire.open_upload
+
+    def failing(path, expected):
+        if expected.client == VICTIM:
+            raise OSError(5, "Input/output error", str(path))
+        return opened(path, expected)
+
+    monkeypatch.setattr(wire, "open_upload", failing)
+    _, events = plain.collected(plain.good)
+    (lost,) = [event for event in events if event["event"] == "lost"]
+    assert lost["code"] == RefusalCode.UNREADABLE and "Input/output error" in lost["reason"]
+
+
+def test_an_upload_that_is_too_large_is_not_written(plain, monkeypatch):
+    written = []
+    write = collect.write_summed
+    monkeypatch.setattr(
+        collect, "write_summed", lambda path, data: written.append(len(data)) or write(path, data)
+    )
+    _, events = plain.collected({**plain.good, VICTIM: plain.good[VICTIM] + bytes(10**6)})
+    assert [e.get("code") for e in events if e["event"] == "lost"] == [RefusalCode.WRONG_SIZE]
+    assert len(written) == 1
