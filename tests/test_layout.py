@@ -46,6 +46,7 @@ ENTRANCES = (
     "federation.compare",
     "federation.compose",
     "federation.evaluations",
+    "federation.influence.measure",
     "federation.prepared",
     "federation.ray",
     "federation.ray.cluster",

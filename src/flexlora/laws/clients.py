@@ -10,12 +10,17 @@ from torch import Tensor
 
 from flexlora import wire
 from flexlora.federation import ClientStore, checkpoint
+from flexlora.federation.influence.measure import comparable, kinds_of
 from flexlora.laws import rounds
 from flexlora.laws.case import Case, is_equal, require
 from flexlora.laws.dense import product
 from flexlora.laws.rounds import SHAPES
-from flexlora.lowrank import Adapter
+from flexlora.lowrank import Adapter, parameter_change, product_change
 from flexlora.method import Download, Feature, State
+
+UNTRAINED = 1e-6
+"""How far an upload without training may be from what the server expects: bases and rotations
+are made in float32."""
 
 
 def a_start_is_trainable(case: Case) -> None:
@@ -155,3 +160,24 @@ def equal_ranks_get_the_same(case: Case) -> None:
         for c in (client, twin)
     ]
     require(messages[0] == messages[1], "clients of equal ranks get different downloads")
+
+
+def an_untrained_upload_is_known(case: Case) -> None:
+    """The server knows what a client would send that learnt nothing, and so how far it went."""
+    method, still = case.method, rounds.noise(case.method, size=0.0)
+    in_products, _ = kinds_of(method)
+    for client in case.clients:
+        turn = rounds.client_turn(method, case.state, client, case.context, still)
+        download = method.handout(case.state, client, case.context)
+        start = method.untrained(download, case.context)
+        for module, f in turn.upload.adapter.items():
+            base = comparable(f, start, module)
+            if in_products and all(f.shape):
+                moved = product_change(f, base).norm
+            else:
+                moved = parameter_change(f, base)
+            size = parameter_change(f)
+            require(
+                moved <= UNTRAINED * (1 + size**2),
+                f"{client.id} learns nothing and is {moved:.3g} away from its start in {module}",
+            )

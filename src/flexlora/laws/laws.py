@@ -65,5 +65,6 @@ LAWS: tuple[Law, ...] = (
     _law("scale", aggregation.the_scale_is_folded, _trains_factors),
     _law("wire", messages.an_upload_survives_the_wire),
     _law("parts", aggregation.parts_are_the_whole, _has(Feature.PER_MODULE)),
+    _law("untrained", clients.an_untrained_upload_is_known),
     _law("equal ranks", clients.equal_ranks_get_the_same, _has(Feature.SAME_FOR_EQUAL_RANKS)),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,23 +51,20 @@ def clipped(
     """
     _, start = starts.of(client)
     share, beside = 1.0, dict.fromkeys(upload.aux, 1.0)
-    for kind in sorted(change.bounding & change.norms.keys() & medians.kinds.keys()):
-        whole, single = medians.allowed(change, kind, factor * (1 - ROUNDING))
-        if kind == PRODUCT:
-            ways = {
-                m: Way.of(upload.adapter[m], comparable(upload.adapter[m], start, m))
-                for m in change.norms[kind]
-            }
-            share = min(share, _share_of_product(ways, whole, single))
-            continue
-        norms = change.norms[kind]
-        total = sum(norm**2 for norm in norms.values()) ** 0.5
-        fits = [1.0, whole / total if total else 1.0]
-        fits += [single[m] / norm for m, norm in norms.items() if norm]
-        if kind.startswith(BESIDE):
-            beside[kind.removeprefix(BESIDE)] = min(fits)
-        else:
-            share = min(share, *fits)
+    kinds = sorted(change.bounding & change.norms.keys() & medians.kinds.keys())
+    bounds = {kind: medians.allowed(change, kind, factor * (1 - ROUNDING)) for kind in kinds}
+    for kind in kinds:
+        if kind != PRODUCT:
+            fits = _share_of_parameters(change.norms[kind], *bounds[kind])
+            if kind.startswith(BESIDE):
+                beside[kind.removeprefix(BESIDE)] = fits
+            else:
+                share = min(share, fits)
+    if PRODUCT in bounds:
+        modules = change.norms[PRODUCT]
+        factors = {m: upload.adapter[m] for m in modules}
+        ways = {m: Way.of(f, comparable(f, start, m)) for m, f in factors.items()}
+        share = _share_of_product(ways, *bounds[PRODUCT], share)
     in_products = PRODUCT in change.bounding
 
     def moved(module: str, f: Factors) -> Factors:
@@ -88,17 +86,31 @@ def clipped(
     return Clipped(replace(changed, adapter=read.adapter, aux=read.aux), kept)
 
 
-def _share_of_product(ways: Mapping[str, Way], whole: float, single: Mapping[str, float]) -> float:
-    """A share of the way at which every bound holds, by bisection: at 0 nothing has changed."""
+def _share_of_parameters(
+    norms: Mapping[str, float], whole: float, single: Mapping[str, float]
+) -> float:
+    """The largest share of a change of parameters at which every bound holds."""
+    total = math.sqrt(math.fsum(norm**2 for norm in norms.values()))
+    fits = [single[m] / norm for m, norm in norms.items() if norm]
+    return min([1.0, whole / total, *fits]) if total else 1.0
+
+
+def _share_of_product(
+    ways: Mapping[str, Way], whole: float, single: Mapping[str, float], most: float
+) -> float:
+    """A share of the way, at most ``most``, at which every bound holds; by bisection.
+
+    The norm need not grow on the way, but at its beginning nothing has changed.
+    """
 
     def holds(share: float) -> bool:
         norms = {m: way.norm(share) for m, way in ways.items()}
-        total = sum(norm**2 for norm in norms.values()) ** 0.5
+        total = math.sqrt(math.fsum(norm**2 for norm in norms.values()))
         return total <= whole and all(norm <= single[m] for m, norm in norms.items())
 
-    if holds(1.0):
-        return 1.0
-    low, high = 0.0, 1.0
+    if holds(most):
+        return most
+    low, high = 0.0, most
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
