@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexlora.journal import Event, byte_unit, duration, number, size
+from flexlora.journal import Event, byte_unit, counted, duration, number, size
 from flexlora.reporting import figures, tables
 from flexlora.reporting.document import (
     Code,
@@ -19,6 +19,7 @@ from flexlora.reporting.document import (
 )
 from flexlora.reporting.names import shortened
 from flexlora.reporting.tables import ClientRow, RoundRow, RunFacts
+from flexlora.reporting.tables.selection import of_type
 
 LONGEST_TABLE = 12
 FEW_ROUNDS = 2
@@ -40,7 +41,30 @@ def rounds(events: Sequence[Event]) -> Section:
         short = _round_table([*rows[:3], *rows[-3:]])
         every = Details(f"All {len(rows):,} rounds", [_round_table(rows)])
         parts = [note, Paragraph("First and last three rounds:"), short, every]
-    return Section("Rounds", [*parts, *grid(_drawn(events, rows))])
+    return Section("Rounds", [*parts, *_bounded(events), *grid(_drawn(events, rows))])
+
+
+def _bounded(events: Sequence[Event]) -> list[Part]:
+    """What was done about uploads and rounds that would have changed the model too much."""
+    sentences = []
+    if clipped := of_type(events, "clipped"):
+        clients = len({str(event["client"]) for event in clipped})
+        most = number(max(event["ratio"] for event in clipped), 1)
+        sentences.append(
+            f"{counted(len(clipped), 'upload')} of {counted(clients, 'client')} were scaled down, "
+            f"as they changed up to {most} times as much as the median upload."
+        )
+    if limited := of_type(events, "limited"):
+        sentences.append(
+            f"In {counted(len(limited), 'round')} a client had more than the largest share of the "
+            "weights, and counted less."
+        )
+    if kept := of_type(events, "kept"):
+        sentences.append(
+            f"{counted(len(kept), 'round')} left the model as it was; the last one: "
+            f"{shortened(str(kept[-1]['reason']), 160)}"
+        )
+    return [Paragraph(" ".join(sentences))] if sentences else []
 
 
 def clients(events: Sequence[Event], facts: RunFacts) -> Section:

@@ -206,6 +206,16 @@ class RunState:
                 text = f"upload from {who} not used: enough uploads had arrived"
             case "lost":
                 text, bad = f"no usable upload from {who}: {reason}", True
+            case "clipped":
+                text = (
+                    f"upload from {who} scaled down: {event['ratio']:.3g} times the median change"
+                )
+            case "limited":
+                text = (
+                    f"{counted(len(event['shares']), 'client')} above the largest share count less"
+                )
+            case "kept":
+                text, bad = f"the model stays as before the round: {reason}", True
             case "stray":
                 text = f"late or repeated answer from {who}, ignored: {reason}"
             case "short":
