@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs flexlora[flower]")
 
+from flexlora.deployment.certificates import renew_server
 from flexlora.deployment.flower.processes import ProcessId
+from support.certificates import dated
 from support.processes import RANKS, SOONER, Site
 
 pytestmark = pytest.mark.slow
@@ -151,6 +153,27 @@ def survives(site: Site, kills: list) -> None:
         took[kill.__name__] = site.until(site.done(number), 300, f"round {number} after {kill}")
         print(f"{kill.__name__}: round {number} done {took[kill.__name__]:.0f} s later", flush=True)
     site.until(site.finished, 60, "the run to finish")
+    site.assert_as_if_nothing_happened()
+
+
+@pytest.mark.trust
+def test_a_run_outlives_the_servers_certificate(sites):
+    """It expires in a round, clients connect anew and are refused, and it is renewed."""
+    site = sites([None, None], env=SOONER)
+    keys = site.folder / "keys"
+
+    def expired() -> bool:
+        return "server.crt expired on" in site.said("serve")
+
+    site.begin()
+    site.until(site.asked(1, "client2"), 200, "round 1")
+    dated(keys / "server.crt", -99, 3)
+    site.until(expired, 60, "the end of the certificate to be said")
+    supernode(site)
+    said = "The server's certificate has expired: its owner renews it, while the server runs"
+    site.until(lambda: said in site.said("client1"), 90, "a client to be told")
+    renew_server(keys)
+    site.until(site.finished, 300, "the run to finish")
     site.assert_as_if_nothing_happened()
 
 

@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
-from cryptography.hazmat.primitives import hashes, serialization
-
 from flexlora.cli.deploy import make_keys
 from flexlora.deployment import certificates, key_files
 from flexlora.deployment.certificates import ServerKeys, make_server, renew_server
@@ -21,26 +19,8 @@ from flexlora.deployment.keys import NodeKey, make_node
 from flexlora.deployment.node import preflight
 from flexlora.deployment.node.preflight import Fault
 from flexlora.deployment.server.run_files import ARRIVALS
+from support.certificates import dated
 from support.gate import Signer, registering, split, standing_in, started_gate
-
-PEM = serialization.Encoding.PEM
-
-
-def dated(keys, path, before, after):
-    """Sign the certificate in a file anew, valid between these seconds from now."""
-    folder = keys.key.parent
-    old = key_files.load_certificate(path)
-    signer = key_files.read_private_key(folder / "ca.key")
-    now = datetime.now(UTC)
-    builder = certificates.x509.CertificateBuilder(
-        old.issuer, old.subject, old.public_key(), certificates.x509.random_serial_number()
-    )
-    for extension in old.extensions:
-        builder = builder.add_extension(extension.value, extension.critical)
-    made = builder.not_valid_before(now + timedelta(seconds=before)).not_valid_after(
-        now + timedelta(seconds=after)
-    )
-    certificates.write_atomically(path, made.sign(signer, hashes.SHA256()).public_bytes(PEM), 0o644)
 
 
 @pytest.fixture
@@ -61,7 +41,7 @@ def names(path):
 
 
 def test_a_renewed_certificate_has_the_names_the_key_and_the_ca_of_the_old_one(keys):
-    dated(keys, keys.certificate, -99, 99)
+    dated(keys.certificate, -99, 99)
     before = {path: path.read_bytes() for path in keys.key.parent.iterdir()}
     renewed = renew_server(keys.key.parent, ["new.example.org"])
     assert (renewed.keys, renewed.ca_expired) == (keys, None)
@@ -75,7 +55,7 @@ def test_a_renewed_certificate_has_the_names_the_key_and_the_ca_of_the_old_one(k
 
 
 def test_an_expired_certificate_is_renewed_as_well(keys):
-    dated(keys, keys.certificate, -99, -9)
+    dated(keys.certificate, -99, -9)
     with pytest.raises(ValueError, match=r"server\.crt expired on .*flexlora keys .* --renew"):
         ServerKeys.of(keys.key.parent)
     renew_server(keys.key.parent)
@@ -85,7 +65,7 @@ def test_an_expired_certificate_is_renewed_as_well(keys):
 @pytest.mark.parametrize("left", [3600, -5])
 def test_a_ca_is_renewed_with_its_key_so_that_both_are_taken(keys, tmp_path, left):
     """Expired, or within the life of the server's certificate."""
-    dated(keys, keys.ca, -99, left)
+    dated(keys.ca, -99, left)
     old = tmp_path / "old.crt"
     shutil.copy(keys.ca, old)
     renewed = renew_server(keys.key.parent)
@@ -121,23 +101,23 @@ def test_the_command_renews(keys, capsys):
     make_keys(keys.key.parent, renew=True)
     said = capsys.readouterr().out
     assert "renewed " in said and "a server that is running takes it within seconds" in said
-    dated(keys, keys.ca, -99, 3600)
+    dated(keys.ca, -99, 3600)
     make_keys(keys.key.parent, ["b.example.org"], renew=True)
     assert "send it to the clients' owners, who need it from 20" in capsys.readouterr().out
 
 
 def test_what_is_not_valid_yet_is_said_with_the_clock(keys, client):
-    dated(keys, keys.certificate, 3600, 7200)
+    dated(keys.certificate, 3600, 7200)
     with pytest.raises(ValueError, match=r"server\.crt is valid only from .*clock says .* set the"):
         ServerKeys.of(keys.key.parent)
-    dated(keys, keys.ca, 3600, 7200)
+    dated(keys.ca, 3600, 7200)
     shutil.copy(keys.ca, client.ca)
     with pytest.raises(ValueError, match=r"ca\.crt is valid only from .*clock says"):
         NodeKey.of(client.ca.parent)
 
 
 def test_a_clients_expired_ca_is_to_be_got_from_the_owner(keys, client):
-    dated(keys, keys.ca, -99, -9)
+    dated(keys.ca, -99, -9)
     shutil.copy(keys.ca, client.ca)
     with pytest.raises(ValueError, match=r"ca\.crt expired on .*renewed ca\.crt from the server"):
         NodeKey.of(client.ca.parent)
@@ -153,17 +133,17 @@ def test_a_clients_expired_ca_is_to_be_got_from_the_owner(keys, client):
     ],
 )
 def test_the_end_of_a_certificate_is_said_thirty_days_before(keys, days, words):
-    dated(keys, keys.certificate, -(10**6), days * 86400)
+    dated(keys.certificate, -(10**6), days * 86400)
     sentences = keys.notices(datetime.now(UTC))
     assert len(sentences) == bool(words)
     assert all(word in sentences[0] for word in words)
-    dated(keys, keys.ca, -(10**6), 9.5 * 86400)
+    dated(keys.ca, -(10**6), 9.5 * 86400)
     [of_ca] = [s for s in keys.notices(datetime.now(UTC)) if "ca.crt expires" in s]
     assert "send it to every client before that day" in of_ca
 
 
 def test_notices_come_once_a_day_and_anew_after_a_change(keys, tmp_path):
-    dated(keys, keys.certificate, -99, 3600)
+    dated(keys.certificate, -99, 3600)
     folder, days = tmp_path / "run", [0.0]
     folder.mkdir()
     shown = ServedCertificate(keys, folder, now=lambda: 86400 * days[0])
@@ -234,7 +214,7 @@ def test_a_certificate_expires_and_is_renewed_while_the_gate_serves(keys, client
     run = registering(tmp_path / "run", node)
     internal = certificates.make_internal(tmp_path / "internal")
     assert not (tmp_path / "internal" / "ca.key").exists()
-    dated(keys, keys.certificate, -99, 5)
+    dated(keys.certificate, -99, 5)
     options = ("--ca", keys.ca, "--cert", keys.certificate, "--key", keys.key, "--run", run)
     with (
         standing_in(internal) as link,
@@ -301,7 +281,7 @@ def test_a_clients_clock_that_flower_would_refuse_is_named(keys, client, tmp_pat
 
 def test_a_certificate_that_is_not_valid_yet_is_named_to_a_client(keys, client, tmp_path):
     run = registering(tmp_path / "run")
-    dated(keys, keys.certificate, 3600, 7200)
+    dated(keys.certificate, 3600, 7200)
     options = ("--ca", keys.ca, "--cert", keys.certificate, "--key", keys.key, "--run", run)
     with (
         standing_in() as link,
