@@ -1,7 +1,6 @@
 """Which connection gives way to a new one, without sockets."""
 
 import asyncio
-import resource
 from collections import Counter
 
 import pytest
@@ -13,6 +12,8 @@ from flexlora.deployment.flower.bodies import BodyBudget
 from flexlora.deployment.flower.connections import ConnectionLimits, Door, network_of
 from flexlora.deployment.flower.gate_rules import Refused
 from flexlora.deployment.flower.log_rate import LogRate
+
+resource = pytest.importorskip("resource", reason="Windows has no limit of descriptors")
 
 
 class Clock:

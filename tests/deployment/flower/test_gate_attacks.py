@@ -7,7 +7,6 @@ the attacker's own address, the worst case.
 import contextlib
 import http.client
 import json
-import resource
 import socket
 import ssl
 import threading
@@ -29,6 +28,7 @@ from support.gate import (
     started_gate,
 )
 
+resource = pytest.importorskip("resource", reason="Windows has no limit of descriptors")
 PULL, PUSH = "/v1/fleet/pull-messages", "/v1/fleet/push-object"
 MIB = 2**20
 SETTLE_SECONDS = 0.3

@@ -6,7 +6,6 @@ on a new connection every second, is answered throughout.
 
 import contextlib
 import http.client
-import resource
 import socket
 import ssl
 import threading
@@ -29,6 +28,7 @@ from flexlora.deployment.server import supervisor
 from flexlora.deployment.server.supervisor import Listening
 from support.gate import Signer, resident
 
+resource = pytest.importorskip("resource", reason="Windows has no limit of descriptors")
 MIB = 2**20
 MOST_GROWTH = 50 * MIB
 
