@@ -279,6 +279,7 @@ def test_a_clients_clock_that_flower_would_refuse_is_named(keys, client, tmp_pat
             assert f"{side} the server's" in fault.sentence and "NTP" in fault.sentence
 
 
+@pytest.mark.slow
 def test_a_certificate_that_is_not_valid_yet_is_named_to_a_client(keys, client, tmp_path):
     run = registering(tmp_path / "run")
     dated(keys.certificate, 3600, 7200)

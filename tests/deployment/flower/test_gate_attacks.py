@@ -220,6 +220,7 @@ def test_a_signature_serves_once(front):
     assert len(front.link.seen) == 1
 
 
+@pytest.mark.slow
 def test_a_revoked_node_is_refused_from_then_on(tmp_path, keys):
     with fronting(tmp_path, keys) as front:
         registering(tmp_path / "run")
@@ -362,6 +363,7 @@ def test_connections_of_nodes_are_kept(front):
             time.sleep(SETTLE_SECONDS)
 
 
+@pytest.mark.slow
 def test_one_node_has_so_many_connections(front):
     """A node cannot fill the gate either: its oldest idle connection makes room."""
     held = [front.connected() for _ in range(40)]
