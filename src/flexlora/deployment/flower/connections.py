@@ -26,6 +26,7 @@ _LOOK_SECONDS: Final = 0.5
 _NO_DESCRIPTOR_SECONDS: Final = 0.1
 _RESERVED_DESCRIPTORS: Final = 256
 """For connections to the SuperLink, files, and the interpreter."""
+_NO_LISTENER: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _MOST_CONNECTIONS: Final = 4096
 _MOST_ADDRESSES: Final = 4096
@@ -198,23 +199,24 @@ class Door:
         closing = loop.create_task(self._close_late())
         try:
             while True:
+                # One at a time, so that those who are already connected get on.
+                await asyncio.sleep(0)
                 try:
                     accepted, peer = await loop.sock_accept(listener)
                 except OSError as error:
-                    if error.errno not in _NO_ROOM:  # whoever called has gone
-                        continue
-                    if (oldest := self._oldest()) is not None:
-                        oldest.close()
-                    await asyncio.sleep(_NO_DESCRIPTOR_SECONDS)
-                    continue
+                    if error.errno in _NO_LISTENER:
+                        raise
+                    if error.errno in _NO_ROOM:
+                        if (oldest := self._oldest()) is not None:
+                            oldest.close()
+                        await asyncio.sleep(_NO_DESCRIPTOR_SECONDS)
+                    continue  # in all other cases whoever called has gone
                 connection = await self.admit(str(peer[0]))
                 if connection is None:
                     accepted.close()
                     continue
                 opening = self._open(connection, accepted, context(), make)
                 connection.opening = loop.create_task(opening)
-                # One at a time, so that those who are already connected get on.
-                await asyncio.sleep(0)
         finally:
             closing.cancel()
 
@@ -227,8 +229,9 @@ class Door:
     ) -> None:
         loop = asyncio.get_running_loop()
         limits = self.limits
-        try:
+        with contextlib.suppress(OSError):  # whoever called has gone
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
             await loop.connect_accepted_socket(
                 lambda: _Watched(connection, make(connection)),
                 accepted,

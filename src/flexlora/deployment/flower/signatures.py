@@ -88,7 +88,7 @@ class RegisteredKeys:
 
 @dataclass
 class Signatures:
-    """Checks that a request comes from a registered node; costs below a millisecond."""
+    """Checks that a request comes from a registered node; one or two milliseconds for each."""
 
     registered: RegisteredKeys
     _keys: dict[bytes, tuple[str, ec.EllipticCurvePublicKey]] = field(default_factory=dict)
