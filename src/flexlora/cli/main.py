@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from flexlora.cli import (
 )
 from flexlora.cli.interrupts import STOPPED, raised
 from flexlora.cli.options import with_last_run
-from flexlora.errors import FlexloraError
+from flexlora.errors import sentence
 from flexlora.storage.untrusted import printable_lines
 
 BUG = (
@@ -61,28 +61,8 @@ COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 """Every command by its name, in the groups of ``flexlora --help``."""
 
-_REFUSED_BY_THE_SYSTEM = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EMFILE", "ENFILE"),
-        *("ENAMETOOLONG", "ENOTDIR", "EISDIR", "ETXTBSY", "EBUSY"),
-    )
-    if hasattr(errno, name)
-)
-"""Errors of files that the user can mend, wherever they are met: a full disk, no permission."""
-
 _FORMER_OPTIONS = {"folder": "out", "output": "out"}
 """Former names of options, which are accepted still."""
-
-_REMEDIES = {
-    errno.ENOSPC: " Free some space, or give a folder on another disk.",
-    errno.EACCES: " Change its permissions, or give another folder.",
-    errno.EPERM: " Change its permissions, or give another folder.",
-    errno.EROFS: " Give a folder that can be written to.",
-    errno.ENOTDIR: " A folder is needed there, and it is a file.",
-    errno.EISDIR: " A file is needed there, and it is a folder.",
-}
-"""What a user can do about them."""
 
 _LONGEST = 2000
 """Characters of an error; one that is longer is cut in the middle, as the remedy is at its end."""
@@ -163,13 +143,15 @@ def main() -> None:
     """
     try:
         code = app(with_last_run(sys.argv[1:]), prog_name="flexlora", standalone_mode=False)
-    except FlexloraError as error:
-        _fail(str(error))
+        sys.stdout.flush()
     except _MISUSED as error:
         _end_misused(error)
+    except BrokenPipeError:
+        _close_output()  # whoever read it, such as `head`, has read enough
+        raise SystemExit(1) from None
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _REFUSED_BY_THE_SYSTEM:
-            _fail(_sentence(error))
+        if said := sentence(error):
+            _fail(said)
         traceback.print_exc()
         print(BUG, file=sys.stderr)
         raise SystemExit(1) from None
@@ -181,7 +163,19 @@ def _fail(message: str) -> NoReturn:
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
     print(f"error: {printable_lines(message)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _close_output()
     raise SystemExit(2)
+
+
+def _close_output() -> None:
+    """Let nothing more be written to the output, which Python would try at its end."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return  # it has no file
 
 
 def _end_misused(error: Exception) -> NoReturn:
@@ -193,10 +187,3 @@ def _end_misused(error: Exception) -> NoReturn:
     context = getattr(misused, "ctx", None)
     command = context.command_path if context else "flexlora"
     _fail(f"{misused.format_message().rstrip('.')}; see: {command} --help")
-
-
-def _sentence(error: OSError) -> str:
-    """What the system refused, as one sentence."""
-    file = "a file" if error.filename is None else error.filename
-    remedy = _REMEDIES.get(error.errno or 0, "")
-    return f"The system refused to read or write {file}: {error.strerror}.{remedy}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from flexlora.errors import ConfigError
 from flexlora.evaluation.generation import stops, text
 from flexlora.lowrank import Factors
 from flexlora.model import Base, export, smollm2
+from flexlora.storage import scratch
 
 NAME = "vllm"
 """The package."""
@@ -78,8 +78,8 @@ def answers_of_each(
     """
     rank = check(base, adapters)
     ends = stops(base, end)
-    with tempfile.TemporaryDirectory(prefix="flexlora-vllm-") as folder:
-        requests = list(_requests(base, adapters, Path(folder)))
+    with scratch("vllm") as folder:
+        requests = list(_requests(base, adapters, folder))
         outputs = _generated(base, requests, prompts, max_new_tokens, ends, rank)
     texts = iter(text(base.tokenizer, list(o.outputs[0].token_ids), ends) for o in outputs)
     return [[next(texts) for _ in prompts] for _ in adapters]

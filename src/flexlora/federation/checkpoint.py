@@ -209,6 +209,22 @@ def before(folder: Path, round: int) -> Checkpoint | None:
     return None
 
 
+def drop_damaged_before(folder: Path, round: int) -> list[DamagedFile]:
+    """Remove the checkpoint that is kept before that of a round if it is damaged; why it was.
+
+    Reads its files. The next checkpoint shares files with it.
+    """
+    for number in _numbers(folder):
+        if number < round:
+            try:
+                _verified(folder / name_of(number))
+            except DamagedFile as error:
+                shutil.rmtree(folder / name_of(number))
+                return [error]
+            return []
+    return []
+
+
 def name_of(round: int) -> str:
     """The name of a checkpoint's folder."""
     return f"state-{round:05d}"

@@ -31,7 +31,7 @@ from flexlora.federation.transport import (
 from flexlora.journal import Event, LossKind, Record
 from flexlora.method import Feature, State, Upload
 from flexlora.seeds import rng
-from flexlora.storage import is_intact, remove_summed, sum_file, write_summed
+from flexlora.storage import is_intact, remove_summed, sum_file, write_new, write_summed
 from flexlora.storage.untrusted import RefusalCode, short
 from flexlora.wire import validate
 
@@ -332,7 +332,7 @@ def turn_requests(
     for id in clients:
         file = download_file(folder, prepared.clients[id])
         if not file.exists():
-            file.write_bytes(encoded(id))
+            write_new(file, encoded(id))
         yield TurnRequest(id, number, file, most(id))
 
 

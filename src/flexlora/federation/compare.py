@@ -22,7 +22,7 @@ from flexlora import methods
 from flexlora.config import ComparisonSettings, Experiment
 from flexlora.data import Corpus
 from flexlora.data.corpora import hub, procedural
-from flexlora.errors import ConfigError, FlexloraError
+from flexlora.errors import ConfigError, FlexloraError, sentence
 from flexlora.federation import checkpoint, compose, rounds, setup
 from flexlora.federation.identity import differing
 from flexlora.federation.prepared import PreparedRun
@@ -212,8 +212,7 @@ def _run(
     except Exception as error:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(traceback.format_exc(), encoding="utf-8")
-        kind = "" if isinstance(error, FlexloraError) else f"{type(error).__name__}: "
-        return Outcome(cell, "failed", f"{kind}{error}")
+        return Outcome(cell, "failed", sentence(error) or f"{type(error).__name__}: {error}")
     return Outcome(cell, "finished")
 
 

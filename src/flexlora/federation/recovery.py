@@ -37,6 +37,7 @@ def resume(folder: Path) -> Resumed:
     """
     loaded = checkpoint.load_sound(folder)
     point, found = _with_private_files(folder, loaded.point, loaded.damaged)
+    found = [*found, *checkpoint.drop_damaged_before(folder, point.round)]
     record, events = Record(folder), list[Event]()
     says = [(error, _goes_on(folder, error, point)) for error in found]
     if record.agrees(point.journal):

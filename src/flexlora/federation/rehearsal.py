@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from flexlora.federation.client_store import PRIVATE, ClientStore
 from flexlora.federation.client_turn import turn
 from flexlora.federation.collect import turn_requests
 from flexlora.federation.prepared import PreparedRun
+from flexlora.storage import scratch
 
 _ANSWERS = 4
 """How many test rows are evaluated to estimate the time of an evaluation."""
@@ -91,8 +91,8 @@ def rehearse(prepared: PreparedRun) -> Rehearsal:
         ConfigError: as in the evaluation of a run.
     """
     federation = prepared.experiment.federation
-    with TemporaryDirectory(prefix="flexlora-") as folder:
-        types = list(_types(prepared, Path(folder)))
+    with scratch() as folder:
+        types = list(_types(prepared, folder))
     return Rehearsal(
         types,
         min(prepared.cohort_size, len(prepared.clients)),

@@ -10,12 +10,12 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 from flexlora.federation.client_turn import ClientRuntime, TurnRequest, turns
 from flexlora.federation.transport import Lost, Reply, WaitPolicy
 from flexlora.journal import LossKind
+from flexlora.storage import scratch, write_new
 
 _LARGE_BYTES: Final = 2**25
 """Downloads whose training leaves holes worth closing; for less the time is worth more."""
@@ -38,10 +38,10 @@ class SimulatedTransport:
         Those whose turn has not begun when the time is over are lost.
         """
         waiting, started = iter(jobs), time.monotonic()
-        with TemporaryDirectory(prefix="flexlora-") as folder:
+        with scratch() as folder:
             while not patience.enough() and (
                 group := [
-                    _on_disk(job, Path(folder) / f"{place}.safetensors")
+                    _on_disk(job, folder / f"{place}.safetensors")
                     for place, job in enumerate(itertools.islice(waiting, self.clients_at_once))
                 ]
             ):
@@ -66,8 +66,7 @@ def _on_disk(job: TurnRequest, file: Path) -> TurnRequest:
     """The job with its download in a file: a turn of rank 200 needs the memory for itself."""
     if isinstance(job.download, Path):
         return job
-    file.unlink(missing_ok=True)  # not written over: its pages may still be mapped
-    file.write_bytes(job.download)
+    write_new(file, job.download)
     return replace(job, download=file)
 
 

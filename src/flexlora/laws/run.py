@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from flexlora.laws.case import Case, Violation
 from flexlora.laws.laws import LAWS, Law
 from flexlora.method import Method
+from flexlora.storage import scratch
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ def verdicts(method: Method) -> Iterator[Verdict]:
     are not checked.
     """
     for law in LAWS:
-        with TemporaryDirectory(prefix="flexlora-laws-") as folder:
-            yield verdict(method, law, Path(folder))
+        with scratch("laws") as folder:
+            yield verdict(method, law, folder)
 
 
 def verdict(method: Method, law: Law, folder: Path) -> Verdict:

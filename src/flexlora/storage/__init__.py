@@ -12,6 +12,7 @@ from flexlora.storage.files import (
     sha256,
     sync_folder,
     write_atomically,
+    write_new,
 )
 from flexlora.storage.locks import LOCK, is_lock_file, is_locked, locked
 from flexlora.storage.paths import expanded
@@ -28,6 +29,7 @@ from flexlora.storage.sealed import (
     write_sealed,
     write_summed,
 )
+from flexlora.storage.temporary import scratch
 
 __all__ = [
     "LOCK",
@@ -47,11 +49,13 @@ __all__ = [
     "read_sealed",
     "remove_drafts",
     "remove_summed",
+    "scratch",
     "sha256",
     "sum_file",
     "sum_of",
     "sync_folder",
     "write_atomically",
+    "write_new",
     "write_sealed",
     "write_summed",
 ]

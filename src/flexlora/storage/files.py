@@ -56,6 +56,22 @@ def replacing(path: Path, mode: int = _PRIVATE) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_new(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that need not outlast this process, in place of the one that is there.
+
+    That one is not written over: its pages may still be mapped. Raises OSError that names it.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(path, flags, _PRIVATE), "wb") as file:
+            file.write(data)
+    except OSError as error:
+        if error.errno:
+            error.filename = os.fspath(path)
+        raise
+
+
 def remove_drafts(folder: Path) -> None:
     """Remove what writers that were killed have left in a folder; nobody may write in it now."""
     for draft in folder.glob(".*.partial"):

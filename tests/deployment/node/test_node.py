@@ -26,7 +26,7 @@ from flexlora.method.interface import (
     FreshAdapters,
     Upload,
 )
-from flexlora.storage import sha256
+from flexlora.storage import sha256, sum_file
 from support import models
 from support.node_server import NAME, RANK, RUN, Server, own_file, owner, settings
 
@@ -219,8 +219,9 @@ def test_another_download_of_the_same_round_is_trained(server, here, turns):
 def test_the_last_upload_alone_is_kept(server, here):
     for number in (1, 2, 3):
         server.turn(here, number)
-    (kept,) = (here.config.state / RUN).glob("upload-*")
-    assert kept.name.startswith("upload-00003-")
+    kept = sorted((here.config.state / RUN).glob("upload-*"))
+    assert len(kept) == 2 and kept[1] == sum_file(kept[0])  # beside it
+    assert kept[0].name.startswith("upload-00003-")
 
 
 @pytest.mark.parametrize(
@@ -267,9 +268,9 @@ def test_a_full_disk_is_said_and_the_next_turn_works(server, here, monkeypatch, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(node, "write_atomically", full)
+        patch.setattr(node, "write_summed", full)
         said, data = here.handle(server.header(1), payload)
-        assert fault(said) == "OSError: [Errno 28] No space left on device" and data == b""
+        assert "a file: No space left on device. Free some space" in fault(said) and data == b""
     assert here.handle(server.header(1), payload)[0] == {"round": 1}
     assert turns == [1, 1]
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -25,6 +22,7 @@ from flexlora.deployment.node.preflight import Fault
 from flexlora.deployment.node.worker_socket import Response, Worker
 from flexlora.errors import ConfigError, ProtocolError
 from flexlora.journal import counted, duration, size
+from flexlora.storage import scratch
 from flexlora.storage.untrusted import short
 
 _LOOK_SECONDS: Final = 0.5
@@ -132,17 +130,16 @@ def join(address: str, config: NodeConfig, keys: NodeKey | None, print_line: Pri
     for notice in node.rows.notices:
         print_line(notice)
     logged = LoggedNode(node, print_line)
-    sockets = Path(tempfile.mkdtemp(prefix="flexlora-"))
-    worker = Worker(sockets / "worker", logged.handle, config.limits.message_bytes)
-    home = config.state / "flower"
-    process = supernode(address, home, sockets / "worker", keys, config.limits.message_bytes)
-    threading.Thread(target=worker.serve, daemon=True).start()
-    try:
-        Connection(address, keys, process, logged).run()
-    finally:
-        process.stop()
-        worker.close()
-        shutil.rmtree(sockets)
+    with scratch() as sockets:
+        worker = Worker(sockets / "worker", logged.handle, config.limits.message_bytes)
+        home = config.state / "flower"
+        process = supernode(address, home, sockets / "worker", keys, config.limits.message_bytes)
+        threading.Thread(target=worker.serve, daemon=True).start()
+        try:
+            Connection(address, keys, process, logged).run()
+        finally:
+            process.stop()
+            worker.close()
     for line in _last_lines(logged.adapter, config):
         print_line(line)
 

@@ -22,7 +22,7 @@ from flexlora.deployment.node.own_rows import in_split, own_rows
 from flexlora.deployment.node.requested import Allowed
 from flexlora.deployment.node.worker_socket import Response
 from flexlora.deployment.run_spec import RunSpec
-from flexlora.errors import FlexloraError, ProtocolError
+from flexlora.errors import ProtocolError, sentence
 from flexlora.federation import (
     ClientRuntime,
     ClientStore,
@@ -36,7 +36,7 @@ from flexlora.federation import (
 from flexlora.lowrank import Adapter
 from flexlora.method import Feature
 from flexlora.model import Base, smollm2
-from flexlora.storage import write_atomically
+from flexlora.storage import close_to_others, is_intact, sum_file, write_new, write_summed
 from flexlora.storage.untrusted import one_line, short
 
 _MOST_EXAMPLES = 10**7
@@ -122,13 +122,14 @@ class Node:
             return handlers[kind](header, payload)
         # The disk may be full or the memory too small: any error is reported to the server.
         except Exception as error:
-            name = "" if isinstance(error, FlexloraError) else f"{type(error).__name__}: "
-            if not isinstance(error, FlexloraError | OSError):
+            said = sentence(error)
+            if said is None:
                 traceback.print_exc()  # a fault of the library or of a plug-in
+                said = f"{type(error).__name__}: {error}"
             forgot = {"forgot": True} if isinstance(error, LostBase) else {}
             # Neither the server's text nor the paths of this machine are passed on as they are.
             state = str(self.config.state)
-            return {"error": name + one_line(str(error).replace(state, "STATE")), **forgot}, b""
+            return {"error": one_line(said.replace(state, "STATE")), **forgot}, b""
 
     def _enrol(self, header: Mapping[str, Any], payload: bytes) -> Response:
         """Accept the server's run specification; report this client and its limits."""
@@ -150,10 +151,10 @@ class Node:
         enrolment, round = self._enrolled(header), self._round(header, least=1)
         digest = hashlib.sha256(payload).hexdigest()[:16]
         stored = enrolment.folder / f"upload-{round:05d}-{digest}"
-        if not stored.exists():
-            write_atomically(stored, enrolment.train(self.config.name, round, payload))
+        if not is_intact(stored):
+            write_summed(stored, enrolment.train(self.config.name, round, payload))
             for old in enrolment.folder.glob("upload-*"):
-                if old != stored:
+                if old not in (stored, sum_file(stored)):
                     old.unlink()
         return {"round": round}, stored.read_bytes()
 
@@ -253,8 +254,9 @@ class Node:
     def _folder(self, spec: RunSpec) -> Path:
         """The folder of a run in the client's state."""
         folder = self.config.state / spec.run
+        # It has rows as tokens, and the client's own factors.
+        close_to_others(self.config.state)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.state.chmod(0o700)  # it has rows as tokens, and the client's own factors
         return folder
 
     def _divided(self, spec: RunSpec) -> tuple[Sequence[int], Sequence[int]]:
@@ -360,6 +362,5 @@ def _file(folder: Path, name: str, content: bytes) -> Path:
     """A new file of this name; the folder may have been deleted meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
-    file.unlink(missing_ok=True)  # not written over: its pages may still be mapped
-    file.write_bytes(content)
+    write_new(file, content)
     return file

@@ -20,7 +20,7 @@ from flexlora.deployment.server import delivery
 from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.registry import ClientRegistry
-from flexlora.errors import ConfigError, FlexloraError, ProtocolError
+from flexlora.errors import ConfigError, FlexloraError, ProtocolError, sentence
 from flexlora.federation import Transport, checkpoint, compose, rounds, served
 from flexlora.journal import Event, Record, counted
 from flexlora.method import Feature, for_mixed_modules, require
@@ -179,7 +179,8 @@ def run_server(folder: Path, connect: Connect) -> None:
         except Exception as error:
             # A finished run's journal ends with its finish, whatever happens to the delivery.
             if finish_of(folder) is None:
-                reason = one_line(f"{type(error).__name__}: {error}", _LONGEST_REASON)
+                said = sentence(error) or f"{type(error).__name__}: {error}"
+                reason = one_line(said, _LONGEST_REASON)
                 Record(folder).append("stopped", reason=reason)
             raise
 

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from flexlora.federation.client_store import PRIVATE, ClientStore
 from flexlora.federation.prepared import PreparedRun
 from flexlora.federation.ray.pool import RayTransport
 from flexlora.federation.ray.resident import Resident, described
+from flexlora.storage import scratch
 from flexlora.training import clients_at_once
 
 _SECONDS_TO_ANSWER: Final = 10.0
@@ -192,18 +192,19 @@ def fitted(
 def _started(plan: Cluster) -> Iterator[Cluster]:
     """A cluster on this machine with just enough room."""
     # Ray's sockets lie there too, and their paths must be short.
-    place = "/tmp" if os.name == "posix" else None
-    with tempfile.TemporaryDirectory(
-        prefix="flexlora-ray-", dir=place, ignore_cleanup_errors=True
-    ) as folder:
+    place = Path("/tmp") if os.name == "posix" else None
+    with scratch("ray", place) as folder:
+        # Ray lets everybody write in its own folder, so that it lies in one of ours.
+        session = folder / "s"
+        session.mkdir(mode=0o700)
         _connect(
             num_cpus=plan.workers * plan.threads,
             num_gpus=plan.workers * plan.gpus,
             include_dashboard=False,
-            _temp_dir=folder,
+            _temp_dir=str(session),
         )
         try:
-            yield replace(plan, scratch=Path(folder) / "downloads")
+            yield replace(plan, scratch=folder / "downloads")
         finally:
             ray.shutdown()
 

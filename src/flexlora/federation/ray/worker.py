@@ -13,6 +13,7 @@ import numpy as np
 
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.ray.partial_step import SentPart, Step
+from flexlora.storage import write_new
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 """Bytes as Ray hands them over: in shared memory, without a copy for each reader."""
@@ -96,5 +97,5 @@ class Worker:
                 continue
             path = self._folder / each.file
             if data is not None:
-                path.write_bytes(data.data)
+                write_new(path, data.data)
             yield TurnRequest(each.client, each.round, path)
