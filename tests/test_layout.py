@@ -49,6 +49,7 @@ ENTRANCES = (
     "federation.influence.measure",
     "federation.prepared",
     "federation.ray",
+    "federation.recovery",
     "federation.ray.cluster",
     "federation.rehearsal",
     "federation.rounds",

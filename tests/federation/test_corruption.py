@@ -15,7 +15,11 @@ from flexlora.peft_format import WEIGHTS
 from flexlora.reporting import page
 from support import corruption, models, sizes
 
-METHODS = ("flexlora", "flora", "fedsalora")
+METHODS = (
+    "flexlora",
+    pytest.param("flora", marks=pytest.mark.slow),
+    pytest.param("fedsalora", marks=pytest.mark.slow),
+)
 """With a state alone, with updates that are merged for good, with parts that stay on clients."""
 
 REFUSED = ("config.json", "private/")

@@ -194,8 +194,8 @@ class ClientStore:
         return [path for path in files if int(path.stem) < round]
 
     def _write(self, path: Path, data: bytes) -> None:
-        make_private(self.folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for place in (self.folder, path.parent.parent, path.parent):
+            make_private(place)
         write_summed(path, data)
         self._intact[path] = _stamp(path)
 

@@ -328,7 +328,7 @@ def turn_requests(
         yield from (TurnRequest(id, number, encoded(id), most(id)) for id in clients)
         return
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(mode=0o700)
     for id in clients:
         file = download_file(folder, prepared.clients[id])
         if not file.exists():

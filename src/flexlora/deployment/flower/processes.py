@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from flexlora.errors import ProtocolError
-from flexlora.storage import write_atomically
+from flexlora.storage import make_private, write_atomically
 
 try:
     import psutil
@@ -36,6 +36,7 @@ _MEMORY: Final = {
 """Settings of the C library of Linux. Payload chunks of 5 MiB are allocated and freed all the time;
 having the system clear their pages each time takes longer than filling them. A process keeps up to
 256 MiB that it does not use."""
+_APPEND: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _LOG: Final = "FLEXLORA_LOG"
 """Environment variable of a program and of all that it starts: the path of its log."""
 _SAME_TIME_SECONDS: Final = 1.0
@@ -203,9 +204,9 @@ class Process:
 
     def start(self) -> None:
         """Start it in a process group of its own, after ending one that a crash left behind."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self.log.parent)
         self.end_left_behind()
-        with self.log.open("ab") as log:
+        with os.fdopen(os.open(self.log, _APPEND, 0o600), "ab") as log:
             self._running = subprocess.Popen(
                 list(self.arguments),
                 stdin=subprocess.DEVNULL,
@@ -213,6 +214,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env={**self.env, _LOG: str(self.log.resolve())},
                 start_new_session=True,
+                umask=0o077,
             )
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
             ProcessId.of(self._running.pid).write(self.id_file)

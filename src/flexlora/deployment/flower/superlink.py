@@ -22,7 +22,7 @@ from flexlora.deployment.flower.local_users import GUARDED
 from flexlora.deployment.flower.processes import POLL_INTERVAL, Process, environment, program
 from flexlora.deployment.server.run_files import REPLY_BYTES
 from flexlora.errors import FlexloraError, ProtocolError
-from flexlora.storage import write_atomically
+from flexlora.storage import close_to_others, write_atomically
 
 _START_SECONDS: Final = 60.0
 _CONNECTION: Final = "run"
@@ -49,7 +49,7 @@ class SuperLink:
     process: Process = field(init=False)
 
     def __post_init__(self) -> None:
-        self.home.mkdir(parents=True, exist_ok=True)
+        close_to_others(self.home)
         secure = (
             ["--insecure"]
             if self.tls is None

@@ -11,7 +11,7 @@ from typing import Final
 
 from flexlora.deployment.flower.processes import Process, environment, free_port, program
 from flexlora.deployment.keys import NodeKey
-from flexlora.storage import write_atomically
+from flexlora.storage import close_to_others, write_atomically
 
 REFUSED: Final = "refused.json"
 """Where the SuperNode writes, in its folder, why it refuses what the server sends."""
@@ -35,6 +35,7 @@ def supernode(
     program("flower-supernode")  # refuses where Flower is not installed
     (home / REFUSED).unlink(missing_ok=True)
     programs = home / "programs"
+    close_to_others(home)
     programs.mkdir(parents=True, exist_ok=True)
     _write_program(programs / "flwr-clientapp", f"{_PROCESSES} message")
     env = environment(home) | {MOST_BYTES: str(most_bytes)}

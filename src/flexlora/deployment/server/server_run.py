@@ -16,14 +16,15 @@ from flexlora.config import Experiment
 from flexlora.deployment import run_spec
 from flexlora.deployment.flower import processes
 from flexlora.deployment.flower.processes import ProcessId
-from flexlora.deployment.server import delivery
+from flexlora.deployment.server import delivery, run_files
 from flexlora.deployment.server.delivery import Finished, Ledger
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.registry import ClientRegistry
 from flexlora.errors import ConfigError, FlexloraError, ProtocolError, sentence
-from flexlora.federation import Transport, checkpoint, compose, rounds, served
+from flexlora.federation import Transport, checkpoint, compose, recovery, rounds, served
 from flexlora.journal import Event, Record, counted
 from flexlora.method import Feature, for_mixed_modules, require
+from flexlora.peft_format import WEIGHTS
 from flexlora.storage import (
     DamagedFile,
     is_locked,
@@ -123,6 +124,18 @@ def check(settings: Experiment) -> None:
             "the server cannot evaluate it: set evaluation.seen_clients = 0 and "
             "evaluation.unseen_clients = 0."
         )
+
+
+def cut_back(folder: Path) -> None:
+    """Cut the journal of a run back to its last checkpoint; what is damaged is noted.
+
+    Nobody may write in the folder.
+    """
+    if not checkpoint.is_begun(folder):
+        Record(folder).rewind(0)
+        return
+    for event in recovery.resume(folder).damaged:
+        run_files.note(folder, f"damaged: {event['reason']}")
 
 
 def has_begun(folder: Path) -> bool:
@@ -274,6 +287,11 @@ def _deliver(
     """Send the finished adapter to the clients, until all that may take part have it."""
     try:
         finished = Finished.of(adapter_of(folder, finish), finish["rounds"])
+        if finish.get("sha256", {}).get(WEIGHTS, finished.digest) != finished.digest:
+            reason = "does not agree with the checksum in the journal: it is damaged"
+            raise DamagedFile(
+                adapter_of(folder, finish) / WEIGHTS, reason, "restore it from a copy"
+            )
     except FlexloraError as error:
         registry.note(f"the adapter cannot be sent to the clients: {error}")
         delivery.close(folder)

@@ -136,7 +136,7 @@ class Server:
         """
         server_run.end_process(self.folder)
         if not self.is_finished:
-            Record(self.folder).rewind(checkpoint.journal_bytes(self.folder))
+            server_run.cut_back(self.folder)
         self.run, self.submitted = self.link.submit(self.folder), time.monotonic()
 
     @property
@@ -240,6 +240,7 @@ def _served(folder: Path, listening: Listening, stay_seconds: float) -> Iterator
         finished_at = time.monotonic()
     else:
         delivery.forget(folder)
+        server_run.cut_back(folder)
         offset_bytes = checkpoint.journal_bytes(folder)
     try:
         server.start()
