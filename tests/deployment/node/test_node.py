@@ -300,7 +300,7 @@ def test_whatever_goes_wrong_is_said_with_its_kind(server, here, monkeypatch, er
     with monkeypatch.context() as patch:
         patch.setattr(node, "turn", broken)
         said, data = here.handle(server.header(1), server.download(1))
-    assert fault(said).startswith(f"{type(error).__name__}: ") and data == b""
+    assert fault(said).startswith(f"{type(error).__name__}:") and data == b""
     server.turn(here, 1)
 
 
