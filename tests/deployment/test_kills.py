@@ -77,6 +77,20 @@ def served(site: Site) -> None:
     site.serve(resume=True)
 
 
+def interrupted(site: Site) -> None:
+    """Ctrl-C while the process of the rounds is busy, as with a large upload; then a resume.
+
+    A process that is stopped acts on no SIGTERM, as Flower's while it waits for an upload.
+    """
+    busy = ProcessId.read(site.run / "serverapp.pid")
+    os.kill(busy.pid, signal.SIGSTOP)
+    site.processes["serve"].send_signal(signal.SIGINT)
+    site.processes["serve"].wait(60)
+    assert busy.running is None and not (site.run / "serverapp.pid").exists()
+    assert site.pids(str(site.run)) == []
+    site.serve(resume=True)
+
+
 def network(site: Site) -> None:
     """Nothing gets through for twenty seconds."""
     assert site.kill("flexlora.deployment.flower.gate", site.address, how=signal.SIGSTOP) == 1
@@ -124,18 +138,19 @@ KILLS = [
     server_process,
     joined,
     served,
+    interrupted,
     network,
     state,
     everything,
 ]
-SHORT = [clients, superlink]
+SHORT = [clients, superlink, interrupted]
 
 
-def test_ten_kills_and_the_same_adapter(sites):
+def test_eleven_kills_and_the_same_adapter(sites):
     survives(sites(KILLS), KILLS)
 
 
-def test_the_most_telling_kills_in_two_rounds(sites):
+def test_the_most_telling_kills_in_three_rounds(sites):
     survives(sites(SHORT, env=SOONER), SHORT)
 
 

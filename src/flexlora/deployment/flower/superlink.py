@@ -218,10 +218,7 @@ class SuperLink:
     def _shrink_database(self) -> None:
         """Return the room of what was deleted to the disk."""
         with contextlib.closing(sqlite3.connect(self.home / _DATABASE)) as database:
-            # Each step frees one page.
-            for _ in database.execute("PRAGMA incremental_vacuum"):
-                pass
-            database.commit()
+            database.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
 
     def _write_connection(self) -> None:
         """Write the address of the SuperLink for Flower's command line."""
