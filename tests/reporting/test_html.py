@@ -79,3 +79,12 @@ def test_a_link_never_leaves_the_folder_of_its_page():
     for path in ("javascript:alert(1)", "//evil.example/x", "a b/é#?%", "\ud800"):
         href = Link("x", path).href
         assert href.startswith("./") and not set(' #?<>"') & set(href)
+
+
+def test_codes_that_control_a_terminal_or_a_line_are_shown_as_such():
+    codes = "\x1b[31m\u202e\0\u2028\u200b\ud800"
+    header = Header(codes, codes, codes, [codes], [(codes, codes)])
+    page = html.render_document(codes, header, [Section(codes, [Paragraph(codes)])])
+    assert not set(codes) - set("[31m") & set(page)
+    assert page.count("\N{REPLACEMENT CHARACTER}") >= 30
+    page.encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,13 @@ POLICY = Markup(
     "img-src data: blob:; form-action 'none'; base-uri 'none'"
 )
 """The Content-Security-Policy of a document: the browser may open no connection."""
+
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+"""Codes that control a terminal or the direction of a text, and halves of characters; not the
+joiners that some scripts are written with."""
 
 _CONFIG = {
     "displaylogo": False,
@@ -78,10 +86,18 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_shown,
     )
     environment.filters["plotted"] = _plotted
     environment.filters["order"] = order_of
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """Text of a journal, in which names may be strangers'; markup is ours."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _HIDDEN.sub("\N{REPLACEMENT CHARACTER}", value)
 
 
 @dataclass(frozen=True)
