@@ -106,8 +106,7 @@ def test_the_limit_of_a_run_only_grows(tmp_path):
 @pytest.mark.parametrize(
     "how",
     [
-        {"objects": 40},
-        {"objects": 20_000},
+        {"objects": 200_000},
         {"extra": 2**20},
         {"root": "another"},
     ],
