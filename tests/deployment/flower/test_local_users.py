@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import sys
+from types import MethodType, SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,13 @@ from flexlora.deployment.flower.local_users import GUARDED, OwnUserOnly
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 CLIENT, SERVER = ("127.0.0.1", 40001), ("127.0.0.1", 8000)
 PATHS = ["/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/push-object", "/docs", "/"]
+
+
+class Transport:
+    """Of a connection whose socket has the descriptor 0."""
+
+    def get_extra_info(self, name):
+        return SimpleNamespace(fileno=lambda: 0) if name == "socket" else None
 
 
 class Asked:
@@ -31,23 +39,28 @@ class Asked:
                 if self.read[-1]["type"] == "http.disconnect":
                     return
 
-        async def receive():
-            return {"type": "http.request", "body": body.pop(0), "more_body": bool(body)}
+        class Cycle:
+            """Of uvicorn, whose request this is."""
+
+            transport = Transport()
+
+            async def receive(self):
+                return {"type": "http.request", "body": body.pop(0), "more_body": bool(body)}
 
         async def send(event):
             self.sent.append(event)
 
         asked = []
 
-        def find(peer, server):
-            asked.append((peer, server))
+        def find(peer, server, inode):
+            asked.append((peer, server, inode))
             return owner
 
         scope = {"type": kind, "path": path, "client": CLIENT, "server": SERVER}
         scope["headers"] = list(headers)
         guard = OwnUserOnly(app, open_to_nodes, 100, find)
-        asyncio.run(guard(scope, receive, send))
-        assert asked in ([], [(CLIENT, SERVER)])
+        asyncio.run(guard(scope, Cycle().receive, send))
+        assert asked in ([], [(CLIENT, SERVER, os.fstat(0).st_ino)])
 
     @property
     def status(self):
@@ -84,10 +97,12 @@ def test_a_connection_whose_ends_are_unknown_is_refused():
         sent.append(event)
 
     guard = OwnUserOnly(app, False, 100, lambda *ends: os.getuid())
-    for missing in ("client", "server"):
+    receive = SimpleNamespace(transport=Transport())
+    for missing in ("client", "server", "socket"):
         sent = []
         scope = {"type": "http", "path": "/", "headers": [], "client": CLIENT, "server": SERVER}
-        asyncio.run(guard({**scope, missing: None}, None, send))
+        bound = None if missing == "socket" else MethodType(lambda self: None, receive)
+        asyncio.run(guard({**scope, missing: None}, bound, send))
         assert sent[0]["status"] == 403
 
 
@@ -115,10 +130,13 @@ def connection():
 def test_the_owner_of_a_connection_is_found(connection):
     client, served = connection
     assert local_users.can_tell()
-    assert local_users.owner(served.getpeername(), served.getsockname()) == os.getuid()
+    inode, other = (os.fstat(end.fileno()).st_ino for end in (served, client))
+    assert local_users.owner(served.getpeername(), served.getsockname(), inode) == os.getuid()
     port = client.getsockname()[1]
-    assert local_users.owner(("127.0.0.2", port), served.getsockname()) is None
-    assert local_users.owner(served.getpeername(), ("127.0.0.1", 1)) is None
+    assert local_users.owner(("127.0.0.2", port), served.getsockname(), inode) is None
+    assert local_users.owner(served.getpeername(), ("127.0.0.1", 1), inode) is None
+    # As of a connection that took the place of another one.
+    assert local_users.owner(served.getpeername(), served.getsockname(), other) is None
 
 
 @on_linux
@@ -126,7 +144,7 @@ def test_the_owner_of_a_connection_is_found(connection):
 def test_a_connection_that_was_closed_belongs_to_nobody(connection, how):
     """Linux shows it as root's: who sends a request and leaves would be taken for root."""
     client, served = connection
-    ends = served.getpeername(), served.getsockname()
+    ends = served.getpeername(), served.getsockname(), os.fstat(served.fileno()).st_ino
     if how == "reset":
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     client.close()
@@ -140,6 +158,8 @@ LINES = """\
    0: 0100007F:9C41 0100007F:1F40 01 00000000:00000000 00:00000000 00000000  1000        0 5 1 0
    1: 0100007F:9C42 0100007F:1F40 06 00000000:00000000 03:00000000 00000000     0        0 0 3 0
    2: 0100007F:1F40 0100007F:9C43 01 00000000:00000000 00:00000000 00000000     0        0 7 1 0
+   3: 0100007F:1F40 0100007F:9C41 01 00000000:00000000 00:00000000 00000000     0        0 8 1 0
+   4: 0100007F:1F40 0100007F:9C42 08 00000000:00000000 00:00000000 00000000     0        0 9 1 0
 """
 
 
@@ -147,10 +167,22 @@ LINES = """\
 def test_the_table_is_read_by_both_ends(tmp_path, monkeypatch):
     (tmp_path / "tcp").write_text(LINES)
     monkeypatch.setattr(local_users, "_TABLE", tmp_path / "tcp")
-    found = [local_users.owner(("127.0.0.1", port), SERVER) for port in (40001, 40002, 40003)]
-    assert found == [1000, None, None]
+    asked = [(40001, 8), (40001, 9), (40002, 9), (40003, 7)]
+    found = [local_users.owner(("127.0.0.1", port), SERVER, inode) for port, inode in asked]
+    assert found == [1000, None, None, None]
 
 
 def test_a_system_that_does_not_say_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(local_users, "_TABLE", tmp_path / "tcp")
     assert not local_users.can_tell()
+
+
+def test_uvicorn_has_the_socket_of_a_request():
+    """In both of its implementations of HTTP."""
+    import inspect
+
+    from uvicorn.protocols.http import h11_impl, httptools_impl
+
+    for module in (h11_impl, httptools_impl):
+        assert "self.transport = transport" in inspect.getsource(module.RequestResponseCycle)
+        assert "self.scope, self.receive, self.send" in inspect.getsource(module)

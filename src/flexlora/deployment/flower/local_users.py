@@ -42,18 +42,34 @@ def can_tell() -> bool:
         return False
 
 
-def owner(peer: Address, server: Address) -> int | None:
+def owner(peer: Address, server: Address, inode: int) -> int | None:
     """The user at the end ``peer`` of a connection to ``server``; None if there is nobody.
 
-    An end that its process has closed belongs to nobody: Linux shows it as root's.
+    ``inode`` is that of the server's own socket. Only while the table has it with these two
+    addresses do they stand for this connection: one that was broken off may have been followed by
+    another user's with the same. An end that its process has closed belongs to nobody: Linux shows
+    it as root's.
     """
     ends = [_in_table(peer), _in_table(server)]
+    is_here, user = False, None
     with _TABLE.open(encoding="ascii") as table:
         for line in table:
             fields = line.split()
             if fields[1:3] == ends and fields[9] != "0":
-                return int(fields[7])
-    return None
+                user = int(fields[7])
+            elif fields[2:0:-1] == ends and fields[9] == str(inode):
+                is_here = True
+    return user if is_here else None
+
+
+def inode_of(receive: Receive) -> int | None:
+    """The inode of the socket that a request came by, from uvicorn's ``receive``; or None."""
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    listening = None if transport is None else transport.get_extra_info("socket")
+    try:
+        return None if listening is None else os.fstat(listening.fileno()).st_ino
+    except OSError:  # it is closed
+        return None
 
 
 def _in_table(address: Address) -> str:
@@ -73,7 +89,7 @@ class OwnUserOnly:
     app: App
     open_to_nodes: bool
     most_body_bytes: int
-    find_owner: Callable[[Address, Address], int | None] | None = owner
+    find_owner: Callable[[Address, Address, int], int | None] | None = owner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or start and end with the server."""
@@ -81,7 +97,7 @@ class OwnUserOnly:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             raise ValueError(f"The SuperLink has no {scope['type']}.")
-        elif not self._may_pass(scope):
+        elif not self._may_pass(scope, receive):
             await _answer(send, 403, "Only the user who runs this server may use this address.")
         elif scope["path"] == GUARDED:
             await _answer(send, 200, "guarded")
@@ -90,13 +106,13 @@ class OwnUserOnly:
         else:
             await self.app(scope, _bounded(receive, self._most_bytes(scope)), send)
 
-    def _may_pass(self, scope: Scope) -> bool:
+    def _may_pass(self, scope: Scope, receive: Receive) -> bool:
         if self.find_owner is None or (self.open_to_nodes and scope["path"].startswith(NODES)):
             return True
-        peer, server = scope.get("client"), scope.get("server")
-        if peer is None or server is None:
+        peer, server, inode = scope.get("client"), scope.get("server"), inode_of(receive)
+        if peer is None or server is None or inode is None:
             return False
-        return self.find_owner(tuple(peer), tuple(server)) == os.getuid()
+        return self.find_owner(tuple(peer), tuple(server), inode) == os.getuid()
 
     def _most_bytes(self, scope: Scope) -> int:
         return self.most_body_bytes * (1 if scope["path"].startswith(NODES) else 10)

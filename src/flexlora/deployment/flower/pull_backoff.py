@@ -3,7 +3,7 @@
 A message is visible before all of its objects have arrived. Flower pulls missing objects again
 after one second, two, four, up to ten: its constant PULL_INITIAL_BACKOFF, which is bound as a
 default when its modules are imported, and is not a setting. Half of a payload's transfer time
-would be waited once more, at the server and in every client process.
+would be waited once more in every client process. The server fetches answers itself: ``inbox``.
 """
 
 from __future__ import annotations

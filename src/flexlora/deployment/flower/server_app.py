@@ -8,7 +8,6 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flexlora.deployment.flower.grid import FlowerTransport
-from flexlora.deployment.flower.pull_backoff import shorten_pull_backoff
 from flexlora.deployment.server import server_run
 from flexlora.errors import ProtocolError
 
@@ -18,7 +17,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that ``flexlora serve`` has prepared in the run's folder."""
-    shorten_pull_backoff()
     folder = str(context.run_config.get("folder") or "")
     if not folder:
         raise ProtocolError(
