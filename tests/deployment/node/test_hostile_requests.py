@@ -1,7 +1,9 @@
 """What a malicious or faulty server sends: a sentence, nothing kept, and the next turn works."""
 
+import contextlib
 import json
 import os
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from flexlora import model, wire
 from flexlora.deployment.node import base_model
 from flexlora.deployment.node import node as node_module
-from flexlora.deployment.node.limits import Limits
+from flexlora.deployment.node.limits import Limits, ended_after
 from flexlora.deployment.node.node import Node
 from flexlora.lowrank import Adapter, Factors
 from flexlora.storage import write_summed
@@ -341,6 +343,30 @@ def test_a_plan_that_is_too_long_to_be_listed_is_refused(folder, tmp_path, monke
         {"kind": "enrol", "terms": Server(tmp_path, told).told}, b""
     )
     assert "asks for 9999 epochs of 10 rows" in response["error"]
+
+
+def test_a_template_without_end_is_ended(folder, tmp_path, loaded):
+    """A hub model's chat template is a program, and the server names the model."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(loops)
+    own_file(tmp_path)
+    here = owner(tmp_path, tmp_path / "state")
+    here = Node(replace(here, limits=replace(here.limits, seconds=0.5)))
+    terms = json.loads(Server(folder, settings(folder)).told)
+    terms["prompt"] = "chat"
+    started = time.monotonic()
+    response, _ = here.handle({"kind": "enrol", "terms": json.dumps(terms)}, b"")
+    assert "with the chat template was ended" in response["error"], response
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 1e-4, 1e-3])
+def test_time_that_is_over_at_the_end_is_no_later_fault(seconds):
+    for _ in range(30):
+        with contextlib.suppress(ValueError), ended_after(seconds, "It"):
+            sum(range(2000))
+    sum(range(10**6))
 
 
 # What an earlier version has kept

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -66,6 +70,46 @@ class Limits:
             existing = next(p for p in (state, *state.resolve().parents) if p.exists())
             disk_bytes = max(int(_SHARE_OF_DISK * shutil.disk_usage(existing).free), 1)
         return cls(memory_bytes, disk_bytes, DAY if seconds is None else seconds)
+
+
+@contextmanager
+def ended_after(seconds: float, what: str) -> Iterator[None]:
+    """End Python code of this thread that takes longer, such as the loops of a chat template.
+
+    Raises:
+        ProtocolError: the time is over; ``what`` says of what.
+    """
+    thread, over = threading.get_ident(), threading.Event()
+
+    def end(error: type[BaseException] | None) -> None:
+        raised = None if error is None else ctypes.py_object(error)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+
+    def ring() -> None:
+        over.set()
+        end(_TimeOver)
+
+    timer = threading.Timer(seconds, ring)
+    timer.daemon = True
+    try:
+        timer.start()
+        yield
+        timer.cancel()
+        timer.join()
+        end(None)  # where the time was over in the last moment
+    except _TimeOver:
+        pass
+    finally:
+        timer.cancel()
+    if over.is_set():
+        raise ProtocolError(
+            f"{what} was ended: it has taken {duration(seconds)}, this client's limit "
+            "(join --seconds)."
+        )
+
+
+class _TimeOver(BaseException):
+    """Raised in a thread from another; no handler of ``Exception`` takes it for its own."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from flexlora.data import Columns, Corpus, TokenStore
 from flexlora.deployment import run_spec
 from flexlora.deployment.node import base_model, finished, requested
 from flexlora.deployment.node.capacity import Capacity, Proposal
-from flexlora.deployment.node.limits import Limits, TimeLimit
+from flexlora.deployment.node.limits import Limits, TimeLimit, ended_after
 from flexlora.deployment.node.own_rows import in_split, own_rows
 from flexlora.deployment.node.requested import Allowed
 from flexlora.deployment.node.worker_socket import Response
@@ -226,7 +226,8 @@ class Node:
         base = self._model(spec)
         folder = self._folder(spec)
         cache = self.config.state / "tokens"
-        store = TokenStore.build(self.rows, base.tokenizer, spec.prompt, spec.max_tokens, cache)
+        with ended_after(self.config.limits.seconds, "Preparing the rows with the chat template"):
+            store = TokenStore.build(self.rows, base.tokenizer, spec.prompt, spec.max_tokens, cache)
         train, held_out = self._divided(spec)
         _check_length(spec, len(train))
         clients = ClientStore(folder / "private")
