@@ -369,6 +369,21 @@ def test_time_that_is_over_at_the_end_is_no_later_fault(seconds):
     sum(range(10**6))
 
 
+def test_a_server_is_not_told_where_files_lie(folder, tmp_path, monkeypatch):
+    server = Server(tmp_path, settings(folder))
+    here = small(folder, tmp_path / "state", out=tmp_path / "chosen" / "place")
+    config = here.config
+
+    def broken(job, runtime):
+        places = (config.state / "x", config.data, config.model, config.out)
+        raise OSError(28, "No space left on device", " ".join(map(str, places)))
+
+    monkeypatch.setattr(node_module, "turn", broken)
+    response, _ = here.handle(server.header(1), server.download(1))
+    assert "No space left" in response["error"] and "STATE/x DATA MODEL ADAPTER" in str(response)
+    assert str(tmp_path) not in str(response) and str(folder) not in str(response)
+
+
 # What an earlier version has kept
 
 

@@ -631,7 +631,8 @@ def test_the_finished_adapter_is_written_and_confirmed(server, here, digest, tmp
     said, data = here.handle(stored(server, digest), adapter_bytes(server))
     out = tmp_path / "state" / "adapter"
     assert data == b"" and said["digest"] == digest == sha256(out / peft_format.WEIGHTS)
-    assert (said["client"], said["rounds"], said["adapter"]) == (NAME, 3, str(out))
+    assert said == {"client": NAME, "rounds": 3, "digest": digest}
+    assert here.published == str(here.config.model)
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
     assert not list((tmp_path / "state" / RUN).glob("finished*"))
     assert here.handle(stored(server, digest), adapter_bytes(server))[0] == said

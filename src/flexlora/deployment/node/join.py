@@ -65,7 +65,7 @@ class LoggedNode:
         elif kind == "evaluate":
             self.print_line(_evaluation_line(response))
         elif kind == "store":
-            self.adapter.update(response)
+            self.adapter.update({**response, "base": self.node.published})
         elif kind == "over":
             self.ended.set()
         return response, data

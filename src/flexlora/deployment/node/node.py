@@ -22,7 +22,7 @@ from flexlora.deployment.node.own_rows import in_split, own_rows
 from flexlora.deployment.node.requested import Allowed
 from flexlora.deployment.node.worker_socket import Response
 from flexlora.deployment.run_spec import RunSpec
-from flexlora.errors import ProtocolError, sentence
+from flexlora.errors import ConfigError, FlexloraError, ProtocolError, sentence
 from flexlora.federation import (
     ClientRuntime,
     ClientStore,
@@ -36,7 +36,14 @@ from flexlora.federation import (
 from flexlora.lowrank import Adapter
 from flexlora.method import Feature
 from flexlora.model import Base, smollm2
-from flexlora.storage import close_to_others, is_intact, sum_file, write_new, write_summed
+from flexlora.storage import (
+    DamagedFile,
+    close_to_others,
+    is_intact,
+    sum_file,
+    write_new,
+    write_summed,
+)
 from flexlora.storage.untrusted import one_line, short
 
 _MOST_EXAMPLES = 10**7
@@ -128,8 +135,32 @@ class Node:
                 said = f"{type(error).__name__}: {error}"
             forgot = {"forgot": True} if isinstance(error, LostBase) else {}
             # Neither the server's text nor the paths of this machine are passed on as they are.
-            state = str(self.config.state)
-            return {"error": one_line(said.replace(state, "STATE")), **forgot}, b""
+            text = said
+            if not isinstance(error, FlexloraError) or isinstance(error, LostBase | DamagedFile):
+                text = self._without_paths(text)
+            return {"error": one_line(text), **forgot}, b""
+
+    @property
+    def published(self) -> str:
+        """The public name, or the folder, of the base model in memory."""
+        return next((base.published for base in self._base.values()), "")
+
+    def _without_paths(self, text: str) -> str:
+        """A sentence for the server, which is not told where files lie on this machine.
+
+        Not for one with a server's own words: it would confirm a path that was guessed.
+        """
+        config = self.config
+        paths = {
+            "ADAPTER": config.out,
+            "STATE": config.state,
+            "DATA": config.data,
+            "MODEL": config.model,
+        }
+        for name, path in paths.items():
+            if path is not None and Path(path).is_absolute():
+                text = text.replace(str(path), name)
+        return text
 
     def _enrol(self, header: Mapping[str, Any], payload: bytes) -> Response:
         """Accept the server's run specification; report this client and its limits."""
@@ -194,8 +225,6 @@ class Node:
             "client": self.config.name,
             "rounds": rounds,
             "digest": digest,
-            "base": base.published,
-            "adapter": str(self.config.adapter),
         }, b""
 
     def _over(self, header: Mapping[str, Any], payload: bytes) -> Response:
@@ -285,8 +314,15 @@ class Node:
         if key not in self._base:
             # First the memory of the model before, which is not needed any more.
             self._enrolment, self._base = {}, {}
-            base_model.check(source)
-            self._base = {key: source.load()}
+            try:
+                base_model.check(source)
+                self._base = {key: source.load()}
+            except ConfigError as error:
+                # The owner's own path, of which the server is not told.
+                own = self.config.model
+                raise ConfigError(
+                    str(error).replace(own, "MODEL") if own else str(error)
+                ) from error
         return self._base[key]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from flexlora import wire
 from flexlora.deployment.node.limits import Limits
 from flexlora.errors import ProtocolError
+from flexlora.lowrank import Adapter
 from flexlora.storage.untrusted import short
 from flexlora.wire import HeaderLimits, MessageHeader, ModuleShape
 from flexlora.wire.validate import LARGEST_NORM
@@ -116,7 +117,13 @@ def check_values(file: Path) -> None:
     Raises:
         ProtocolError: with the module.
     """
-    adapter = wire.open_file(file)[0]
+    try:
+        _check_values(wire.open_file(file)[0])
+    except ProtocolError as error:
+        raise ProtocolError(str(error).replace(str(file), "The message")) from error
+
+
+def _check_values(adapter: Adapter) -> None:
     for module, factors in adapter.items():
         for factor in (factors.B, factors.A):
             size = float(factor.double().norm())
