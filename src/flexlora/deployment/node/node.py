@@ -211,7 +211,7 @@ class Node:
             raise ProtocolError(f"The server sends an adapter of {short(rounds)} rounds.")
         base = self._model(spec)
         received = requested.read(payload, "adapter", self.config.limits)
-        requested.check_adapter(received, base.shapes, _most_rank(spec))
+        requested.check_adapter(received, base.shapes)
         ranks = None
         if self.config.own_rank:
             rank = self._enrolled(header).proposal.rank
@@ -349,7 +349,7 @@ class _Enrolment:
             file = self._checked("evaluated", round + 1, payload)
             return self.runtime.start(TurnRequest(client, round + 1, file)).adapter
         header = requested.read(payload, "adapter", self.limits)
-        requested.check_adapter(header, self.runtime.base.shapes, _most_rank(self.spec))
+        requested.check_adapter(header, self.runtime.base.shapes)
         return finished.opened(_file(self.folder, "evaluated", payload), self.runtime.base)
 
     def _checked(self, name: str, round: int, payload: bytes) -> Path:
@@ -363,7 +363,7 @@ class _Enrolment:
         allowed = Allowed(
             shapes=shapes,
             ranks=self.proposal.rank.by_module(list(shapes)),
-            frozen_rank=_most_rank(self.spec),
+            largest_rank=max(self.spec.attention, self.spec.feed_forward),
             limits=self.limits,
             trains_parts=Feature.PROBES in self.runtime.method.features,
             kept=clients.update_bytes() if clients else {},
@@ -372,11 +372,6 @@ class _Enrolment:
         file = _file(self.folder, name, payload)
         requested.check_values(file)
         return file
-
-
-def _most_rank(spec: RunSpec) -> int:
-    """The largest rank in the federation."""
-    return max(spec.attention, spec.feed_forward)
 
 
 def _check_length(spec: RunSpec, rows: int) -> None:

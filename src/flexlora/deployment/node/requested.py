@@ -22,8 +22,8 @@ from flexlora.wire.validate import LARGEST_NORM
 MOST_ROUNDS: Final = 99_999
 """Files of a client are named and sorted by rounds of five digits."""
 MOST_PARTS: Final = 16
-"""An update of the base model, made of many clients' factors, may have this many times the rank of
-a full matrix: it takes at most some 16 to 32 times the memory of the layer itself."""
+"""What is not trained, such as an update of the base model made of many clients' factors, may have
+this many times the rank of a full matrix: some 16 to 32 times the memory of the layer itself."""
 _KEPT_BYTES: Final = 4
 """Of a value on the client's disk, which is in float32."""
 
@@ -36,14 +36,14 @@ class Allowed:
     """What a download may ask of this client.
 
     ``ranks`` are the largest ranks that it trains, by module; modules that its owner excludes are
-    not in it. ``frozen_rank`` is the largest rank in the whole federation. ``trains_parts`` is set
+    not in it. ``largest_rank`` is the largest rank in the whole federation. ``trains_parts`` is set
     for a method that sends more components than are trained. ``kept`` has the bytes of the updates
     that are on the client's disk already, by their round.
     """
 
     shapes: Shapes
     ranks: Mapping[str, int]
-    frozen_rank: int
+    largest_rank: int
     limits: Limits
     trains_parts: bool = False
     kept: Mapping[int, int] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def check_download(header: MessageHeader, round: int, allowed: Allowed) -> None:
         )
 
 
-def check_adapter(header: MessageHeader, shapes: Shapes, most_rank: int) -> None:
+def check_adapter(header: MessageHeader, shapes: Shapes) -> None:
     """Refuse an adapter to evaluate or to keep, by its header.
 
     Raises:
@@ -106,7 +106,7 @@ def check_adapter(header: MessageHeader, shapes: Shapes, most_rank: int) -> None
                 f"The server's adapter has a module {short(module)} of shape {stored.shape}; in "
                 f"the base model of this client it is {shapes.get(module)}."
             )
-        _check_rank("The server's adapter", module, stored, shapes, most_rank)
+        _check_rank("The server's adapter", module, stored, shapes)
 
 
 def check_values(file: Path) -> None:
@@ -148,18 +148,14 @@ def _check_module(
             "layer of that name."
         )
     shape = shapes[module]
-    if section.startswith("update "):
-        if stored.shape != shape:
-            raise ProtocolError(_wrong_shape(place, module, stored, shape))
-        _check_rank(place, module, stored, shapes, MOST_PARTS * min(shape))
-    elif stored.shape == shape:
+    if stored.shape == shape:
         if section:
-            most = max(allowed.frozen_rank, min(shape))
-            _check_rank(place, module, stored, shapes, most)
+            _check_rank(place, module, stored, shapes)
+        return
     # A method's own values: one factor of a module, or fewer numbers in another form.
-    elif max(stored.shape) > MOST_PARTS * shape[0] * shape[1] or stored.rank > max(
-        allowed.frozen_rank, *shape
-    ):
+    longest, most_rank = MOST_PARTS * shape[0] * shape[1], max(allowed.largest_rank, *shape)
+    is_own = max(stored.shape) <= longest and stored.rank <= most_rank
+    if section.startswith("update ") or not is_own:
         raise ProtocolError(_wrong_shape(place, module, stored, shape))
 
 
@@ -196,7 +192,8 @@ def _check_rounds(rounds: list[int], round: int) -> None:
         )
 
 
-def _check_rank(place: str, module: str, stored: ModuleShape, shapes: Shapes, most: int) -> None:
+def _check_rank(place: str, module: str, stored: ModuleShape, shapes: Shapes) -> None:
+    most = MOST_PARTS * min(shapes[module])
     if stored.rank > most:
         raise ProtocolError(
             f"{place} has rank {stored.rank} in {module!r}, whose layer is {shapes[module]} (out, "
