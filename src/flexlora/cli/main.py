@@ -14,6 +14,7 @@ import typer
 
 from flexlora.cli import (
     adapters,
+    attack,
     configs,
     demo,
     demo_flower,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
         "configs": configs.list_configs,
         "run": run.run,
         "compare": run.compare,
+        "attack": attack.attack,
         "eval": evaluate.evaluate,
         "methods": methods.list_methods,
         "laws": laws.laws,

@@ -31,8 +31,9 @@ def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
     path = _checked_path(path)
     text, content = _read(path, "config")
     places = {key: f"{path}, line {line}" for key, line in _lines(text).items()}
-    # It is read by ``read_comparison``; a single run has nothing to compare.
+    # Read by their own commands; a single run has nothing to compare and no attacker.
     content.pop("compare", None)
+    content.pop("attack", None)
     changed = apply_changes(content, changes)
     _make_paths_absolute(content, path.parent, changed)
     return parse(content, path, places | changed)
