@@ -52,6 +52,8 @@ def _sentences(event: Event, tally: Tally) -> list[str]:
             return [_short(event)]
         case "damaged":
             return [f"damaged: {event['reason']}"]
+        case "weights":
+            return _weights(event)
         case "round":
             return [_round(event)]
         case "evaluation":
@@ -134,6 +136,17 @@ def _short(event: Event) -> str:
         f"round {event['round']}: {_keep(counted(event['received'], 'upload'))} after attempt "
         f"{event['attempt']}, {event['quorum']} needed"
     )
+
+
+def _weights(event: Event) -> list[str]:
+    """The clients that an averager counts for less than a tenth of an equal share, if any."""
+    shares = event["shares"]
+    low = sorted((share, id) for id, share in shares.items() if share < 0.1 / len(shares))
+    if not low:
+        return []
+    listed = ", ".join(f"{id} ({100 * share:.2g} %)" for share, id in low[:5])
+    more = f" and {len(low) - 5} more" if len(low) > 5 else ""
+    return [f"round {event['round']}: the averager counts little or nothing of {listed}{more}"]
 
 
 def _round(event: Event) -> str:
