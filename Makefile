@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-flower test test-slow test-all test-numeric test-kills test-kills-short trust check bench docs clean
+.PHONY: help demo demo-flower test test-slow test-all test-numeric test-kills test-kills-short trust mutants release-check check bench docs clean
 
 help:  ## Say what the targets are
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -48,6 +48,14 @@ test-kills-short: $(READY)  ## The most telling of these kills, in two rounds an
 
 trust: $(READY)  ## The security tests at full size: 200,000 fuzzed uploads, corruptions, fault points; 15 minutes
 	$(BIN)/python -m pytest $(PARALLEL) -m trust --durations=25
+
+mutants: $(READY)  ## Faults planted in the modules that check untrusted bytes: how many their tests find
+	$(BIN)/python benchmarks/mutation_score.py
+
+release-check:  ## Build a release twice in an environment of its own, compare, and list dependencies
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --require-hashes --no-deps -r release/requirements.txt
+	build/release/bin/python release/check.py dist
 
 check: $(READY)  ## Lint and types
 	$(BIN)/ruff check .

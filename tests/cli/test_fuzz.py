@@ -45,7 +45,7 @@ def check(result: commands.Result, case: object) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="links and paths of Unix")
 @pytest.mark.filterwarnings("ignore")
-@sizes.trials(20, 2000)
+@sizes.trials(20, 600)
 def test_a_config_works_or_is_refused_in_a_sentence(folder, monkeypatch, capsys, trials):
     draw = random.Random(7)
     content = tomllib.loads((folder / "tiny.toml").read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def test_a_config_works_or_is_refused_in_a_sentence(folder, monkeypatch, capsys,
 
 @pytest.mark.skipif(os.name == "nt", reason="links and paths of Unix")
 @pytest.mark.filterwarnings("ignore")
-@sizes.trials(40, 2000)
+@sizes.trials(40, 1200)
 def test_a_command_line_works_or_is_refused_in_a_sentence(folder, monkeypatch, capsys, trials):
     draw = random.Random(8)
     for trial in range(trials):
