@@ -91,7 +91,8 @@ class Collector:
             for id, reason in self.screen.refused(self.uploads).items():
                 del self.uploads[id]
                 remove_summed(self._file(id))
-                yield self._recorded(Lost(id, reason, LossKind.TOO_LARGE_CHANGE), record)
+                kind, code = LossKind.TOO_LARGE_CHANGE, RefusalCode.TOO_LARGE_CHANGE
+                yield self._recorded(Lost(id, reason, kind, code=code), record)
             if len(self.uploads) >= settings.quorum and not self._absent():
                 yield from self._clipped(record)
                 return
@@ -138,9 +139,9 @@ class Collector:
         """The upload, if it can be compared with others; else the client is lost."""
         try:
             self.screen.measure(upload, self.state)
-        except ProtocolError as error:
+        except wire.RefusedMessage as error:
             remove_summed(self._file(upload.client))
-            return Lost(upload.client, str(error), LossKind.INVALID_UPLOAD)
+            return _invalid(upload.client, str(error), error.code)
         return upload
 
     def _clipped(self, record: Record) -> Iterator[Event]:

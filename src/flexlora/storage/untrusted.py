@@ -101,6 +101,12 @@ class RefusalCode(StrEnum):
     WRONG_SPARSE = "wrong_sparse"
     """A tensor without its zeros is not the matrix that the header says."""
 
+    TOO_LARGE_CHANGE = "too_large_change"
+    """The upload would change the model many times more than the others do."""
+
+    CANCELLING = "cancelling"
+    """A product is what is left of terms that are many times larger."""
+
     WRONG_COMPONENTS = "wrong_components"
     """The numbers of components are not those of distinct components of the modules."""
 

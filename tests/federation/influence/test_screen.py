@@ -13,7 +13,6 @@ import torch
 
 from flexlora import methods
 from flexlora.config.experiment import FederationSettings
-from flexlora.errors import ProtocolError
 from flexlora.federation.influence.bounds import Accepted, Medians
 from flexlora.federation.influence.measure import PRODUCT
 from flexlora.federation.influence.screen import Screen
@@ -26,6 +25,7 @@ from flexlora.laws.rounds import (
 from flexlora.lowrank import Adapter, Factors, LowRankSum, parameter_change
 from flexlora.method import Client, Cohort, Mean, Method, State, Upload, averagers
 from flexlora.training import Training
+from flexlora.wire import RefusedMessage
 
 CASES = int(os.environ.get("FLEXLORA_INFLUENCE_CASES", "40"))
 """How many cases the law of influence is tried in; a thousand in the long form."""
@@ -92,7 +92,7 @@ class Federation:
         for id, upload in uploads.items():
             try:
                 screen.measure(upload, self.state)
-            except ProtocolError:
+            except RefusedMessage:
                 del used[id]
         for id in screen.refused(used):
             del used[id]

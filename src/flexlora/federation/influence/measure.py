@@ -22,6 +22,7 @@ from flexlora.method import (
     Upload,
     in_parallel,
 )
+from flexlora.storage.untrusted import RefusalCode
 
 PRODUCT = "product"
 """The kind of change that is measured in products ``B A``. The others name the factors that
@@ -132,9 +133,19 @@ def measured(upload: Upload, client: Client, starts: Starts) -> Change:
     """How much an upload changes, by the Gram matrices of its factors; reads each tensor once.
 
     Costs O(rank^2 (out + in)) for each module where products count, else one pass.
+
+    Raises:
+        RefusedMessage: it numbers other components than the client was given to train.
     """
     prepared = starts.prepared
     download, start = starts.of(client)
+    for module, ids in download.component_ids.items():
+        if list(upload.component_ids.get(module, ())) != list(ids):
+            raise wire.RefusedMessage(
+                RefusalCode.WRONG_COMPONENTS,
+                f"The upload of client {client.id!r} for round {upload.round}: module {module!r} "
+                "numbers other components than the client was given.",
+            )
     in_products, in_factors = kinds_of(prepared.method)
 
     def of_module(module: str) -> tuple[dict[str, tuple[float, float]], bool]:

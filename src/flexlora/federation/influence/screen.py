@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flexlora.errors import ProtocolError
+from flexlora import wire
 from flexlora.federation.client_store import file_name
 from flexlora.federation.influence.bounds import FEWEST, Accepted, Medians
 from flexlora.federation.influence.clip import clipped
 from flexlora.federation.influence.measure import Change, Starts, measured
 from flexlora.federation.prepared import PreparedRun
 from flexlora.method import State, Upload
+from flexlora.storage.untrusted import RefusalCode
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Screen:
         """Measure an upload, which is validated.
 
         Raises:
-            ProtocolError: its products are what is left of much larger terms, or it numbers other
+            RefusedMessage: its products are what is left of much larger terms, or it numbers other
                 components than the client was given.
         """
         if not self.is_on:
@@ -58,10 +59,11 @@ class Screen:
         client = self.prepared.clients[upload.client]
         change = measured(upload, client, self._starts(state))
         if change.cancelling:
-            raise ProtocolError(
+            raise wire.RefusedMessage(
+                RefusalCode.CANCELLING,
                 f"The upload of client {upload.client!r} for round {self.number}: the product of "
                 f"module {change.cancelling[0]!r} is what is left of terms over ten thousand times "
-                "larger."
+                "larger.",
             )
         self.changes[upload.client] = change
 
