@@ -1,12 +1,16 @@
 """What several methods do with uploads, against dense float64."""
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from flexlora.laws.dense import best, product, relative_error, weighted_sum
 from flexlora.lowrank.factors import Adapter, Factors
 from flexlora.method import averaging
-from flexlora.method.averaging import WeightedCohort
+from flexlora.method.averaging import WeightedCohort, limited_weights, most_of
 from flexlora.method.interface import Upload
 from flexlora.method.merge_log import MergeLog
 from flexlora.method.truncation import Truncation, total
@@ -62,3 +66,40 @@ def test_the_log_remembers_who_has_merged_what():
     whole = total(log.updates.values(), start)
     want = sum(product(entry["q"]) for entry in entries)
     assert relative_error(product(whole["q"]), want) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("weights", "most", "want"),
+    [
+        ((1.0, 2.0, 3.0), 0.2, (1.0, 2.0, 3.0)),
+        ((1.0, 1.0, 1e9), 0.2, (1.0, 1.0, 2.0)),
+        ((1.0, 1e9), 0.2, (1.0, 3.0)),
+        ((5.0,), 0.2, (5.0,)),
+        ((0.0, 7.0, 0.0), 0.2, (0.0, 7.0, 0.0)),
+        ((1.0,) * 8 + (1e6, 1e9), 0.2, (1.0,) * 8 + (8 / 3, 8 / 3)),
+        ((1.0, 1.0, 1e9), 1.0, (1.0, 1.0, 1e9)),
+        ((), 0.2, ()),
+    ],
+)
+def test_no_weight_is_above_the_largest_share(weights, most, want):
+    limited = limited_weights(weights, most)
+    assert limited == pytest.approx(want)
+    assert limited_weights(limited, most) == limited
+    if weights and any(weights):
+        bound = most_of(sum(weight > 0 for weight in weights), most)
+        assert max(limited) <= bound * sum(limited) * (1 + 1e-9)
+    kept = [(a, b) for a, b in zip(weights, limited, strict=True) if b != a]
+    assert all(b < a for a, b in kept)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_limited_weights_keep_their_order_and_the_small_ones(seed):
+    draw = np.random.default_rng(seed)
+    weights = tuple((10 ** draw.uniform(-3, 6, size=int(draw.integers(2, 40)))).tolist())
+    limited = limited_weights(weights, 0.2)
+    most = most_of(len(weights), 0.2)
+    assert max(limited) <= most * math.fsum(limited) * (1 + 1e-9)
+    order = sorted(range(len(weights)), key=lambda n: weights[n])
+    assert all(limited[a] <= limited[b] for a, b in itertools.pairwise(order))
+    below = [n for n in order if weights[n] < max(limited)]
+    assert all(limited[n] == weights[n] for n in below)

@@ -15,6 +15,9 @@ CANCELLED = 1e-9
 """A squared norm below this share of its terms is computed again by QR: of the sixteen digits of
 float64 the Gram matrices have lost nine, and may lose all."""
 
+NOTHING = 1e-13
+"""A change below this share of the sizes of both is rounding, and counts as none."""
+
 
 @dataclass(frozen=True)
 class ProductChange:
@@ -44,7 +47,9 @@ def product_change(factors: Factors, start: Factors | None = None) -> ProductCha
     s = start.to(torch.float64)
     square = mine - 2 * _inner(f, s) + _inner(s, s)
     if square <= CANCELLED * (size + _size(s)) > 0:
-        return ProductChange(LowRankSum.of([(1.0, f), (-1.0, s)]).norm(), cancels)
+        norm = LowRankSum.of([(1.0, f), (-1.0, s)]).norm()
+        is_change = norm > NOTHING * math.sqrt(size + _size(s))
+        return ProductChange(norm if is_change else 0.0, cancels)
     return ProductChange(math.sqrt(max(square, 0.0)), cancels)
 
 
