@@ -162,7 +162,7 @@ def test_a_damaged_store_is_refused(corpus, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="delete the folder"):
         TokenStore.build(corpus, tokenizer, "plain", 50, tmp_path)
     np.save(ids, np.zeros(3, np.int32))
-    with pytest.raises(ValueError, match="do not agree"):
+    with pytest.raises(ValueError, match="does not agree"):
         TokenStore.open(folder)
     (folder / "facts.json").write_text(json.dumps({"format": 0}))
     with pytest.raises(ValueError, match="delete the folder"):

@@ -169,7 +169,8 @@ def _take_part(server: str, config: NodeConfig, key: NodeKey | None) -> None:
     try:
         with alone_in(config.state, "--state", refusal=refusal):
             close_to_others(config.state)
-            remove_drafts(config.state)
+            for place in (config.state, *config.state.iterdir()):
+                remove_drafts(place)
             joining.join(server, config, key, _print_line)
     except KeyboardInterrupt:
         print("left the federation", file=sys.stderr)

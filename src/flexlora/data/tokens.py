@@ -20,13 +20,16 @@ from flexlora.data.prompt import Prompt
 from flexlora.data.prompts import named
 from flexlora.errors import DataError
 from flexlora.journal import Meter
+from flexlora.storage import read_sealed, sha256, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Incremented when the files of a store or their content change."""
 
+_ARRAYS: Final = ("ids", "offsets", "prompt_tokens")
+"""The arrays of a store, each a file."""
 _ROWS_AT_ONCE: Final = 4096
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -88,16 +91,19 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
-        """The store in a folder written by ``build``, memory-mapped.
+        """The store in a folder written by ``build``, memory-mapped; read once, for its checksums.
 
         Raises:
             DataError: the folder has no store of this format, or a damaged one.
         """
         try:
-            facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+            facts = read_sealed(folder / "facts.json")
+            for name in _ARRAYS:
+                if sha256(folder / f"{name}.npy") != facts["sums"][name]:
+                    raise DataError(f"{name}.npy does not agree with its checksum")
             ids, offsets, prompt_tokens = (
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("ids", "offsets", "prompt_tokens")
+                for name in _ARRAYS
             )
             complete = facts["format"] == FORMAT and facts["tokens"] == len(ids) == offsets[-1]
             if (
@@ -247,9 +253,8 @@ def _write(folder: Path, rows: Iterator[tuple[Int32s, Int64s]]) -> None:
                 _flush(file)
         facts = {"format": FORMAT, "rows": len(prompt_tokens), "tokens": tokens}
         facts |= dict(zip(("cut", "answers_cut", "empty"), counts, strict=True))
-        with (partial / "facts.json").open("wb") as file:
-            file.write(json.dumps(facts).encode())
-            _flush(file)
+        sums = {name: sha256(partial / f"{name}.npy") for name in _ARRAYS}
+        write_sealed(partial / "facts.json", {**facts, "sums": sums})
         try:
             partial.rename(folder)
         except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,6 +78,9 @@ def remove_drafts(folder: Path) -> None:
     for draft in folder.glob(".*.partial"):
         if draft.is_file():
             draft.unlink(missing_ok=True)
+    for draft in folder.glob(".partial-*"):  # of a cache of tokens
+        if draft.is_dir():
+            shutil.rmtree(draft)
 
 
 def append(path: Path, data: bytes) -> None:
