@@ -32,6 +32,13 @@ def test_a_sealed_file_is_read_back_and_any_changed_byte_is_noticed(tmp_path):
             read_sealed(path)
 
 
+def test_a_file_under_the_name_of_another_is_noticed(tmp_path):
+    write_sealed(tmp_path / "checkpoint.json", CONTENT)
+    (tmp_path / "checkpoint.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(DamagedFile):
+        read_sealed(tmp_path / "manifest.json")
+
+
 @pytest.mark.parametrize("text", ["{}", '{"a": 1}', "[1]", "", "\0", "{", '{"a": NaN}', "[" * 9999])
 def test_a_file_without_a_checksum_is_refused_or_read_as_of_an_earlier_version(tmp_path, text):
     path = tmp_path / "plain.json"

@@ -41,14 +41,16 @@ class DamagedFile(ProtocolError):
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object with its SHA-256 as the first key; it must have keys of its own.
+    """Write a JSON object with its SHA-256, and that of its name, as the first key.
+
+    It must have keys of its own.
 
     Raises:
         ValueError: a number is NaN or infinite.
         OSError: the file cannot be written.
     """
     text = json.dumps(content, indent=1, allow_nan=False).encode()
-    digest = hashlib.sha256(text).hexdigest()
+    digest = _seal(path, text)
     write_atomically(path, b'{\n "sha256": "%s",' % digest.encode() + text[1:])
 
 
@@ -72,10 +74,15 @@ def read_sealed(
         reason = "has no checksum: it is damaged, or of an earlier version of flexlora"
         raise DamagedFile(path, reason, remedy)
     text = b"{" + data[head.end() :]
-    if hashlib.sha256(text).hexdigest().encode() != head[1]:
+    if _seal(path, text).encode() != head[1]:
         raise DamagedFile(path, "does not agree with its checksum: it is damaged", remedy)
     content: dict[str, Any] = json.loads(text)
     return content
+
+
+def _seal(path: Path, text: bytes) -> str:
+    """The SHA-256 of the name and the content: a file is not taken for one of another name."""
+    return hashlib.sha256(path.name.encode() + b"\n" + text).hexdigest()
 
 
 def _plain(path: Path, data: bytes, remedy: str) -> dict[str, Any]:
