@@ -17,6 +17,7 @@ from flexlora.deployment.flower import inbox, records
 from flexlora.deployment.flower.answers import Answer, NoAnswer
 from flexlora.deployment.flower.inbox import CHUNK_BYTES, FlowerInbox
 from flexlora.journal import LossKind
+from flexlora.seeds import rng
 from support import flower
 
 ID = "request"
@@ -252,6 +253,50 @@ def test_an_answer_that_is_given_up_is_lost():
     assert here.take(ID, len(DATA)) is None
     held.objects = {}
     assert here.take(ID, len(DATA)) == NoAnswer("Its answer was not sent to the end.", is_away=True)
+
+
+def mutated(held: Store, generator) -> Store:
+    """Some bytes of some objects changed, cut, doubled or swapped with those of others."""
+    objects = dict(held.objects)
+    ids = list(objects)
+    for _ in range(generator.integers(1, 4)):
+        id = ids[generator.integers(len(ids))]
+        content = bytearray(objects[id])
+        place = int(generator.integers(len(content) + 1))
+        match generator.integers(6):
+            case 0 if content:
+                content[place % len(content)] = generator.integers(256)
+            case 1:
+                del content[place:]
+            case 2:
+                content[place:place] = content[: generator.integers(200)]
+            case 3:
+                content[place:place] = objects[ids[generator.integers(len(ids))]][:300]
+            case 4:
+                numbers = (b"-1", b"1e400", b"9" * 5000, b"NaN", b"[" * 3000, b'"\\ud800"', b"null")
+                content[place : place + 1] = numbers[generator.integers(len(numbers))]
+            case _:
+                other = ids[generator.integers(len(ids))].encode()
+                content[place : place + 64] = other
+        objects[id] = bytes(content)
+    return replace(held, objects=objects, pulled=[], deleted=[])
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(40_000, marks=pytest.mark.trust)])
+def test_answers_changed_at_random_are_no_error_of_the_server(count):
+    generator = rng(5, "answers", count)
+    data = bytes(range(200)) * 10
+    held = store(records.record({"round": 1, "error": "é"}, records.payload(data)))
+    refused = 0
+    for _ in range(count):
+        found = at(mutated(held, generator)).take(ID, len(data))
+        if isinstance(found, NoAnswer):
+            refused += 1
+            assert found.reason.isprintable() and len(found.reason) <= 500
+        else:
+            assert len(found.payload) <= len(data)
+            assert (found.error or "").isprintable()
+    assert refused > count / 2
 
 
 def test_flower_has_what_this_is_built_on():

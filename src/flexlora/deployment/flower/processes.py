@@ -173,16 +173,18 @@ def end(processes: Sequence[psutil.Process], politely: bool = True) -> None:
     """End processes other than this one: SIGTERM, and ten seconds later SIGKILL, or that at once.
 
     One that waits for a server that is gone does not end on a SIGTERM, which Flower catches.
+    Ctrl-C and SIGTERM do not interrupt this.
     """
     others = [process for process in processes if process.pid != os.getpid()]
     signals = (psutil.Process.terminate, psutil.Process.kill)
-    for send in signals if politely else signals[1:]:
-        for process in others:
-            with contextlib.suppress(psutil.Error):  # psutil compares the start time again
-                send(process)
-        until = time.monotonic() + _STOP_SECONDS
-        while any(map(_runs, others)) and time.monotonic() < until:
-            time.sleep(0.02)
+    with _uninterrupted():
+        for send in signals if politely else signals[1:]:
+            for process in others:
+                with contextlib.suppress(psutil.Error):  # psutil compares the start time again
+                    send(process)
+            until = time.monotonic() + _STOP_SECONDS
+            while any(map(_runs, others)) and time.monotonic() < until:
+                time.sleep(0.02)
 
 
 @dataclass
