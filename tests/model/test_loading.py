@@ -127,3 +127,23 @@ def test_packages_that_are_missing_are_named():
     for text in ("It requires the timm library.", "You can run: `pip install timm`"):
         error = loading._of_import("a", ImportError(text), {"attn_implementation": None})
         assert str(error).endswith("install it with: pip install timm")
+
+
+@pytest.mark.parametrize(
+    ("key", "kernel"),
+    [
+        ("_attn_implementation", "kernels-community/flash-attn2"),
+        ("attn_implementation", "somebody/kernel"),
+        ("_attn_implementation", "flash_attention_2"),
+        ("_experts_implementation", "deepgemm"),
+    ],
+)
+def test_a_models_config_names_no_kernel_to_download(folder, key, kernel):
+    """transformers would fetch it from the hub, and run it."""
+    changed(folder, **{key: kernel})
+    assert f"to '{kernel}', which may be code to download" in refused(folder)
+
+
+def test_a_models_config_may_name_what_transformers_has(folder):
+    changed(folder, _attn_implementation="eager")
+    assert Source(str(folder)).load().shapes
