@@ -185,10 +185,11 @@ class Simulation:
         cell.folder.mkdir(parents=True, exist_ok=True)
         state: Literal["finished", "stopped", "refused"] = "finished"
         scores, reason = None, ""
+        is_honest = cell.attack == kinds.NONE and cell.defence == self.chosen.undefended
         try:
             ready = setup.prepare(experiment, self._corpus(experiment), base=self.base)
         except ConfigError as error:
-            if cell.attack == kinds.NONE and cell.defence == self.chosen.undefended:
+            if is_honest:
                 raise
             state, reason = "refused", str(error)
         else:
@@ -197,7 +198,7 @@ class Simulation:
                 scores = self._scores(cell, ready)
             except FlexloraError as error:
                 # The damage may be that the run cannot go on; of the honest one it is a fault.
-                if cell.attack == kinds.NONE:
+                if is_honest:
                     raise
                 state, reason = "stopped", str(error)
         content = {
