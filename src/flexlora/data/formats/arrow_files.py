@@ -20,6 +20,10 @@ def names(source: Source, wanted: Collection[str] = ()) -> list[str]:
     return list(schema(source).names)
 
 
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What is raised while a damaged file is read."""
+
+
 def schema(source: Source) -> pa.Schema:
     """The columns and their types.
 
@@ -30,7 +34,7 @@ def schema(source: Source) -> pa.Schema:
         if source.format == "parquet":
             return pq.read_schema(source.path)
         return _table(source).schema
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise DataError(_damaged(source)) from error
 
 
@@ -51,16 +55,24 @@ def read(
         else:
             rows = None if selected is None else _filter(schema(source), *selected)
             table = pq.read_table(source.path, columns=chosen, filters=rows, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)  # texts that are not UTF-8 would be found by whoever reads them
+    except _UNREADABLE as error:
         raise DataError(_damaged(source)) from error
     return Rows.of(table, source.place)
 
 
 def count(source: Source) -> int:
-    """The number of rows, from the file's metadata."""
-    if source.format == "parquet":
-        return int(pq.read_metadata(source.path).num_rows)
-    return int(_table(source).num_rows)
+    """The number of rows, from the file's metadata.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        if source.format == "parquet":
+            return int(pq.read_metadata(source.path).num_rows)
+        return int(_table(source).num_rows)
+    except _UNREADABLE as error:
+        raise DataError(_damaged(source)) from error
 
 
 def _table(source: Source) -> pa.Table:
@@ -87,11 +99,17 @@ def _damaged(source: Source) -> str:
 
 
 def head(source: Source, most: int) -> dict[str, list[Any]]:
-    """The values of all columns in the first rows."""
-    if source.format == "arrow":
-        return dict(_table(source).slice(0, most).to_pydict())
-    with pq.ParquetFile(source.path) as file:
-        batch = next(file.iter_batches(most), None)
-        return (
-            {name: [] for name in file.schema_arrow.names} if batch is None else batch.to_pydict()
-        )
+    """The values of all columns in the first rows.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        if source.format == "arrow":
+            return dict(_table(source).slice(0, most).to_pydict())
+        with pq.ParquetFile(source.path) as file:
+            batch = next(file.iter_batches(most), None)
+            names = file.schema_arrow.names
+            return {name: [] for name in names} if batch is None else batch.to_pydict()
+    except _UNREADABLE as error:
+        raise DataError(_damaged(source)) from error

@@ -37,6 +37,10 @@ def read(source: Source, columns: Collection[str]) -> Rows:
     return rows(records(source), columns, lambda number: place(source, number))
 
 
+_UNREADABLE = (ValueError, RecursionError)
+"""What Python's JSON parser raises, of which ``JSONDecodeError`` is one."""
+
+
 def rows(numbered: Iterable[tuple[int, Any]], columns: Collection[str], place: Any) -> Rows:
     """These columns of records, each given with its number, from which ``place`` says where it is.
 
@@ -93,8 +97,20 @@ def _line(line: str, source: Source, number: int) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(
-        text.lstrip("\ufeff"), parse_float=WrittenFloat, object_pairs_hook=_without_duplicates
+    text = text.lstrip("\ufeff")
+    try:
+        return json.loads(text, parse_float=WrittenFloat, object_pairs_hook=_without_duplicates)
+    except _UNREADABLE as error:
+        raise _refused(error) from error
+
+
+def _refused(error: ValueError | RecursionError) -> ValueError:
+    """The error of a JSON parser; that of what Python does not read at all is a sentence."""
+    if isinstance(error, json.JSONDecodeError | DataError):
+        return error
+    return DataError(
+        "A record has a number of more than 4300 digits, or hundreds of lists in each other; "
+        "write the number as text, or leave the record out."
     )
 
 
@@ -128,6 +144,8 @@ def _objects(text: str, source: Source) -> list[Any]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(_not_json(source, error.lineno, error)) from error
+        except _UNREADABLE as error:
+            raise _refused(error) from error
         found.append(value)
     return found
 
