@@ -201,3 +201,12 @@ def test_entries_may_keep_to_a_share_of_the_columns():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match="0 < density <= columns <= 1, got"):
         make("slora", options)
+
+
+def test_a_switch_whose_round_left_the_model_is_made_in_the_next():
+    method = make("slora")
+    clients = clients_of(method)
+    first = after_rounds(method, clients, 1, lambda number: noise(method, number))
+    later = after_rounds(method, clients, 1, lambda number: noise(method, number), first, first=3)
+    assert all(f.shape[1] == 0 for f in first.model.values())
+    assert all(f.shape == SHAPES[m] for m, f in later.model.items())

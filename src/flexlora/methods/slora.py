@@ -86,7 +86,7 @@ class SLoRA(Method):
 
     def handout(self, state: State, client: Client, context: RoundContext) -> Download:
         """The values; later the factors, and what is to be merged."""
-        if context.round <= self.rounds_sparse:
+        if _is_sparse(state):
             return Download(state.model, ints={"sparse": 1})
         download = truncated(state, client, context)
         return replace(download, base_updates=state.merge_log.pending(client.id))
@@ -116,7 +116,7 @@ class SLoRA(Method):
 
     def upload_spec(self, state: State, client: Client, context: RoundContext) -> UploadSpec:
         """The values as one vector; later the factors at the client's rank."""
-        if context.round <= self.rounds_sparse:
+        if _is_sparse(state):
             entries = {m: self._entries(shape) for m, shape in context.shapes.items()}
             return UploadSpec({m: ModuleSpec((count, 0), 1, 1) for m, count in entries.items()})
         return UploadSpec(
@@ -131,13 +131,14 @@ class SLoRA(Method):
         averages = {m: cohort.factors(m).to(last.B.dtype) for m, last in state.model.items()}
         log = state.merge_log.after(context.round, cohort.clients)
         after = replace(state, model=Adapter(averages), merge_log=log, per_module={})
-        if context.round == self.rounds_sparse:
+        # Not only in that round: it may have left the state as it was.
+        if _is_sparse(state) and context.round >= self.rounds_sparse:
             return self._switched(after, cohort, context)
         return after
 
     def global_adapter(self, state: State, context: RoundContext) -> Adapter:
         """The values at their places; later the factors, with what was merged."""
-        if context.round < self.rounds_sparse:
+        if _is_sparse(state):
             return self._whole(state, context)
         if self.remainder == "drop":
             return state.model
@@ -181,6 +182,11 @@ class SLoRA(Method):
         side = torch.eye(short)[torch.from_numpy(columns)]
         frozen = torch.from_numpy(places), side
         return Parametrization(values.B[:, 0], partial(_formed, shape), frozen)
+
+
+def _is_sparse(state: State) -> bool:
+    """Whether the state is of the first stage, that of values."""
+    return all(f.shape[1] == 0 for f in state.model.values())
 
 
 def _formed(shape: tuple[int, int], values: Tensor, places: Tensor, side: Tensor) -> Factors:
