@@ -390,7 +390,11 @@ def test_a_node_holds_back_so_many_bodies(front):
             )
     with working(front):
         time.sleep(SETTLE_SECONDS)
-        assert front.link.reading == 3
+        reading = []
+        for _ in range(20):  # now and then the body of the working node is among them
+            time.sleep(0.02)
+            reading.append(front.link.reading)
+        assert min(reading) == 3 and max(reading) <= 4
 
 
 # Other bytes
