@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import io
 import logging
+import sys
 import zipfile
 from dataclasses import dataclass, field, replace
 
@@ -24,13 +25,15 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode import fleet_http_connection, main, start_client_internal
+from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.runtime import run_clientapp
 
-from flexlora.deployment.flower import client_app, installed_app, node_processes
+from flexlora.deployment.flower import client_app, installed_app, local_users, node_processes
 from flexlora.deployment.flower.installed_app import InstalledApp
+from flexlora.deployment.flower.local_users import OwnUserOnly
 from flexlora.deployment.flower.supernode import refusal
 from support import flower
 
@@ -259,6 +262,17 @@ def test_the_limits_are_those_of_the_supernodes_connection(monkeypatch):
     assert connection._client.event_hooks["response"] == [node_processes.limit_response]
     assert connection._client.headers["accept-encoding"] == "identity"
     connection.close()
+
+
+def test_other_users_do_not_reach_the_port_of_the_processes(monkeypatch):
+    monkeypatch.setattr(main, "create_app", main.create_app)
+    node_processes.keep_others_out()
+    guarded = main.create_app()
+    assert isinstance(guarded, OwnUserOnly) and not guarded.open_to_nodes
+    assert guarded.find_owner is not None or not local_users.can_tell()
+    # Flower looks for it there when it starts.
+    module = sys.modules[flower_supernode.__module__]
+    assert "from flwr.supernode.main import" in inspect.getsource(module)
 
 
 def test_a_compressed_response_is_refused():

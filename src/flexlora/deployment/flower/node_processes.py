@@ -17,9 +17,10 @@ from typing import Any, Final
 import httpx
 from flwr.app import Array
 from flwr.supercore.inflatable.inflatable_object import get_object_body
-from flwr.supernode import fleet_http_connection
+from flwr.supernode import fleet_http_connection, main
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from flexlora.deployment.flower import local_users
 from flexlora.deployment.flower.installed_app import (
     InstalledApp,
     answer_with_it,
@@ -27,6 +28,7 @@ from flexlora.deployment.flower.installed_app import (
     run_it_alone,
     too_large,
 )
+from flexlora.deployment.flower.local_users import OwnUserOnly
 from flexlora.deployment.flower.pull_backoff import shorten_pull_backoff
 from flexlora.deployment.flower.supernode import MOST_BYTES
 from flexlora.storage import untrusted
@@ -41,6 +43,7 @@ def supernode() -> None:
 
     _log_printable_text()
     limit_responses()
+    keep_others_out()
     home = Path(os.environ["FLWR_HOME"])
     run_it_alone(InstalledApp.built(), int(os.environ[MOST_BYTES]), home)
     flower_supernode()
@@ -68,6 +71,22 @@ def printable(record: logging.LogRecord) -> bool:
     record.msg = "\n    ".join(untrusted.printable(line)[:2000] for line in lines)
     record.args = ()
     return True
+
+
+def keep_others_out() -> None:
+    """Let only this process's user reach the port by which Flower's processes pass messages on.
+
+    Any other user of this machine could read a server's messages there, and answer them. It is so
+    where the system says who owns a connection, as Linux does.
+    """
+    made = one_of_flowers(main, "create_app")
+    find_owner = local_users.owner if local_users.can_tell() else None
+
+    def create_app(*arguments: Any, **options: Any) -> OwnUserOnly:
+        app = made(*arguments, **options)
+        return OwnUserOnly(app, False, _MOST_RESPONSE_BYTES, find_owner)
+
+    setattr(main, made.__name__, create_app)
 
 
 def limit_responses() -> None:
