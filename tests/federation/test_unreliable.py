@@ -23,7 +23,7 @@ ROUNDS, COHORT, QUORUM = 2, 4, 2
 WITHIN = ("client", "lost", "stray", "short")
 """Events of a round that is not aggregated yet."""
 
-JOURNALS = ("metrics.jsonl", "answers.jsonl", ".lock")
+JOURNALS = ("metrics.jsonl", "answers.jsonl", ".lock", ".lock.holder")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def upload(prepared: PreparedRun, request: TurnRequest, version: int = 0) -> Upl
         request.round,
         Adapter({module: moved(factors) for module, factors in start.items()}),
         prepared.clients[request.client].examples,
-        dict.fromkeys(METRICS, 1.0),
+        {**dict.fromkeys(METRICS, 1), "bytes_down": request.bytes_down},
     )
 
 
