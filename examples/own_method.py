@@ -18,6 +18,7 @@ from flexlora.errors import ConfigError
 from flexlora.lowrank import Adapter, Factors
 from flexlora.method import (
     Cohort,
+    Download,
     Feature,
     Info,
     Mean,
@@ -58,6 +59,10 @@ class Clipped(Method):
         change = changes(turn.start.adapter, turn.trained)
         scale = min(1.0, self.max_norm / max(parameter_norm(change), 1e-12))
         return Adapter({m: Factors(f.B * scale, f.A * scale) for m, f in change.items()})
+
+    def untrained(self, download: Download, context: RoundContext) -> Adapter:
+        """Nothing: changes are sent. The server bounds uploads by how far they are from it."""
+        return Adapter({})
 
     def aggregate(self, state: State, cohort: Cohort, context: RoundContext) -> State:
         """The model plus the mean change of each factor."""
