@@ -42,6 +42,11 @@ MODULES = {
     "storage.untrusted": ("tests/storage",),
     "storage.sealed": ("tests/storage", "tests/federation/test_checkpoint.py"),
     "federation.checkpoint": ("tests/federation/test_checkpoint.py",),
+    "federation.influence.bounds": ("tests/federation/influence",),
+    "federation.influence.clip": ("tests/federation/influence",),
+    "federation.influence.measure": ("tests/federation/influence",),
+    "federation.influence.result": ("tests/federation/influence",),
+    "federation.influence.screen": ("tests/federation/influence",),
     "deployment.flower.gate_rules": ("tests/deployment/flower/test_gate.py",),
     "deployment.flower.bodies": ("tests/deployment/flower/test_gate_attacks.py",),
 }
