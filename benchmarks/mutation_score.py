@@ -30,6 +30,9 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 
 WIRE = ("tests/wire", "tests/storage")
+CHECKPOINTS = tuple(
+    f"tests/federation/test_{name}.py" for name in ("checkpoint", "recovery", "corruption")
+)
 MODULES = {
     "wire.validate": WIRE,
     "wire.header": WIRE,
@@ -40,8 +43,8 @@ MODULES = {
     "wire.messages": WIRE,
     "storage.tensors": ("tests/storage", "tests/wire"),
     "storage.untrusted": ("tests/storage",),
-    "storage.sealed": ("tests/storage", "tests/federation/test_checkpoint.py"),
-    "federation.checkpoint": ("tests/federation/test_checkpoint.py",),
+    "storage.sealed": ("tests/storage", *CHECKPOINTS),
+    "federation.checkpoint": CHECKPOINTS,
     "federation.influence.bounds": ("tests/federation/influence",),
     "federation.influence.clip": ("tests/federation/influence",),
     "federation.influence.measure": ("tests/federation/influence",),
