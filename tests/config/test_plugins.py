@@ -54,7 +54,7 @@ class Equal(Averager):
     title = "equal weights"
     offers = frozenset({Mean.PRODUCTS})
 
-    def cohort(self, uploads, weights, context):
+    def cohort(self, uploads, weights, context, changes=None):
         return WeightedCohort(tuple(uploads), (1.0,) * len(uploads))
 
 

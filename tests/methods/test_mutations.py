@@ -40,8 +40,8 @@ FAULTS = {
     ),
     "a checkpoint that misses what clients have merged": (
         "federation/checkpoint.py",
-        'MergeLog(updates, facts["merged_until"])',
-        "MergeLog(updates, {})",
+        'described["merged_until"],',
+        "{},",
     ),
     "scale of a sketch not taken out again": (
         "method/averaging.py",

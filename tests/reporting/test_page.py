@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from flexlora.config import dump
 from flexlora.federation import compose
+from flexlora.journal.lines import checked_line
 from flexlora.journal.record import JOURNAL, Event, Record
 from flexlora.reporting import page, sections, tables
 from support import models
@@ -233,10 +234,10 @@ def test_a_folder_without_a_journal_is_refused(tmp_path: Path):
 
 
 def test_a_broken_line_is_refused_and_a_cut_one_left_out(make_journal: Make, tmp_path: Path):
-    whole = json.dumps(make_journal()[0])
-    (tmp_path / JOURNAL).write_text(whole + "\n{'event'")
+    whole = checked_line(make_journal()[0])
+    (tmp_path / JOURNAL).write_bytes(whole + b"{'event'")
     assert page.write(tmp_path).exists()
-    (tmp_path / JOURNAL).write_text(whole + "\n{'event'\n")
+    (tmp_path / JOURNAL).write_bytes(whole + b"{'event'\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is not an event"):
         page.write(tmp_path)
 

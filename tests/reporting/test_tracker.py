@@ -290,6 +290,7 @@ def test_the_command_feeds_the_trackers(ready, tmp_path, monkeypatch, capsys):
     tracked = dataclasses.replace(ready, experiment=settings)
     monkeypatch.setattr(setup, "prepare", lambda settings, meter: tracked)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    (tmp_path / "run").mkdir()
     events = run_and_report(settings, tmp_path / "run", Display())
     assert events[-1]["event"] == "finish"
     found = {(name, step) for name, step, _ in read_tensorboard(tmp_path / "run")}

@@ -17,6 +17,7 @@ import pytest
 
 from flexlora import addresses
 from flexlora.journal import JOURNAL, LossKind, Record
+from flexlora.journal.lines import checked_line
 from flexlora.reporting import watch
 from flexlora.reporting.watch import Estimate, curve, page, words
 from flexlora.reporting.watch.run_state import LOGGED, RunState
@@ -80,8 +81,8 @@ def evaluation(adapter="global", round=1, loss_total=3.0):
 
 
 def write(folder, *events):
-    with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-        journal.writelines(json.dumps(event) + "\n" for event in events)
+    with (folder / JOURNAL).open("ab") as journal:
+        journal.writelines(checked_line(event) for event in events)
 
 
 def standing(*events):

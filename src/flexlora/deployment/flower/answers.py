@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from flexlora.deployment.flower import records
 from flexlora.errors import ProtocolError
 from flexlora.journal import LossKind
-from flexlora.storage.untrusted import one_line
+from flexlora.storage.untrusted import RefusalCode, one_line
 
 AWAY: Final = (3, 4, 5)
 """Flower's codes for a message or a reply that is gone, and a node that is."""
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """Why there is no answer, in words, and for programs.
+    """Why there is no answer, in words, and for programs: see ``Lost``.
 
     With ``is_away`` the node is gone, or the message is, and it is sent again.
     """
@@ -62,6 +62,7 @@ class NoAnswer:
     reason: str
     kind: LossKind = LossKind.UNREACHABLE
     is_away: bool = False
+    code: str = ""
 
     def facts(self) -> Mapping[str, Any]:
         """Raise the reason as a ProtocolError."""
@@ -89,21 +90,26 @@ def read_content(content: RecordDict, most_bytes: int) -> Answer | NoAnswer:
             return too_large(len(payload), most_bytes)
         return Answer(_printable(header), payload)
     except ProtocolError as error:
-        return NoAnswer(one_line(error, LONGEST_REASON), LossKind.INVALID_UPLOAD)
+        return malformed(one_line(error, LONGEST_REASON))
     except Exception as error:
         return unreadable(error)
+
+
+def malformed(reason: str) -> NoAnswer:
+    """An answer that is not in the form of one."""
+    return NoAnswer(reason, LossKind.INVALID_UPLOAD, code=RefusalCode.WRONG_TYPE)
 
 
 def unreadable(error: Exception) -> NoAnswer:
     """An answer whose bytes decide what is raised: KeyError, ValueError, TypeError, ..."""
     reason = f"Flower cannot read its answer ({type(error).__name__}: {error})."
-    return NoAnswer(one_line(reason, LONGEST_REASON), LossKind.INVALID_UPLOAD)
+    return malformed(one_line(reason, LONGEST_REASON))
 
 
 def too_large(size_bytes: int, most_bytes: int) -> NoAnswer:
     """An answer that is refused for its size."""
     reason = f"Its answer has {size_bytes} bytes, and the request asks for {most_bytes} at most."
-    return NoAnswer(reason, LossKind.INVALID_UPLOAD)
+    return NoAnswer(reason, LossKind.INVALID_UPLOAD, code=RefusalCode.WRONG_SIZE)
 
 
 def _flower_error(message: Message) -> NoAnswer:

@@ -362,7 +362,7 @@ def _reply(answer: Answer | NoAnswer, request: Request) -> Reply | QueryAnswer |
     """A client's upload or other answer, or its error, or Flower's."""
     client = request.client
     if isinstance(answer, NoAnswer):
-        return Lost(client, answer.reason, answer.kind)
+        return Lost(client, answer.reason, answer.kind, code=answer.code)
     if (error := answer.error) is not None:
         kind = LossKind.LOST_STATE if answer.has_forgotten else LossKind.CLIENT_ERROR
         return Lost(client, error[:LONGEST_REASON], kind, answer.has_forgotten)

@@ -31,13 +31,13 @@ from flexlora.deployment.flower import records
 from flexlora.deployment.flower.answers import (
     Answer,
     NoAnswer,
+    malformed,
     read,
     read_content,
     too_large,
     unreadable,
 )
 from flexlora.errors import ProtocolError
-from flexlora.journal import LossKind
 from flexlora.storage.untrusted import short
 
 CHUNK_BYTES: Final = 5 * 2**20
@@ -145,7 +145,7 @@ class FlowerInbox:
         except _GoneError:
             answer = NoAnswer("Its answer was not sent to the end.", is_away=True)
         except ProtocolError as error:
-            answer = NoAnswer(str(error), LossKind.INVALID_UPLOAD)
+            answer = malformed(str(error))
         except Exception as error:
             answer = unreadable(error)
         if (arriving := self._arriving.pop(id, None)) is not None:
