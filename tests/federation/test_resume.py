@@ -16,8 +16,10 @@ from support.commands import SOURCE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-EVERYWHERE = [str(number) for number in range(1, 220, 7)]
-"""Numbers of changes of files, up to more than a run makes."""
+MOST = 500
+"""More changes of files than a run makes."""
+
+EVERYWHERE = [str(number) for number in range(1, MOST, 16)]
 
 
 def run(folder: Path, points: list[str]) -> dict[str, list[str]]:
@@ -128,3 +130,32 @@ def test_a_run_may_be_killed_before_any_change_of_a_file(tmp_path):
         if point not in survived:
             assert outcome[point] == ["killed", "finished"], point
             assert_as_if_nothing_had_happened(tmp_path, point)
+
+
+def of_every_fault(step: int) -> list[str]:
+    """Every ``step``-th change, refused in each way, up to more than a run makes."""
+    return [
+        f"{number}:{fault}"
+        for start, fault in enumerate(kills.FAULTS)
+        for number in range(1 + start, MOST, step)
+    ]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        pytest.param(["5:half", "38:full", "101:ENOSPC", "164:EIO"], id="few"),
+        pytest.param(of_every_fault(60), id="short", marks=pytest.mark.slow),
+        pytest.param(of_every_fault(4), id="full", marks=pytest.mark.trust),
+    ],
+)
+def test_whatever_the_disk_refuses_is_a_sentence_and_nothing_is_lost(tmp_path, points):
+    outcome = run(tmp_path, points)
+    assert outcome.pop("whole") == ["finished"]
+    refused = [point for point in points if outcome[point] == ["refused", "finished"]]
+    assert [
+        point for point in points if outcome[point] not in (["refused", "finished"], ["finished"])
+    ] == []
+    assert len(refused) > len(points) // 3
+    for point in points:
+        assert_as_if_nothing_had_happened(tmp_path, point)

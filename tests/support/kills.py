@@ -1,11 +1,13 @@
 """A program that dies: runs of the tiny federation, each killed at its own point, then resumed.
 
 Every run is a fork of this process, which has loaded the model and has trained nothing. The
-kill is SIGKILL, which nothing can catch. Usage: killing.py FOLDER POINT...; a point is a name
-of ``POINTS`` or a number n: before the n-th time that a file of the run is opened for
-writing, renamed, removed or cut, or a folder made.
+kill is SIGKILL, which nothing can catch. Usage: kills.py FOLDER POINT...; a point is a name
+of ``POINTS``, or a number n: before the n-th time that a file of the run is opened for writing,
+written to the disk, renamed, removed or cut, or a folder made. With one of ``FAULTS`` after the
+number, as in 17:EIO, the system refuses this change instead.
 """
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexlora import peft_format
+from flexlora.errors import sentence
 from flexlora.federation import checkpoint, collect, evaluations, rounds, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.prepared import PreparedRun
@@ -116,34 +119,72 @@ POINTS: dict[str, Callable[[], int | None]] = {
 }
 
 
-def at_change(folder: Path, number: int) -> None:
-    """Die before the n-th change of a file in ``folder``."""
-    changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
-    seen = []
+FAULTS = ("EIO", "ENOSPC", "full", "half")
+"""EIO or ENOSPC once; a disk that stays full; half of a file written, and then ENOSPC."""
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+NEEDS_ROOM = {"open", "os.mkdir", "fsync"}
+
+
+def at_change(folder: Path, act: Callable[[int, str, int | None], None]) -> None:
+    """Call ``act`` before every change of a file in ``folder``: its number, its kind and, of a
+    write to the disk, the descriptor.
+    """
+    count = 0
+
+    def changing(kind: str, descriptor: int | None = None) -> None:
+        nonlocal count
+        count += 1
+        act(count, kind, descriptor)
 
     def watch(event: str, arguments: tuple) -> None:
         if event == "open":
-            path, mode = arguments[0], arguments[1]
-            if not isinstance(mode, str) or not set(mode) & set("wax+"):
+            if not (isinstance(arguments[2], int) and arguments[2] & WRITING):
                 return
-        elif event in changes:
-            path = arguments[0]
-        else:
+        elif event not in CHANGES:
             return
         # rmtree names what it removes without its folder.
-        if str(folder) in str(path) or event in ("os.remove", "os.rmdir"):
-            seen.append(event)
-            if len(seen) == number:
-                die()
+        if str(folder) in str(arguments[0]) or event in ("os.remove", "os.rmdir"):
+            changing(event)
 
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        changing("fsync", descriptor)
+        fsync(descriptor)
+
+    os.fsync = watched
     sys.addaudithook(watch)
+
+
+def dying(at: int) -> Callable[[int, str, int | None], None]:
+    def act(number: int, kind: str, descriptor: int | None) -> None:
+        if number == at:
+            die()
+
+    return act
+
+
+def refusing(at: int, fault: str) -> Callable[[int, str, int | None], None]:
+    """The system's refusal of one change, or of all that need room from then on."""
+
+    def act(number: int, kind: str, descriptor: int | None) -> None:
+        if number == at and fault == "half" and descriptor is not None:
+            os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+        if number == at or (fault == "full" and number > at and kind in NEEDS_ROOM):
+            code = errno.EIO if fault == "EIO" else errno.ENOSPC
+            raise OSError(code, os.strerror(code))
+
+    return act
 
 
 def go(ready: PreparedRun, folder: Path, point: str | None, resume: bool) -> None:
     turns = None
-    if point is not None and point.isdigit():
+    number, _, fault = (point or "").partition(":")
+    if number.isdigit():
         folder.mkdir(exist_ok=True)
-        at_change(folder, int(point))
+        at_change(folder, refusing(int(number), fault) if fault else dying(int(number)))
     elif point is not None:
         turns = POINTS[point]()
     notes = folder.with_suffix(".resumed" if resume else ".notes")
@@ -154,19 +195,19 @@ def go(ready: PreparedRun, folder: Path, point: str | None, resume: bool) -> Non
 
 
 def forked(ready: PreparedRun, folder: Path, point: str | None, resume: bool = False) -> str:
-    """How the run ended: ``killed``, ``finished`` or ``failed``."""
+    """How the run ended: ``killed``, ``finished``, ``refused`` with a sentence, or ``failed``."""
     child = os.fork()
     if child == 0:
         try:
             go(ready, folder, point, resume)
         except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            os._exit(1)
+            print(f"{point}: {type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1 if sentence(error) is None else 2)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return "killed"
-    return "finished" if os.waitstatus_to_exitcode(status) == 0 else "failed"
+    return ["finished", "failed", "refused"][os.waitstatus_to_exitcode(status)]
 
 
 def main(folder: Path, points: list[str]) -> None:
@@ -177,10 +218,9 @@ def main(folder: Path, points: list[str]) -> None:
     for point in points:
         target = folder / point
         ends[point] = [forked(ready, target, point)]
-        if ends[point] == ["killed"]:
-            # Killed before the first checkpoint there is nothing to go on with.
-            begun = (target / checkpoint.POINTER).exists()
-            ends[point].append(forked(ready, target, None, resume=begun))
+        if ends[point] != ["finished"]:
+            # Before the first checkpoint there is nothing to go on with.
+            ends[point].append(forked(ready, target, None, resume=checkpoint.is_begun(target)))
     (folder / "ends.json").write_text(json.dumps(ends))
 
 
