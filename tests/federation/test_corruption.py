@@ -78,6 +78,7 @@ def stopped(request, tmp_path_factory) -> Stopped:
     return Stopped(tmp_path_factory.mktemp(request.param), request.param)
 
 
+@pytest.mark.slow
 @sizes.trials(8, 334)
 def test_any_damage_is_repaired_named_or_harmless(stopped, tmp_path, trials):
     draw, files = random.Random(7), stopped.files()

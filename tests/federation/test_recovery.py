@@ -64,6 +64,7 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_run_without_damage(runs, tmp_path):
     folder = runs.copy(tmp_path / "run")
     assert runs.resumed(folder) == []

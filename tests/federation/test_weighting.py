@@ -75,6 +75,7 @@ def test_plain_averaging_says_nothing_of_weights(ready, tmp_path):
     assert "weights" not in {event["event"] for event in events}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["geometric_median", "multi_krum"])
 def test_a_run_that_was_stopped_is_the_same_to_the_bit(ready, tmp_path, name):
     run = with_averager(ready, {"name": name})

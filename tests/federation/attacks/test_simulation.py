@@ -86,6 +86,7 @@ def _weights(upload: bytes) -> bytes:
     return upload[8 + int.from_bytes(upload[:8], "little") :]
 
 
+@pytest.mark.slow
 def test_in_a_round_that_is_not_attacked_malicious_clients_are_honest(folder, once):
     honest, attacked = uploads(folder, "h2", None), uploads(folder, "once", "scale-once")
     for client in [f"client{n}" for n in range(6)]:

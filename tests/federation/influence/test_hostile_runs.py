@@ -151,6 +151,7 @@ def away(ready, tmp_path_factory) -> Run:
     return go(ready, tmp_path_factory.mktemp("away"), in_round(2, absent))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attack",
     [

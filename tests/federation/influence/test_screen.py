@@ -209,6 +209,7 @@ def test_one_client_moves_a_mean_by_its_share_of_two_changes(name, of, tmp_path)
         assert step <= 2 * largest * share * (1 + 1e-6), KINDS[case % len(KINDS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.names())
 def test_no_upload_outgrows_the_clip(name, tmp_path):
     """What is used of a hostile upload is within the bound, by every kind that the method uses."""
