@@ -72,9 +72,13 @@ def joined(site: Site) -> None:
 
 def served(site: Site) -> None:
     """`flexlora serve`; its owner resumes it."""
+    file = site.run / "serverapp.pid"
+    orphan = ProcessId.read(file)
     site.processes["serve"].kill()
     site.processes["serve"].wait()
     site.serve(resume=True)
+    # What was left behind goes on with rounds until the new server has ended it.
+    site.until(lambda: ProcessId.read(file) not in (None, orphan), 120, "the rounds to be resumed")
 
 
 def interrupted(site: Site) -> None:
