@@ -11,6 +11,7 @@ from flexlora.federation.attacks import AttackSettings, plan, run
 from flexlora.federation.attacks.kinds import named
 from flexlora.federation.attacks.simulation import RESULT
 from flexlora.federation.attacks.transport import AttackedTransport
+from flexlora.federation.client_store import ClientStore
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Reply
 from flexlora.method import space_of
@@ -57,11 +58,13 @@ def small(folder, **changes):
 def uploads(folder, name, attack, method="flexlora", **changes) -> dict[tuple[str, int], bytes]:
     """The bytes that every client sent in the first round, and events of the whole run."""
     ready = setup.prepare(small(folder, method={"name": method}, **changes), models.corpus())
-    honest = SimulatedTransport(ready.runtime)
+    store = ClientStore(folder / f"{name}-private", shared=True)
+    runtime = ready.with_runtime(clients=store).runtime
+    honest = SimulatedTransport(runtime)
     transport = honest
     if attack:
         transport = AttackedTransport(
-            honest, ready.runtime, ATTACKERS, named(attack), space_of(ready.method), 3.0, 2
+            honest, runtime, ATTACKERS, named(attack), space_of(ready.method), 3.0, 2
         )
     replies = []
     events = list(rounds.run(ready, folder / name, Watched(transport, replies)))

@@ -268,7 +268,8 @@ def test_workers_may_write_the_same_merged_entry_at_once(connected, tmp_path):
         crew.close()
     assert [reply.data for reply in replies] == [b"merged"] * 2
     kept = sorted(path.name for path in (private.folder / "merged").iterdir())
-    assert kept == [f"{number:05d}.safetensors" for number in range(1, count + 1)]
+    files = [f"{number:05d}.safetensors" for number in range(1, count + 1)]
+    assert kept == sorted([*files, *(f"{file}.sha256" for file in files)])
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ class Simulation:
         running = dataclasses.replace(
             ready, experiment=experiment.model_copy(update={"evaluation": silent})
         )
-        store = ClientStore(cell.folder / PRIVATE)
+        store = ClientStore(cell.folder / PRIVATE, shared=True)
         honest = SimulatedTransport(
             running.with_runtime(clients=store).runtime, experiment.run.clients_at_once or 1
         )
