@@ -573,12 +573,10 @@ def test_a_run_with_workers_goes_on_with_workers_to_the_same_adapter(folder, tmp
     stored = tmp_path / "there" / "config.json"
     content = json.loads(stored.read_text())
     assert content["run"]["threads"] == max(len(os.sched_getaffinity(0)) // 2, 1)
-    content["federation"]["rounds"] = 2
-    stored.write_text(json.dumps(content))
-    flexlora("run", "--resume", tmp_path / "there", "--workers", 2)
+    more = ("--set", "federation.rounds=2")
+    flexlora("run", "--resume", tmp_path / "there", "--workers", 2, *more)
     assert set(Path("/tmp").glob("flexlora-ray-*")) <= left
     threads = f"run.threads={content['run']['threads']}"
-    more = ("--set", "federation.rounds=2", "--set", threads)
-    flexlora("run", config, "--out", tmp_path / "here", *more)
+    flexlora("run", config, "--out", tmp_path / "here", *more, "--set", threads)
     ends = [list(Record(tmp_path / name).events()) for name in ("there", "here")]
     assert files(ends[0]) == files(ends[1])
