@@ -108,7 +108,10 @@ def first_round(folder: Path, **changes) -> Round:
     return Round(ready, state, folder, good, most)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module",
+    params=["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "plain")],
+)
 def group(request) -> str:
     return request.param
 

@@ -79,6 +79,7 @@ def ends(folder: Path) -> dict[str, list[str]]:
     return json.loads((folder / "ends.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", kills.POINTS)
 def test_a_killed_run_ends_with_the_same_bytes_and_journal(killed, point):
     assert ends(killed)["whole"] == ["finished"]
@@ -86,12 +87,14 @@ def test_a_killed_run_ends_with_the_same_bytes_and_journal(killed, point):
     assert_as_if_nothing_had_happened(killed, point)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", kills.POINTS)
 def test_a_killed_run_leaves_nothing_behind(killed, point):
     """No partial files, no uploads of rounds that are over, no second copies."""
     assert sorted(files(killed / point)) == sorted(files(killed / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", kills.POINTS)
 def test_uploads_on_the_disk_are_not_trained_again(killed, point):
     before = (killed / f"{point}.notes").read_text().split()
@@ -112,6 +115,7 @@ def test_uploads_on_the_disk_are_not_trained_again(killed, point):
     assert sorted({*before, *after}) == sorted(whole)
 
 
+@pytest.mark.slow
 def test_the_journal_says_that_it_was_resumed(killed):
     starts = list(Record(killed / "in-aggregate").events("start"))
     assert [start["resumed"] for start in starts] == [False, True]

@@ -179,6 +179,7 @@ def test_one_who_scales_every_upload_never_counts(ready, tmp_path):
     assert same(run, away) and len(run.of("lost")) == 3
 
 
+@pytest.mark.slow
 def test_a_sign_flip_is_scaled_down(ready, honest, tmp_path):
     """One client moves the first round by twice its share of the largest change at most."""
     sent: list[Upload] = []
@@ -228,6 +229,7 @@ def test_a_round_that_ends_out_of_bounds_leaves_the_model(ready, tmp_path):
     assert kept["round"] == 1 and "must be at most" in kept["reason"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_compares_with_the_same_rounds(ready, tmp_path):
     """What uploads are compared with is in the checkpoint."""
 

@@ -156,7 +156,7 @@ def files(events: list[dict[str, Any]]) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("method", "ranks"),
     [
-        ("flexlora", {}),
+        pytest.param("flexlora", {}, marks=pytest.mark.slow),
         pytest.param("flora", {}, marks=pytest.mark.slow),
         pytest.param("fedsalora", ONE_RANK, marks=pytest.mark.slow),
     ],
