@@ -5,7 +5,7 @@ above it, which a test checks.
 
     errors          the library's exception types
     seeds           random generators, each with an address
-    storage         files: atomic writes, checksums, locks between processes, untrusted bytes and text
+    storage         files: atomic writes, checksums, locks, tensors; untrusted text made safe
     addresses       HOST:PORT, loopback, listening sockets
     lowrank         factor pairs, their weighted sums, truncated SVDs
     journal         what a run writes down, and how it is read
