@@ -122,6 +122,24 @@ def test_rows_marked_for_validation_are_held_out_instead(tmp_path):
         assert sorted(ready.runtime.rows[client]) == [i for i in owned if splits[i] == "train"]
 
 
+@pytest.mark.parametrize("kind", ["iid", "category"])
+def test_clients_of_another_partition_than_the_column_hold_out_rows_of_their_own(tmp_path, kind):
+    """The data's own clients are others then."""
+    models.save(tmp_path / "model")
+    partition = {"kind": kind, **({"clients": 4} if kind == "iid" else {})}
+
+    def prepared(share):
+        evaluation = {"client_share": share, "seen_clients": 0, "unseen_clients": 0}
+        settings = models.settings(tmp_path, data={"partition": partition}, evaluation=evaluation)
+        return setup.prepare(settings, models.corpus()).runtime
+
+    plain, runtime = prepared(0.0), prepared(0.3)
+    assert runtime.holdout.keys() == runtime.rows.keys() == plain.rows.keys()
+    for client, every in plain.rows.items():
+        train, held = runtime.rows[client], runtime.holdout[client]
+        assert sorted([*train, *held]) == sorted(every) and len(held) == round(0.3 * len(every))
+
+
 def test_a_loss_that_is_not_finite_is_refused(finished):
     ready = finished.ready
     broken = Adapter(dict(ready.fresh()))

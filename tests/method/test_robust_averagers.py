@@ -34,7 +34,7 @@ from flexlora.method import (
     with_components,
 )
 from flexlora.method.averagers.fltrust import FLTrust, trust
-from flexlora.method.averagers.geometric_median import GeometricMedian, median
+from flexlora.method.averagers.geometric_median import GeometricMedian, median, neighbour_means
 from flexlora.method.averagers.multi_krum import MultiKrum, krum_scores
 from support.factors import random_factors
 
@@ -92,6 +92,58 @@ def test_the_geometric_median_is_that_of_the_dense_matrices():
     assert apart(shares @ flat, center) < 1e-10
     torch.testing.assert_close(distances, (flat - center).norm(dim=1), rtol=1e-10, atol=0)
     torch.testing.assert_close(shares.sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_the_means_of_neighbours_are_those_of_the_dense_matrices():
+    factors = vectors()
+    flat, weights = dense(factors), declared(13)
+    means = neighbour_means(product_gram(factors), weights, 4)
+    sizes = flat.norm(dim=1)
+    reduced = flat * (sizes.median() / sizes).clamp_max(1)[:, None]
+    assert int((sizes > sizes.median()).sum()) == 6
+    cosines = (flat / sizes[:, None]) @ (flat / sizes[:, None]).T
+    for row, each in enumerate(cosines):
+        nearest = each.argsort(descending=True)[:9]
+        assert row in nearest
+        wanted = (weights[nearest, None] * reduced[nearest]).sum(0) / weights[nearest].sum()
+        assert apart(means[row] @ flat, wanted) < 1e-12
+    alone = neighbour_means(product_gram(factors), weights, 0)
+    torch.testing.assert_close(alone @ flat, flat)
+
+
+def test_a_vector_whose_nearest_have_no_weight_stays_as_it_is():
+    factors = vectors(5)
+    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    means = neighbour_means(product_gram(factors), weights, 2)
+    assert bool(means.isfinite().all())
+    for row, each in enumerate(means):
+        assert each[4 if each[4] else row] > 0 and int((each > 0).sum()) == 1
+
+
+@pytest.mark.parametrize("common", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("size", [0.5, 1.0])
+def test_two_colluding_clients_of_ten_do_not_turn_what_others_have_in_common(common, size):
+    """Honest changes of norms 1 to 3, further from each other than from a turned change."""
+    generator = torch.Generator().manual_seed(3)
+    shared, *own = torch.randn(11, 1997, generator=generator, dtype=torch.float64) / 1997**0.5
+    honest = torch.stack(
+        [
+            (1 + n % 3) * (common**0.5 * shared + (1 - common) ** 0.5 * each)
+            for n, each in enumerate(own)
+        ]
+    )
+    turned = -honest[:2].mean(0)
+    turned *= size * honest.norm(dim=1).median() / turned.norm()
+    sent = torch.cat([turned.expand(2, -1), honest[2:]])
+    equal = torch.full((10,), 0.1, dtype=torch.float64)
+    gram, wanted = sent @ sent.T, honest[2:].mean(0)
+
+    def cosine(left_out: int) -> float:
+        means = neighbour_means(gram, equal, left_out)
+        result = median(means @ gram @ means.T, equal, 1000, 1e-9)[0] @ means @ sent
+        return float(result @ wanted / (result.norm() * wanted.norm()))
+
+    assert cosine(2) > 0.96 > cosine(0) + 0.01
 
 
 def test_the_scores_of_krum_are_those_of_the_dense_matrices():
@@ -185,6 +237,14 @@ def test_equal_changes_have_a_median():
     torch.testing.assert_close(shares, declared(3))
 
 
+def test_the_median_expects_less_than_half_of_attackers():
+    assert [GeometricMedian().expected(n) for n in (1, 3, 4, 5, 10, 11)] == [0, 1, 1, 1, 2, 3]
+    assert [GeometricMedian(0).expected(n) for n in (3, 10)] == [0, 0]
+    for wrong in (-0.1, 0.5):
+        with pytest.raises(ConfigError, match=r"attackers is a share in \[0, 0\.5\)"):
+            GeometricMedian(wrong)
+
+
 def test_krum_expects_no_more_attackers_than_it_can_find():
     assert [MultiKrum().expected(n) for n in (1, 3, 4, 5, 10, 11, 50)] == [0, 0, 0, 1, 2, 3, 10]
     assert [MultiKrum(0.4).expected(n) for n in (5, 10, 50)] == [1, 3, 20]
@@ -248,6 +308,9 @@ def weights_of(rule: str, gram: torch.Tensor) -> torch.Tensor:
         return equal
     if rule == "geometric median":
         return median(gram, equal, 1000, 1e-9)[0]
+    if rule == "geometric median of neighbours":
+        means = neighbour_means(gram, equal, ATTACKERS)
+        return median(means @ gram @ means.T, equal, 1000, 1e-9)[0] @ means
     kept = krum_scores(gram, ATTACKERS).argsort()[: CLIENTS - 2 * ATTACKERS]
     shares = torch.zeros(CLIENTS, dtype=torch.float64)
     shares[kept] = 1 / len(kept)
@@ -255,7 +318,11 @@ def weights_of(rule: str, gram: torch.Tensor) -> torch.Tensor:
 
 
 B6_ATTACKS = ("none", "sign flip", "minus ten times", "noise", "collusion")
-B6_BOUNDS = {"geometric median": 0.2, "multi-Krum": 0.1}
+B6_BOUNDS = {
+    "geometric median": 0.2,
+    "geometric median of neighbours": 0.1,
+    "multi-Krum": 0.1,
+}
 
 
 def b6_error(rule: str, kind: str, seed: int) -> float:

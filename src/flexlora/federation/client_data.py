@@ -153,24 +153,23 @@ def partitioned(
         corpus = corpus.with_column("client", owners)
     if not (has_splits := "split" in corpus.columns):
         corpus = split_rows(corpus, seed)
-    rows = partitioned.where(_in_split(corpus, "train"))
-    if not rows:
+    if not partitioned.where(_in_split(corpus, "train")):
         raise DataError("No client has a training row; look at the data's split column.")
-    return unseen, corpus, *_without_holdout(corpus, rows, has_splits, experiment)
+    return unseen, corpus, *_without_holdout(corpus, partitioned, has_splits, experiment)
 
 
 def _without_holdout(
-    corpus: Corpus, rows: partition.Partition, has_splits: bool, experiment: Experiment
+    corpus: Corpus, everything: partition.Partition, has_splits: bool, experiment: Experiment
 ) -> tuple[partition.Partition, Mapping[str, Any]]:
     """The training rows of each client without those it holds out, and the latter by client.
 
-    ``corpus`` and ``rows`` are those of ``partitioned``; ``has_splits`` is whether the splits are
+    ``everything`` has the clients' rows of all splits; ``has_splits`` is whether the splits are
     the data's own. A client whose data marks rows as "validation" holds out these.
     """
+    rows = everything.where(_in_split(corpus, "train"))
     share, seed = experiment.evaluation.client_share, experiment.seed
     if not share:
         return rows, {}
-    everything = partition.by_code(*corpus.codes("client"))
     marked = everything.where(_in_split(corpus, "validation")) if has_splits else {}
     held_out = np.zeros(len(corpus), np.bool_)
     for client in rows:
