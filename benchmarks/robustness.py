@@ -1,10 +1,9 @@
 """What one or two of ten malicious clients do to the model, by attack, defence and rank.
 
-The simulation of ``flexlora attack`` on federations of ten clients of three rank types, each cell
-compared with the honest run of its seed that has no defence. Two have a small random model and rows
-of words: each client has words of its own, or all rows are dealt out at random. With ``--trained``
-SmolLM2-135M on generated puzzles is the third. The loss is that on rows which clients that are
-never malicious hold out.
+The simulation of ``flexlora attack`` with SmolLM2-135M on generated puzzles, ten clients of ranks
+4, 8 and 16. Each cell is compared with the honest run of its seed that has no defence, by the loss
+on rows which clients that are never malicious hold out. A small random model is no measure of
+damage: its loss changes by a tenth where one honest client stays away. ``--quick`` uses it.
 """
 
 from __future__ import annotations
@@ -43,14 +42,13 @@ DEFENCES = ("none", "clip", "geometric-median", "multi-krum", "fltrust")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--learning-rate", type=float, default=0.003)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attacks", default=",".join(kinds.KINDS))
     parser.add_argument("--defences", default=",".join(DEFENCES))
     parser.add_argument("--ranks", default="assigned")
-    parser.add_argument("--trained", action="store_true", help="SmolLM2-135M alone, one seed")
-    parser.add_argument("--quick", action="store_true", help="one seed, two rounds, the bars alone")
+    parser.add_argument("--quick", action="store_true", help="a small model, two rounds, the bars")
     return parser.parse_args()
 
 
@@ -60,11 +58,8 @@ def settings_of(options: argparse.Namespace) -> AttackSettings:
     if options.quick:
         attacks = [attack for attack, _ in BARS]
         defences = ["clip", "geometric-median"]
-    single = options.quick or options.trained
-    return AttackSettings(
-        tuple(attacks), tuple(defences), tuple(options.ranks.split(",")), 0.1,
-        1 if single else options.seeds,
-    )  # fmt: skip
+    ranks = tuple(options.ranks.split(","))
+    return AttackSettings(tuple(attacks), tuple(defences), ranks, 0.1, options.seeds)
 
 
 def ranks_of(small: int) -> dict[str, Any]:
@@ -74,47 +69,31 @@ def ranks_of(small: int) -> dict[str, Any]:
     return {"types": types, "distribution": {"small": 0.3, "middle": 0.4, "large": 0.3}}
 
 
-def federations(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The configs by what is in them; files of model and rows are written into the folder."""
+def config_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The federation; for ``--quick`` its model and rows are written into the folder."""
     common = {
         "seed": 1,
         "method": {"name": "flexlora"},
         "federation": {"rounds": 2 if options.quick else options.rounds, "cohort": 10, "quorum": 5},
         "evaluation": {"client_share": 0.25},
-        "run": {"threads": options.threads, "clients_at_once": 10},
+        "run": {"threads": options.threads},
     }
-    if options.trained:
-        trained = {
-            "model": {"name": "smollm2-135m-instruct"},
-            "data": {"format": "procedural", "clients": 10, "examples": 60, "max_tokens": 128},
+    training = {"learning_rate": 2e-3, "schedule": "constant", "batch_examples": 4}
+    if not options.quick:
+        return common | {
+            "model": {"name": "smollm2-135m-instruct", "dtype": options.dtype},
+            "data": {"format": "procedural", "clients": 10, "examples": 40, "max_tokens": 128},
             "ranks": ranks_of(4),
-            "training": {
-                "learning_rate": 1e-3,
-                "schedule": "constant",
-                "batch_examples": 4,
-                "max_steps": 4,
-                "pack_tokens": 512,
-            },
+            "training": training | {"max_steps": 2, "pack_tokens": 512},
         }
-        return {"SmolLM2-135M, puzzles": common | trained}
     models.save(folder / "model")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(models.corpus(10, 40))))
-    data = {"path": str(rows), "prompt": "plain", "max_tokens": 32, "unseen_clients": 0}
-    tiny = {
+    return common | {
         "model": {"name": str(folder / "model")},
+        "data": {"path": str(rows), "prompt": "plain", "max_tokens": 32, "unseen_clients": 0},
         "ranks": ranks_of(2),
-        "training": {
-            "learning_rate": options.learning_rate,
-            "schedule": "constant",
-            "batch_examples": 4,
-            "pack_tokens": 256,
-        },
-    }
-    dealt = data | {"partition": {"kind": "iid", "clients": 10}}
-    return {
-        "words of their own": common | tiny | {"data": data},
-        "rows dealt out at random": common | tiny | {"data": dealt},
+        "training": training | {"pack_tokens": 256},
     }
 
 
@@ -127,24 +106,18 @@ def rows_of(corpus: Corpus) -> Iterator[dict[str, str]]:
         yield {"client": client, **texts}
 
 
-def outcomes_of(
-    name: str, config: Mapping[str, Any], chosen: AttackSettings, folder: Path
-) -> list[Outcome]:
-    """All cells of a federation, one after the other."""
-    cells = plan(chosen, int(config["seed"]), folder)
+def outcomes_of(config: Mapping[str, Any], chosen: AttackSettings, folder: Path) -> list[Outcome]:
+    """All cells, one after the other."""
+    experiment = compose.parse(dict(config), "robustness")
+    cells = plan(chosen, experiment.seed, folder)
     outcomes = []
-    for outcome in run(
-        compose.parse(dict(config), name),
-        chosen,
-        cells,
-        lambda _, events: deque(events, maxlen=0),
-    ):
+    for outcome in run(experiment, chosen, cells, lambda _, events: deque(events, maxlen=0)):
         outcomes.append(outcome)
-        print(f"{name}: {outcome.cell.name}: {outcome.scores or outcome.reason}", file=sys.stderr)
+        print(f"{outcome.cell.name}: {outcome.scores or outcome.reason}", file=sys.stderr)
     return outcomes
 
 
-def claims_of(name: str, damage: Damage, asserted: bool) -> list[Claim]:
+def claims_of(damage: Damage, asserted: bool) -> list[Claim]:
     """The worst seed of every cell that has a bar."""
     claims = []
     for (attack, defence), most in BARS.items():
@@ -155,7 +128,7 @@ def claims_of(name: str, damage: Damage, asserted: bool) -> list[Claim]:
         ]
         if changes:
             worst = max(float("nan") if change is None else change for change in changes)
-            text = f"{name}: growth of the loss, {attack} against {defence}, worst seed"
+            text = f"growth of the loss, {attack} against {defence}, worst seed"
             claims.append(Claim(text, worst, most, False, asserted))
     return claims
 
@@ -171,24 +144,21 @@ def main() -> int:
     place = setting(options.threads)
     torch.set_num_threads(options.threads)
     chosen = settings_of(options)
-    tables, claims, measurements = [], [], {"options": vars(options)}
     with tempfile.TemporaryDirectory() as temporary:
-        for number, (name, config) in enumerate(federations(Path(temporary), options).items()):
-            outcomes = outcomes_of(name, config, chosen, Path(temporary) / str(number))
-            damage = Damage(outcomes, chosen.undefended)
-            tables += [
-                Table(f"{name}: {each.title}", each.head, each.rows) for each in damage.listings()
-            ]
-            claims += claims_of(name, damage, not options.quick)
-            measurements[name] = {
-                "honest_losses": honest_loss(outcomes),
-                "cells": [
-                    {"cell": o.cell.name, "state": o.state, "scores": o.scores and asdict(o.scores)}
-                    for o in outcomes
-                ],
-            }
-    suffix = "-trained" * options.trained + "-quick" * options.quick
-    return finish(Path(__file__).stem + suffix, place, measurements, tables, claims)
+        folder = Path(temporary)
+        outcomes = outcomes_of(config_of(folder, options), chosen, folder / "attack")
+    damage = Damage(outcomes, chosen.undefended)
+    measurements = {
+        "options": vars(options),
+        "honest_losses": honest_loss(outcomes),
+        "cells": [
+            {"cell": o.cell.name, "state": o.state, "scores": o.scores and asdict(o.scores)}
+            for o in outcomes
+        ],
+    }
+    tables = [Table(each.title, each.head, each.rows) for each in damage.listings()]
+    name = Path(__file__).stem + ("-quick" if options.quick else "")
+    return finish(name, place, measurements, tables, claims_of(damage, not options.quick))
 
 
 if __name__ == "__main__":
