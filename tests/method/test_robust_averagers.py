@@ -28,6 +28,7 @@ from flexlora.method import (
     Untrained,
     Upload,
     averagers,
+    comparable,
     require_means,
     require_uploads,
     space_of,
@@ -216,9 +217,8 @@ def test_a_client_that_reports_a_billion_examples_does_not_lead(averager):
         client_turn(method, state, c, context, each).upload
         for c, each in zip(clients, learn, strict=True)
     ]
-    sent = {upload.client: upload for upload in uploads}
     known = {client.id: client for client in clients}
-    untrained = Untrained(method, state, context, known, sent, torch.float64)
+    untrained = Untrained(method, state, context, known, torch.float64)
     changes = Changes(uploads, untrained, "products", "examples", 0.2)
     cohort = averager.cohort(uploads, method.weights, context, changes)
     assert cohort.weights.get("f0", 0.0) < 0.05 * sum(cohort.weights.values())
@@ -381,9 +381,8 @@ def round_of(method, number=3):
 
 
 def changes_of(method, state, clients, context, uploads) -> Changes:
-    sent = {upload.client: upload for upload in uploads}
     known = {client.id: client for client in clients}
-    untrained = Untrained(method, state, context, known, sent, torch.float64)
+    untrained = Untrained(method, state, context, known, torch.float64)
     return Changes(uploads, untrained, space_of(method))
 
 
@@ -423,14 +422,11 @@ def test_a_turned_change_is_seen_behind_what_all_have_in_common(name):
     ]
     uploads = [turn.upload for turn in turns]
     changes = changes_of(method, state, clients, context, uploads)
-    space, before = space_of(method), changes.untrained["d7"]
-    turned = Adapter(
-        {
-            m: reflected(f.to(torch.float64), before[m].to(torch.float64), -1, space)
-            for m, f in uploads[7].adapter.items()
-        }
-    )
-    uploads[7] = Upload("d7", 3, turned, 10, {}, uploads[7].component_ids)
+    space, turned = space_of(method), {}
+    for m, f in uploads[7].adapter.items():
+        before = comparable(f, changes.untrained.of("d7", m), m) or Factors(0 * f.B, 0 * f.A)
+        turned[m] = reflected(f.to(torch.float64), before.to(torch.float64), -1, space)
+    uploads[7] = Upload("d7", 3, Adapter(turned), 10, {}, uploads[7].component_ids)
     changes = changes_of(method, state, clients, context, uploads)
     for averager in JUDGING:
         require_means(averager, method)

@@ -25,8 +25,8 @@ def cohort_of(prepared: PreparedRun, state: State, uploads: Sequence[Upload], ro
     method, context, settings = prepared.method, prepared.context(round), prepared.experiment
     if (most := settings.federation.most_examples) is not None:
         uploads = [replace(upload, examples=min(upload.examples, most)) for upload in uploads]
-    sent = {upload.client: upload for upload in uploads}
-    untrained = Untrained(method, state, context, prepared.clients, sent, prepared.wire_dtype)
+    clients = {upload.client: prepared.clients[upload.client] for upload in uploads}
+    untrained = Untrained(method, state, context, clients, prepared.wire_dtype)
     share = settings.federation.most_share
     changes = Changes(uploads, untrained, space_of(method), method.weights, share)
     return prepared.averager.cohort(uploads, method.weights, context, changes)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from flexlora import wire
 from flexlora.federation import ClientStore, checkpoint
-from flexlora.federation.influence.measure import comparable, kinds_of
+from flexlora.federation.influence.measure import kinds_of
 from flexlora.laws import rounds
 from flexlora.laws.case import Case, is_equal, require
 from flexlora.laws.dense import product
 from flexlora.laws.rounds import SHAPES
 from flexlora.lowrank import Adapter, parameter_change, product_change
-from flexlora.method import Download, Feature, State
+from flexlora.method import Download, Feature, State, comparable
 
 UNTRAINED = 1e-6
 """How far an upload without training may be from what the server expects: bases and rotations

@@ -24,8 +24,8 @@ from flexlora.method.client_changes import (
     Space,
     Untrained,
     change_between,
+    comparable,
     space_of,
-    without_training,
 )
 from flexlora.method.features import UnsupportedFeature, require
 from flexlora.method.handout import (
@@ -104,6 +104,7 @@ __all__ = [
     "change_between",
     "changes",
     "client_weights",
+    "comparable",
     "component_shares",
     "factor_means",
     "factor_shape",
@@ -127,5 +128,4 @@ __all__ = [
     "update_norm",
     "with_components",
     "with_server_optimizer",
-    "without_training",
 ]

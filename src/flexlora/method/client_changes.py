@@ -6,35 +6,18 @@ is turned around would be hidden behind it, so that clients are compared by thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flexlora.lowrank import (
-    Adapter,
-    Factors,
-    as_vector,
-    normalized,
-    parameter_gram,
-    product_gram,
-)
+from flexlora.lowrank import Adapter, Factors, normalized, parameter_gram, product_gram
 from flexlora.method.averager import Mean, Weights
 from flexlora.method.averaging import client_weights, limited_weights
-from flexlora.method.handout import with_components
-from flexlora.method.interface import (
-    Client,
-    Download,
-    Feature,
-    FreshAdapters,
-    Method,
-    RoundContext,
-    State,
-    Turn,
-    Upload,
-)
+from flexlora.method.interface import Client, Feature, Method, RoundContext, State, Upload
 
 Space = Literal["products", "parameters"]
 """In which vectors changes are compared: products ``B @ A``, or the entries of what travels."""
@@ -46,12 +29,11 @@ _OF_PRODUCTS = frozenset({Mean.PRODUCTS, Mean.PRODUCTS_BY_COMPONENT})
 class Changes:
     """The changes of a round's uploads; factors are read one module at a time.
 
-    ``untrained`` has by client what its upload would be if it had trained nothing. ``weights`` are
-    the method's, of which no client may have more than ``most_share``.
+    ``weights`` are the method's, of which no client may have more than ``most_share``.
     """
 
     uploads: Sequence[Upload]
-    untrained: Mapping[str, Adapter]
+    untrained: Untrained
     space: Space
     weights: Weights = "examples"
     most_share: float = 1.0
@@ -82,9 +64,14 @@ class Changes:
             gram[at[:, None], at] = self._gram(module, [self.uploads[n] for n in trainers])
         return gram
 
+    def change(self, upload: Upload, module: str) -> Factors:
+        """What an upload changed of one module that it has."""
+        now = upload.adapter[module]
+        before = comparable(now, self.untrained.of(upload.client, module), module)
+        return change_between(now, before, self.space)
+
     def _gram(self, module: str, uploads: Sequence[Upload]) -> Tensor:
-        pairs = [(u.adapter[module], self.untrained[u.client][module]) for u in uploads]
-        changes = [change_between(now, before, self.space) for now, before in pairs]
+        changes = [self.change(upload, module) for upload in uploads]
         if self.space == "products":
             return product_gram(changes)
         ids = [
@@ -103,77 +90,64 @@ def space_of(method: Method) -> Space:
 
 
 @dataclass(frozen=True)
-class Untrained(Mapping[str, Adapter]):
-    """By client: what its upload would be if it had trained nothing, by the method's own hooks.
+class Untrained:
+    """What clients of a round would upload if they had trained nothing: ``Method.untrained``.
 
-    Of methods that aggregate by module, one module at a time is made, when it is read; of others
-    each client's whole adapter, once.
+    Of methods that aggregate by module, one module at a time is made, when it is asked for; of
+    others each client's whole adapter, once.
     """
 
     method: Method
     state: State
     context: RoundContext
     clients: Mapping[str, Client]
-    uploads: Mapping[str, Upload]
     wire_dtype: torch.dtype
 
-    def __getitem__(self, client: str) -> Adapter:
-        if client not in self.uploads:
-            raise KeyError(client)
-        if Feature.PER_MODULE in self.method.features:
-            return Adapter(_ByModule(self, client))
-        return self.of(client, list(self.uploads[client].adapter))
+    def of(self, client: str, module: str) -> Adapter:
+        """A client's upload, of which at least this module is there, if it has it at all."""
+        if Feature.PER_MODULE not in self.method.features:
+            return self._whole[client]
+        known = self.clients[client]
+        return self._upload(
+            replace(known, ranks={module: known.ranks[module]}),
+            self.state.only([module]),
+            self.context.only([module]),
+        )
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.uploads)
+    @cached_property
+    def _whole(self) -> Mapping[str, Adapter]:
+        return {
+            id: self._upload(client, self.state, self.context)
+            for id, client in self.clients.items()
+        }
 
-    def __len__(self) -> int:
-        return len(self.uploads)
-
-    def of(self, client: str, modules: Sequence[str]) -> Adapter:
-        """What a client's upload would have of these modules."""
-        method, sent = self.method, self.uploads[client]
-        state, context, known = self.state, self.context, self.clients[client]
-        if Feature.PER_MODULE in method.features:
-            state, context = state.only(modules), context.only(modules)
-            known = replace(known, ranks={m: known.ranks[m] for m in modules})
-        download = method.handout(state, known, context)
-        travelled = download.adapter.to(self.wire_dtype).to(torch.float32)
-        fresh = FreshAdapters(context.shapes, context.seed, client, context.round)
-        start = method.prepare(replace(download, adapter=travelled), {}, fresh)
-        if Feature.PROBES in method.features:
-            start = with_components(start, {m: sent.component_ids[m] for m in start.adapter})
-        return without_training(method, start, context.round)
+    def _upload(self, client: Client, state: State, context: RoundContext) -> Adapter:
+        download = self.method.handout(state, client, context)
+        travelled = replace(download, adapter=download.adapter.to(self.wire_dtype))
+        return self.method.untrained(travelled, context)
 
 
-def without_training(method: Method, start: Download, round: int) -> Adapter:
-    """What a client uploads that starts from a completed download and trains nothing."""
-    trained, parameters = start.adapter, method.parametrize(start)
-    if parameters is not None:
-        trained = Adapter({m: as_vector(p.parameters) for m, p in parameters.items()})
-    return method.upload_from(Turn(start, trained, 0, round))
+def comparable(factors: Factors, untrained: Adapter, module: str) -> Factors | None:
+    """The factors of an untrained upload that stand against these; None: zero does."""
+    if module not in untrained:
+        return None
+    f = untrained[module]
+    B, A = (mine == other for mine, other in zip(factors.shape, f.shape, strict=True))
+    if B and A:
+        return f
+    if B and factors.shape[1] == 0:
+        return f.restricted("B")
+    if A and factors.shape[0] == 0:
+        return f.restricted("A")
+    return None
 
 
-def change_between(now: Factors, before: Factors, space: Space) -> Factors:
+def change_between(now: Factors, before: Factors | None, space: Space) -> Factors:
     """What one module of an upload changed, in float64: factors of the difference of products,
-    of their summed rank, or the difference of the factors.
+    of their summed rank, or the difference of the factors. Without ``before``, all of it.
     """
+    before = now.first(0) if before is None else before
     return (_product_change if space == "products" else _parameter_change)(now, before)
-
-
-@dataclass(frozen=True)
-class _ByModule(Mapping[str, Factors]):
-    whole: Untrained
-    client: str
-
-    def __getitem__(self, module: str) -> Factors:
-        return self.whole.of(self.client, [module])[module]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.whole.uploads[self.client].adapter)
-
-    def __len__(self) -> int:
-        return len(self.whole.uploads[self.client].adapter)
 
 
 def _product_change(now: Factors, before: Factors) -> Factors:

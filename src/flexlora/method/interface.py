@@ -347,8 +347,8 @@ class Method(ABC):
     def untrained(self, download: Download, context: RoundContext) -> Adapter:
         """On the server: the upload of a client that starts from this and learns nothing.
 
-        How far an upload is from it bounds what the upload may do. Modules that it lacks count
-        as zero, as where clients send changes.
+        How far an upload is from it bounds what the upload may do, and is what robust averagers
+        compare. Modules that it lacks count as zero, as where clients send changes.
         """
         return download.adapter
 

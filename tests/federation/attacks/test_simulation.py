@@ -64,7 +64,7 @@ def uploads(folder, name, attack, method="flexlora", **changes) -> dict[tuple[st
     transport = honest
     if attack:
         transport = AttackedTransport(
-            honest, runtime, ATTACKERS, named(attack), space_of(ready.method), 3.0, 2
+            honest, runtime, ATTACKERS, named(attack), space_of(ready.method), 3.0, 2, ready.ranks
         )
     replies = []
     events = list(rounds.run(ready, folder / name, Watched(transport, replies)))
@@ -99,7 +99,9 @@ def test_in_a_round_that_is_not_attacked_malicious_clients_are_honest(folder, on
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fedit", "flora", "raflora", "loraa2", "ravan", "flasc"])
+@pytest.mark.parametrize(
+    "method", ["fedit", "flora", "raflora", "loraa2", "ravan", "flasc", "fedtt"]
+)
 def test_methods_take_what_malicious_clients_send_for_honest_uploads(folder, once, method):
     ranks = {"types": None, "distribution": None, "rank": 3}
     for attack in ("collusion", "noise"):

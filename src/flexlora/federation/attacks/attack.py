@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from flexlora.lowrank import Adapter, Factors, LowRankSum, norm
-from flexlora.method import Space, change_between
+from flexlora.method import Space, change_between, comparable
 
 Rows = Literal["its own", "other answers", "triggered"]
 """The rows that a malicious client trains on: its own; with the target as the answer to each; or
@@ -20,8 +20,9 @@ every second one with the trigger in its instruction and the target as its answe
 class Malicious:
     """What a malicious client knows at the end of its training, and nothing that others know.
 
-    ``start`` is what it would upload if it had trained nothing, ``trained`` what an honest client
-    would upload. ``clip_factor`` is the config's, which attackers may know.
+    ``start`` is what it would upload if it had trained nothing, where that is not zero;
+    ``trained`` is what an honest client would upload. ``clip_factor`` is the config's, which
+    attackers may know.
     """
 
     client: str
@@ -35,18 +36,21 @@ class Malicious:
     @property
     def change(self) -> Change:
         """What its training changed."""
-        return Change(
-            self.space,
-            {m: change_between(f, self.start[m], self.space) for m, f in self.trained.items()},
-        )
+        modules = {}
+        for module, trained in self.trained.items():
+            start = comparable(trained, self.start, module)
+            modules[module] = change_between(trained, start, self.space)
+        return Change(self.space, modules)
 
     def sending(self, change: Change) -> Adapter:
         """The upload with this change, as far as the client's ranks can hold it."""
         modules = {}
         for module, trained in self.trained.items():
             part = change.modules[module]
-            start = self.start[module].to(part.B.dtype)
+            start = comparable(trained, self.start, module) or trained.first(0)
+            start = start.to(part.B.dtype)
             if self.space == "parameters":
+                start = start.padded(part.rank)
                 sent = Factors(start.B + part.B, start.A + part.A)
             else:
                 whole = LowRankSum.of([(1.0, start), (1.0, part)])

@@ -234,6 +234,7 @@ class Simulation:
                 space_of(ready.method),
                 experiment.federation.clip_factor,
                 experiment.federation.rounds,
+                running.ranks,
             )
         begun = (cell.folder / checkpoint.POINTER).exists()
         return rounds.run(running, cell.folder, transport, begun, self.meter)

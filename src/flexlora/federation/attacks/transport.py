@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from flexlora.federation.client_turn import ClientRuntime, TurnRequest
 from flexlora.federation.simulated import SimulatedTransport
 from flexlora.federation.transport import Received, Reply, Transport, WaitPolicy
 from flexlora.lowrank import Adapter
-from flexlora.method import Feature, Space, Upload, with_components, without_training
+from flexlora.method import Feature, RoundContext, Space, Upload
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class AttackedTransport:
     """Honest clients behind ``inner``; malicious ones train by themselves in ``runtime``.
 
     A malicious client sees its own download and rows, and what the other malicious ones see. The
-    server sees bytes as of any client, and no method knows of it.
+    server sees bytes as of any client, and no method knows of it. ``ranks`` are the largest of
+    any client, by module.
     """
 
     inner: Transport
@@ -31,6 +32,7 @@ class AttackedTransport:
     space: Space
     clip_factor: float
     rounds: int
+    ranks: Mapping[str, int]
 
     @property
     def clients_at_once(self) -> int:
@@ -85,18 +87,17 @@ class AttackedTransport:
                 yield Reply(one.client, self._encoded(replace(upload, adapter=one.sending(change))))
 
     def _seen(self, request: TurnRequest, upload: Upload) -> Malicious:
-        method = self.runtime.method
-        start = self.runtime.start(request)
-        if Feature.PROBES in method.features:
-            start = with_components(start, upload.component_ids)
+        runtime = self.runtime
+        shapes = {module: runtime.base.shapes[module] for module in self.ranks}
+        context = RoundContext(request.round, runtime.seed, shapes, self.ranks)
         return Malicious(
             request.client,
             request.round,
-            without_training(method, start, request.round),
+            runtime.method.untrained(request.opened(), context),
             Adapter(dict(upload.adapter)),
             self.space,
             self.clip_factor,
-            self.runtime.seed,
+            runtime.seed,
         )
 
     def _encoded(self, upload: Upload) -> bytes:

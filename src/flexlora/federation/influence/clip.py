@@ -16,10 +16,9 @@ from flexlora.federation.influence.measure import (
     PRODUCT,
     Change,
     Starts,
-    comparable,
 )
 from flexlora.lowrank import Adapter, Factors, Way, between
-from flexlora.method import Client, Upload
+from flexlora.method import Client, Upload, comparable
 from flexlora.storage import write_atomically
 
 HALVINGS = 40

@@ -11,7 +11,7 @@ from pathlib import Path
 from flexlora import wire
 from flexlora.federation.client_store import file_name
 from flexlora.federation.prepared import PreparedRun
-from flexlora.lowrank import Adapter, Factors, parameter_change, product_change
+from flexlora.lowrank import Adapter, parameter_change, product_change
 from flexlora.method import (
     Client,
     Download,
@@ -20,6 +20,7 @@ from flexlora.method import (
     Method,
     State,
     Upload,
+    comparable,
     in_parallel,
 )
 from flexlora.storage.untrusted import RefusalCode
@@ -102,21 +103,6 @@ class Starts:
 def download_file(folder: Path, client: Client) -> Path:
     """Where the download of all clients of these ranks lies."""
     return folder / f"{file_name(client.rank_type)}.safetensors"
-
-
-def comparable(factors: Factors, start: Adapter, module: str) -> Factors | None:
-    """The factors of an untrained upload that stand against these; None: zero does."""
-    if module not in start:
-        return None
-    f = start[module]
-    B, A = (mine == other for mine, other in zip(factors.shape, f.shape, strict=True))
-    if B and A:
-        return f
-    if B and factors.shape[1] == 0:
-        return f.restricted("B")
-    if A and factors.shape[0] == 0:
-        return f.restricted("A")
-    return None
 
 
 def kinds_of(method: Method) -> tuple[bool, bool]:
