@@ -18,7 +18,7 @@ from flexlora.deployment.flower.served_certificate import ServedCertificate
 from flexlora.deployment.keys import NodeKey, make_node
 from flexlora.deployment.node import preflight
 from flexlora.deployment.node.preflight import Fault
-from flexlora.deployment.server.run_files import ARRIVALS
+from flexlora.deployment.server.run_files import ARRIVALS, certificate_notes
 from support.certificates import dated
 from support.gate import Signer, registering, split, standing_in, started_gate
 
@@ -158,6 +158,26 @@ def test_notices_come_once_a_day_and_anew_after_a_change(keys, tmp_path):
     shown.look()
     shown.look()
     assert len(lines()) == 4 and "anew, valid until 20" in lines()[-1]
+
+
+def test_what_is_said_of_a_certificate_is_also_for_the_journal(keys, tmp_path):
+    dated(keys.certificate, -99, 3600)
+    folder, days = tmp_path / "run", [0.0]
+    folder.mkdir()
+    shown = ServedCertificate(keys, folder, now=lambda: 86400 * days[0])
+    for days[0] in (0.0, 1.1, 2.2):
+        shown.look()
+    # The console has it every day, the journal once.
+    [note] = certificate_notes(folder).values()
+    assert "server.crt expires on" in note.sentence and "--renew" in note.sentence
+    assert not note.renewed
+    renew_server(keys.key.parent)
+    shown.look()
+    [note] = certificate_notes(folder).values()
+    assert "anew, valid until 20" in note.sentence and note.renewed
+    # A gate that was started again does not repeat what is settled.
+    ServedCertificate(keys, folder).look()
+    assert certificate_notes(folder) == {}
 
 
 def test_files_that_do_not_fit_are_not_taken(keys, tmp_path):

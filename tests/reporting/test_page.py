@@ -423,6 +423,13 @@ def test_what_is_configured_without_effect_stands_in_the_head(make_journal: Make
     assert "<p>The cohort of 40 is larger than the 12 clients.</p>" in head
 
 
+def test_what_was_said_of_certificates_stands_in_the_head(make_journal: Make):
+    note = "server.crt expires on 2031-02-03, in 9 days; renew it"
+    event = {"event": "certificate", "time": 1.9e9, "round": 1, "note": note, "renewed": False}
+    head = page.render([*make_journal(rounds=1), event]).split("<nav")[0]
+    assert f"<p>On 2030-03-17: {note}.</p>" in head
+
+
 def test_long_and_empty_answers():
     row = tables.sample_table([answer(2, "global", "", 0.0) | {"prompt": "x" * 9000}])[0]
     texts = dict(sections.samples([row]).parts[1].parts[0].texts)

@@ -306,6 +306,17 @@ def test_the_last_events_say_who_when_and_why():
     assert re.fullmatch(r"\d\d-\d\d \d\d:\d\d:43", when) and number == "1"
 
 
+def test_an_expiring_certificate_is_said_and_is_bad_until_it_is_renewed():
+    note = "server.crt expires on 2031-02-03, in 9 days; renew it"
+    event = {"event": "certificate", "time": 103.0, "round": 1, "note": note, "renewed": False}
+    said = shown(start(), event, event | {"note": "the gate shows it anew", "renewed": True})
+    assert [(row["cells"][2], row["state"]) for row in said["events"]] == [
+        ("the gate shows it anew", ""),
+        (note, "bad"),
+        ("run started", ""),
+    ]
+
+
 def test_only_the_latest_events_are_kept():
     now = standing(start(), *(joined(f"client-{i}") for i in range(LOGGED + 7)))
     assert len(now.log) == LOGGED

@@ -248,6 +248,12 @@ EVENTS: Mapping[str, EventType] = {
         file="the file, below the run's folder",
         reason="what was found and what is done about it, for people",
     ),
+    "certificate": _type(
+        "A certificate of a real federation's server expires within 30 days, or was renewed.",
+        round="the round in progress",
+        note="what there is to know and to do, for people",
+        renewed="whether it was renewed",
+    ),
     "stopped": _type("A real federation stopped with an error.", reason="the error, for people"),
     "finish": _type(
         "The run is complete.",

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -26,7 +27,12 @@ from flexlora.deployment.node import node
 from flexlora.deployment.server import server_run
 from flexlora.deployment.server.limits import RankLimits
 from flexlora.deployment.server.registry import ClientRegistry
-from flexlora.deployment.server.run_files import ARRIVALS
+from flexlora.deployment.server.run_files import (
+    ARRIVALS,
+    CERTIFICATES,
+    CertificateNote,
+    write_certificate_notes,
+)
 from flexlora.federation import rounds, setup
 from flexlora.federation.client_turn import TurnRequest
 from flexlora.federation.transport import LateReply, Lost, Reply, TransportEvent, WaitPolicy
@@ -470,6 +476,19 @@ def news(events: list, kind: str) -> list[dict]:
 def three(tmp_path) -> FlowerTransport:
     names = ("ash", "birch", "cedar")
     return federation(tmp_path, *(client(2**63 + n, name) for n, name in enumerate(names)))
+
+
+def test_what_the_gate_says_of_certificates_is_an_event_once(three, tmp_path):
+    assert news(heard(three, "ash"), "certificate") == []
+    soon = CertificateNote("server.crt expires on 2031-02-03, in 9 days; renew it", False)
+    write_certificate_notes(tmp_path, {"server.crt expires on 2031-02-03": soon})
+    said = news(heard(three, "ash", round=2), "certificate")
+    assert said == [{"note": soon.sentence, "renewed": False}]
+    later = replace(soon, sentence=soon.sentence.replace("9", "8"))
+    write_certificate_notes(tmp_path, {"server.crt expires on 2031-02-03": later})
+    assert news(heard(three, "ash", round=3), "certificate") == []
+    (tmp_path / CERTIFICATES).write_text("{")
+    assert news(heard(three, "ash", round=4), "certificate") == []
 
 
 def test_every_client_gets_its_own_job_and_its_answer_is_its_own(three):

@@ -86,6 +86,7 @@ class FlowerTransport:
     _late: dict[str, Request] = field(default_factory=dict)
     _unused: dict[tuple[str, int], str] = field(default_factory=dict)
     _events: list[TransportEvent] = field(default_factory=list)
+    _certificate_notes: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._inbox = inbox.of(self.grid)
@@ -322,6 +323,11 @@ class FlowerTransport:
         self._events.append(TransportEvent("joined", facts))
 
     def _take_events(self) -> Iterator[TransportEvent]:
+        for what, note in run_files.certificate_notes(self.registry.folder).items():
+            if what not in self._certificate_notes:
+                self._certificate_notes.add(what)
+                facts = {"note": note.sentence, "renewed": note.renewed}
+                self._events.append(TransportEvent("certificate", facts))
         events, self._events = self._events, []
         yield from events
 

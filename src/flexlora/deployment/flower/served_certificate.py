@@ -15,7 +15,12 @@ from typing import Final
 
 from flexlora.deployment.certificates import ServerKeys
 from flexlora.deployment.key_files import check_private
-from flexlora.deployment.server.run_files import note
+from flexlora.deployment.server.run_files import (
+    CERTIFICATES,
+    CertificateNote,
+    note,
+    write_certificate_notes,
+)
 from flexlora.errors import ProtocolError
 
 _LOOK_SECONDS: Final = 2.0
@@ -29,7 +34,8 @@ _Version = tuple[tuple[int, int, int], ...]
 
 @dataclass
 class ServedCertificate:
-    """TLS settings with the server's files; ``run`` is the folder whose console gets notices.
+    """TLS settings with the server's files; ``run`` is the folder whose console and journal get
+    notices.
 
     Raises:
         ProtocolError: the files do not go together, or cannot be read.
@@ -41,8 +47,11 @@ class ServedCertificate:
     context: ssl.SSLContext = field(init=False)
     _version: _Version = field(init=False)
     _noticed: dict[str, float] = field(default_factory=dict, init=False)
+    _journaled: dict[str, CertificateNote] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        if self.run is not None:
+            (self.run / CERTIFICATES).unlink(missing_ok=True)
         self._version = self._files()
         self.context = _context(self.keys)
 
@@ -76,19 +85,27 @@ class ServedCertificate:
             )
             return
         self._noticed.clear()
-        self._note(f"the gate shows {self.keys.certificate} anew, valid until {ends:%Y-%m-%d}")
+        self._journaled.clear()
+        sentence = f"the gate shows {self.keys.certificate} anew, valid until {ends:%Y-%m-%d}"
+        self._note(sentence, renewed=True)
 
     def _notice(self, what: str, sentence: str) -> None:
         now = self.now()
         if now - self._noticed.get(what, -_NOTICE_SECONDS) >= _NOTICE_SECONDS:
             self._noticed[what] = now
-            self._note(sentence)
+            self._note(sentence, what)
 
-    def _note(self, sentence: str) -> None:
+    def _note(self, sentence: str, what: str = "", renewed: bool = False) -> None:
+        """Say a sentence on the console, and in the journal if that does not say as much yet."""
         _log.warning("%s", sentence)
-        if self.run is not None:
+        if self.run is None:
+            return
+        with contextlib.suppress(OSError):
+            note(self.run, sentence)
+        if (what or sentence) not in self._journaled:
+            self._journaled[what or sentence] = CertificateNote(sentence, renewed)
             with contextlib.suppress(OSError):
-                note(self.run, sentence)
+                write_certificate_notes(self.run, self._journaled)
 
     def _files(self) -> _Version:
         found = [path.stat() for path in (self.keys.certificate, self.keys.key)]

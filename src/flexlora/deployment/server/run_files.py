@@ -6,10 +6,11 @@ Imports nothing slow: the gate is started again whenever it ends.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from flexlora.storage import append, read_sealed, write_atomically, write_sealed
+from flexlora.storage import DamagedFile, append, read_sealed, write_atomically, write_sealed
 from flexlora.storage.untrusted import one_line
 
 ARRIVALS: Final = "arrivals.log"
@@ -28,6 +29,9 @@ which ends with the last round."""
 
 REPLY_BYTES: Final = "reply_bytes"
 """The largest payload of a client's answer in this run, in bytes; the SuperLink stores no more."""
+
+CERTIFICATES: Final = "certificates.json"
+"""What the gate says of the server's certificates; the run's process brings it into the journal."""
 
 _LONGEST_LINE: Final = 500
 
@@ -57,6 +61,31 @@ def numbers(folder: Path, name: str) -> dict[str, int]:
 def write_numbers(folder: Path, name: str, content: Mapping[str, int]) -> None:
     """Write such a file."""
     write_sealed(folder / name, {"numbers": dict(content)})
+
+
+@dataclass(frozen=True)
+class CertificateNote:
+    """A sentence on a certificate of the server; ``renewed`` if it is good news."""
+
+    sentence: str
+    renewed: bool
+
+
+def write_certificate_notes(folder: Path, notes: Mapping[str, CertificateNote]) -> None:
+    """Write what there is to say of the server's certificates.
+
+    Each note is under what it tells: its sentence has another number of days from day to day.
+    """
+    write_sealed(folder / CERTIFICATES, {what: asdict(each) for what, each in notes.items()})
+
+
+def certificate_notes(folder: Path) -> dict[str, CertificateNote]:
+    """What was written last; nothing without a file, or if it is damaged: the gate writes anew."""
+    try:
+        content = read_sealed(folder / CERTIFICATES)
+    except (FileNotFoundError, DamagedFile):
+        return {}
+    return {what: CertificateNote(**each) for what, each in content.items()}
 
 
 def allow_replies(folder: Path, most_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from flexlora.journal import Event, LossKind, loss_kind
@@ -89,7 +90,7 @@ def run_facts(events: Sequence[Event]) -> RunFacts:
         started=starts[0].get("time") if starts else None,
         seconds=finish.get("seconds"),
         adapter=finish.get("adapter"),
-        notices=tuple(map(str, start.get("notices") or ())),
+        notices=(*map(str, start.get("notices") or ()), *_of_certificates(events)),
     )
 
 
@@ -105,6 +106,15 @@ def rank_type_table(events: Sequence[Event]) -> list[RankTypeRow]:
             rank_text(name, ranks.get(name) or (), start.get("config") or {}),
         )
         for name, clients in (start.get("rank_types") or {}).items()
+    ]
+
+
+def _of_certificates(events: Sequence[Event]) -> list[str]:
+    """What the run said of its server's certificates, with the day of each sentence."""
+    days = {str(event["note"]): event.get("time") for event in of_type(events, "certificate")}
+    return [
+        note if time is None else f"On {datetime.fromtimestamp(time, UTC):%Y-%m-%d}: {note}."
+        for note, time in days.items()
     ]
 
 

@@ -230,6 +230,8 @@ class RunState:
                 text += f"; {missing:,} did not" if missing else ""
             case "damaged":
                 text, bad = f"damaged: {reason}", True
+            case "certificate":
+                text, bad = str(event["note"]), not event["renewed"]
             case "stopped":
                 text, bad = f"run stopped: {reason}", True
             case "finish":
