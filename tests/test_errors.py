@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,21 @@ def test_a_fault_that_can_be_mended_is_a_sentence(error, words):
 )
 def test_any_other_exception_is_a_fault_of_the_library(error):
     assert sentence(error) is None
+
+
+def test_a_folder_that_cannot_be_copied_is_a_sentence(tmp_path):
+    """shutil has an exception of its own for it, without a number."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "code.py").touch()
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    with pytest.raises(shutil.Error) as caught:
+        shutil.copytree(tmp_path / "app", tmp_path / "copy", copy_function=full)
+    said = sentence(caught.value) or ""
+    assert "code.py: No space left on device. Free some space" in said and "Errno" not in said
+    assert sentence(shutil.Error("by hand")) is None
 
 
 def test_a_link_to_itself_is_a_sentence(tmp_path):

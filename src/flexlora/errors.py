@@ -10,6 +10,7 @@ well, so that code which catches that keeps working.
 from __future__ import annotations
 
 import errno
+import shutil
 from typing import Final
 
 
@@ -66,6 +67,8 @@ def sentence(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return f"{error}; give another path."  # as pathlib says it before Python 3.13
+    if isinstance(error, shutil.Error):
+        return _of_copies(error)
     if not isinstance(error, OSError) or not error.errno:
         return None
     if error.errno not in _REFUSED and not isinstance(error.filename, str | bytes):
@@ -73,3 +76,16 @@ def sentence(error: BaseException) -> str | None:
     file = "a file" if error.filename is None else error.filename
     remedy = _REMEDIES.get(error.errno, "")
     return f"The system refused to read or write {file}: {error.strerror}.{remedy}"
+
+
+def _of_copies(error: shutil.Error) -> str | None:
+    """The sentence on a folder that could not be copied: of the first of its files."""
+    failed = error.args[0] if error.args else ()
+    if not isinstance(failed, list) or not failed or len(failed[0]) != 3:
+        return None
+    _, target, reason = failed[0]
+    reason = str(reason).rpartition("] ")[2].partition(": '")[0]
+    return (
+        f"The system refused to write {target}: {reason}. Free some space, or change the "
+        "permissions of its folder."
+    )

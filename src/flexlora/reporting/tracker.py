@@ -14,7 +14,9 @@ from typing import ClassVar
 from flexlora.errors import ConfigError
 from flexlora.journal import Event, Journal, mean_scores
 from flexlora.reporting.tables import energy_table
+from flexlora.storage.untrusted import one_line
 
+_LONGEST_REASON = 300
 PATIENCE_SECONDS = 30.0
 """The longest time that the end of a run waits for a tracker that is behind."""
 
@@ -123,7 +125,7 @@ class _Follower:
         # No error of a tracker may end hours of training, and even SystemExit would end the thread
         # without a message.
         except BaseException as error:
-            self._complain(f"{type(error).__name__}: {error}")
+            self._complain(one_line(f"{type(error).__name__}: {error}", _LONGEST_REASON))
             with suppress(Exception):
                 self.tracker.close()
 

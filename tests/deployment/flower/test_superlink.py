@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import sqlite3
 import sys
 from http.client import HTTPConnection
@@ -97,3 +98,83 @@ def test_a_database_gives_back_the_room_of_what_was_deleted(tmp_path):
     assert file.stat().st_size > 20 * 2**20
     link._shrink_database()
     assert file.stat().st_size < 2**20
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """No file of this process grows beyond this size, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_database_that_cannot_be_made_is_a_sentence_and_is_not_left_behind(tmp_path):
+    home = tmp_path / "flower"
+    link = SuperLink(home, 1, None)
+    (home / "state.db").unlink()
+    with (
+        largest_file(2**13),
+        pytest.raises(ProtocolError, match=r"state\.db cannot be used: the di"),
+    ):
+        link._make_database()
+    assert not (home / "state.db").exists()
+    (home / "state.db").mkdir()
+    with pytest.raises(ProtocolError, match=r"it cannot be opened; change the permissions of its"):
+        link._shrink_database()
+
+
+def test_a_database_that_another_program_has_locked_or_that_is_damaged_is_a_sentence(
+    tmp_path, monkeypatch
+):
+    link = SuperLink(tmp_path / "flower", 1, None)
+    file, connect = link.home / "state.db", sqlite3.connect
+    monkeypatch.setattr(superlink.sqlite3, "connect", lambda path: connect(path, timeout=0))
+    with contextlib.closing(connect(file)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ProtocolError, match="another program uses it; end that program"):
+            link._shrink_database()
+    good = file.read_bytes()
+    for damage in (b"x" * len(good), good[:100] + b"\xff" * (len(good) - 100)):
+        file.write_bytes(damage)
+        with pytest.raises(ProtocolError, match="it is damaged; restore it from a copy"):
+            link._shrink_database()
+    file.write_bytes(good)
+    link._shrink_database()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (sqlite3.SQLITE_FULL, "the disk is full; free some space"),
+        (sqlite3.SQLITE_READONLY_DIRECTORY, "it may not be written; change its permissions"),
+        (sqlite3.SQLITE_IOERR_WRITE, "the disk refused to read or write it; free some space"),
+        (sqlite3.SQLITE_NOLFS, "SQLite says disk"),
+        (None, "SQLite says disk"),
+    ],
+)
+def test_what_sqlite_says_is_a_sentence(tmp_path, monkeypatch, code, words):
+    link = SuperLink(tmp_path / "flower", 1, None)
+
+    def refusing(path):
+        error = sqlite3.OperationalError("disk")
+        if code is not None:
+            error.sqlite_errorcode = code
+        raise error
+
+    monkeypatch.setattr(superlink.sqlite3, "connect", refusing)
+    with pytest.raises(ProtocolError, match=words):
+        link._shrink_database()
+
+
+def test_a_command_of_flowers_that_hangs_is_a_sentence(tmp_path, monkeypatch):
+    hangs = tmp_path / "flwr"
+    hangs.write_text("#!/bin/sh\nexec sleep 20\n")
+    hangs.chmod(0o755)
+    link = SuperLink(tmp_path / "flower", 1, None)
+    monkeypatch.setattr(superlink, "_START_SECONDS", 0.1)
+    monkeypatch.setattr(superlink, "program", lambda name: str(hangs))
+    with pytest.raises(ProtocolError, match="did not answer `flwr ls run` within 0 s"):
+        link.status("5")

@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.resources import files
@@ -180,17 +180,24 @@ class SuperLink:
         """Run a command of Flower's command line; returns its JSON.
 
         Raises:
-            ProtocolError: the command fails.
+            ProtocolError: the command fails, or does not end within a minute.
         """
-        completed = subprocess.run(
-            [program("flwr"), *arguments, "--format", "json"],
-            capture_output=True,
-            text=True,
-            env=environment(self.home),
-            stdin=subprocess.DEVNULL,
-            timeout=_START_SECONDS,
-            check=False,
-        )
+        try:
+            completed = subprocess.run(
+                [program("flwr"), *arguments, "--format", "json"],
+                capture_output=True,
+                text=True,
+                env=environment(self.home),
+                stdin=subprocess.DEVNULL,
+                timeout=_START_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ProtocolError(
+                f"Flower did not answer `flwr {' '.join(arguments[:2])}` within "
+                f"{_START_SECONDS:.0f} s: this machine is too busy, or the SuperLink hangs; its "
+                f"log is {self.process.log}. Serve the run again with --resume."
+            ) from error
         # Notes may stand before the JSON.
         start = completed.stdout.find("{")
         try:
@@ -210,14 +217,20 @@ class SuperLink:
         file = self.home / _DATABASE
         if file.exists() and file.stat().st_size:
             return
-        with contextlib.closing(sqlite3.connect(file)) as database:
-            database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-            database.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            database.execute("VACUUM")
+        try:
+            with _opened(file) as database:
+                database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+                database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                database.execute("VACUUM")
+        except ProtocolError:
+            # One without the page size would be kept.
+            if file.is_file():
+                file.unlink()
+            raise
 
     def _shrink_database(self) -> None:
         """Return the room of what was deleted to the disk."""
-        with contextlib.closing(sqlite3.connect(self.home / _DATABASE)) as database:
+        with _opened(self.home / _DATABASE) as database:
             database.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
 
     def _write_connection(self) -> None:
@@ -232,3 +245,43 @@ class SuperLink:
             f'address = "127.0.0.1:{self.port}"\n{trust}\n'
         )
         write_atomically(self.home / "config.toml", text.encode())
+
+
+_FAULTS: Final = {
+    sqlite3.SQLITE_FULL: ("the disk is full", "free some space"),
+    sqlite3.SQLITE_READONLY: ("it may not be written", "change its permissions"),
+    sqlite3.SQLITE_PERM: ("it may not be used", "change its permissions"),
+    sqlite3.SQLITE_CANTOPEN: ("it cannot be opened", "change the permissions of its folder"),
+    sqlite3.SQLITE_BUSY: ("another program uses it", "end that program"),
+    sqlite3.SQLITE_LOCKED: ("another program uses it", "end that program"),
+    sqlite3.SQLITE_IOERR: (
+        "the disk refused to read or write it",
+        "free some space, or copy the folder to another disk",
+    ),
+    sqlite3.SQLITE_CORRUPT: (
+        "it is damaged",
+        "restore it from a copy, or start the run again in another folder",
+    ),
+    sqlite3.SQLITE_NOTADB: (
+        "it is damaged",
+        "restore it from a copy, or start the run again in another folder",
+    ),
+}
+"""What is wrong with a database and what to do, by SQLite's primary error codes."""
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[sqlite3.Connection]:
+    """Flower's database.
+
+    Raises:
+        ProtocolError: it cannot be used, with the reason and a remedy.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            yield database
+    except sqlite3.Error as error:
+        # The extended codes have the primary one in their lowest byte.
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        reason, remedy = _FAULTS.get(code, (f"SQLite says {error}", "give another folder"))
+        raise ProtocolError(f"{file} cannot be used: {reason}; {remedy}.") from error
