@@ -128,9 +128,11 @@ def merge(
     """
     import torch
 
+    from flexlora.cli.outputs import refuse_parts_of_runs
     from flexlora.peft_format import merge as merge_adapters
     from flexlora.peft_format import parse_rank
 
+    refuse_parts_of_runs(out, "--out")
     result = merge_adapters(
         adapters,
         out,

@@ -11,7 +11,8 @@ import typer
 
 from flexlora.cli.configs import refuse_missing
 from flexlora.cli.interrupts import STOPPED
-from flexlora.cli.options import Changes, ConfigFile, refuse_file
+from flexlora.cli.options import Changes, ConfigFile
+from flexlora.cli.outputs import output_folder
 
 if TYPE_CHECKING:
     from flexlora.cli.progress import Display
@@ -95,7 +96,8 @@ def attack(
     refuse_missing(path)
     with Display() as display:
         from flexlora.federation import compose
-        from flexlora.federation.attacks import plan, read_settings, with_changes
+        from flexlora.federation.attacks import CELLS, plan, read_settings, with_changes
+        from flexlora.reporting.damage import FILES
 
         more = [] if rounds is None else [f"federation.rounds={rounds}"]
         settings = compose.load(path, [*(changes or ()), *more])
@@ -111,7 +113,7 @@ def attack(
         given = {key: value for key, value in given.items() if value is not None}
         chosen = with_changes(read_settings(path), given, "The options")
         folder = output or Path(f"{settings.run.folder or f'runs/{path.stem}'}-attack")
-        refuse_file(folder, "--out")
+        output_folder(folder, "--out", {CELLS, *FILES}, "a simulation of attacks")
         cells = plan(chosen, settings.seed, folder)
         states = _simulate(settings, chosen, cells, folder, display)
     if "open" in states:

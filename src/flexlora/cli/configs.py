@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from flexlora.cli.options import refuse_file
+from flexlora.cli.outputs import refuse_parts_of_runs
 from flexlora.errors import ConfigError
 
 QUICKSTART = "quickstart"
@@ -92,6 +93,7 @@ def write_new(path: Path, text: str) -> None:
         ConfigError: it exists, or it cannot be written.
     """
     refuse_existing(path)
+    refuse_parts_of_runs(path, "--out")
     refuse_file(path.parent, "--out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

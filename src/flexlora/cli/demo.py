@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexlora.cli.options import alone_in, refuse_file
+from flexlora.cli.outputs import refuse_parts_of_runs
 from flexlora.cli.run import run_and_report, stoppable
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def demo(
 
     target = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     refuse_file(target, "--out")
+    refuse_parts_of_runs(target, "--out")
     events_by_arm: dict[str, list[Event]] = {}
     with Display() as display, stoppable(target, f"flexlora demo --out {shlex.quote(str(target))}"):
         for arm in ARMS:

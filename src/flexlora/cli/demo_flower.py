@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flexlora.cli.options import refuse_file
+from flexlora.cli.outputs import refuse_parts_of_runs
 from flexlora.errors import ConfigError
 
 MOST_DIFFERENCE = 1e-6
@@ -27,6 +28,7 @@ def show_demo(
     if target.is_dir():
         raise ConfigError(f"{target} exists already; give --out the name of a new folder.")
     refuse_file(target, "--out")
+    refuse_parts_of_runs(target, "--out")
     comparison = demo.show(target)
     for name, seconds in zip(("real", "simulated"), comparison.rounds_seconds, strict=True):
         print(f"{name} rounds, seconds: {', '.join(f'{s:.1f}' for s in seconds)}")

@@ -20,6 +20,7 @@ from flexlora.cli.interrupts import STOPPED
 from flexlora.cli.join import interrupt
 from flexlora.cli.join import join as join
 from flexlora.cli.options import Changes, alone_in, refuse_file
+from flexlora.cli.outputs import refuse_foreign_config, refuse_parts_of_runs
 from flexlora.errors import ConfigError, FlexloraError
 from flexlora.journal import counted
 from flexlora.storage import locked
@@ -84,6 +85,7 @@ def make_keys(
             "Nothing to do: give --host to make the server's certificate, --renew to renew it, "
             "--node to make a client's key pair, or --add to admit a client."
         )
+    refuse_parts_of_runs(folder, "DIR")
     if renew:
         _print_renewed(certificates.renew_server(folder, host or ()))
     elif host:
@@ -382,8 +384,10 @@ def _refuse_existing(folder: Path) -> None:
     from flexlora.deployment.server import server_run
     from flexlora.federation import checkpoint
 
+    refuse_parts_of_runs(folder, "--out")
     if checkpoint.is_begun(folder) or (folder / server_run.PLAN).exists():
         raise ConfigError(
             f"{folder} already holds a run; resume it with: flexlora serve --resume {folder}, or "
             "give another --out."
         )
+    refuse_foreign_config(folder, "--out")

@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexlora.cli.configs import refuse_missing
-from flexlora.cli.options import Changes, last_adapter, make_folder, run_folder, stored
+from flexlora.cli.options import Changes, last_adapter, run_folder, stored
+from flexlora.cli.outputs import output_file
 from flexlora.cli.sentences import notices
 from flexlora.errors import ConfigError
 from flexlora.journal import counted
 
 if TYPE_CHECKING:
     from flexlora.cli.progress import Display
+
+_SCORES = (
+    *("client", "category", "seen", "examples", "rouge_l", "exact_match"),
+    *("loss_total", "loss_tokens"),
+)
+_ANSWERS = (
+    *("population", "client", "category", "prompt", "reference", "answer", "rouge_l"),
+    "exact_match",
+)
+"""The keys of each object in the two files that this command writes."""
 
 
 def evaluate(
@@ -82,9 +93,12 @@ def _evaluated(
         refuse_missing(path)
         settings = compose.load(path, changes)
     loaded = peft_format.read(adapter).adapter if adapter else Adapter({})
-    for file, option in ((out, "--out"), (answers, "--answers")):
-        if file is not None:
-            _prepare_file(file, option)
+    if out is not None:
+        output_file(out, "--out", _SCORES)
+    if answers is not None:
+        output_file(answers, "--answers", _ANSWERS)
+        if out is not None and out.resolve() == answers.resolve():
+            raise ConfigError(f"--out and --answers are both {out}; give them two files.")
     settings.evaluation.require_engine()
     ready, meter = setup.prepare(settings, train=False, meter=display.meter), display.meter
     for line in notices(ready.notices):
@@ -100,13 +114,6 @@ def _evaluated(
         lines = [json.dumps(evaluations.line(answer)) + "\n" for answer in result.answers]
         write_atomically(answers, "".join(lines).encode())
     return result.rows
-
-
-def _prepare_file(file: Path, option: str) -> None:
-    """Make the folder of a file that an option names."""
-    if file.is_dir():
-        raise ConfigError(f"{file} is a folder; give {option} the name of a file.")
-    make_folder(file.resolve().parent, option)
 
 
 def _print_scores(rows: Sequence[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from flexlora.cli.options import alone_in
+from flexlora.cli.outputs import refuse_parts_of_runs
 from flexlora.errors import ConfigError, ProtocolError
 from flexlora.storage import close_to_others, remove_drafts
 
@@ -132,6 +133,9 @@ def join(
     client = name if key is None else key.name
     if client is None:
         raise ConfigError("Without keys this client needs a --name.")
+    for folder, option in ((state, "--state"), (out, "--out")):
+        if folder is not None:
+            refuse_parts_of_runs(folder, option)
     memory_bytes, disk_bytes = _bytes("--memory", memory), _bytes("--disk", disk)
     most_rank, share = _rank(rank), _holdout(holdout)
     _check_server(server, key)

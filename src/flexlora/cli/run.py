@@ -22,6 +22,7 @@ from flexlora.cli.options import (
     refuse_file,
     stored,
 )
+from flexlora.cli.outputs import refuse_foreign_config, refuse_parts_of_runs
 from flexlora.errors import ConfigError
 from flexlora.storage import locked
 
@@ -106,10 +107,10 @@ def run(
     with Display() as display:
         settings = _loaded(path, [*(changes or ()), *forced], plugin)
         target = folder or Path(settings.run.folder or f"runs/{path.stem}")
+        _refuse_existing(target)  # before a folder or a lock is made, and again when it is locked
         if dry:
             from flexlora.cli.dry_run import dry_run
 
-            _refuse_existing(target)
             refuse_file(target, "--out")
             dry_run(settings, display)
             return
@@ -194,6 +195,7 @@ def compare(
         target = output or Path(f"{settings.run.folder or f'runs/{path.stem}'}-compare")
         methods = compare.chosen(chosen)
         planned = (settings, methods, count, target, options or (), compared)
+        refuse_parts_of_runs(target, "--out")
         compare.plan(*planned)  # refused before a folder is made
         with alone_in(target, "--out"):
             states = _compare(compare.plan(*planned), target, display)
@@ -346,8 +348,11 @@ def _has_finished(settings: Experiment, folder: Path) -> bool:
 def _refuse_existing(folder: Path) -> None:
     from flexlora.federation import checkpoint
 
+    refuse_parts_of_runs(folder, "--out")
+
     if checkpoint.is_begun(folder):
         raise ConfigError(
             f"{folder} already holds a run; resume it with: flexlora run --resume {folder}, or "
             "give another --out."
         )
+    refuse_foreign_config(folder, "--out")
