@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flexlora import model, storage, wire
 from flexlora.cli import progress
 from flexlora.config.ranks import RankType
-from flexlora.deployment.flower import records
+from flexlora.deployment.flower import local_users, records
 from flexlora.deployment.flower.grid import FlowerTransport
 from flexlora.deployment.node import node
 from flexlora.deployment.server import server_run
@@ -476,6 +476,16 @@ def news(events: list, kind: str) -> list[dict]:
 def three(tmp_path) -> FlowerTransport:
     names = ("ash", "birch", "cedar")
     return federation(tmp_path, *(client(2**63 + n, name) for n, name in enumerate(names)))
+
+
+def test_a_system_that_does_not_keep_other_users_out_is_named_in_the_journal(
+    folder, nodes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(local_users, "_TABLE", tmp_path / "tcp")
+    there = remote(folder, federation={"rounds": 1, "cohort": 3})
+    events = of(serve(tmp_path / "served", nodes(), there), "start")
+    [note] = [n for n in events[0]["notices"] if "other users of this machine" in n]
+    assert "reach the SuperLink" in note
 
 
 def test_what_the_gate_says_of_certificates_is_an_event_once(three, tmp_path):

@@ -173,8 +173,11 @@ def test_the_table_is_read_by_both_ends(tmp_path, monkeypatch):
 
 
 def test_a_system_that_does_not_say_is_known(tmp_path, monkeypatch):
+    assert local_users.unguarded(local_users.SERVER) == [] or not local_users.can_tell()
     monkeypatch.setattr(local_users, "_TABLE", tmp_path / "tcp")
     assert not local_users.can_tell()
+    [sentence] = local_users.unguarded(local_users.SERVER)
+    assert "other users of this machine can reach the SuperLink" in sentence
 
 
 def test_uvicorn_has_the_socket_of_a_request():

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs flexlora[flower]")
 
+from flexlora.deployment.flower import local_users
 from flexlora.deployment.node import join as joining
 from flexlora.deployment.node import preflight
 from flexlora.deployment.node.node import NodeConfig
@@ -258,3 +259,22 @@ def test_nothing_that_listens_is_named(tmp_path):
     fault = preflight.greet(address, None)
     assert fault.sentence.startswith(f"Nothing listens at {address}: `flexlora serve` is not")
     assert not fault.is_final
+
+
+@pytest.mark.parametrize("system", ["linux", "another"])
+def test_a_system_that_does_not_keep_other_users_out_is_named(tmp_path, monkeypatch, system):
+    if system == "another":
+        monkeypatch.setattr(local_users, "_TABLE", tmp_path / "tcp")
+    notices = ("The file has a column too many.",)
+    rows = type("Rows", (), {"notices": notices, "__len__": lambda _: 3})()
+    monkeypatch.setattr(joining, "_check", lambda *_: None)
+    monkeypatch.setattr(joining, "Node", lambda *_: SimpleNamespace(rows=rows))
+    monkeypatch.setattr(joining, "LoggedNode", lambda *_: None)
+    monkeypatch.setattr(joining, "scratch", None)
+    said = []
+    with pytest.raises(TypeError):  # where the processes would start
+        joining.join("localhost:1", config(tmp_path), None, said.append)
+    assert said[:2] == ["3 rows, kept on this machine", "The file has a column too many."]
+    expected = int(not local_users.can_tell())
+    assert len(said) == 2 + expected
+    assert all("read what the server sends to this client" in each for each in said[2:])

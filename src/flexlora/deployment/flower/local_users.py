@@ -42,6 +42,24 @@ def can_tell() -> bool:
         return False
 
 
+def unguarded(what: str) -> list[str]:
+    """A sentence for whoever runs ``what`` on a system that does not say who owns a connection.
+
+    Of Linux, which does, none.
+    """
+    if can_tell():
+        return []
+    return [
+        "this system does not say who owns a connection, so other users of this machine can "
+        f"{what}; take part where you are the only user, or on Linux"
+    ]
+
+
+SERVER: Final = "reach the SuperLink, and so run programs here and write to clients as the server"
+NODE: Final = "read what the server sends to this client, and answer for it"
+"""What others can do where they are not kept out."""
+
+
 def owner(peer: Address, server: Address, inode: int) -> int | None:
     """The user at the end ``peer`` of a connection to ``server``; None if there is nobody.
 

@@ -13,6 +13,7 @@ import torch
 
 from flexlora import peft_format
 from flexlora.config import RankType
+from flexlora.deployment.flower import local_users
 from flexlora.deployment.flower.processes import Process
 from flexlora.deployment.flower.supernode import refusal, supernode
 from flexlora.deployment.keys import NodeKey
@@ -127,7 +128,7 @@ def join(address: str, config: NodeConfig, keys: NodeKey | None, print_line: Pri
     _check(address, config, keys)
     node = Node(config, print_line)
     print_line(f"{counted(len(node.rows), 'row')}, kept on this machine")
-    for notice in node.rows.notices:
+    for notice in (*node.rows.notices, *local_users.unguarded(local_users.NODE)):
         print_line(notice)
     logged = LoggedNode(node, print_line)
     with scratch() as sockets:

@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import torch
 
 from flexlora.config import Experiment
 from flexlora.deployment import run_spec
-from flexlora.deployment.flower import processes
+from flexlora.deployment.flower import local_users, processes
 from flexlora.deployment.flower.processes import ProcessId
 from flexlora.deployment.server import delivery, run_files
 from flexlora.deployment.server.delivery import Finished, Ledger
@@ -275,6 +275,8 @@ def _run(folder: Path, connect: Connect) -> None:
         resume = checkpoint.is_begun(folder)
         transport.wait_for_clients(quorum if resume else plan.clients)
         ready = served.served(settings, base, registry, largest.by_module(modules))
+        open_to_users = local_users.unguarded(local_users.SERVER)
+        ready = replace(ready, notices=(*ready.notices, *open_to_users))
         for event in rounds.run(ready, folder, transport, resume=resume):
             finish = event
     if finish is not None:

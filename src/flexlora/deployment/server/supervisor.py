@@ -30,11 +30,6 @@ _MOST_RESTARTS: Final = 20
 _BEGIN_SECONDS: Final = 60.0
 """Time for the run's process to start, before the supervisor queries its state from Flower."""
 
-_UNGUARDED: Final = (
-    "note: this system does not say who owns a connection, so other users of this machine can "
-    "reach the SuperLink, and through it run programs on it; serve where you are the only user.\n"
-)
-
 _LOCK: Final = "serve.lock"
 _INTERNAL: Final = "tls"
 """Folder of the certificate between the gate and the SuperLink, in Flower's folder of the run."""
@@ -233,8 +228,8 @@ def _served(folder: Path, listening: Listening, stay_seconds: float) -> Iterator
     console, server = _ConsoleLines(folder / ARRIVALS), Server(folder, listening)
     journal, finished_at, offset_bytes = Record(folder).path, None, None
     server.check_free()
-    if not local_users.can_tell():
-        console.print_change(_UNGUARDED)
+    for sentence in local_users.unguarded(local_users.SERVER):
+        console.print_change(f"note: {sentence}\n")
     if server.is_finished:
         delivery.reopen(folder)
         finished_at = time.monotonic()
