@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from flexlora.journal.record import Event
-from flexlora.reporting import page
+from flexlora.reporting import html, page
+from flexlora.reporting.document import Header, Paragraph, Section
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -45,8 +46,9 @@ setTimeout(say, 3000);
 </script></body>"""
 
 
-def test_the_report_on_a_phone(make_journal: Callable[..., list[Event]], tmp_path: Path):
-    (tmp_path / "frame.html").write_text(FRAME.format(page=escape(page.render(make_journal()))))
+def title_of(frame: str, tmp_path: Path) -> dict:
+    """What the script of a page has found out."""
+    (tmp_path / "frame.html").write_text(frame)
     done = subprocess.run(
         [
             str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
@@ -58,7 +60,30 @@ def test_the_report_on_a_phone(make_journal: Callable[..., list[Event]], tmp_pat
     )  # fmt: skip
     assert "Content Security Policy" not in done.stderr and "Uncaught" not in done.stderr
     (title,) = re.findall("<title>({.*?})</title>", done.stdout)
-    found = json.loads(title)
+    return json.loads(title)
+
+
+def test_the_report_on_a_phone(make_journal: Callable[..., list[Event]], tmp_path: Path):
+    found = title_of(FRAME.format(page=escape(page.render(make_journal()))), tmp_path)
     assert found["failures"] == [] and found["width"] <= 400
     assert found["plots"] == found["drawn"] > 10
     assert found["rounds"] == sorted(found["rounds"]) and len(set(found["rounds"])) > 1
+
+
+WIDTH = """<!DOCTYPE html><body><iframe style="width:400px;height:900px;border:0" srcdoc="{page}">
+</iframe><script>
+setTimeout(() => {{
+  const inner = document.querySelector("iframe").contentDocument.documentElement;
+  document.title = JSON.stringify({{width: inner.scrollWidth}});
+}}, 3000);
+</script></body>"""
+
+
+def test_long_words_in_texts_make_no_page_wider_than_a_phone(tmp_path: Path):
+    """Reasons and notices have paths, and addresses without a blank."""
+    text = "It diverged: /" + "a-long-folder-of-somebody/" * 20
+    text += "x" * 200
+    section = Section("Runs without scores", [Paragraph(text)])
+    head = Header("Attacks", "Damage by attack and defence", text, [text], [("Folder", text)])
+    markup = html.render_document("Attacks", head, [section])
+    assert title_of(WIDTH.format(page=escape(markup)), tmp_path)["width"] <= 400

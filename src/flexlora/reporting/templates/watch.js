@@ -59,7 +59,8 @@
     try {
       show(await latest());
     } catch (error) {
-      fault = `Not updated: ${error.message} The page shows the last state received.`;
+      // The browser's own errors end without a full stop.
+      fault = `Not updated: ${error.message.replace(/\.?$/, ".")} The page shows the last state received.`;
     }
     say(at("fault"), fault);
     at("fault").hidden = !fault;
