@@ -100,10 +100,8 @@ def make_keys(
         public = keys.make_node(folder / name, name)
         shutil.copy(folder / "ca.crt", folder / name)
         shutil.copy(public, folder / keys.NODES)
-        print(
-            f"send {folder / name} to client {name!r} over a secure channel: anyone holding its "
-            "private key can join"
-        )
+        whose = f"send {folder / name} to client {name!r} over a secure channel"
+        print(f"{whose}: anyone holding its private key can join")
     for file in add or ():
         name = keys.admit(folder, file)
         print(f"admitted client {name}, whose key is {keys.fingerprint(file)}")
