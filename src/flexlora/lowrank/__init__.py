@@ -1,7 +1,8 @@
 """Low-rank algebra: factor pairs, their weighted sums, and truncated SVDs of those sums."""
 
-from flexlora.lowrank.change import Way, between, parameter_change, product_change
+from flexlora.lowrank.change import Way, between, parameter_change
 from flexlora.lowrank.decomposition import Accuracy, decompose
+from flexlora.lowrank.distance import product_change
 from flexlora.lowrank.factors import Adapter, FactorNames, Factors
 from flexlora.lowrank.gram import cosines, norms, parameter_gram, product_gram, squared_distances
 from flexlora.lowrank.parametrization import Parametrization, as_vector

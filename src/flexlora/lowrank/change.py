@@ -1,4 +1,4 @@
-"""How far factors are from others: norms of changes, and points on the way between them."""
+"""How far the parameters of factors are from others, and points on the way between them."""
 
 from __future__ import annotations
 
@@ -8,49 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexlora.lowrank.distance import product_change
 from flexlora.lowrank.factors import Factors
-from flexlora.lowrank.sums import LowRankSum, triangle
-
-CANCELLED = 1e-9
-"""A squared norm below this share of its terms is computed again by QR: of the sixteen digits of
-float64 the Gram matrices have lost nine, and may lose all."""
-
-NOTHING = 1e-13
-"""A change below this share of the sizes of both is rounding, and counts as none."""
-
-
-@dataclass(frozen=True)
-class ProductChange:
-    """The Frobenius norm of ``B A - B0 A0``, and what the size of the factors says of ``B A``.
-
-    ``cancels`` is ``|B| |A| / |B A|``: about the root of the rank for trained factors, large
-    where terms of ``B A`` cancel.
-    """
-
-    norm: float
-    cancels: float
-
-
-def product_change(factors: Factors, start: Factors | None = None) -> ProductChange:
-    """How far a product is from another, or from zero; exact in float64.
-
-    By the Gram matrices, ``|B A|^2 = tr((B'B)(A A'))``, at O(rank^2 (out + in)), and by QR where
-    terms cancel, as hostile factors do.
-    """
-    f = factors.to(torch.float64)
-    mine, size = _inner(f, f), _size(f)
-    if mine <= CANCELLED * size > 0:
-        mine = LowRankSum.of([(1.0, f)]).norm() ** 2
-    cancels = math.sqrt(size / mine) if mine else (float("inf") if size else 1.0)
-    if start is None:
-        return ProductChange(math.sqrt(mine), cancels)
-    s = start.to(torch.float64)
-    square = mine - 2 * _inner(f, s) + _inner(s, s)
-    if square <= CANCELLED * (size + _size(s)) > 0:
-        norm = LowRankSum.of([(1.0, f), (-1.0, s)]).norm()
-        is_change = norm > NOTHING * math.sqrt(size + _size(s))
-        return ProductChange(norm if is_change else 0.0, cancels)
-    return ProductChange(math.sqrt(max(square, 0.0)), cancels)
+from flexlora.lowrank.sums import triangle
 
 
 def parameter_change(factors: Factors, start: Factors | None = None) -> float:
@@ -106,16 +66,6 @@ class Way:
         """The norm of the change at this share of the way."""
         square = share**2 * (self.second + share * (self.third + share * self.fourth))
         return math.sqrt(max(square, 0.0))
-
-
-def _inner(one: Factors, other: Factors) -> float:
-    """The inner product of two products, from Gram matrices."""
-    return float(((one.B.T @ other.B) * (one.A @ other.A.T)).sum())
-
-
-def _size(factors: Factors) -> float:
-    """``|B|^2 |A|^2``."""
-    return float(factors.B.square().sum() * factors.A.square().sum())
 
 
 def _column_square(x: Tensor, y: Tensor | None) -> float:

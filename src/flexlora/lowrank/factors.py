@@ -139,6 +139,9 @@ class Adapter(Mapping[str, Factors]):
     def __getitem__(self, module: str) -> Factors:
         return self.modules[module]
 
+    def __contains__(self, module: object) -> bool:
+        return module in self.modules
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
 
@@ -193,6 +196,9 @@ class _Subset(Mapping[str, Factors]):
         if module not in self.names:
             raise KeyError(module)
         return self.whole[module]
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.names
 
     def rank(self, module: str) -> int:
         """The rank of a module, without reading it where the whole can tell."""

@@ -157,13 +157,11 @@ def read_tensor(file: BinaryIO, tensor: StoredTensor, place: Path | str) -> Tens
         AdapterError: the file ends within it.
         OSError: the file cannot be read.
     """
-    data = bytearray(tensor.bytes)
+    data = torch.empty(tensor.bytes, dtype=torch.uint8)
     file.seek(tensor.start)
-    if file.readinto(data) != tensor.bytes:  # type: ignore[attr-defined]
+    if file.readinto(data.numpy()) != tensor.bytes:  # type: ignore[attr-defined]
         raise AdapterError(f"{place} ends within {short(tensor.name)}; copy the file again.")
-    if not data:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
+    return data.view(tensor.dtype).view(tensor.shape)
 
 
 def _check_length(length: int, size: int, largest: int) -> None:

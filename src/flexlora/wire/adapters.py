@@ -128,6 +128,9 @@ class StoredModules(Mapping[str, Factors]):
         B, A = (self._unpacked(*each) for each in zip(names, tensors, strict=True))
         return Factors(B, A)
 
+    def __contains__(self, module: object) -> bool:
+        return module in self.names
+
     def rank(self, module: str) -> int:
         """The rank of a module, from the header."""
         name = f"{module}.A"

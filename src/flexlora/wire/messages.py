@@ -160,6 +160,9 @@ class _Section(Mapping[str, Factors]):
     def __getitem__(self, module: str) -> Factors:
         return self.adapter[self.names[module]]
 
+    def __contains__(self, module: object) -> bool:
+        return module in self.names
+
     def rank(self, module: str) -> int:
         """The rank of a module, not read from the file."""
         return self.adapter.rank(self.names[module])

@@ -141,11 +141,14 @@ def measured(upload: Upload, client: Client, starts: Starts) -> Change:
         rank = max(f.rank, 1)
         is_vector = factors == "B" and f.shape[0] != prepared.shapes[module][0]
         scale = 1.0 if is_vector else _scale(prepared, download, module, rank)
-        changes = {factors: (parameter_change(f, base), _usual(factors, rank, scale))}
+        whole = _usual(factors, rank, scale)
         if not in_products or factors != "BA":
-            return changes, False
+            return {factors: (parameter_change(f, base), whole)}, False
         product = product_change(f, base)
-        changes[PRODUCT] = (product.norm, _usual("B", rank, scale))
+        changes = {
+            factors: (product.parameters, whole),
+            PRODUCT: (product.norm, _usual("B", rank, scale)),
+        }
         return changes, product.cancels > LARGEST_CANCELLATION
 
     modules = list(upload.adapter)
