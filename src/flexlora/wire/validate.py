@@ -7,7 +7,7 @@ import math
 import torch
 
 from flexlora.lowrank import Adapter, Factors
-from flexlora.method import Client, Upload, UploadSpec
+from flexlora.method import Client, Upload, UploadSpec, in_parallel
 from flexlora.storage.untrusted import RefusalCode
 from flexlora.wire.expected import (
     ExpectedUpload,
@@ -63,8 +63,11 @@ def values(upload: Upload, place: str) -> None:
     """
     beside = {f"{place}, {name!r}": adapter for name, adapter in upload.aux.items()}
     for where, adapter in {place: upload.adapter, **beside}.items():
-        for module, factors in adapter.items():
-            _check_values(module, factors, where)
+
+        def check(module: str, where: str = where, adapter: Adapter = adapter) -> None:
+            _check_values(module, adapter[module], where)
+
+        in_parallel(check, list(adapter))
 
 
 def _shapes(adapter: Adapter) -> dict[str, ModuleShape]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from flexlora.federation.influence.measure import BESIDE, PRODUCT
 from flexlora.lowrank import Adapter, Factors, parameter_change, product_change
@@ -33,7 +34,7 @@ def fault(before: State, after: State, largest: Largest, steps_freely: bool) -> 
     """
     for place, adapter in _new(before, after):
         for module, f in adapter.items():
-            sizes = [float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (f.B, f.A)]
+            sizes = [_length(x) for x in (f.B, f.A)]
             if not all(size <= LARGEST_FACTOR for size in sizes):
                 return (
                     f"A factor of module {module!r} of {place} has the norm {max(sizes):.3g}; what "
@@ -41,7 +42,13 @@ def fault(before: State, after: State, largest: Largest, steps_freely: bool) -> 
                 )
     if steps_freely or not largest:
         return None
-    step, limit = _step(before, after), LARGEST_STEP * _reach(before, largest)
+    last = _size(before.model)
+    limit = LARGEST_STEP * _reach(before, last, largest)
+    merged = _merged(before, after)
+    # Nearly always enough, and cheaper than the distance.
+    if math.hypot(_size(after.model) + last, *merged) <= limit:
+        return None
+    step = math.hypot(_moved(before, after), *merged)
     if not step <= limit:
         return (
             f"The model would change by {step:.3g}, more than {LARGEST_STEP:g} times what the "
@@ -62,8 +69,8 @@ def _new(before: State, after: State) -> Iterator[tuple[str, Adapter]]:
             yield "what every client would merge for good", update
 
 
-def _step(before: State, after: State) -> float:
-    """How far a round has moved the model and every client's base, in products."""
+def _moved(before: State, after: State) -> float:
+    """How far a round has moved the model, in products."""
 
     def moved(module: str) -> float:
         new, old = after.model[module], before.model.get(module)
@@ -71,11 +78,22 @@ def _step(before: State, after: State) -> float:
             old = None  # it has another form from this round on
         return _distance(new, old)
 
-    squares = [norm**2 for norm in in_parallel(moved, list(after.model))]
-    for round, update in after.merge_log.updates.items():
-        if round not in before.merge_log.updates:
-            squares += [_estimate(f, round) ** 2 for f in update.values()]
-    return math.sqrt(math.fsum(squares))
+    return math.hypot(*in_parallel(moved, list(after.model)))
+
+
+def _merged(before: State, after: State) -> list[float]:
+    """How far a round moves every client's base, by module."""
+    return [
+        _estimate(f, round)
+        for round, update in after.merge_log.updates.items()
+        if round not in before.merge_log.updates
+        for f in update.values()
+    ]
+
+
+def _size(model: Adapter) -> float:
+    """How far a model is from zero."""
+    return math.hypot(*in_parallel(lambda module: _distance(model[module], None), list(model)))
 
 
 def _distance(new: Factors, old: Factors | None) -> float:
@@ -94,18 +112,22 @@ def _estimate(factors: Factors, seed: int) -> float:
     return float(image.norm()) / math.sqrt(32)
 
 
-def _reach(before: State, largest: Largest) -> float:
-    """What the uploads and the model leave a round to change it by.
+def _reach(before: State, size: float, largest: Largest) -> float:
+    """What the uploads and the model, of this size, leave a round to change it by.
 
     Where the model is in products, a change of parameters counts by what it does beside the
     other factor.
     """
-    modules = list(before.model.values())
-    reach = [math.sqrt(math.fsum(_distance(f, None) ** 2 for f in modules))]
-    sizes = [float(x.double().norm()) for f in modules for x in (f.B, f.A)]
+    reach = [size]
+    is_vector = not all(all(f.shape) for f in before.model.values())
+    factor = max((_length(x) for f in before.model.values() for x in (f.B, f.A)), default=0.0)
     for kind, norm in largest.items():
-        if kind == PRODUCT or not all(all(f.shape) for f in modules):
+        if kind == PRODUCT or is_vector:
             reach.append(norm)
         elif not kind.startswith(BESIDE):
-            reach.append(norm * (2 * max(sizes, default=0.0) + norm))
+            reach.append(norm * (2 * factor + norm))
     return max(reach)
+
+
+def _length(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
