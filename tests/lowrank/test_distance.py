@@ -160,3 +160,12 @@ def test_no_finite_norm_is_found_of_what_is_not_finite():
         f.B[4, 1] = bad
         assert not math.isfinite(product_change(f).norm)
         assert not math.isfinite(product_change(f, drawn(3, 2)).norm)
+
+
+@pytest.mark.parametrize("excess", [1e-3, 1e-2, 1e-1])
+def test_rounding_in_one_direction_does_not_hide_a_change(excess):
+    """All numbers equal, so that every sum is rounded the same way, and half of them negative."""
+    B = torch.full((509, 6), 0.1)
+    signs = torch.tensor([1.0, -1.0 - excess] * 3)[:, None]
+    f = Factors(B, 0.3 * signs.expand(6, 307).contiguous())
+    assert product_change(f).norm == pytest.approx(exact(f), rel=2e-3)

@@ -274,6 +274,19 @@ def test_adapters_beside_an_upload_travel(tmp_path):
     assert_equal(got.aux["control"], ADAPTER.only(["model.q"]))
 
 
+def test_whether_a_file_has_a_module_is_known_without_reading_it(tmp_path):
+    path = tmp_path / "upload"
+    upload = Upload("anna", 4, ADAPTER, 17, aux={"control": copied().only(["model.q"])})
+    for sent in (upload, UPLOAD):
+        path.write_bytes(wire.encode_upload(sent, torch.float32))
+        got = wire.open_upload(path)
+        path.unlink()
+        for adapter in (got.adapter, got.adapter.only(["model.q"]), *got.aux.values()):
+            assert "model.q" in adapter and "model.k" not in adapter
+            with pytest.raises(FileNotFoundError):
+                adapter["model.q"]
+
+
 # --- without zeros -------------------------------------------------------------------------
 
 LIST = {"sparse": {"dtype": "F32", "shapes": {"a.A": [3, 70]}}}

@@ -44,12 +44,13 @@ class ProductChange:
 
 
 def product_change(factors: Factors, start: Factors | None = None) -> ProductChange:
-    """How far a product is from another, or from zero, with a relative error below ``ERROR``.
+    """How far a product is from another, or from zero.
 
     The change is ``dB A + B0 dA``, whose terms are as small as itself where factors moved little.
     Gram matrices of float32 give its norm where they have the digits for it, those of float64
     elsewhere, and a QR decomposition where terms cancel, as hostile ones do. Factors in float64
-    begin with the second.
+    begin with the second. The relative error of all three numbers is below ``ERROR``, and below
+    ``ALIGNED_ERROR`` whatever the factors are made for.
 
     Costs three matrix products of rank^2 (out + in), or one without a start.
     """
