@@ -38,6 +38,8 @@ MOST = 0.02
 STEPS, ROWS = 2, 6
 """Of a client in configs/natural-instructions.toml."""
 SHORT_ROWS = 4
+MEDIAN_ROWS = 199
+"""Of the clients of Natural Instructions, which train one epoch of them in the paper."""
 
 TRAINING, STEP = "local training", "server step"
 
@@ -177,6 +179,16 @@ def measured(options: argparse.Namespace, times: Times, steps: int, rows: int) -
     )
 
 
+def enough_rows(usual: Measured, short: Measured) -> float:
+    """From how many rows of a client on the checks are below ``MOST``, by CPU seconds.
+
+    Local training is taken to grow with its rows as from the one run to the other.
+    """
+    row = (usual.cpu[TRAINING] - short.cpu[TRAINING]) / (usual.rows - short.rows)
+    work = usual.cpu[TRAINING] + usual.cpu[STEP]
+    return usual.rows + ((sum(usual.cpu.values()) - work) / MOST - work) / row
+
+
 def main() -> int:
     options = arguments()
     place = setting(options.threads)
@@ -186,12 +198,14 @@ def main() -> int:
     short = measured(options, times, 1, SHORT_ROWS)
     full = not options.quick
     text = "seconds of all checks / local training and server step"
-    runs = ((usual, "as configured", full), (short, "one short step", False))
+    runs = ((usual, "as configured"), (short, "one short step"))
     claims = [
-        Claim(f"{name}, {which} {text}", each.share(seconds), MOST, False, asserted)
-        for each, name, asserted in runs
+        Claim(f"{name}, {which} {text}", each.share(seconds), MOST, False, False)
+        for each, name in runs
         for which, seconds in (("clock", each.wall), ("CPU", each.cpu))
     ]
+    rows = "rows of a client from which the checks are below 2 %, by CPU seconds"
+    claims.append(Claim(rows, enough_rows(usual, short), MEDIAN_ROWS, False, full))
     measurements = {"options": vars(options), "usual": vars(usual), "short": vars(short)}
     name = Path(__file__).stem + ("-quick" if options.quick else "")
     return finish(name, place, measurements, [usual.table(), short.table()], claims)
