@@ -47,7 +47,7 @@ test-kills-short: $(READY)  ## The most telling of these kills, in two rounds an
 	$(BIN)/python -m pytest -m 'not trust' tests/deployment/test_kills.py -k most_telling
 
 trust: $(READY)  ## The security tests at full size: 200,000 fuzzed uploads, corruptions, fault points; 15 minutes
-	$(BIN)/python -m pytest $(PARALLEL) -m trust --durations=25
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m trust --durations=25
 
 mutants: $(READY)  ## Faults planted in the modules that check untrusted bytes: how many their tests find
 	$(BIN)/python benchmarks/mutation_score.py

@@ -3,6 +3,7 @@
 What takes seconds to import is imported by the fixtures that need it.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ torch.set_num_threads(1)
 @pytest.fixture
 def factors():
     return random_factors
+
+
+@pytest.fixture
+def unsynced(monkeypatch) -> None:
+    """Files are not waited for: a test of many runs of which none meets a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")

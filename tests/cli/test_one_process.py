@@ -53,7 +53,12 @@ def test_of_two_runs_in_one_folder_one_is_refused_and_writes_nothing(tmp_path, t
     row = {"instruction": "the cat", "input": "sees", "output": "a dog"}
     lines = [json.dumps(row | {"client": f"c{number % 6}"}) for number in range(30)]
     rows.write_text("\n".join(lines) + "\n")
-    plain = {"evaluation": {"base": False, "seen_clients": 0, "unseen_clients": 0}}
+    plain = {
+        "model": {"targets": ["q_proj", "down_proj"]},
+        "training": {"max_steps": 1},
+        "federation": {"rounds": 2},
+        "evaluation": {"base": False, "seen_clients": 0, "unseen_clients": 0},
+    }
     for seed, name in enumerate(("one", "two")):
         data = {"path": str(rows), "unseen_clients": 0}
         models.write_config(tmp_path / f"{name}.toml", tmp_path, seed=seed, data=data, **plain)

@@ -150,11 +150,8 @@ def test_good_uploads_are_used_and_almost_as_large_as_they_can_be(round_, group)
 
 
 def test_each_is_refused_with_its_code_and_the_round_is_as_without_it(
-    round_, group, capsys, monkeypatch
+    round_, group, capsys, unsynced
 ):
-    monkeypatch.setattr(
-        os, "fsync", lambda _: None
-    )  # what survives a power cut is tested elsewhere
     others = {client: data for client, data in round_.good.items() if client != VICTIM}
     without, _ = round_.collected(others)
     expected = round_.after(without)

@@ -100,7 +100,7 @@ def check_journal(folder: Path, transport: Unreliable) -> None:
 
 @sizes.trials(4, 500)
 def test_a_round_counts_each_client_once_and_is_committed_only_with_its_quorum(
-    ready, tmp_path, trials
+    ready, tmp_path, unsynced, trials
 ):
     ends = []
     for trial in range(trials):
@@ -133,7 +133,7 @@ class InOrder:
 
 
 @sizes.trials(4, 1000)
-def test_the_order_in_which_uploads_arrive_changes_no_bit(ready, tmp_path, trials):
+def test_the_order_in_which_uploads_arrive_changes_no_bit(ready, tmp_path, unsynced, trials):
     one_round = ready.experiment.federation.model_copy(update={"rounds": 1, "cohort": None})
     everybody = one_round.model_copy(update={"fraction": 1.0})
     ready = replace(ready, experiment=ready.experiment.model_copy(update={"federation": everybody}))

@@ -4,7 +4,8 @@ Every run is a fork of this process, which has loaded the model and has trained 
 kill is SIGKILL, which nothing can catch. Usage: kills.py FOLDER POINT...; a point is a name
 of ``POINTS``, or a number n: before the n-th time that a file of the run is opened for writing,
 written to the disk, renamed, removed or cut, or a folder made. With one of ``FAULTS`` after the
-number, as in 17:EIO, the system refuses this change instead.
+number, as in 17:EIO, the system refuses this change instead. Numbers far beyond the last change
+are left out. What a process has written outlives it, so that nothing waits for the disk.
 """
 
 import errno
@@ -148,13 +149,7 @@ def at_change(folder: Path, act: Callable[[int, str, int | None], None]) -> None
         if str(folder) in str(arguments[0]) or event in ("os.remove", "os.rmdir"):
             changing(event)
 
-    fsync = os.fsync
-
-    def watched(descriptor: int) -> None:
-        changing("fsync", descriptor)
-        fsync(descriptor)
-
-    os.fsync = watched
+    os.fsync = lambda descriptor: changing("fsync", descriptor)
     sys.addaudithook(watch)
 
 
@@ -179,10 +174,23 @@ def refusing(at: int, fault: str) -> Callable[[int, str, int | None], None]:
     return act
 
 
+COUNT = "count"
+"""The point of a run that nothing happens to; the number of its changes goes to a file."""
+
+CHANGES_MADE = "changes"
+
+BEYOND = 3
+"""How many numbers are tried that are larger than that of the last change."""
+
+
 def go(ready: PreparedRun, folder: Path, point: str | None, resume: bool) -> None:
     turns = None
     number, _, fault = (point or "").partition(":")
-    if number.isdigit():
+    if point == COUNT:
+        folder.mkdir(exist_ok=True)
+        numbers = folder.parent / CHANGES_MADE
+        at_change(folder, lambda number, kind, descriptor: numbers.write_text(str(number)))
+    elif number.isdigit():
         folder.mkdir(exist_ok=True)
         at_change(folder, refusing(int(number), fault) if fault else dying(int(number)))
     elif point is not None:
@@ -212,10 +220,20 @@ def forked(ready: PreparedRun, folder: Path, point: str | None, resume: bool = F
 
 def main(folder: Path, points: list[str]) -> None:
     models.save(folder / "model")
-    settings = models.settings(folder, evaluation={"every": 2})
+    settings = models.settings(
+        folder,
+        model={"targets": ["q_proj", "down_proj"]},
+        training={"max_steps": 1},
+        evaluation={"every": 2},
+    )
     ready = setup.prepare(settings, models.corpus())
-    ends = {"whole": [forked(ready, folder / "whole", None)]}
+    os.fsync = lambda descriptor: None
+    ends = {"whole": [forked(ready, folder / "whole", COUNT)]}
+    changes = int((folder / CHANGES_MADE).read_text())
     for point in points:
+        number = point.partition(":")[0]
+        if number.isdigit() and int(number) > changes + BEYOND:
+            continue
         target = folder / point
         ends[point] = [forked(ready, target, point)]
         if ends[point] != ["finished"]:
