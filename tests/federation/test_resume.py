@@ -141,7 +141,7 @@ def assert_all_end_alike(folder: Path, outcome: dict[str, list[str]], first: str
     others = {point: ends for point, ends in outcome.items() if ends != [first, "finished"]}
     assert [point for point, ends in others.items() if ends != ["finished"]] == []
     assert len(others) < max(2, len(outcome) // 10)
-    print(f"{len(outcome) - len(others)} runs {first} of {len(outcome)}")
+    print(f"{len(outcome) - len(others)} runs {first} of {len(outcome)}, not {[*others]}")
     for point in outcome:
         assert_as_if_nothing_had_happened(folder, point)
 

@@ -24,6 +24,7 @@ from flexlora.method.averagers.plain import Plain
 
 READS = {
     "products": Mean.PRODUCTS,
+    "product_terms": Mean.PRODUCTS,
     "products_by_component": Mean.PRODUCTS_BY_COMPONENT,
     "factors": Mean.FACTORS,
     "padded_factors": Mean.PADDED_FACTORS,

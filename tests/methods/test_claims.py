@@ -118,7 +118,8 @@ def test_others_keep_it(name, options):
 def test_component_shares_are_the_weights_of_rb_lora():
     """p_k N / N_j with a rank rarity N / N_j is n_k / N_j."""
     terms = [(p, random_factors(rank=r, seed=r)) for p, r in zip(SHARES, (2, 3, 6), strict=True)]
-    for (p, f), got in zip(terms, component_shares(terms), strict=True):
+    shares = component_shares(SHARES, [f.rank for _, f in terms])
+    for (p, f), got in zip(terms, shares, strict=True):
         for term in range(f.rank):
             rarity = 1 / sum(q for q, g in terms if g.rank > term)
             assert float(got[term]) == pytest.approx(p * rarity, rel=1e-12)

@@ -80,8 +80,8 @@ FAULTS = {
     ),
     "rarity of ranks forgotten": (
         "method/averaging.py",
-        "return [weight / totals[: f.rank].clamp_min(1e-300) for weight, f in weighted]",
-        "return [weight + 0 * totals[: f.rank] for weight, f in weighted]",
+        "w / totals[:rank].clamp_min(1e-300) for",
+        "w + 0 * totals[:rank] for",
     ),
     "the rest is forgotten in the mean": (
         "methods/flexfold.py",

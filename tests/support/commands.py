@@ -30,7 +30,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words:
     return Result(int(stop.value.code or 0), printed.out, printed.err)
 
 
-def python(*words: object, cwd: Path, path: tuple[Path, ...] = (), **variables: str) -> Result:
+def python(
+    *words: object, cwd: Path, path: tuple[Path, ...] = (), seconds: float = 120, **variables: str
+) -> Result:
     """What ``python words`` prints, as a process of its own.
 
     The folders ``path`` come first on its PYTHONPATH. Its terminal has 80 columns, unless the
@@ -48,6 +50,6 @@ def python(*words: object, cwd: Path, path: tuple[Path, ...] = (), **variables: 
         env=environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=seconds,
     )
     return Result(done.returncode, done.stdout, done.stderr)

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -166,7 +167,9 @@ def refusing(at: int, fault: str) -> Callable[[int, str, int | None], None]:
 
     def act(number: int, kind: str, descriptor: int | None) -> None:
         if number == at and fault == "half" and descriptor is not None:
-            os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode):  # no folder, which is written to the disk too
+                os.truncate(descriptor, status.st_size // 2)
         if number == at or (fault == "full" and number > at and kind in NEEDS_ROOM):
             code = errno.EIO if fault == "EIO" else errno.ENOSPC
             raise OSError(code, os.strerror(code))

@@ -24,7 +24,6 @@ from flexlora.federation.transport import Reply, WaitPolicy
 from support import models
 from support.unreliable import data, upload
 
-
 MODULES = 8
 
 
@@ -83,7 +82,7 @@ def main(folder: Path, clients: int, number: int, width: int) -> None:
     settings = models.settings(
         folder,
         model={"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-        ranks={"rank": 8, "types": None, "distribution": None},
+        ranks={"rank": 32, "types": None, "distribution": None},
         method={"name": "flexlora", "weights": "uniform"},
         federation={"rounds": number, "cohort": clients},
         data={"unseen_clients": 0},

@@ -7,13 +7,14 @@ weights, clipping with noise or secure aggregation are averagers, and need no ch
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexlora.errors import ConfigError
 from flexlora.lowrank import Factors, LowRankSum
 from flexlora.method.interface import Method, RoundContext, Upload
+from flexlora.method.truncation import Weighted
 
 if TYPE_CHECKING:
     from flexlora.method.client_changes import Changes
@@ -70,6 +71,14 @@ class Cohort(ABC):
         An averager that recovers the mean from sketches recovers its leading ``rank``
         components; others ignore ``rank``.
         """
+
+    def product_terms(self, module: str, rank: int | None = None) -> Iterable[Weighted]:
+        """The terms of ``products``, to be gone through once.
+
+        Where uploads are on the disk, each term is read when it is its turn, so that the memory
+        does not grow with the cohort.
+        """
+        return self.products(module, rank).terms
 
     @abstractmethod
     def products_by_component(self, module: str) -> LowRankSum:

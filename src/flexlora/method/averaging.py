@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -54,21 +55,25 @@ class WeightedCohort(Cohort):
             if module in upload.adapter
         }
 
-    def weighted(self, module: str) -> list[Weighted]:
-        """Each client's share of the weights, with its factors of this module."""
+    def weighted(self, module: str) -> Iterator[Weighted]:
+        """Each client's share of the weights, with its factors of this module, one at a time."""
         shares = normalized(self.raw_weights)
-        return [(p, u.adapter[module]) for p, u in zip(shares, self.members, strict=True)]
+        return ((p, u.adapter[module]) for p, u in zip(shares, self.members, strict=True))
 
     def products(self, module: str, rank: int | None = None) -> LowRankSum:
         """The mean of products, exact whatever the ``rank``: a term for each client."""
         return LowRankSum.of(self.weighted(module))
 
+    def product_terms(self, module: str, rank: int | None = None) -> Iterator[Weighted]:
+        """The terms of ``products``, each read when it is its turn."""
+        return self.weighted(module)
+
     def products_by_component(self, module: str) -> LowRankSum:
         """The mean of products by component, exact: a term for each client."""
-        weighted = self.weighted(module)
+        shares = self._component_shares(module)
         return LowRankSum.of(
             (1.0, Factors(f.B.double() * share, f.A.double()))
-            for share, (_, f) in zip(component_shares(weighted), weighted, strict=True)
+            for share, (_, f) in zip(shares, self.weighted(module), strict=True)
         )
 
     def factors(self, module: str) -> Factors:
@@ -77,32 +82,30 @@ class WeightedCohort(Cohort):
 
     def padded_factors(self, module: str, last: Factors) -> Factors:
         """The mean of ``B`` and of ``A``, padded with zeros to the rank of ``last``."""
-        weighted = self.weighted(module)
-        B, A = _emptied(last, max(f.rank for _, f in weighted))
-        for weight, f in weighted:
+        B, A = _emptied(last, max(self.ranks(module).values()))
+        for weight, f in self.weighted(module):
             B[:, : f.rank] += weight * f.B.double()
             A[: f.rank] += weight * f.A.double()
         return Factors(B, A)
 
     def factors_by_component(self, module: str, last: Factors) -> Factors:
         """The mean of each column of ``B`` and row of ``A`` over the clients that have it."""
-        weighted = self.weighted(module)
-        B, A = _emptied(last, max(f.rank for _, f in weighted))
-        for share, (_, f) in zip(component_shares(weighted), weighted, strict=True):
+        B, A = _emptied(last, max(self.ranks(module).values()))
+        shares = self._component_shares(module)
+        for share, (_, f) in zip(shares, self.weighted(module), strict=True):
             B[:, : f.rank] += f.B.double() * share
             A[: f.rank] += f.A.double() * share[:, None]
         return Factors(B, A)
 
     def numbered_components(self, module: str, last: Factors) -> Factors:
         """The mean of each numbered component over the clients that trained it."""
-        numbered = self._numbered(module)
         B, A = last.B.double().clone(), last.A.double().clone()
         totals = B.new_zeros(last.rank)
-        for weight, at, _ in numbered:
-            totals[at] += weight
+        for weight, upload in zip(normalized(self.raw_weights), self.members, strict=True):
+            totals[list(upload.component_ids[module])] += weight
         trained = totals > 0
         B[:, trained], A[trained] = 0, 0
-        for weight, at, f in numbered:
+        for weight, at, f in self._numbered(module):
             share = weight / totals[at]
             B[:, at] += f.B.double() * share
             A[at] += f.A.double() * share[:, None]
@@ -123,7 +126,7 @@ class WeightedCohort(Cohort):
         """The mean of ``B`` and of ``A`` of the adapters of this name beside the uploads."""
         shares = normalized(self.raw_weights)
         return factor_means(
-            [(p, u.aux[name][module]) for p, u in zip(shares, self.members, strict=True)]
+            (p, u.aux[name][module]) for p, u in zip(shares, self.members, strict=True)
         )
 
     def only(self, modules: Collection[str]) -> WeightedCohort | None:
@@ -144,12 +147,16 @@ class WeightedCohort(Cohort):
         weights = limited_weights(self.raw_weights, most_share)
         return replace(self, raw_weights=weights, most_share=most_share)
 
-    def _numbered(self, module: str) -> list[tuple[float, list[int], Factors]]:
+    def _component_shares(self, module: str) -> list[Tensor]:
+        ranks = [upload.adapter.rank(module) for upload in self.members]
+        return component_shares(normalized(self.raw_weights), ranks)
+
+    def _numbered(self, module: str) -> Iterator[tuple[float, list[int], Factors]]:
         shares = normalized(self.raw_weights)
-        return [
+        return (
             (p, list(u.component_ids[module]), u.adapter[module])
             for p, u in zip(shares, self.members, strict=True)
-        ]
+        )
 
 
 def reweighted(
@@ -223,30 +230,31 @@ def parameter_norm(adapter: Adapter) -> float:
     return math.sqrt(sum(map(float, squares)))
 
 
-def factor_means(weighted: Sequence[Weighted]) -> Factors:
+def factor_means(weighted: Iterable[Weighted]) -> Factors:
     """The weighted sum of ``B`` and that of ``A``, in float64; all of one rank.
 
     Its product is *not* the weighted sum of the products; the difference is the covariance
     of the factors.
     """
-    first = weighted[0][1].to(torch.float64)
-    B, A = torch.zeros_like(first.B), torch.zeros_like(first.A)
-    for weight, f in weighted:
+    terms = iter(weighted)
+    first = next(terms)
+    B, A = (torch.zeros_like(x, dtype=torch.float64) for x in (first[1].B, first[1].A))
+    for weight, f in chain([first], terms):
         B += weight * f.B.double()
         A += weight * f.A.double()
     return Factors(B, A)
 
 
-def component_shares(weighted: Sequence[Weighted]) -> list[Tensor]:
+def component_shares(weights: Sequence[float], ranks: Sequence[int]) -> list[Tensor]:
     """Each client's share in each of its components, among the clients that have it.
 
     ``p_kj = p_k / sum_{i: r_i > j} p_i`` for j < r_k (methods of raFLoRA, arXiv 2602.13486,
     and RB-LoRA alike).
     """
-    totals = torch.zeros(max(f.rank for _, f in weighted), dtype=torch.float64)
-    for weight, f in weighted:
-        totals[: f.rank] += weight
-    return [weight / totals[: f.rank].clamp_min(1e-300) for weight, f in weighted]
+    totals = torch.zeros(max(ranks), dtype=torch.float64)
+    for weight, rank in zip(weights, ranks, strict=True):
+        totals[:rank] += weight
+    return [w / totals[:rank].clamp_min(1e-300) for w, rank in zip(weights, ranks, strict=True)]
 
 
 def _emptied(last: Factors, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@ residual that a client has not merged yet is sent to it, so that it may miss rou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from flexlora.lowrank import Adapter
 from flexlora.method import (
@@ -57,8 +59,8 @@ class FedExLoRA(Method):
         """The averages, and one SVD of each module's residual, of rank (K - 1) r at most."""
         factors = {module: cohort.factors(module) for module in state.model}
 
-        def residual(module: str) -> list[Weighted]:
-            return [*cohort.products(module).terms, (-1.0, factors[module])]
+        def residual(module: str) -> Iterable[Weighted]:
+            return chain(cohort.product_terms(module), [(-1.0, factors[module])])
 
         ranks = {
             module: min((len(cohort.clients) - 1) * mean.rank, *mean.shape)

@@ -19,8 +19,9 @@ Fed-PLoRA's (arXiv 2602.16936), there with factors averaged one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -93,7 +94,7 @@ class FlexFold(Method):
         """The mean of the clients' whole models as an SVD; costs what FlexLoRA's costs."""
         terms_of = _over_holders if self.normalise == "holders" else _over_clients
 
-        def terms(module: str) -> list[Weighted]:
+        def terms(module: str) -> Iterable[Weighted]:
             return terms_of(cohort, module, state.model[module])
 
         result = self.truncation.best(terms, state.model, context.ranks)
@@ -110,16 +111,14 @@ def _beyond(model: Adapter, ranks: Mapping[str, int]) -> Adapter:
     )
 
 
-def _over_clients(cohort: Cohort, module: str, last: Factors) -> list[Weighted]:
+def _over_clients(cohort: Cohort, module: str, last: Factors) -> Iterable[Weighted]:
     """The trained components, and of the last ones the shares of clients that did not train."""
     ranks = cohort.ranks(module)
     share = torch.zeros(last.rank, dtype=torch.float64)
     for weight, rank in zip(normalized(list(cohort.weights.values())), ranks.values(), strict=True):
         share[rank:] += weight
-    return [
-        *cohort.products(module).terms,
-        (1.0, Factors(last.B.double() * share, last.A.double())),
-    ]
+    untrained = Factors(last.B.double() * share, last.A.double())
+    return chain(cohort.product_terms(module), [(1.0, untrained)])
 
 
 def _over_holders(cohort: Cohort, module: str, last: Factors) -> list[Weighted]:

@@ -72,7 +72,7 @@ class FlexLoRA(Method):
         ``State.per_module`` says what energy each module lost and how it was decomposed.
         """
         result = self.truncation.best(
-            lambda module: cohort.products(module, context.ranks[module]).terms,
+            lambda module: cohort.product_terms(module, context.ranks[module]),
             state.model,
             context.ranks,
         )

@@ -61,7 +61,7 @@ class FullRank(Method):
             ranks = {
                 m: min(sum(cohort.ranks(m).values()), *context.shapes[m]) for m in context.ranks
             }
-        whole = Truncation().best(lambda m: cohort.products(m).terms, state.model, ranks)
+        whole = Truncation().best(lambda m: cohort.product_terms(m), state.model, ranks)
         model = whole.adapter.first(context.ranks)
         if self.remainder == "drop":
             return replace(state, model=model, per_module=whole.per_module)
