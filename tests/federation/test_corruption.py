@@ -85,22 +85,25 @@ def stopped(request, tmp_path_factory) -> Stopped:
 @pytest.mark.slow
 @sizes.trials(8, 334)
 def test_any_damage_is_repaired_named_or_harmless(stopped, tmp_path, unsynced, trials):
-    draw, files = random.Random(7), stopped.files()
-    seen: Counter[str] = Counter()
-    for trial in range(trials):
-        target = tmp_path / str(trial)
-        shutil.copytree(stopped.half, target)
-        file, how = draw.choice(files), draw.choice(corruption.KINDS)
-        others = [target / other for other in files if other != file]
-        other = how(target / file, others, draw)
-        damaged = [file.as_posix(), *([other.relative_to(target).as_posix()] if other else [])]
-        what = f"{trial}: {how.__name__} {damaged}"
-        outcome = stopped.outcome(target, drawn=trial % 4 == 0)
-        seen[outcome] += 1
-        if outcome == "refused":
-            # Two files at once may belong to both checkpoints.
-            assert other or file.as_posix().startswith(REFUSED), what
-        else:
-            assert outcome == "same", what
-        shutil.rmtree(target)
+    seen = Counter(outcome(stopped, tmp_path / str(trial), trial) for trial in range(trials))
+    print(dict(seen))
     assert seen["same"] > trials // 2
+
+
+def outcome(stopped: Stopped, target: Path, trial: int) -> str:
+    """How the run ends after the damage of this number: "same", or "refused" with good reason."""
+    draw, files = random.Random(trial), stopped.files()
+    shutil.copytree(stopped.half, target)
+    file, how = draw.choice(files), draw.choice(corruption.KINDS)
+    others = [target / other for other in files if other != file]
+    other = how(target / file, others, draw)
+    damaged = [file.as_posix(), *([other.relative_to(target).as_posix()] if other else [])]
+    what = f"{trial}: {how.__name__} {damaged}"
+    end = stopped.outcome(target, drawn=trial % 4 == 0)
+    if end == "refused":
+        # Two files at once may belong to both checkpoints.
+        assert other or file.as_posix().startswith(REFUSED), what
+    else:
+        assert end == "same", what
+    shutil.rmtree(target)
+    return end

@@ -19,7 +19,7 @@ from flexlora.method.interface import ModuleSpec, Upload, UploadSpec
 from flexlora.storage.untrusted import RefusalCode
 from flexlora.wire import validate
 from support import sizes
-from support.bad_uploads import Parts, built, framed
+from support.bad_uploads import BAD, Parts, built, framed
 from support.factors import random_factors
 
 SHAPES = {"model.q": (11, 7), "model.up": (13, 5), "model.down": (5, 13)}
@@ -34,8 +34,7 @@ LIMITS = {
 EXPECTED = wire.ExpectedUpload(
     "anna", 4, 17, UploadSpec(SPECS, {"control": SPECS}), torch.float32, False, LIMITS
 )
-ROOMY = dataclasses.replace(EXPECTED, sparse=True, client="anna" * 40)
-"""The same with room for what mutations add, so that they reach the later checks too."""
+EXPECTED_SPARSE = dataclasses.replace(EXPECTED, sparse=True)
 
 
 def adapter(share: float, seed: int) -> Adapter:
@@ -169,7 +168,7 @@ class Peak:
 @sizes.trials(1000, 200_000)
 def test_mutated_uploads_are_refused_or_still_uploads(trials, tmp_path):
     draw, path = np.random.default_rng(7), tmp_path / "upload"
-    goods = [(upload(0.0), EXPECTED), (upload(0.7), dataclasses.replace(EXPECTED, sparse=True))]
+    goods = [(upload(0.0), EXPECTED), (upload(0.7), EXPECTED_SPARSE)]
     goods += [(data, dataclasses.replace(expected, spec=EXPECTED.spec)) for data, expected in goods]
     for data, expected in goods:
         assert ingest(data, path, expected) is None
@@ -200,6 +199,35 @@ def with_room(expected: wire.ExpectedUpload) -> wire.ExpectedUpload:
     return made
 
 
+# --- named bad uploads -------------------------------------------------------------------
+
+OF_ANOTHER_UPLOAD = (
+    "facts: tokens",
+    "facts: seconds",
+    "facts: computed below zero",
+    "facts: bytes_down below zero",
+    "fields: client of another alphabet",
+    "JSON: 5,000 digits as an offset",
+    "tensors: a larger rank in a smaller module",
+    "components: for an adapter of another rank",
+)
+"""What the corpus makes of an upload with other names and sizes, which is not this fault here."""
+
+
+def test_bad_uploads_are_refused_with_their_code(tmp_path):
+    """Whether their size refuses them or leaves room for what is wrong; see test_bad_uploads."""
+    path = tmp_path / "upload"
+    plain, sparse = (upload(0.0), EXPECTED), (upload(0.7), EXPECTED_SPARSE)
+    for group, cases in BAD.items():
+        good, expected = sparse if group == "sparse" else plain
+        for name, case in cases.items():
+            if name.startswith(OF_ANOTHER_UPLOAD):
+                continue
+            data = case.make(good)
+            codes = {ingest(data, path, each) for each in (expected, with_room(expected))}
+            assert case.code in codes and None not in codes, name
+
+
 # --- no code -------------------------------------------------------------------------------
 
 FORBIDDEN_EVENTS = ("pickle.", "exec", "compile", "import", "subprocess.", "socket.", "os.exec")
@@ -222,8 +250,7 @@ from support.bad_uploads import BAD
 
 path = Path(sys.argv[1])
 draw = np.random.default_rng(3)
-goods = [(fuzz.upload(0.0), fuzz.EXPECTED)]
-goods += [(fuzz.upload(0.7), fuzz.dataclasses.replace(fuzz.EXPECTED, sparse=True))]
+goods = [(fuzz.upload(0.0), fuzz.EXPECTED), (fuzz.upload(0.7), fuzz.EXPECTED_SPARSE)]
 bad = [case.make(goods[group == "sparse"][0]) for group, cases in BAD.items()
        for name, case in cases.items() if group == "plain" and "k_proj" not in name
        and "smaller module" not in name]
