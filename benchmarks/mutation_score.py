@@ -64,7 +64,7 @@ MODULES = {
 }
 """The security-critical modules and the tests that are their own, the quickest first."""
 
-SECONDS = 180
+SECONDS = 60
 """A mutant whose tests take longer hangs."""
 
 REWRITES = "ignore::pytest.PytestAssertRewriteWarning"
