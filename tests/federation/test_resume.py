@@ -136,11 +136,15 @@ def test_the_journal_says_that_it_was_resumed(killed):
 
 
 def assert_all_end_alike(folder: Path, outcome: dict[str, list[str]], first: str) -> None:
-    """Whatever happened ``first``; but to the points beyond a run's last change nothing does."""
+    """Whatever happened ``first``.
+
+    Nothing happens beyond a run's last change, or where a change is not needed, as that of the
+    file that names who runs.
+    """
     assert outcome.pop("whole") == ["finished"]
     others = {point: ends for point, ends in outcome.items() if ends != [first, "finished"]}
     assert [point for point, ends in others.items() if ends != ["finished"]] == []
-    assert len(others) < max(2, len(outcome) // 10)
+    assert len(others) <= max(2, len(outcome) // 6)
     print(f"{len(outcome) - len(others)} runs {first} of {len(outcome)}, not {[*others]}")
     for point in outcome:
         assert_as_if_nothing_had_happened(folder, point)
@@ -149,7 +153,7 @@ def assert_all_end_alike(folder: Path, outcome: dict[str, list[str]], first: str
 @pytest.mark.parametrize(
     "points",
     [
-        pytest.param(of_every_change(32), id="short", marks=pytest.mark.slow),
+        pytest.param(of_every_change(16), id="short", marks=pytest.mark.slow),
         pytest.param(of_every_change(1), id="full", marks=pytest.mark.trust),
     ],
 )

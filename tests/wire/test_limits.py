@@ -15,6 +15,7 @@ from flexlora.lowrank.factors import Adapter
 from flexlora.method.interface import Download, ModuleSpec, Upload, UploadSpec
 from flexlora.storage.untrusted import RefusalCode
 from flexlora.wire import fields
+from flexlora.wire.header import LARGEST_HEADER
 from support.factors import random_factors
 
 ADAPTER = Adapter(
@@ -306,3 +307,7 @@ def test_memory_of_a_header_is_bounded_by_its_length(tmp_path):
         finally:
             tracemalloc.stop()
     assert 1 < worst < 40
+
+
+def test_a_header_may_have_16_mib_where_nothing_smaller_is_expected():
+    assert LARGEST_HEADER == 16_777_216
