@@ -147,7 +147,7 @@ def test_two_colluding_clients_of_ten_do_not_turn_what_others_have_in_common(com
     mixed, alone = shares(2), shares(0)
     assert mixed[:2].sum() < 1e-3 < 0.03 < alone[:2].sum()
     result = mixed @ sent
-    assert result @ wanted / (result.norm() * wanted.norm()) > 0.96
+    assert result @ wanted / (result.norm() * wanted.norm()) > 0.95
 
 
 def test_the_scores_of_krum_are_those_of_the_dense_matrices():
