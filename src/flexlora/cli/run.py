@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flexlora.cli.progress import Display
     from flexlora.config import Experiment
     from flexlora.federation.compare import Cell
+    from flexlora.federation.prepared import PreparedRun
     from flexlora.federation.ray.cluster import Cluster
     from flexlora.journal import Event
 
@@ -227,7 +228,7 @@ def run_and_report(
     followers = trackers.of(settings.run.trackers, folder)
     settings.evaluation.require_engine()
     ready = setup.prepare(settings, meter=display.meter)
-    compose.store(settings if resume else _with_threads(settings), folder)
+    compose.store(settings if resume else _as_here(settings, ready), folder)
     for view in (f"{one.title}: {one.view}" for one in followers if one.view):
         display.console.print(view, soft_wrap=True, highlight=False, markup=False)
     at_once = point.clients_at_once if point else None
@@ -310,12 +311,14 @@ def _compare(cells: Sequence[Cell], target: Path, display: Display) -> set[str]:
     return {outcome.state for outcome in outcomes}
 
 
-def _with_threads(settings: Experiment) -> Experiment:
-    """The settings with the number of threads in use: other numbers round otherwise."""
+def _as_here(settings: Experiment, ready: PreparedRun) -> Experiment:
+    """The settings with what this machine has chosen: other numbers of threads, and other
+    precisions, round otherwise.
+    """
     import torch
 
     threads = settings.run.model_copy(update={"threads": torch.get_num_threads()})
-    return settings.model_copy(update={"run": threads})
+    return settings.model_copy(update={"run": threads, "model": ready.experiment.model})
 
 
 def _refuse_when_resumed(change: str) -> None:

@@ -38,6 +38,7 @@ def prepare(
         DataError: the data cannot be used.
     """
     torch.set_num_threads(experiment.run.threads or torch.get_num_threads())
+    experiment, chosen = _with_precision(experiment, base)
     experiment, method = _with_method(experiment, method)
     data, cache, meter = experiment.data, client_data.cache_folder(experiment), meter or Meter()
     meter.begin("reading the data")
@@ -50,8 +51,7 @@ def prepare(
     meter.begin("loading the model")
     base = experiment.model.load() if base is None else base
     clients = assignment.clients_of(assigned, partition, list(base.shapes))
-    prompt = named(data.prompt, base.tokenizer)
-    trained = corpus if train else corpus.select([])
+    prompt, trained = named(data.prompt, base.tokenizer), corpus if train else corpus.select([])
     store = TokenStore.build(trained, base.tokenizer, data.prompt, data.max_tokens, cache, meter)
     runtime = ClientRuntime(
         base=base,
@@ -75,17 +75,35 @@ def prepare(
         local=runtime,
         questions=client_data.questions(corpus, partition, unseen, experiment),
         prompt=prompt,
-        notices=_notices(base, assigned, corpus, prompt, store.notices(data.max_tokens)),
+        notices=(*chosen, *_notices(base, assigned, corpus, prompt, data.max_tokens, store)),
     )
     return dataclasses.replace(prepared, notices=notes.of(prepared)) if train else prepared
 
 
 def _notices(
-    base: Base, assigned: Assignment, corpus: Corpus, prompt: Prompt, of_rows: Sequence[str]
+    base: Base,
+    assigned: Assignment,
+    corpus: Corpus,
+    prompt: Prompt,
+    max_tokens: int,
+    store: TokenStore,
 ) -> tuple[str, ...]:
     """What the user must know of the model, the ranks, the data and the prompts."""
     of_ranks = assignment.unused_ranks(assigned, list(base.shapes))
-    return (*base.notices, *of_ranks, *corpus.notices, *prompt.notices, *of_rows)
+    return (*base.notices, *of_ranks, *corpus.notices, *prompt.notices, *store.notices(max_tokens))
+
+
+def _with_precision(experiment: Experiment, base: Base | None) -> tuple[Experiment, Sequence[str]]:
+    """The experiment with its model's precision, and what there is to say if it was chosen here.
+
+    It is that of the ``base`` that is loaded. A run that is resumed, or has workers on other
+    machines, keeps it.
+    """
+    model, notices = experiment.model.chosen()
+    if notices and base is not None:
+        dtype = str(base.model.dtype).removeprefix("torch.")
+        model = dataclasses.replace(model, dtype=dtype)  # type: ignore[arg-type]
+    return experiment.model_copy(update={"model": model}), notices
 
 
 def _with_method(experiment: Experiment, method: Method | None) -> tuple[Experiment, Method]:

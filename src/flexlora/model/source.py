@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 import transformers
 
 from flexlora.errors import ConfigError
-from flexlora.model import loading, proof, smollm2
+from flexlora.model import loading, precision, proof, smollm2
 from flexlora.model.base import Base
 from flexlora.model.layers import attention
 
@@ -18,7 +18,7 @@ ATTENTIONS = (proof.AUTO, *attention.KERNELS, "flash_attention_2", "flash_attent
 """The values of ``attention``: this library's, or those of transformers that rows can be packed
 for."""
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = (precision.AUTO, "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,30 @@ class Source:
 
     ``name`` is a folder, a model of the hub or ``smollm2-135m-instruct``. ``targets`` are the
     last parts of the adapted modules' paths, by default every linear layer except the head.
+    ``dtype`` "auto" is bfloat16 where the device computes it natively and faster, else float32.
     ``quantize`` loads the weights in 4 bits (bitsandbytes, CUDA).
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     quantize: Literal["none", "4bit"] = "none"
     attention: str = proof.AUTO
     targets: tuple[str, ...] | None = None
+
+    def chosen(self) -> tuple[Source, tuple[str, ...]]:
+        """The same with a precision in place of "auto", and what there is to say of the choice.
+
+        Raises:
+            ConfigError: this machine does not support the device.
+        """
+        if self.dtype != precision.AUTO:
+            return self, ()
+        _check_device(self.device, self.quantize)
+        fastest = precision.fastest(torch.device(self.device).type)
+        return replace(self, dtype=fastest.dtype), (fastest.notice,)  # type: ignore[arg-type]
 
     def load(self) -> Base:
         """Load the model into memory.
@@ -46,6 +59,8 @@ class Source:
             ConfigError: the model cannot be loaded, or this machine does not support the device
                 or the quantisation.
         """
+        if self.dtype == precision.AUTO:
+            return self.chosen()[0].load()
         _check_device(self.device, self.quantize)
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; give one of {', '.join(DTYPES)}.")

@@ -25,7 +25,7 @@ from flexlora.storage.untrusted import short
 from flexlora.training import free_bytes
 
 _SHARE_OF_MEMORY: Final = 0.9
-_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_BYTES: Final = {"auto": 4.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _QUANTISED_BYTES: Final = 0.6
 """Of a weight in 4 bits, with its scales."""
 _SECONDS: Final = 15.0

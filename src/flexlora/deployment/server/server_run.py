@@ -106,6 +106,12 @@ def check(settings: Experiment) -> None:
     Raises:
         ProtocolError: with the remedy.
     """
+    if settings.model.dtype == "auto":
+        raise ProtocolError(
+            'model.dtype is "auto", which every machine would choose for itself, so that clients '
+            "would train different models; set model.dtype to 'float32', or to 'bfloat16' where "
+            "all clients' processors compute it natively."
+        )
     limits, method = RankLimits.of(settings.ranks), compose.method_of(settings)
     if limits.mixed:
         require(
