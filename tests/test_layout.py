@@ -48,6 +48,7 @@ ENTRANCES = (
     "federation.compose",
     "federation.evaluations",
     "federation.influence.measure",
+    "federation.jobs",
     "federation.prepared",
     "federation.ray",
     "federation.recovery",
@@ -71,6 +72,8 @@ ENTRANCES = (
     "reporting.watch",
     "storage.tensors",
     "storage.untrusted",
+    "training.adapters",
+    "training.job",
     "wire.validate",
 )
 """Modules that other parts may import beside a package's ``__init__``.

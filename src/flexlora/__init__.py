@@ -12,7 +12,7 @@ above it, which a test checks.
     data            rows -> tokens: corpora, partitions, prompts, packing
     peft_format     adapters as PEFT stores them: read, write, check, merge
     model           the base model in memory, and the layers that carry adapters
-    training        local training: the optimiser and the loop
+    training        local training: the optimiser and the loop; jobs without a federation
     evaluation      generated text and losses -> scores
     config          a TOML file -> frozen settings
     method          the method interface, and what its authors build on
@@ -33,6 +33,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexlora.data import Columns as Columns
     from flexlora.data import Corpus as Corpus
     from flexlora.errors import AdapterError as AdapterError
     from flexlora.errors import ConfigError as ConfigError
@@ -61,8 +62,13 @@ if TYPE_CHECKING:
     from flexlora.method import State as State
     from flexlora.method import Turn as Turn
     from flexlora.method import Upload as Upload
+    from flexlora.model import Source as Source
     from flexlora.peft_format import check as check
     from flexlora.peft_format import merge as merge
+    from flexlora.training import Training as Training
+    from flexlora.training.adapters import train_adapters as train_adapters
+    from flexlora.training.finished import JobResult as JobResult
+    from flexlora.training.job import Job as Job
 
     __version__: str
 
@@ -73,6 +79,13 @@ _PUBLIC = {
     "PreparedRun": "federation.prepared",
     "run": "federation.rounds",
     "Corpus": "data",
+    # To train adapters without a federation.
+    "train_adapters": "training.adapters",
+    "Job": "training.job",
+    "JobResult": "training.finished",
+    "Training": "training",
+    "Columns": "data",
+    "Source": "model",
     # On adapters in PEFT's format.
     "merge": "peft_format",
     "check": "peft_format",

@@ -10,7 +10,7 @@ from flexlora.cli import configs
 from flexlora.federation import compose
 from support import commands
 
-NEED_NO_DATA = ("quickstart", "federation", "attack")
+NEED_NO_DATA = ("quickstart", "federation", "attack", "jobs")
 ROOT = Path(__file__).parents[2]
 
 

@@ -23,6 +23,13 @@ rank = 8
 rounds = 1
 cohort = 2
 """
+JOBS = """
+[model]
+name = "folder"
+[[job]]
+name = "a"
+data.path = "rows.jsonl"
+"""
 REMOTE = CONFIG.replace('path = "d.parquet"', 'format = "remote"')
 
 FAULTS = [
@@ -72,6 +79,18 @@ FAULTS = [
     ("attack", ["config.toml", "--out", "damaged"], "something else than a simulation"),
     ("merge", ["folder", "--out", "damaged/rounds/a"], "damaged/a-2"),
     ("eval", ["config.toml", "--out", "file/scores.json"], "give another --out"),
+    ("run", ["work.toml"], "is a file of jobs; train them with: flexlora train work.toml"),
+    ("train", [], "Missing argument"),
+    ("train", ["missing.toml"], "missing.toml cannot be read: No such file"),
+    ("train", ["jobs.toml"], "copy it with: flexlora configs jobs"),
+    ("train", ["config.toml"], "start it with: flexlora run config.toml"),
+    ("train", ["windows.toml"], "line 1, is not valid TOML"),
+    ("train", ["empty.toml"], "has no jobs; begin each with the line [[job]]"),
+    ("train", ["work.toml", "--set", "defaults.rank=0"], "'rank' is 0; give a whole number"),
+    ("train", ["work.toml", "--set", "defaults.data.prompt=alpacca"], "no prompt 'alpacca'"),
+    ("train", ["work.toml", "--out", "file"], "The folder file cannot be made"),
+    ("train", ["work.toml", "--out", "file/new"], "The folder file/new cannot be made"),
+    ("train", ["work.toml"], "'folder'"),
     ("merge", ["nowhere", "--out", "out"], "nowhere does not exist"),
     ("merge", ["folder", "--out", "out"], "adapter_config.json is missing"),
     ("merge", ["folder", "--out", "out", "--rank", "0"], ""),
@@ -161,6 +180,7 @@ def call(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "config.toml").write_text(CONFIG)
     (tmp_path / "remote.toml").write_text(REMOTE)
+    (tmp_path / "work.toml").write_text(JOBS)
     (tmp_path / "latin.toml").write_bytes(b'seed = "\xe9"')
     (tmp_path / "empty.toml").touch()
     (tmp_path / "windows.toml").write_text('path = "C:\\data"')

@@ -11,7 +11,11 @@ from flexlora.config.ranks import DISTRIBUTIONS
 from flexlora.errors import ConfigError
 from flexlora.federation.compose import load, parse
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "configs").glob("*.toml")
+    if path.stem != "jobs"  # of another form
+)
 
 TEXT = """\
 seed = 1

@@ -12,7 +12,11 @@ from flexlora.config import Experiment, dump, load, parse, rank_table
 from flexlora.config.toml import read_table
 from flexlora.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "configs").glob("*.toml")
+    if path.stem != "jobs"  # of another form
+)
 
 TEXT = """\
 [model]

@@ -19,7 +19,7 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+CONFIGS = sorted({*(ROOT / "configs").glob("*.toml")} - {ROOT / "configs" / "jobs.toml"})
 
 
 def text_of(page: Path) -> str:

@@ -24,6 +24,7 @@ from flexlora.cli import (
     laws,
     methods,
     run,
+    train,
     watch,
 )
 from flexlora.cli.interrupts import STOPPED, raised
@@ -51,6 +52,7 @@ COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
         "demo": demo.demo,
     },
     "PEFT adapters": {
+        "train": train.train,
         "merge": adapters.merge,
         "check": adapters.check,
     },

@@ -2,6 +2,7 @@
 
 from flexlora.config.comparison import ComparisonSettings, read_comparison, varied, with_values
 from flexlora.config.experiment import DataSettings, Experiment, Ranks, parse
+from flexlora.config.jobs import JobFile, JobSettings, load_jobs
 from flexlora.config.plugins import Plugins
 from flexlora.config.ranks import (
     PAPER_TYPES,
@@ -20,6 +21,8 @@ __all__ = [
     "ComparisonSettings",
     "DataSettings",
     "Experiment",
+    "JobFile",
+    "JobSettings",
     "Plugins",
     "RankType",
     "Ranks",
@@ -28,6 +31,7 @@ __all__ = [
     "distribution",
     "dump",
     "load",
+    "load_jobs",
     "parse",
     "rank_table",
     "rank_text",

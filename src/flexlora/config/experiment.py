@@ -11,16 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from flexlora.config import faults, ranks
 from flexlora.config.faults import Places
-from flexlora.data import Columns, check_name, fields_of, is_template
+from flexlora.data import Columns, check_name, fields_of, template_text
 from flexlora.errors import ConfigError
 from flexlora.evaluation import Evaluation
 from flexlora.model import Source
 from flexlora.training import Training
 
 Section = TypeVar("Section", bound=BaseModel)
-
-TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
-"""Suffixes of files with prompt templates."""
 
 CLOSED = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,19 +60,7 @@ class DataSettings(BaseModel):
     @classmethod
     def _template_text(cls, prompt: str) -> str:
         """The prompt's name, or the text of a template, read from its file."""
-        if Path(prompt).suffix in TEMPLATE_SUFFIXES and not is_template(prompt):
-            try:
-                prompt = Path(prompt).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-                raise ConfigError(
-                    f"The template data.prompt = {prompt!r} cannot be read: {reason}."
-                ) from error
-            if not is_template(prompt):
-                raise ConfigError(
-                    "The template data.prompt has no variable, such as {{ instruction }}; add "
-                    "those that it is to show."
-                )
+        prompt = template_text(prompt)
         check_name(prompt)
         fields_of(prompt)
         return prompt
@@ -180,7 +165,7 @@ def parse(
             f"{place}: a config is given as nested tables, not as {content!r:.60}, a "
             f"{type(content).__name__}; to read a file call load(path)."
         )
-    experiment = _validated(Experiment, content, place, places or {})
+    experiment = validated(Experiment, content, place, places or {})
     _check_distribution(experiment.ranks, place)
     if contradictions := _contradictions(experiment):
         raise ConfigError(f"{place}: {'; '.join(contradictions)}.")
@@ -194,14 +179,14 @@ def parse_ranks(content: Mapping[str, Any], place: str | Path) -> Ranks:
         ConfigError: a key is unknown, has a wrong type, or contradicts another one.
     """
     content = {key: value for key, value in content.items() if value != ""}
-    settings = _validated(Ranks, content, place, {})
+    settings = validated(Ranks, content, place, {})
     _check_distribution(settings, place)
     if contradictions := _rank_contradictions(settings):
         raise ConfigError(f"{place}: {'; '.join(contradictions)}.")
     return settings
 
 
-def _validated(
+def validated(
     section: type[Section], content: Mapping[str, Any], place: str | Path, places: Places
 ) -> Section:
     """A section from its table; the error has one line for each fault."""

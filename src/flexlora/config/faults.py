@@ -134,6 +134,7 @@ def _placed(path: tuple[str, ...], sentence: str, place: str, places: Places) ->
     """The sentence behind the place of the key, or else of the section that it is in."""
     # A section that checks itself names the key in its sentence.
     named = [key for key in places if key[: len(path)] == path and ".".join(key) in sentence]
+    named.sort(key=len, reverse=True)
     above = (path[:n] for n in range(len(path), 0, -1))
     where = next((places[key] for key in (*named, *above) if key in places), place)
     return f"{where}: {sentence}"

@@ -10,11 +10,17 @@ from typing import Any
 
 import tomli_w
 
-from flexlora.config.experiment import TEMPLATE_SUFFIXES, Experiment, Ranks, parse, parse_ranks
+from flexlora.config.experiment import Experiment, Ranks, parse, parse_ranks
+from flexlora.data import TEMPLATE_SUFFIXES
 from flexlora.errors import ConfigError
 from flexlora.storage import expanded
 
 _TABLE = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$")
+_ARRAY = re.compile(r"^\s*\[\[\s*([^\[\]]+?)\s*\]\]\s*(#.*)?$")
+_WRITTEN_BY = {
+    "config": " (flexlora init writes one)",
+    "file of jobs": " (flexlora configs jobs copies one)",
+}
 _KEY = re.compile(r"""^\s*([A-Za-z0-9_\-."']+)\s*=""")
 
 
@@ -29,13 +35,15 @@ def load(path: Path | str, changes: Sequence[str] = ()) -> Experiment:
             such keys, with their lines.
     """
     path = _checked_path(path)
-    text, content = _read(path, "config")
-    places = {key: f"{path}, line {line}" for key, line in _lines(text).items()}
+    text, content = read_toml(path, "config")
+    if "job" in content:
+        raise ConfigError(f"{path} is a file of jobs; train them with: flexlora train {path}")
+    places = {key: f"{path}, line {line}" for key, line in lines_of(text).items()}
     # Read by their own commands; a single run has nothing to compare and no attacker.
     content.pop("compare", None)
     content.pop("attack", None)
     changed = apply_changes(content, changes)
-    _make_paths_absolute(content, path.parent, changed)
+    make_paths_absolute(content, path.parent, changed)
     return parse(content, path, places | changed)
 
 
@@ -69,11 +77,11 @@ def read_table(path: Path | str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing or is not TOML.
     """
-    _, content = _read(_checked_path(path), "rank table")
+    _, content = read_toml(_checked_path(path), "rank table")
     return dict(content.get("ranks", content))
 
 
-def _read(path: Path, label: str) -> tuple[str, dict[str, Any]]:
+def read_toml(path: Path, label: str) -> tuple[str, dict[str, Any]]:
     """The text of a TOML file and its tables; ``label`` is what errors call the file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -82,9 +90,8 @@ def _read(path: Path, label: str) -> tuple[str, dict[str, Any]]:
             f"The {label} {path} cannot be read: it is a folder; name a TOML file."
         ) from error
     except OSError as error:
-        remedy = (
-            "" if path.exists() else "; give the path of a TOML file (flexlora init writes one)"
-        )
+        written = _WRITTEN_BY.get(label, "")
+        remedy = "" if path.exists() else f"; give the path of a TOML file{written}"
         raise ConfigError(
             f"The {label} {path} cannot be read: {error.strerror}{remedy}."
         ) from error
@@ -154,20 +161,35 @@ def _checked_path(path: Path | str) -> Path:
     return Path(path)
 
 
-def _lines(text: str) -> dict[tuple[str, ...], int]:
+def lines_of(text: str) -> dict[tuple[str, ...], int]:
     """The line, from 1, of each table and key of a TOML text; a hint for messages only.
 
-    Found by pattern, so multi-line strings and arrays of tables can give a wrong line.
+    In an array of tables the number of the table, from 0, follows the key of the array. Found by
+    pattern, so multi-line strings can give a wrong line.
     """
     table: tuple[str, ...] = ()
     lines: dict[tuple[str, ...], int] = {}
+    tables: dict[tuple[str, ...], int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        if header := _TABLE.match(line):
-            table = _split_key(header[1])
+        if array := _ARRAY.match(line):
+            key = _split_key(array[1])
+            tables[key] = tables.get(key, -1) + 1
+            table = (*key, str(tables[key]))
             lines.setdefault(table, number)
-        elif key := _KEY.match(line):
-            lines.setdefault((*table, *_split_key(key[1])), number)
+        elif header := _TABLE.match(line):
+            table = _in_array(_split_key(header[1]), tables)
+            lines.setdefault(table, number)
+        elif key_of_line := _KEY.match(line):
+            lines.setdefault((*table, *_split_key(key_of_line[1])), number)
     return lines
+
+
+def _in_array(key: tuple[str, ...], tables: Mapping[tuple[str, ...], int]) -> tuple[str, ...]:
+    """The key of a table; one below an array of tables belongs to the last of them."""
+    for end in range(len(key), 0, -1):
+        if key[:end] in tables:
+            return (*key[:end], str(tables[key[:end]]), *key[end:])
+    return key
 
 
 def _split_key(dotted: str) -> tuple[str, ...]:
@@ -193,7 +215,7 @@ def _apply(content: dict[str, Any], change: str) -> tuple[str, ...]:
     return keys
 
 
-def _make_paths_absolute(
+def make_paths_absolute(
     content: dict[str, Any], folder: Path, changed: Collection[tuple[str, ...]]
 ) -> None:
     """Resolve ``data.path``, ``ranks.table`` and a template's file in ``data.prompt`` in place.

@@ -7,11 +7,19 @@ from flexlora.data.layout import Layout, inspect_table
 from flexlora.data.packing import Forest, Pack, first_fit, join, pack, packs, steps
 from flexlora.data.partition import by_key
 from flexlora.data.prompt import Prompt
-from flexlora.data.prompts import check_name, fields_of, is_template, named
+from flexlora.data.prompts import (
+    TEMPLATE_SUFFIXES,
+    check_name,
+    fields_of,
+    is_template,
+    named,
+    template_text,
+)
 from flexlora.data.sources import sources_of
 from flexlora.data.tokens import TokenStore
 
 __all__ = [
+    "TEMPLATE_SUFFIXES",
     "Columns",
     "Corpus",
     "Example",
@@ -37,4 +45,5 @@ __all__ = [
     "sources_of",
     "split_rows",
     "steps",
+    "template_text",
 ]

@@ -29,9 +29,9 @@ from flexlora.model import smollm2
 from flexlora.seeds import rng
 
 
-def cache_folder(experiment: Experiment) -> Path:
+def cache_of(data: DataSettings) -> Path:
     """Where converted corpora and tokens are kept from run to run: ``data.cache`` or the user's."""
-    cache = experiment.data.cache
+    cache = data.cache
     folder = Path(cache) if cache else smollm2.cache() / "tokens"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,20 +48,30 @@ def cache_folder(experiment: Experiment) -> Path:
 
 def read(experiment: Experiment, cache: Path) -> Corpus:
     """The rows of the clients that the config chooses, memory-mapped where possible."""
-    data, seed = experiment.data, experiment.seed
+    return read_data(experiment.data, experiment.seed, _needs(experiment), cache)
+
+
+def read_data(data: DataSettings, seed: int, needs: list[str], cache: Path) -> Corpus:
+    """The rows that a section ``data`` chooses, memory-mapped where possible.
+
+    ``needs`` are optional columns that must be there.
+
+    Raises:
+        DataError: they cannot be read.
+    """
     if data.format == "remote":
         raise DataError(
             "data.format 'remote' says that the rows are with real clients: start it by "
             "`flexlora serve`, or name a format that can be simulated."
         )
     if reader := corpora.installed(data.format):
-        return limited(reader(data.path, data.columns, seed), experiment)
+        return limited(reader(data.path, data.columns, seed), data, seed)
     if data.format == "procedural":
         families = data.families or procedural.FAMILIES
         generated = procedural.generate(families, examples=data.examples, seed=seed)
-        return limited(generated, experiment)
+        return limited(generated, data, seed)
     if data.format == "hub":
-        return limited(hub.read(str(data.path), data.columns), experiment)
+        return limited(hub.read(str(data.path), data.columns), data, seed)
     path = Path(str(data.path))
     if data.source and not path.exists() and not any(c in str(path) for c in "*?["):
         raise DataError(f"There is no {path}, which data.path names. {data.source}")
@@ -78,7 +88,7 @@ def read(experiment: Experiment, cache: Path) -> Corpus:
             "format": [[source.format, dict(source.constants)] for source in files],
             "columns": asdict(data.columns),
             "encoding": data.encoding,
-            "needs": (needs := _needs(experiment)),
+            "needs": needs,
             "fields": (fields := fields_of(data.prompt)),
             "place": str(path),
         }
@@ -86,8 +96,8 @@ def read(experiment: Experiment, cache: Path) -> Corpus:
             table.read_sources, files, data.columns, place=f"'{path}'", needs=needs, fields=fields
         )
     if not sources:
-        return limited(make(), experiment)  # which says what is missing
-    return mapped.kept(cache, sources, settings, lambda: limited(make(), experiment))
+        return limited(make(), data, seed)  # which says what is missing
+    return mapped.kept(cache, sources, settings, lambda: limited(make(), data, seed))
 
 
 def rows_of(experiment: Experiment, cache: Path, rows: object | None) -> Corpus:
@@ -104,7 +114,7 @@ def rows_of(experiment: Experiment, cache: Path, rows: object | None) -> Corpus:
     corpus = objects.read(
         rows, data.columns, needs=_needs(experiment), fields=fields_of(data.prompt)
     )
-    return limited(corpus, experiment)
+    return limited(corpus, data, experiment.seed)
 
 
 def _table_at(data: DataSettings, path: str | Path) -> DataSettings:
@@ -119,16 +129,16 @@ def _needs(experiment: Experiment) -> list[str]:
     return ["client"] * bool(natural) + ["category"] * categories
 
 
-def limited(corpus: Corpus, experiment: Experiment) -> Corpus:
+def limited(corpus: Corpus, data: DataSettings, seed: int) -> Corpus:
     """The corpus of at most as many clients as ``data.clients`` says."""
-    most = experiment.data.clients
+    most = data.clients
     if most is None or "client" not in corpus.columns:
         return corpus
     codes, owners = corpus.codes("client")
     if most >= len(owners):
         return corpus
     names = sorted(owners)
-    drawn = rng(experiment.seed, "clients").choice(len(names), most, replace=False)
+    drawn = rng(seed, "clients").choice(len(names), most, replace=False)
     remaining = {names[i] for i in drawn}
     return corpus.select(np.array([owner in remaining for owner in owners])[codes])
 

@@ -40,7 +40,7 @@ def prepare(
     torch.set_num_threads(experiment.run.threads or torch.get_num_threads())
     experiment, chosen = _with_precision(experiment, base)
     experiment, method = _with_method(experiment, method)
-    data, cache, meter = experiment.data, client_data.cache_folder(experiment), meter or Meter()
+    data, cache, meter = experiment.data, client_data.cache_of(experiment.data), meter or Meter()
     meter.begin("reading the data")
     corpus = client_data.rows_of(experiment, cache, rows)
     unseen, corpus, partition, holdout = client_data.partitioned(corpus, experiment)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,10 +20,15 @@ from torch import Tensor
 
 from flexlora.data import Pack, TokenStore, first_fit, join, pack, packs, steps
 from flexlora.errors import DataError
+from flexlora.journal import Meter
 from flexlora.lowrank import Adapter, FactorNames, Factors, Parametrization
 from flexlora.model import Base, FlatAdapter, to_device
+from flexlora.training.concurrency import bytes_to_train, free_bytes
 from flexlora.training.optimizer import Training
 from flexlora.training.reparametrized import ReparametrizedAdapter
+
+_SHARE_OF_MEMORY: Final = 0.5
+"""Of the free memory, for the training state of all who train at a time."""
 
 Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
 """An additional term of the loss, from the current factors and the initial adapter."""
@@ -40,7 +46,8 @@ class ClientTask:
     ``adapter`` are trained, at ``rate`` times the learning rate; ``rest`` is a frozen adapter
     that is added to the base model for this client. With a ``form`` its parameters are trained
     instead of the factors. ``ranks`` are the ranks from which the LoRA scale is computed, if
-    ``adapter`` has only some terms of a larger one.
+    ``adapter`` has only some terms of a larger one. ``store`` and ``settings`` are this task's
+    own, where they are not those of all.
     """
 
     name: str
@@ -53,6 +60,8 @@ class ClientTask:
     rate: float = 1.0
     form: Mapping[str, Parametrization] | None = None
     ranks: Mapping[str, int] | None = None
+    store: TokenStore | None = None
+    settings: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ class Trained:
     ``tokens`` counts the tokens of the examples, ``computed`` those that went through the
     model, where a token shared by several examples counts once. ``loss_total`` is in nats over
     ``loss_tokens`` tokens. ``seconds`` is the client's share of the elapsed time, by tokens
-    computed, if several clients trained at a time.
+    computed, if several clients trained at a time. ``step_losses`` are the mean losses of the
+    steps, in nats per loss token.
     """
 
     adapter: Adapter
@@ -73,6 +83,7 @@ class Trained:
     loss_total: float
     loss_tokens: int
     seconds: float
+    step_losses: tuple[float, ...] = ()
 
 
 def train_together(
@@ -96,58 +107,141 @@ def train_together(
             and the step).
     """
     started = time.perf_counter()
-    slots = [_Slot.of(task, base, settings) for task in tasks]
+    slots = [_Slot.of(task, base, store, settings) for task in tasks]
     count = max((len(slot.plan) for slot in slots), default=0)
     for index in range(count):
         if each_step is not None:
             each_step(index, count)
-        active = [slot for slot in slots if index < len(slot.plan)]
-        with base.training(*(slot.flat.leaves for slot in active)):
-            _add_gradients(base, store, active, settings, index)
+        active = [slot for slot in slots if not slot.is_over]
+        _add_gradients(base, active, settings)
         for slot in active:
-            slot.step(settings, index, round)
-    results = [slot.finish(store, settings) for slot in slots]
+            slot.step(round)
+    results = [slot.finish() for slot in slots]
     computed = sum(trained.computed for trained in results)
     seconds = (time.perf_counter() - started) / max(computed, 1)
     return [replace(trained, seconds=seconds * trained.computed) for trained in results]
+
+
+def train_in_turn(
+    base: Base,
+    tasks: Iterable[ClientTask],
+    settings: Training,
+    most: int | None = None,
+    meter: Meter | None = None,
+) -> Iterator[tuple[ClientTask, Trained | DataError]]:
+    """Train tasks that have stores and settings of their own; each is yielded when it is over.
+
+    As many train at a time as fill a row of ``settings.pack_tokens`` tokens with one step of
+    each, or ``most`` if it is given; when one is over, the next ones begin. They are never more
+    than fit in half of the free memory with their training state, but at least one. Who trains
+    beside a task changes its result only by rounding. A task whose loss or factors are no longer
+    finite is yielded with the error, and the others go on. ``meter`` counts optimiser steps.
+
+    Of ``settings`` only ``pack_tokens`` and ``recompute_above`` are used. ``tasks`` is read as
+    they begin. A task without a store or without rows is refused with an error that is raised.
+    """
+    waiting, active = iter(tasks), list[_Slot]()
+    following = next(waiting, None)
+    room = _SHARE_OF_MEMORY * free_bytes(base.device)
+    while active or following is not None:
+        started = time.perf_counter()
+        while following is not None and _fits(following, active, base, settings, most, room):
+            active.append(_Slot.of(following, base, None, settings))
+            following = next(waiting, None)
+        before = [slot.computed for slot in active]
+        _add_gradients(base, active, settings)
+        for slot in active:
+            slot.advance()
+        computed = [slot.computed - done for slot, done in zip(active, before, strict=True)]
+        seconds = (time.perf_counter() - started) / max(sum(computed), 1)
+        for slot, tokens in zip(active, computed, strict=True):
+            slot.seconds += seconds * tokens
+        if meter is not None:
+            meter.advance(len(active))
+        # No training that is over may be in memory when the next ones begin.
+        ended = [(slot.task, slot.timed(slot.outcome)) for slot in active if slot.outcome]
+        active = [slot for slot in active if not slot.outcome]
+        yield from ended
 
 
 @dataclass(eq=False)
 class _Slot:
     """The training state of one client.
 
-    ``plan`` has the rows of each step. ``losses`` are those of the current step, as tensors:
-    reading them on the CPU would wait for the device.
+    ``plan`` has the rows of each step, ``done`` of which are done. ``losses`` are those of the
+    current step, over ``labels`` tokens, as tensors: reading them on the CPU would wait for the
+    device.
     """
 
     task: ClientTask
+    store: TokenStore
+    settings: Training
     flat: FlatAdapter | ReparametrizedAdapter
     optimizer: torch.optim.Optimizer
     plan: list[list[int]]
+    done: int = 0
     losses: list[Tensor] = field(default_factory=list)
+    labels: int = 0
+    step_losses: list[float] = field(default_factory=list)
     loss_total: float = 0.0
     loss_tokens: int = 0
     computed: int = 0
+    seconds: float = 0.0
+    outcome: Trained | DataError | None = None
 
     @classmethod
-    def of(cls, task: ClientTask, base: Base, settings: Training) -> _Slot:
+    def of(
+        cls, task: ClientTask, base: Base, store: TokenStore | None, settings: Training
+    ) -> _Slot:
+        store, settings = task.store or store, task.settings or settings
         if len(task.rows) == 0:
             raise DataError(
                 f"{task.name} has no rows to train on; check the client's data and its splits."
             )
+        if store is None:
+            raise ValueError(f"{task.name} has no store of tokens, and there is none for all.")
         flat = _flat(task, base, settings)
-        return cls(task, flat, settings.make([flat.values]), _plan(task, settings))
+        optimizer = settings.make([flat.values])
+        return cls(task, store, settings, flat, optimizer, _plan(task, settings))
 
-    def step(self, settings: Training, index: int, round: int) -> None:
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done."""
+        return self.done == len(self.plan)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory of this training, see ``bytes_to_train``."""
+        return bytes_to_train(self.task.adapter.parameters, self.settings)
+
+    def first_tokens(self, share: bool) -> int:
+        """The tokens of the first step, those that examples ``share`` once."""
+        return pack(self.store, self.plan[0], share=share).tokens
+
+    def advance(self) -> None:
+        """One step of the first round; then there is an outcome if the training is over."""
+        try:
+            self.step(1)
+            self.outcome = self.finish() if self.is_over else None
+        except DataError as error:
+            self.outcome = error
+
+    def timed(self, outcome: Trained | DataError) -> Trained | DataError:
+        """The outcome with the seconds that the training took."""
+        return replace(outcome, seconds=self.seconds) if isinstance(outcome, Trained) else outcome
+
+    def step(self, round: int) -> None:
         """One optimiser step from the accumulated gradients."""
+        settings = self.settings
         summed = float(torch.stack(self.losses).sum())
         self.losses.clear()
         if not math.isfinite(summed):
             fault = f"The training loss of {self.task.name} is {summed}"
-            raise DataError(_diverged(fault, index + 1, settings))
+            raise DataError(_diverged(fault, self.done + 1, settings))
         self.loss_total += summed
+        self.step_losses.append(summed / max(self.labels, 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.task.rate * settings.rate(index, len(self.plan), round)
+            group["lr"] = self.task.rate * settings.rate(self.done, len(self.plan), round)
         penalty, start = self.task.penalty, self.task.adapter
         extra = penalty(self.flat.folded(), start) if penalty is not None else None
         if extra is not None:
@@ -157,25 +251,49 @@ class _Slot:
         self.optimizer.step()
         self.flat.update_factors()
         self.flat.zero_grad()
+        self.done += 1
 
-    def finish(self, store: TokenStore, settings: Training) -> Trained:
+    def finish(self) -> Trained:
         """The result of the training; frees the optimiser's state and the gradients."""
         # An optimiser is part of a reference cycle, so its moments would stay in memory.
         self.optimizer.state.clear()
         adapter = self.flat.finish()
         if not all(f.B.isfinite().all() and f.A.isfinite().all() for f in adapter.values()):
             fault = f"The adapter of {self.task.name} is not finite"
-            raise DataError(_diverged(fault, len(self.plan), settings))
+            raise DataError(_diverged(fault, len(self.plan), self.settings))
         return Trained(
             adapter=adapter,
             steps=len(self.plan),
             examples=sum(len(rows) for rows in self.plan),
-            tokens=sum(len(store[row]) for rows in self.plan for row in rows),
+            tokens=sum(len(self.store[row]) for rows in self.plan for row in rows),
             computed=self.computed,
             loss_total=self.loss_total,
             loss_tokens=self.loss_tokens,
             seconds=0.0,
+            step_losses=tuple(self.step_losses),
         )
+
+
+def _fits(
+    task: ClientTask,
+    active: Sequence[_Slot],
+    base: Base,
+    settings: Training,
+    most: int | None,
+    room: float,
+) -> bool:
+    """Whether a task may begin beside the ``active`` ones, of which none may be; all of them in
+    ``room`` bytes. See ``train_in_turn``.
+    """
+    if not active:
+        return True
+    if most is not None and len(active) >= most:
+        return False
+    share = base.shares_prefixes
+    if most is None and settings.pack_tokens <= sum(slot.first_tokens(share) for slot in active):
+        return False
+    needed = bytes_to_train(task.adapter.parameters, task.settings or settings)
+    return needed + sum(slot.memory_bytes for slot in active) <= room
 
 
 def _flat(task: ClientTask, base: Base, settings: Training) -> FlatAdapter | ReparametrizedAdapter:
@@ -202,30 +320,33 @@ def _plan(task: ClientTask, settings: Training) -> list[list[int]]:
     return plan
 
 
-def _add_gradients(
-    base: Base, store: TokenStore, slots: Sequence[_Slot], settings: Training, index: int
-) -> None:
-    """Accumulate the gradients of one step of every client, each of its own mean loss."""
+def _add_gradients(base: Base, slots: Sequence[_Slot], settings: Training) -> None:
+    """Accumulate the gradients of the next step of every client, each of its own mean loss.
+
+    ``settings`` are those of the rows that the clients share.
+    """
     share = base.shares_prefixes
     client_packs = [
         [
-            pack(store, rows, settings.prompt_loss, share)
-            for rows in packs(store, slot.plan[index], settings.pack_tokens, share)
+            pack(slot.store, rows, slot.settings.prompt_loss, share)
+            for rows in packs(slot.store, slot.plan[slot.done], settings.pack_tokens, share)
         ]
         for slot in slots
     ]
     counts = [sum(len(row.labels) for row in rows) for rows in client_packs]
-    for row, edges in _joined(client_packs, settings.pack_tokens):
-        above = settings.recompute_above
-        with base.recomputing(above is not None and row.tokens > above):
-            nats = label_losses(base, row, edges)
-            weights = torch.tensor([1 / max(count, 1) for count in counts])[row.owners]
-            (nats * to_device(weights, base.device)).sum().backward()  # type: ignore[no-untyped-call]
-        summed = nats.new_zeros(len(slots))
-        summed.index_add_(0, to_device(row.owners, base.device), nats.detach())
-        for slot, loss in zip(slots, summed, strict=True):
-            slot.losses.append(loss)
+    with base.training(*(slot.flat.leaves for slot in slots)):
+        for row, edges in _joined(client_packs, settings.pack_tokens):
+            above = settings.recompute_above
+            with base.recomputing(above is not None and row.tokens > above):
+                nats = label_losses(base, row, edges)
+                weights = torch.tensor([1 / max(count, 1) for count in counts])[row.owners]
+                (nats * to_device(weights, base.device)).sum().backward()  # type: ignore[no-untyped-call]
+            summed = nats.new_zeros(len(slots))
+            summed.index_add_(0, to_device(row.owners, base.device), nats.detach())
+            for slot, loss in zip(slots, summed, strict=True):
+                slot.losses.append(loss)
     for slot, rows, count in zip(slots, client_packs, counts, strict=True):
+        slot.labels = count
         slot.loss_tokens += count
         slot.computed += sum(row.tokens for row in rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from flexlora.data.prompt import Prompt
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMES: Final = ("alpaca", "chat", "plain")
+
+TEMPLATE_SUFFIXES: Final = (".jinja", ".jinja2", ".j2")
+"""Suffixes of files with prompt templates."""
 
 
 def named(name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -35,6 +39,29 @@ def named(name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
 def is_template(name: str) -> bool:
     """Whether this is the text of a Jinja template and not a name."""
     return "{{" in name or "{%" in name
+
+
+def template_text(prompt: str) -> str:
+    """The text of a template if ``prompt`` is the path of its file, by the suffix; else ``prompt``.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no template.
+    """
+    if Path(prompt).suffix not in TEMPLATE_SUFFIXES or is_template(prompt):
+        return prompt
+    try:
+        text = Path(prompt).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(
+            f"The template data.prompt = {prompt!r} cannot be read: {reason}."
+        ) from error
+    if not is_template(text):
+        raise ConfigError(
+            "The template data.prompt has no variable, such as {{ instruction }}; add "
+            "those that it is to show."
+        )
+    return text
 
 
 def fields_of(name: str) -> list[str]:

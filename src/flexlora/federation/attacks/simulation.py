@@ -286,7 +286,7 @@ class Simulation:
         return {"format": FORMAT, "attack": cell.attack, "config": content, **chosen}
 
     def _corpus(self, experiment: Experiment) -> Corpus:
-        return client_data.rows_of(experiment, client_data.cache_folder(experiment), None)
+        return client_data.rows_of(experiment, client_data.cache_of(experiment.data), None)
 
     def _runtime(self, experiment: Experiment, rows: Rows, every: int) -> ClientRuntime:
         """Where malicious clients train: on rows of their own making."""
