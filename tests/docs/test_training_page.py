@@ -19,7 +19,7 @@ def test_the_file_of_jobs_is_valid(tmp_path):
     path.write_text(block("toml"), encoding="utf-8")
     file = config.load_jobs(path)
     assert [job.rank for job in file.jobs] == [8, 32, 8]
-    assert {job.training.epochs for job in file.jobs} == {2}
+    assert [job.training.epochs for job in file.jobs] == [2, 2, 5]
 
 
 def test_every_key_of_a_job_is_in_the_table_with_its_default():

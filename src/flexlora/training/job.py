@@ -27,7 +27,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHOWN: Final = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One adapter to train on a base model.
 
@@ -66,10 +66,10 @@ class Job:
                 f"A job's name is {self.name!r:.120}; it is the name of a folder: give at most 100 "
                 "letters, digits and . _ - that begin with a letter or a digit."
             )
-        for kind, key in ((Training, "training"), (Columns, "columns")):
-            if not isinstance(value := getattr(self, key), kind):
+        for key, (fits, given) in self._forms().items():
+            if not fits:
                 raise ConfigError(
-                    f"{self.label}: {key} is {value!r:.80}; give flexlora.{kind.__name__}(...)."
+                    f"{self.label}: {key} is {getattr(self, key)!r:.80}; give {given}."
                 )
         ranks = {"rank": self.rank}
         ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
@@ -92,6 +92,20 @@ class Job:
                     f"{', '.join(SELECTABLE)}."
                 )
         check_name(self.template)
+
+    def _forms(self) -> dict[str, tuple[bool, str]]:
+        """Whether a field is of the right type, and what that is."""
+        names = self.targets is None or isinstance(self.targets, str)
+        if isinstance(self.targets, Sequence):
+            names = all(isinstance(name, str) for name in self.targets)
+        return {
+            "training": (isinstance(self.training, Training), "flexlora.Training(...)"),
+            "columns": (isinstance(self.columns, Columns), "flexlora.Columns(...)"),
+            "rank_pattern": (_is_by_text(self.rank_pattern), 'a dict such as {"down_proj": 16}'),
+            "where": (_is_by_text(self.where), 'a dict such as {"client": "north"}'),
+            "targets": (names, 'a list of names such as ["q_proj"], or a regular expression'),
+            "prompt": (isinstance(self.prompt, str), "a name, a template or its file"),
+        }
 
     @property
     def label(self) -> str:
@@ -202,6 +216,10 @@ def _selected(corpus: Corpus, column: str, value: str) -> Corpus:
             f"{others}{more}."
         )
     return corpus.select(np.asarray(codes) == values.index(value))
+
+
+def _is_by_text(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
 def _last_names(modules: Sequence[str]) -> str:
