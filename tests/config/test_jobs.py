@@ -91,6 +91,8 @@ def test_changes_are_of_the_model_the_defaults_and_the_run(load, tmp_path, monke
     assert file.jobs[0].data.path == str(tmp_path.parent / "mine.csv")
     assert file.jobs[1].data.path == str(tmp_path / "own.csv")
     assert file.run.at_once == 3 and file.model.name == "m"
+    whole = load(TEXT, 'defaults.data={ path = "mine.csv" }').jobs
+    assert {job.data.path for job in whole} == {str(tmp_path.parent / "mine.csv")}
     assert faults(load, TEXT, "defaults.rank=x") == [
         "--set defaults.rank=x: 'rank' is 'x'; give a whole number of at least 1."
     ]

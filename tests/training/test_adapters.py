@@ -203,10 +203,10 @@ def test_jobs_wait_where_there_is_no_memory(base, tolerances, monkeypatch):
         add(base, slots, settings)
 
     monkeypatch.setattr(loop, "_add_gradients", counted)
-    monkeypatch.setattr(loop, "free_bytes", lambda device: 2.0 * 150_000)
+    monkeypatch.setattr(loop, "room_bytes", lambda device: 150_000.0)
     assert_as_alone(train_adapters(base, jobs(pack_tokens=1000)), tolerances)
     assert len(most) > 6 and max(most) <= 150_000
-    monkeypatch.setattr(loop, "free_bytes", lambda device: 0.0)
+    monkeypatch.setattr(loop, "room_bytes", lambda device: 0.0)
     assert_as_alone(train_adapters(base, jobs()[:2]), tolerances)  # one after the other
 
 
@@ -239,6 +239,14 @@ def test_a_result_has_the_losses_of_its_steps_and_its_tokens(base):
     assert result.losses[-1] < result.losses[0]
     assert min(result.losses) < result.loss < max(result.losses)
     assert result.tokens > 24 * 5 and result.seconds > 0 and result.is_new and result.path is None
+
+
+def test_a_result_has_the_notices_of_the_model_the_rows_and_the_prompt(base, monkeypatch):
+    monkeypatch.setattr(base, "notices", ("The model is odd.",))
+    short = replace(jobs()[0], max_tokens=8)
+    one, two = train_adapters(base, [short, jobs()[1]])
+    assert one.notices[0] == "The model is odd." == two.notices[-1] and len(one.notices) == 2
+    assert "rows are longer than data.max_tokens = 8" in one.notices[1]
 
 
 def test_a_pattern_decides_the_rank_of_its_modules_and_targets_choose_them(base):

@@ -86,7 +86,8 @@ def load_jobs(path: Path | str, changes: Sequence[str] = ()) -> JobFile:
     top = {**content, "defaults": {}, "job": [{}]}  # what is in these is checked when merged
     file = validated(_File, top, path, lines | changed)
     defaults, of_defaults = content.get("defaults", {}), _below(lines | changed, "defaults")
-    relative = {key[1:] for key in changed if key[0] == "defaults"}
+    set_keys = [key[1:] for key in changed if key[0] == "defaults"]
+    relative = {k for k in _keys(defaults, ()) if any(k[: len(key)] == key for key in set_keys)}
     jobs, faults = [], list[str]()
     for number, table in enumerate(content["job"]):
         place = lines.get(("job", str(number)), f"{path}, job {number + 1}")

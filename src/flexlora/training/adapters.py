@@ -48,9 +48,8 @@ def train_adapters(
     train one after the other. Tokens are kept in the folder ``cache`` for later calls, if it is
     given. ``meter`` tells what is going on.
 
-    Returns:
-        The results in the order of the jobs. A job whose loss is no longer finite does not stop
-        the others; its result has a ``failure``.
+    The results are in the order of the jobs. A job whose loss is no longer finite does not stop
+    the others; its result has a ``failure``.
 
     Raises:
         ConfigError: the model or a setting cannot be used, targets or ranks do not fit the model,
@@ -96,6 +95,7 @@ def trained_adapters(
                 corpus, model.tokenizer, job.template, job.max_tokens, place, meter
             )
         notices = (
+            *model.notices,
             *corpus.notices,
             *named(job.template, model.tokenizer).notices,
             *stores[key].notices(job.max_tokens),

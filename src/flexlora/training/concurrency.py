@@ -49,7 +49,7 @@ def clients_at_once(
     if not tokens_per_client or most < 2:
         return 1
     useful = math.ceil(saturation(base, settings.pack_tokens) / float(np.mean(tokens_per_client)))
-    fitting = _SHARE_OF_MEMORY * free_bytes(base.device) // bytes_to_train(parameters, settings)
+    fitting = room_bytes(base.device) // bytes_to_train(parameters, settings)
     return max(1, min(useful, int(fitting), most))
 
 
@@ -68,6 +68,11 @@ def saturation(base: Base, most_tokens: int) -> int:
             break
         tokens, speed = 2 * tokens, longer
     return tokens
+
+
+def room_bytes(device: torch.device) -> float:
+    """The memory for the training state of all who train at a time: half of what is free."""
+    return _SHARE_OF_MEMORY * free_bytes(device)
 
 
 def free_bytes(device: torch.device) -> float:

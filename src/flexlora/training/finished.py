@@ -46,7 +46,7 @@ class JobResult:
     the examples, in every epoch. ``seconds`` is the job's share of the elapsed time.
     ``is_new`` is false if the adapter was there before this call. If the training failed, as its
     loss was no longer finite, ``failure`` says why and ``adapter`` is None. ``notices`` are
-    sentences about rows that are not learnt as they are.
+    sentences about the model and rows that are not learnt as they are.
     """
 
     name: str

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
 
 import numpy as np
 import torch
@@ -23,12 +22,9 @@ from flexlora.errors import DataError
 from flexlora.journal import Meter
 from flexlora.lowrank import Adapter, FactorNames, Factors, Parametrization
 from flexlora.model import Base, FlatAdapter, to_device
-from flexlora.training.concurrency import bytes_to_train, free_bytes
+from flexlora.training.concurrency import bytes_to_train, room_bytes
 from flexlora.training.optimizer import Training
 from flexlora.training.reparametrized import ReparametrizedAdapter
-
-_SHARE_OF_MEMORY: Final = 0.5
-"""Of the free memory, for the training state of all who train at a time."""
 
 Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
 """An additional term of the loss, from the current factors and the initial adapter."""
@@ -142,7 +138,7 @@ def train_in_turn(
     """
     waiting, active = iter(tasks), list[_Slot]()
     following = next(waiting, None)
-    room = _SHARE_OF_MEMORY * free_bytes(base.device)
+    room = room_bytes(base.device)
     while active or following is not None:
         started = time.perf_counter()
         while following is not None and _fits(following, active, base, settings, most, room):
