@@ -117,6 +117,13 @@ def test_changes_are_of_the_model_the_defaults_and_the_run(load, tmp_path, monke
         ("up_proj = 9", 'up_proj = "9"', 22, "'rank_pattern.up_proj' is '9'"),
         ('where.client = "north"', "where.client = 3", 16, "'where.client' is 3"),
         ('where.client = "north"', "data.clients = 3", 14, "data.clients divides rows among"),
+        (
+            'where.client = "north"',
+            'where.split = "x"',
+            14,
+            "the column 'split'; give one of client",
+        ),
+        ("data.max_tokens = 64", f'data.path = "{"x" * 300}"', 18, "data.path is 'xxx"),
         ('where.client = "north"', 'data.format = "remote"', 14, "is 'remote'; a job needs rows"),
         ('path = "rows.jsonl", ', "", 14, "data.format 'table' needs data.path"),
         ('name = "model"', 'nam = "model"', 3, "unknown key 'model.nam'"),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from flexlora.config.experiment import CLOSED, DataSettings, validated
 from flexlora.config.toml import apply_changes, lines_of, make_paths_absolute, read_toml
+from flexlora.data import SELECTABLE
 from flexlora.errors import ConfigError
 from flexlora.model import Source
 from flexlora.training import Training
@@ -92,9 +93,9 @@ def load_jobs(path: Path | str, changes: Sequence[str] = ()) -> JobFile:
     for number, table in enumerate(content["job"]):
         place = lines.get(("job", str(number)), f"{path}, job {number + 1}")
         merged, own = _merged(defaults, table), list(_keys(table, ()))
-        make_paths_absolute(merged, path.parent, relative.difference(own))
         places = of_defaults | _places_of(own, _below(lines, "job", str(number)))
         try:
+            _resolve_paths(merged, path, relative.difference(own), place)
             job = validated(JobSettings, merged, place, places)
             jobs.append(job)
             faults += [f"{place}: {fault}." for fault in _contradictions(job)]
@@ -104,6 +105,14 @@ def load_jobs(path: Path | str, changes: Sequence[str] = ()) -> JobFile:
         # A fault in the defaults is the same in every job.
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     return JobFile(str(path), file.model, tuple(jobs), file.run)
+
+
+def _resolve_paths(job: dict[str, Any], path: Path, changed: set[Key], place: str) -> None:
+    """Make the paths of a job absolute, in place."""
+    try:
+        make_paths_absolute(job, path.parent, changed)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def _places_of(keys: Sequence[Key], places: Mapping[Key, str]) -> dict[Key, str]:
@@ -174,6 +183,12 @@ def _contradictions(job: JobSettings) -> Iterator[str]:
             yield (
                 f"data.{key} divides rows among clients, and job {job.name!r} trains on all of "
                 'its rows; leave it out, or choose rows with where = { client = "..." }'
+            )
+    for column in job.where:
+        if column not in SELECTABLE:
+            yield (
+                f"where of job {job.name!r} names the column {column!r:.80}; give one of "
+                f"{', '.join(SELECTABLE)}"
             )
     if job.data.format == "remote":
         yield f"data.format of job {job.name!r} is 'remote'; a job needs rows on this machine"

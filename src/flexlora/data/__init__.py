@@ -1,7 +1,7 @@
 """From rows to tokens: corpora, partitions, prompts, and packed token ids."""
 
 from flexlora.data.columns import Columns
-from flexlora.data.corpus import Corpus, Example, split_rows
+from flexlora.data.corpus import SELECTABLE, Corpus, Example, split_rows
 from flexlora.data.encoding import Int32s, Tokens, encode, shorten
 from flexlora.data.layout import Layout, inspect_table
 from flexlora.data.packing import Forest, Pack, first_fit, join, pack, packs, steps
@@ -19,6 +19,7 @@ from flexlora.data.sources import sources_of
 from flexlora.data.tokens import TokenStore
 
 __all__ = [
+    "SELECTABLE",
     "TEMPLATE_SUFFIXES",
     "Columns",
     "Corpus",

@@ -18,6 +18,8 @@ from flexlora.seeds import rng
 
 SPLITS: Final = ("train", "validation", "test")
 KEYS: Final = ("client", "category", "split", "instruction")
+SELECTABLE: Final = ("client", "category")
+"""The key columns by whose values rows can be chosen."""
 TEXTS: Final = ("input", "output", "messages", "fields")
 
 _KEY_TYPE: Final = pa.dictionary(pa.int32(), pa.string())

@@ -12,16 +12,13 @@ import numpy as np
 import torch
 
 from flexlora import peft_format
-from flexlora.data import Columns, Corpus, check_name, fields_of, template_text
+from flexlora.data import SELECTABLE, Columns, Corpus, check_name, fields_of, template_text
 from flexlora.data.corpora import objects, table
 from flexlora.errors import ConfigError, DataError
 from flexlora.lowrank import Adapter, Factors
 from flexlora.model import Base
 from flexlora.seeds import rng
 from flexlora.training.optimizer import Training
-
-SELECTABLE: Final = ("client", "category")
-"""The columns whose values ``where`` may name."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHOWN: Final = 8
