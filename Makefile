@@ -67,7 +67,7 @@ docs: $(READY)  ## Write the pages of docs/ that are made from the code
 	PYTHONPATH=tests $(BIN)/python -m support.api_page
 	PYTHONPATH=tests $(BIN)/python -m support.config_page
 
-BENCHMARKS := server_step local_training generation memory growth simulation ray_calls real_clients \
+BENCHMARKS := server_step local_training adapters generation memory growth simulation ray_calls real_clients \
   checks
 
 bench: $(READY)  ## All benchmarks, some two hours on two idle cores; those missed are named at the end

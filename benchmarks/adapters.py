@@ -212,7 +212,7 @@ def claims_of(found: Sequence[dict[str, Any]], asserted: bool) -> list[Claim]:
         one_by_one, trainer = (speeds[TOGETHER] / speeds[name] for name in (ALONE, TRAINER))
         claims += [
             Claim(f"{step}: together / one by one", one_by_one, 0.95, True, asserted),
-            Claim(f"{step}: together / Trainer + PEFT", trainer, 3.0, True, asserted),
+            Claim(f"{step}: together / Trainer + PEFT", trainer, 1.5, True, asserted),
             Claim(
                 f"{step}: distance of the adapters, together and one by one",
                 each["gap"],

@@ -11,13 +11,18 @@ import typer
 
 from flexlora.cli.configs import refuse_missing
 from flexlora.cli.interrupts import STOPPED
-from flexlora.cli.options import Changes
 from flexlora.cli.sentences import notices
 from flexlora.journal import counted, duration
 
 if TYPE_CHECKING:
     from flexlora.training.finished import JobResult
 
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting of all jobs, e.g. defaults.rank=16."
+    ),
+]
 OutFolder = Annotated[
     Path | None,
     typer.Option(
