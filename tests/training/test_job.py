@@ -76,7 +76,7 @@ def test_rows_may_be_a_file_or_dicts_with_other_columns(tmp_path):
             "job 'a': .*client",
         ),
     ],
-    ids=str,
+    ids=["nothing", "number", "file", "client", "category", "split", "column"],
 )
 def test_rows_that_are_not_there_are_refused_with_the_job(changes, sentence):
     with pytest.raises(DataError, match=sentence):
@@ -96,7 +96,7 @@ def test_rows_that_are_not_there_are_refused_with_the_job(changes, sentence):
         (("model.layers.0.self_attn.o_proj", "down_proj"), 3, {"o_proj", "down_proj"}),
         (r".*\.0\..*(gate|up)_proj", 2, {"gate_proj", "up_proj"}),
     ],
-    ids=str,
+    ids=["default", "all", "names", "path", "path and name", "pattern"],
 )
 def test_targets_choose_modules_as_in_peft(base, targets, count, names):
     ranks = replace(A, targets=targets, rank=5).ranks(base)
