@@ -94,7 +94,7 @@ def drive(ready, folder: Path, transport: Unreliable, left: Uploads | None = Non
 
 
 def counted(folder: Path, number: int, transport: Unreliable, left: Uploads) -> dict[str, Upload]:
-    """The uploads of a round by the clients that the journal names: all that came, and some left."""
+    """A round's uploads by the clients that the journal names: all that came, and some left."""
     came = transport.received.get(number, {})
     events = Record(folder).events()
     names = [e["client"] for e in events if e["event"] == "client" and e["round"] == number]
