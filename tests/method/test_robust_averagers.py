@@ -35,7 +35,7 @@ from flexlora.method import (
     with_components,
 )
 from flexlora.method.averagers.fltrust import FLTrust, trust
-from flexlora.method.averagers.geometric_median import GeometricMedian, median, neighbour_means
+from flexlora.method.averagers.geometric_median import GeometricMedian, median, support
 from flexlora.method.averagers.multi_krum import MultiKrum, krum_scores
 from support.factors import random_factors
 
@@ -95,30 +95,17 @@ def test_the_geometric_median_is_that_of_the_dense_matrices():
     torch.testing.assert_close(shares.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
-def test_the_means_of_neighbours_are_those_of_the_dense_matrices():
+@pytest.mark.parametrize("left_out", [0, 4, 11])
+def test_support_is_that_of_the_dense_matrices(left_out):
     factors = vectors()
-    flat, weights = dense(factors), declared(13)
-    means = neighbour_means(product_gram(factors), weights, 4)
-    sizes = flat.norm(dim=1)
-    reduced = flat * (sizes.median() / sizes).clamp_max(1)[:, None]
-    assert int((sizes > sizes.median()).sum()) == 6
-    cosines = (flat / sizes[:, None]) @ (flat / sizes[:, None]).T
-    for row, each in enumerate(cosines):
-        nearest = each.argsort(descending=True)[:9]
-        assert row in nearest
-        wanted = (weights[nearest, None] * reduced[nearest]).sum(0) / weights[nearest].sum()
-        assert apart(means[row] @ flat, wanted) < 1e-12
-    alone = neighbour_means(product_gram(factors), weights, 0)
-    torch.testing.assert_close(alone @ flat, flat)
-
-
-def test_a_vector_whose_nearest_have_no_weight_stays_as_it_is():
-    factors = vectors(5)
-    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-    means = neighbour_means(product_gram(factors), weights, 2)
-    assert bool(means.isfinite().all())
-    for row, each in enumerate(means):
-        assert each[4 if each[4] else row] > 0 and int((each > 0).sum()) == 1
+    flat = dense(factors)
+    directions = flat / flat.norm(dim=1, keepdim=True)
+    wanted = []
+    for row, each in enumerate(directions @ directions.T):
+        others = torch.cat([each[:row], each[row + 1 :]]).sort(descending=True).values
+        wanted.append(others[left_out:].mean())
+    values = support(product_gram(factors), left_out)
+    torch.testing.assert_close(values, torch.stack(wanted), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("common", [0.1, 0.3, 0.7])
@@ -139,14 +126,11 @@ def test_two_colluding_clients_of_ten_do_not_turn_what_others_have_in_common(com
     equal = torch.full((10,), 0.1, dtype=torch.float64)
     gram, wanted = sent @ sent.T, honest[2:].mean(0)
 
-    def shares(left_out: int) -> torch.Tensor:
-        means = neighbour_means(gram, equal, left_out)
-        result = median(means @ gram @ means.T, equal, 1000, 1e-9)[0] @ means
-        return result / result.sum()
-
-    mixed, alone = shares(2), shares(0)
-    assert mixed[:2].sum() < 1e-3 < 0.03 < alone[:2].sum()
-    result = mixed @ sent
+    assert set(support(gram, 2).argsort()[:2].tolist()) == {0, 1}
+    shares, _ = median(gram[2:, 2:], equal[2:] / 0.8, 1000, 1e-9)
+    alone, _ = median(gram, equal, 1000, 1e-9)
+    assert alone[:2].sum() > 0.05
+    result = shares @ sent[2:]
     assert result @ wanted / (result.norm() * wanted.norm()) > 0.95
 
 
@@ -311,9 +295,12 @@ def weights_of(rule: str, gram: torch.Tensor) -> torch.Tensor:
         return equal
     if rule == "geometric median":
         return median(gram, equal, 1000, 1e-9)[0]
-    if rule == "geometric median of neighbours":
-        means = neighbour_means(gram, equal, ATTACKERS)
-        return median(means @ gram @ means.T, equal, 1000, 1e-9)[0] @ means
+    if rule == "geometric median of those supported":
+        kept = support(gram, ATTACKERS).argsort(descending=True)[: CLIENTS - ATTACKERS]
+        shares = torch.zeros(CLIENTS, dtype=torch.float64)
+        even = torch.full((len(kept),), 1 / len(kept), dtype=torch.float64)
+        shares[kept] = median(gram[kept][:, kept], even, 1000, 1e-9)[0]
+        return shares
     kept = krum_scores(gram, ATTACKERS).argsort()[: CLIENTS - 2 * ATTACKERS]
     shares = torch.zeros(CLIENTS, dtype=torch.float64)
     shares[kept] = 1 / len(kept)
@@ -323,7 +310,7 @@ def weights_of(rule: str, gram: torch.Tensor) -> torch.Tensor:
 B6_ATTACKS = ("none", "sign flip", "minus ten times", "noise", "collusion")
 B6_BOUNDS = {
     "geometric median": 0.2,
-    "geometric median of neighbours": 0.1,
+    "geometric median of those supported": 0.1,
     "multi-Krum": 0.1,
 }
 

@@ -5,16 +5,14 @@ of all weight cannot move it arbitrarily far. It is a weighted mean itself, with
 proportion to the distance, found by Weiszfeld's iteration on the Gram matrix of the changes.
 
 Where the data of honest clients differ, their changes are as far from each other as from an
-attack's, and the median alone helps little. So each change is replaced by the mean of its nearest
-ones first, of all but the expected attackers (nearest-neighbour mixing: Allouah et al., AISTATS
-2023, arXiv 2302.01772): that mean has what honest clients have in common, and less of the rest.
+attack's, and the median alone helps little. So the expected attackers are left out first: the
+clients with the least support, the mean cosine of a change to the others'. A client's largest
+cosines do not count, as many as attackers are expected: colluding clients cannot support each
+other, and one that points against the others has no other support.
 
 Differs: distances are between changes relative to what was handed out, all modules together,
-products where the method averages products. The nearest are those of the largest cosine, and
-changes above the median norm are reduced to it: the norms of clients of different ranks differ by
-more than their directions, and by distance a turned change of a small norm is near to all. Means
-and median are weighted. The first iterate is not the mean, which a single client can put
-anywhere, but starts at the client nearest to all.
+products where the method averages products; the paper leaves nobody out; the first iterate is not
+the mean, which a single client can put anywhere, but starts at the client nearest to all.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import ConfigError, ProtocolError
-from flexlora.lowrank import cosines, norms, squared_distances
+from flexlora.lowrank import cosines, squared_distances
 from flexlora.method.averager import Averager, Mean, Weights
 from flexlora.method.averaging import WeightedCohort, reweighted
 from flexlora.method.client_changes import Changes
@@ -40,10 +38,10 @@ have all weight."""
 
 @dataclass(frozen=True)
 class GeometricMedian(Averager):
-    """The geometric median of the changes, each averaged with its nearest ones.
+    """The geometric median of the changes that have the support of others.
 
-    ``attackers`` is the share of a round's clients that may be malicious: so many are left out of
-    the mean of every client's nearest. With 0 it is the geometric median of the changes themselves.
+    ``attackers`` is the share of a round's clients that may be malicious: so many are left out, in
+    rounds without any attacker too. With 0 it is the geometric median of all changes.
     At most ``iterations`` steps, until no client's share changes by more than ``tolerance``.
     """
 
@@ -76,11 +74,12 @@ class GeometricMedian(Averager):
         if changes is None:
             raise ProtocolError(f"The averager {self.title!r} needs the clients' changes.")
         gram = changes.gram(list(context.ranks))
-        means = neighbour_means(gram, changes.declared, self.expected(len(uploads)))
-        mixed = means @ gram @ means.T
-        shares, _ = median(mixed, changes.declared, self.iterations, self.tolerance)
-        shares = shares @ means
-        shares = shares / shares.sum()
+        left_out = self.expected(len(uploads))
+        kept = support(gram, left_out).argsort(descending=True, stable=True)
+        kept = kept[: len(uploads) - left_out]
+        declared = changes.declared[kept] / changes.declared[kept].sum()
+        shares = torch.zeros_like(changes.declared)
+        shares[kept], _ = median(gram[kept][:, kept], declared, self.iterations, self.tolerance)
         return reweighted(uploads, shares.tolist(), _distances(gram, shares).tolist())
 
     def expected(self, uploads: int) -> int:
@@ -88,29 +87,13 @@ class GeometricMedian(Averager):
         return min(math.ceil(self.attackers * uploads - 1e-9), (uploads - 1) // 2)
 
 
-def neighbour_means(gram: Tensor, declared: Tensor, left_out: int) -> Tensor:
-    """The weights (n, n) of each vector's mean of its n - ``left_out`` nearest, itself included.
+def support(gram: Tensor, left_out: int) -> Tensor:
+    """The mean cosine (n,) of each vector to the others, without its ``left_out`` largest.
 
-    ``gram`` (n, n) has the inner products of the vectors, ``declared`` (n,) their weights. Those
-    of a vector above the median norm are reduced by as much as its norm is. With none left out
-    the vectors stay as they are.
+    ``gram`` (n, n) has the inner products of the vectors; ``left_out`` is at most n - 2.
     """
-    own = torch.eye(len(gram), dtype=gram.dtype)
-    if not left_out:
-        return own
-    # A vector is nearest to itself, also where another has the same direction.
-    nearest = cosines(gram).fill_diagonal_(2).argsort(dim=1, descending=True, stable=True)
-    chosen = torch.zeros_like(gram).scatter_(1, nearest[:, : len(gram) - left_out], 1.0)
-    weights = chosen * declared
-    total = weights.sum(1, keepdim=True)
-    sizes = norms(gram)
-    return torch.where(total > 0, weights / total, own) * _reduction(sizes)
-
-
-def _reduction(sizes: Tensor) -> Tensor:
-    """The factors (n,) that reduce larger norms to the median."""
-    usual = sizes.median()
-    return torch.where(sizes > usual, usual / sizes, torch.ones_like(sizes))
+    others = cosines(gram).fill_diagonal_(torch.inf).sort(dim=1, descending=True).values[:, 1:]
+    return others[:, left_out:].mean(1)
 
 
 def median(
