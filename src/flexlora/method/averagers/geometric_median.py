@@ -5,10 +5,10 @@ of all weight cannot move it arbitrarily far. It is a weighted mean itself, with
 proportion to the distance, found by Weiszfeld's iteration on the Gram matrix of the changes.
 
 Where the data of honest clients differ, their changes are as far from each other as from an
-attack's, and the median alone helps little. So the expected attackers are left out first: the
-clients with the least support, the mean cosine of a change to the others'. A client's largest
-cosines do not count, as many as attackers are expected: colluding clients cannot support each
-other, and one that points against the others has no other support.
+attack's, and the median alone helps little. So clients that point against the others are left
+out first, at most as many as attackers are expected: those whose support is negative, the mean
+cosine of a change to the others'. A client's largest cosines do not count, as many as attackers
+are expected: colluding clients cannot support each other.
 
 Differs: distances are between changes relative to what was handed out, all modules together,
 products where the method averages products; the paper leaves nobody out; the first iterate is not
@@ -38,10 +38,10 @@ have all weight."""
 
 @dataclass(frozen=True)
 class GeometricMedian(Averager):
-    """The geometric median of the changes that have the support of others.
+    """The geometric median of the changes that do not point against the others.
 
-    ``attackers`` is the share of a round's clients that may be malicious: so many are left out, in
-    rounds without any attacker too. With 0 it is the geometric median of all changes.
+    ``attackers`` is the share of a round's clients that may be malicious: at most so many are left
+    out. With 0 it is the geometric median of all changes.
     At most ``iterations`` steps, until no client's share changes by more than ``tolerance``.
     """
 
@@ -74,9 +74,7 @@ class GeometricMedian(Averager):
         if changes is None:
             raise ProtocolError(f"The averager {self.title!r} needs the clients' changes.")
         gram = changes.gram(list(context.ranks))
-        left_out = self.expected(len(uploads))
-        kept = support(gram, left_out).argsort(descending=True, stable=True)
-        kept = kept[: len(uploads) - left_out]
+        kept = supported(gram, self.expected(len(uploads)))
         declared = changes.declared[kept] / changes.declared[kept].sum()
         shares = torch.zeros_like(changes.declared)
         shares[kept], _ = median(gram[kept][:, kept], declared, self.iterations, self.tolerance)
@@ -85,6 +83,18 @@ class GeometricMedian(Averager):
     def expected(self, uploads: int) -> int:
         """How many attackers are expected among so many uploads: less than half."""
         return min(math.ceil(self.attackers * uploads - 1e-9), (uploads - 1) // 2)
+
+
+def supported(gram: Tensor, most: int) -> Tensor:
+    """The places, ascending, of the vectors but those whose support is negative, at most ``most``.
+
+    ``gram`` (n, n) has the inner products of the vectors; those of the least support go first.
+    """
+    values = support(gram, most)
+    least = values.argsort(stable=True)[:most]
+    kept = torch.ones(len(gram), dtype=torch.bool)
+    kept[least[values[least] < 0]] = False
+    return kept.nonzero()[:, 0]
 
 
 def support(gram: Tensor, left_out: int) -> Tensor:
