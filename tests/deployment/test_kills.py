@@ -97,6 +97,8 @@ def interrupted(site: Site) -> None:
 
 def network(site: Site) -> None:
     """Nothing gets through for twenty seconds."""
+    # A server that has been resumed may not be up yet: its nodes had the round before.
+    site.until(site.listens, 60, "the server to listen")
     assert site.kill("flexlora.deployment.flower.gate", site.address, how=signal.SIGSTOP) == 1
     time.sleep(20)
     site.kill("flexlora.deployment.flower.gate", site.address, how=signal.SIGCONT)
