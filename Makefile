@@ -46,7 +46,7 @@ test-kills: $(READY)  ## Real clients whose processes are killed, and the comman
 test-kills-short: $(READY)  ## The most telling of these kills, in two rounds and two and a half minutes
 	$(BIN)/python -m pytest -m 'not trust' tests/deployment/test_kills.py -k most_telling
 
-trust: $(READY)  ## The security tests at full size: 200,000 fuzzed uploads, corruptions, fault points; 15 minutes
+trust: $(READY)  ## The security tests at full size: 200,000 fuzzed uploads, corruptions, fault points
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m trust --durations=25
 
 mutants: $(READY)  ## Faults planted in the modules that check untrusted bytes: how many their tests find

@@ -27,7 +27,7 @@ from flexlora.journal import LossKind
 from support.gate import Signer, resident
 from support.processes import SOONER, Site
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.trust
 
 MIB = 2**20
 MOST_GROWTH = 50 * MIB
