@@ -69,7 +69,7 @@ def setting(threads: int) -> dict[str, Any]:
     packages = ("flexlora", "torch", "numpy", "transformers", "peft", "accelerate")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_options()]),
         "cpu": _proc("/proc/cpuinfo", "model name"),
         "cores": os.cpu_count(),
         "ram_gib": round(int(_proc("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1),
@@ -78,6 +78,11 @@ def setting(threads: int) -> dict[str, Any]:
         "os": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
     }
+
+
+def _options() -> list[str]:
+    """The command's options; of absolute paths the last part alone, as they are this machine's."""
+    return [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
 
 
 def finish(

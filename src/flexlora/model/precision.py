@@ -36,8 +36,8 @@ class Precision:
 def fastest(kind: str) -> Precision:
     """bfloat16 where devices of this ``kind`` compute it natively and faster, else float32.
 
-    Measured at the first call in a process, in some milliseconds: another process on the same
-    machine finds the same unless the processor is torn between the two.
+    Measured at the first call in a process, in some milliseconds. Another process on the same
+    machine chooses the same, unless the two are about equally fast.
     """
     if not _native(kind):
         return Precision("float32", f"this machine's {kind} has no bfloat16 of its own")
